@@ -1,0 +1,1 @@
+"""Singular value decompositions of task vectors: computed, checked, stored."""
