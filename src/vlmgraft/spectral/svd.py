@@ -105,7 +105,7 @@ def _checked(tall: Tensor, energy: float, wanted: int) -> SVD:
     krylov = wanted <= KRYLOV_MAX_RANK and KRYLOV_DEPTH * wanted <= width
     try:
         V = _krylov_basis(tall, wanted) if krylov else _gram_basis(tall)
-    except RuntimeError:  # torch.linalg.LinAlgError: no convergence
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return _truncate(decompose_naive(tall), wanted)
     for route, finish in (("krylov" if krylov else "gram", _from_columns), ("qr", _from_qr)):
         U, s, Vh = finish(tall, V)

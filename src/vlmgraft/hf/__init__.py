@@ -1,0 +1,1 @@
+"""Transformers models and processors: the only room that loads them."""

@@ -1,0 +1,1 @@
+"""Learning gates over singular directions, and what it needs."""
