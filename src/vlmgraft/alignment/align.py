@@ -122,9 +122,7 @@ def _view_vlm(vlm: Checkpoint, donor: TextView) -> tuple[TextView, str, list[str
         return text_view(vlm, place), family.name, []
     place = locate(vlm, donor)
     model_type = vlm.config.get("model_type")
-    why = (
-        f"model_type {model_type!r} is not a listed family" if family is None else f"names of {family.name} are unusual"
-    )
+    why = f"names unusual for {family.name}" if family else f"model_type {model_type!r} is not a listed family"
     note = f"{why}: aligned by structure, language model at {place.body}layers.*"
     return text_view(vlm, place), f"{model_type or 'unknown'} (by structure)", [note]
 
@@ -139,7 +137,7 @@ def _check_kind(text: TextView, view: TextView, key: str) -> list[str]:
         )
     if text.text_type is None or view.text_type is None:
         silent = text if text.text_type is None else view
-        return [f"{silent.label}: config.json does not say which text model it is; paired by names and shapes alone"]
+        return [f"{silent.label}: config.json names no listed kind of text model; paired by names and shapes alone"]
     if text.text_type != view.text_type:
         raise AlignmentError(
             f"{who} {view.label} is a {view.text_type} model, the language model of {text.label} is {text.text_type}: "

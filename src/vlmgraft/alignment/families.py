@@ -56,6 +56,8 @@ TEXT_PLACES: tuple[Place, ...] = (BARE, Place("model.", "output"), HEADLESS)
 """Where a text model keeps its layers: `…ForCausalLM` (Llama and InternLM2 names), then a bare `…Model`."""
 
 TEXT_TYPES: dict[str, str] = {
+    **{kind: kind for kind in ("llama", "mistral", "ministral3", "mixtral", "phi3")},
+    **{kind: kind for kind in ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3", "granite")},
     "qwen2_vl": "qwen2",
     "qwen2_vl_text": "qwen2",
     "qwen2_5_vl": "qwen2",
@@ -66,8 +68,8 @@ TEXT_TYPES: dict[str, str] = {
     "internlm2": "llama",
     "vicuna": "llama",
 }
-"""Text model types that compute the same function under other names; types not listed stand for themselves.
-InternLM2 is Llama with q, k and v fused (`alignment/layouts.py` takes them apart)."""
+"""The kind of text model behind a `model_type`. Donor and VLM must be of one kind; a type that is not listed is paired
+by names and shapes alone. InternLM2 is Llama with q, k and v fused (`alignment/layouts.py` takes them apart)."""
 
 RENAMES: tuple[tuple[str, str], ...] = (
     ("attention.wqkv.", "self_attn.wqkv."),
@@ -97,9 +99,8 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def text_type(config: dict[str, Any]) -> str | None:
-    """The kind of language model a config.json describes ("qwen2", "llama", …), or None when it does not say."""
-    family, inner = find_family(config), text_config(config)
-    named = inner.get("model_type") if inner is not config or family is None else None
-    if named is None and family is not None:
-        return family.text_type
-    return TEXT_TYPES.get(named, named) if named is not None else None
+    """The kind of language model a config.json describes ("qwen2", "llama", …), or None when it is not a listed one."""
+    inner = text_config(config)
+    kind = TEXT_TYPES.get(str(inner.get("model_type")))
+    family = find_family(config)
+    return family.text_type if kind is None and family is not None else kind

@@ -149,9 +149,8 @@ def assemble(source: Source, read: Callable[[str], Tensor], shape: Shape, fill: 
         result = join([held[pick.name][pick.part] for pick in layout.picks], layout.into)
     elif layout.kind == "rows" and layout.rows < shape[0]:
         if fill is None:
-            raise AlignmentError(
-                f"{source.names[0]}: rows {layout.rows}–{shape[0] - 1} are not in the source; pass fill="
-            )
+            missing = f"rows {layout.rows} to {shape[0] - 1}"
+            raise AlignmentError(f"{source.names[0]}: {missing} are not shared; pass the VLM's tensor as fill")
         own = read(source.names[0])
         result = fill.to(torch.promote_types(fill.dtype, own.dtype), copy=True)
         result[: layout.rows] = own[: layout.rows]

@@ -7,7 +7,7 @@ no other prefix passes.
 
 from __future__ import annotations
 
-import os
+import itertools
 import re
 from typing import TYPE_CHECKING
 
@@ -76,10 +76,10 @@ def _mismatch(vlm: Checkpoint, place: Place, donor: TextView) -> str | None:
 def _head_name(vlm: Checkpoint, prefix: str) -> str:
     """The head that belongs to a prefix: the one that shares the longest beginning with it; `lm_head` by default."""
     names = [name.removesuffix(".weight") for name in vlm.tensors if name.endswith("lm_head.weight")]
+    pieces = prefix.split(".")
 
     def shared(name: str) -> int:
-        return next(
-            (i for i, (a, b) in enumerate(zip(name, prefix, strict=False)) if a != b), min(len(name), len(prefix))
-        )
+        pairs = zip(name.split("."), pieces, strict=False)
+        return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
     return max(names, key=shared, default="lm_head")
