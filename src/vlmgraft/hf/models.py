@@ -1,0 +1,115 @@
+"""Loading transformers models, and finding the text model's linear layers inside any of them.
+
+Names on disk are not module names: a linear layer is found by its role in the text model, such as
+"layers.3.self_attn.q_proj.weight", which is the end of its tensor name in every family.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+from vlmgraft.errors import AlignmentError, CheckpointError
+
+_ROLE = re.compile(r"(?:^|\.)(layers\.\d+\..+)$")
+
+
+def load_vlm(path: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu") -> Any:
+    """The vision-language model of a folder or hub id, in evaluation mode; raises CheckpointError."""
+    return _load(AutoModelForImageTextToText, path, dtype, device)
+
+
+def load_text_model(path: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu") -> Any:
+    """The text LLM of a folder or hub id, in evaluation mode; raises CheckpointError."""
+    return _load(AutoModelForCausalLM, path, dtype, device)
+
+
+def load_processor(path: str | Path) -> Any:
+    """The processor of a VLM, or the tokenizer of a text LLM; raises CheckpointError."""
+    try:
+        return AutoProcessor.from_pretrained(_source(path))
+    except (ValueError, OSError) as error:
+        try:
+            return AutoTokenizer.from_pretrained(_source(path))
+        except (ValueError, OSError):
+            raise CheckpointError(f"{path}: no processor or tokenizer can be loaded: {error}") from error
+
+
+def tokenizer_of(processor: Any) -> Any:
+    """The tokenizer inside a processor; a tokenizer is its own."""
+    return getattr(processor, "tokenizer", processor)
+
+
+def text_model(model: Any) -> Any:
+    """The decoder stack of the language model: the module with token embeddings and as many layers as the text
+    configuration says. Raises AlignmentError when none or several fit.
+
+    Vision towers have `layers` too, but no `embed_tokens`; a suffix alone would not tell them apart.
+    """
+    depth = model.config.get_text_config(decoder=True).num_hidden_layers
+    found = [
+        module
+        for module in model.modules()
+        if isinstance(getattr(module, "layers", None), nn.ModuleList)
+        and hasattr(module, "embed_tokens")
+        and len(module.layers) == depth
+    ]
+    if len(found) != 1:
+        raise AlignmentError(f"{type(model).__name__}: {len(found)} modules look like a text model of {depth} layers")
+    return found[0]
+
+
+def output_head(model: Any) -> nn.Module:
+    """The layer from hidden states to logits."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise AlignmentError(f"{type(model).__name__} has no output head; load it with its language-model class")
+    return head
+
+
+def text_linears(model: Any) -> dict[str, nn.Linear]:
+    """Role → linear layer, for every linear layer inside the decoder layers."""
+    return {
+        f"{name}.weight": module
+        for name, module in text_model(model).named_modules()
+        if name.startswith("layers.") and isinstance(module, nn.Linear)
+    }
+
+
+def role_of(name: str) -> str:
+    """The role of a tensor of the text model, from its name on disk; the name itself outside decoder layers."""
+    match = _ROLE.search(name)
+    return match.group(1) if match else name
+
+
+def match_linears(model: Any, names: Iterable[str]) -> dict[str, nn.Linear]:
+    """Tensor name (on disk, or a role) → linear layer of the model; raises AlignmentError naming what has none."""
+    linears = text_linears(model)
+    result = {}
+    for name in names:
+        if role_of(name) not in linears:
+            raise AlignmentError(
+                f"{name}: no linear layer {role_of(name)!r} in {type(model).__name__}; gates act on linear layers of "
+                "the text model only, so leave this tensor out of `modules`"
+            )
+        result[name] = linears[role_of(name)]
+    return result
+
+
+def _load(auto: Any, path: str | Path, dtype: torch.dtype | str, device: torch.device | str) -> Any:
+    try:
+        model = auto.from_pretrained(_source(path), dtype=dtype)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be loaded as {auto.__name__[len('AutoModelFor') :]}: {error}") from error
+    return model.to(device).eval()
+
+
+def _source(path: str | Path) -> str:
+    """A folder as it is, or a hub id; `id@revision` is resolved by the checkpoint index, not here."""
+    return str(path)
