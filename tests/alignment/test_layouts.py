@@ -98,7 +98,7 @@ def test_what_cannot_be_assembled_is_refused() -> None:
         assemble(Source(("embed",), Layout("rows", rows=4)), read, (6, 2))
     with pytest.raises(AlignmentError, match=r"assembled to \(4, 2\), not \(3, 2\)"):
         assemble(Source(("embed",), WHOLE), read, (3, 2))
-    with pytest.raises(ValueError, match="give 12 rows"):
+    with pytest.raises(ValueError, match="are not 13 rows"):
         part_shapes(Form("wqkv", heads=(1, 2, 3)), (13, 5))
     with pytest.raises(ValueError, match="odd number"):
         part_shapes(Form("gate_up", count=1), (1, 3, 5))

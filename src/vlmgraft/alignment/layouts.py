@@ -86,7 +86,7 @@ def part_shapes(form: Form, shape: Shape) -> list[Shape]:
     if form.kind == "wqkv":
         heads, group, dim = form.heads
         if shape[0] != heads * (group + 2) * dim:
-            raise ValueError(f"{heads} key-value heads × ({group} + 2) × head size {dim} give {shape[0]} rows")
+            raise ValueError(f"{heads} key-value heads × ({group} + 2) × head size {dim} are not {shape[0]} rows")
         return [(heads * n * dim, *shape[1:]) for n in (group, 1, 1)]
     out, inner = (shape[2], shape[1]) if form.transposed else (shape[1], shape[2])
     if form.kind == "gate_up":

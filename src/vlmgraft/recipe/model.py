@@ -1,0 +1,246 @@
+"""The recipe: what is merged into what, by which method, over which modules and layers, and how it is written.
+
+Loading is strict: an unknown key is refused with the nearest valid one named, a value that does not fit with its path
+and the value itself. A loaded recipe holds the method as the frozen dataclass of its file in `methods/`; dumping writes
+every option with the value it has, so that the file replays the run. Nothing here loads torch or transformers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, TypeAdapter, ValidationError, field_validator
+
+from vlmgraft.errors import RecipeError
+from vlmgraft.methods import METHODS
+from vlmgraft.recipe.keys import nearest, refuse_unknown
+from vlmgraft.recipe.mergekit import is_mergekit, translate
+from vlmgraft.records import write_text
+
+DEFAULT_MODULES = ("attention", "mlp")
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(value: str | int) -> int:
+    """Bytes of "5GB", "500 MB", "4GiB" or a number; raises ValueError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(value).strip())
+    if match is None or match[2].upper() not in _UNITS or float(match[1]) == 0:
+        raise ValueError(f"{value!r} is not a size such as 5GB, 500MB or 4GiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+class Output(BaseModel):
+    """How the merged checkpoint is written; its names, shapes and dtypes are the VLM's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    shard_size: str | int = Field("5GB", description="largest size of one file, in bytes or such as 5GB, 500MB, 4GiB")
+
+    @field_validator("shard_size")
+    @classmethod
+    def _readable(cls, value: str | int) -> str | int:
+        parse_size(value)
+        return value
+
+    @property
+    def shard_bytes(self) -> int:
+        """`shard_size` in bytes."""
+        return parse_size(self.shard_size)
+
+
+class Recipe(BaseModel):
+    """A validated recipe. `method` is an instance of one of `vlmgraft.methods.METHODS`, or None for an inspection."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    vlm: str = Field(description="the vision-language model: a local folder or a hub id, optionally with @revision")
+    donor: str = Field(description="the text model whose reasoning is grafted: folder or hub id")
+    donor_base: str | None = Field(None, description="the model the donor was tuned from: folder or hub id")
+    vlm_base: str | None = Field(None, description="the text model the VLM was built on; only some methods need it")
+    method: Any = Field(None, description="name of a method, or a mapping of its name and options")
+    modules: tuple[str, ...] = Field(DEFAULT_MODULES, description="groups, or patterns on tensor names")
+    layers: Literal["all"] | int | str | tuple[int, ...] = Field(
+        "all", description="all, a range such as 0-27, or a list"
+    )
+    output: Output = Field(default=Output(shard_size="5GB"))
+
+    _notes: tuple[str, ...] = PrivateAttr(default=())
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a translation from another tool's format changed."""
+        return self._notes
+
+
+def load_recipe(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), *, need_method: bool = True
+) -> Recipe:
+    """Read, override and validate a recipe.
+
+    Args:
+        source: a YAML file, or its content as a mapping; mergekit's format is translated for the methods both have.
+        overrides: `key=value` with dotted keys and YAML values, such as "method.scale=0.5"; applied after translation.
+        need_method: refuse a recipe without `method`.
+    Raises:
+        RecipeError: with the path, the value, the nearest valid key or what to write instead.
+    """
+    raw = _read(source)
+    notes: tuple[str, ...] = ()
+    if is_mergekit(raw):
+        raw, notes = translate(raw)
+    for override in overrides:
+        _apply(raw, override)
+    options = _with_name(raw.get("method"))
+    refuse_unknown(raw, Recipe.model_fields, "", inner=_option_names(options))
+    method = _load_method(options) if options is not None else None
+    if method is None and need_method:
+        raise RecipeError(f"method: missing; write `method: {{name: …}}` with one of {', '.join(METHODS)}")
+    for key in sorted(getattr(method, "needs", ())):
+        if not raw.get(key):
+            raise RecipeError(f"{key}: method {options['name']} needs it" + _WHAT.get(key, "") if options else key)
+    if raw.get("modules") is None:
+        raw["modules"] = tuple(getattr(method, "default_modules", DEFAULT_MODULES))
+    raw["modules"] = [raw["modules"]] if isinstance(raw["modules"], str) else raw["modules"]
+    try:
+        recipe = Recipe.model_validate({**raw, "method": method})
+    except ValidationError as error:
+        raise _as_recipe_error(error, "", Recipe.model_fields) from None
+    recipe._notes = notes
+    return recipe
+
+
+_WHAT = {
+    "donor_base": ": give the model the donor was tuned from (the task vector is their difference)",
+    "vlm_base": ": give the text model the VLM was built on (its own task vector is their difference)",
+}
+
+
+def dump_recipe(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain YAML values, every option written out; `load_recipe` of it gives an equal recipe."""
+    plain = recipe.model_dump(mode="json", exclude={"method"}, exclude_none=True)
+    if recipe.method is None:
+        return plain
+    cls = type(recipe.method)
+    options = _adapter(cls).dump_python(recipe.method, mode="json", exclude_none=True)
+    before: dict[str, Any] = {key: plain.pop(key) for key in ("vlm", "donor", "donor_base", "vlm_base") if key in plain}
+    return {**before, "method": {"name": cls.name, **options}, **plain}
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write the recipe as YAML, atomically."""
+    write_text(path, yaml.safe_dump(dump_recipe(recipe), sort_keys=False, allow_unicode=True))
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a recipe, one alternative per registered method."""
+    schema = Recipe.model_json_schema()
+    shared: dict[str, Any] = schema.setdefault("$defs", {})
+    alternatives: list[dict[str, Any]] = [{"enum": list(METHODS)}]
+    for name, cls in METHODS.items():
+        one = _adapter(cls).json_schema(ref_template="#/$defs/{model}")
+        shared.update(one.pop("$defs", {}))
+        properties = {"name": {"const": name}, **one.get("properties", {})}
+        required = ["name", *one.get("required", [])]
+        alternatives.append({**one, "properties": properties, "required": required, "additionalProperties": False})
+    schema["properties"]["method"] = {"description": Recipe.model_fields["method"].description, "oneOf": alternatives}
+    return schema
+
+
+def _adapter(cls: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(cls)
+
+
+def _read(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """The raw mapping of a recipe file or a mapping (copied)."""
+    if isinstance(source, Mapping):
+        return yaml.safe_load(yaml.safe_dump(_plain(source)))
+    path = Path(source)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror}); give a recipe in YAML") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping (vlm: …, donor: …, method: …), this is {type(raw).__name__}")
+    return raw
+
+
+def _plain(value: Any) -> Any:
+    """Mappings and sequences as dicts and lists, paths as text; the rest as it is."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    """Set one dotted key of the raw recipe from `key=value`."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"--set {override!r}: write key=value, such as method.scale=0.5")
+    *path, last = key.strip().split(".")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RecipeError(f"--set {override!r}: {text!r} is not a YAML value") from None
+    target = raw
+    for step in path:
+        if step == "method":
+            target["method"] = _with_name(target.get("method")) or {}
+        inner = target.setdefault(step, {})
+        if not isinstance(inner, dict):
+            raise RecipeError(f"--set {override!r}: {step} is {inner!r}, not a mapping")
+        target = inner
+    target[last] = value
+
+
+def _with_name(method: Any) -> dict[str, Any] | None:
+    """The method section as a mapping; a bare name stands for its defaults."""
+    if method is None or isinstance(method, dict):
+        return method
+    if isinstance(method, str):
+        return {"name": method}
+    raise RecipeError(f"method: {method!r} is neither a name nor a mapping with a name; methods: {', '.join(METHODS)}")
+
+
+def _option_names(options: dict[str, Any] | None) -> list[str]:
+    """Option names of the method a recipe names, to recognise one that was written a level too high."""
+    cls = METHODS.get(str(options.get("name"))) if options else None
+    return [field.name for field in dataclasses.fields(cls)] if cls else []  # type: ignore[arg-type]
+
+
+def _load_method(options: dict[str, Any]) -> Any:
+    """The method's dataclass from its mapping."""
+    name = options.get("name")
+    if name not in METHODS:
+        near = nearest(str(name), METHODS)
+        raise RecipeError(f"method.name: {name!r} is no method{near}; methods: {', '.join(METHODS)}")
+    cls, given = METHODS[name], {key: value for key, value in options.items() if key != "name"}
+    refuse_unknown(given, cls, "method.")
+    try:
+        return _adapter(cls).validate_python(given)
+    except ValidationError as error:
+        raise _as_recipe_error(error, "method.", [field.name for field in dataclasses.fields(cls)]) from None
+    except ValueError as error:
+        raise RecipeError(f"method {name}: {error}") from None
+
+
+def _as_recipe_error(error: ValidationError, prefix: str, keys: Any) -> RecipeError:
+    """Pydantic's first complaints in our words: path, value, what is expected."""
+    lines = []
+    for item in error.errors(include_url=False)[:3]:
+        path = prefix + ".".join(str(step) for step in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{path}: unknown key{nearest(str(item['loc'][-1]), keys)}")
+        elif item["type"] in ("missing", "missing_argument"):
+            lines.append(f"{path}: missing")
+        else:
+            lines.append(f"{path}: {item['msg']}, got {item['input']!r}")
+    return RecipeError("; ".join(dict.fromkeys(lines)))
