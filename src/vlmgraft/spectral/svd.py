@@ -67,7 +67,7 @@ def decompose_matrix(tau: Float[Tensor, "out in"], rank: Rank = "full", *, name:
     check_rank(rank)
     if tau.ndim != 2 or 0 in tau.shape:
         raise NumericalError(f"{name}: shape {tuple(tau.shape)} is not a matrix with entries")
-    tau = tau.float()
+    tau = tau.detach().float()
     energy = float(torch.linalg.vector_norm(tau, dtype=torch.float64).square())
     if not torch.isfinite(tau).all():
         bad = int((~torch.isfinite(tau)).sum())

@@ -1,0 +1,82 @@
+"""Gates over singular directions: the result of FRISM's second stage, in memory and as a folder.
+
+A folder holds `gates.safetensors` (VLM tensor name on disk → float32 logits g [r]), `gates.json` (scale λ, how the
+gates were made, the digest of the factors they belong to, versions) and `training.jsonl` (one row per logged step).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vlmgraft.errors import CheckpointError
+from vlmgraft.records import read_rows, write_json, write_rows
+
+HISTOGRAM_BINS = 10
+
+
+@dataclass(frozen=True)
+class Gates:
+    """Gate logits g per tensor; W(g) = W_vlm + λ U diag(σ(g) ⊙ s) Vh.
+
+    logits: float32 on the CPU, one per kept singular direction. scale: λ. settings: how they were learned.
+    log: rows of the training log. factors: digest of the factor store they belong to, if it has one.
+    """
+
+    logits: Mapping[str, Float[Tensor, " r"]]
+    scale: float
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    log: tuple[Mapping[str, Any], ...] = ()
+    factors: str | None = None
+
+    def open(self, name: str) -> Float[Tensor, " r"]:
+        """σ(g): how far each direction is open, 0 to 1."""
+        return self.logits[name].sigmoid()
+
+    def spectrum(self, name: str, s: Float[Tensor, " r"]) -> Float[Tensor, " r"]:
+        """λ σ(g) ⊙ s in float32, on the device of s; raises CheckpointError when the lengths differ."""
+        if self.logits[name].shape != s.shape:
+            raise CheckpointError(
+                f"{name}: {len(self.logits[name])} gates for {len(s)} directions; these gates belong to other factors"
+            )
+        return self.scale * self.open(name).to(s.device) * s.float()
+
+    def save(self, folder: Path) -> None:
+        """Write the folder; gates.json last, so a folder with it is complete."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: value.contiguous() for name, value in self.logits.items()}, folder / "gates.safetensors")
+        write_rows(folder / "training.jsonl", self.log)
+        write_json(folder / "gates.json", {"scale": self.scale, "factors": self.factors, **self.settings})
+
+
+def load_gates(folder: str | Path) -> Gates:
+    """Read a gates folder; raises CheckpointError when it is incomplete or unreadable."""
+    folder = Path(folder)
+    try:
+        settings = json.loads((folder / "gates.json").read_text(encoding="utf-8"))
+        logits = load_file(folder / "gates.safetensors")
+        scale, factors = float(settings.pop("scale")), settings.pop("factors", None)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: not a complete gates folder ({error}); learn the gates again") from error
+    log = folder / "training.jsonl"
+    return Gates(logits, scale, settings, tuple(read_rows(log)) if log.is_file() else (), factors)
+
+
+def constant_gates(sizes: Mapping[str, int], logit: float, scale: float) -> Gates:
+    """The same logit everywhere: 0 is task arithmetic at λ/2, +inf at λ, −inf the VLM itself."""
+    return Gates({name: torch.full((size,), logit) for name, size in sizes.items()}, scale)
+
+
+def histogram(opened: Float[Tensor, " n"]) -> list[float]:
+    """Shares of the gates in ten equal bins from closed to open."""
+    counts = torch.histc(opened.detach().float().cpu(), bins=HISTOGRAM_BINS, min=0, max=1)
+    return [round(float(count) / max(1, opened.numel()), 4) for count in counts]

@@ -1,0 +1,294 @@
+"""FRISM's second stage: gates learned by self-distillation, without labels (METHODS.md, section 2).
+
+    loss = KL(P_vlm ‖ P_W(g)) + α · injection        W(g) = W_vlm + λ U diag(σ(g) ⊙ s) Vh, only g is trained
+
+The KL is averaged over the tokens of the original VLM's own greedy answers. The injection term is `energy`,
+−Σ‖σ(g) ⊙ s‖² / Σ‖s‖² (published), or `donor`, KL(P_donor ‖ P_W(g)) on the donor's own greedy answers to unlabelled text
+questions (ours). α is given (`inject_weight`), or follows a drift budget in nats per token (`kl_budget`), measured on
+held-out prompts.
+
+In memory, many times in one process:
+
+    distiller = Distiller(vlm, processor, factors, questions, held_out=more_questions)    # caches the teacher once
+    donor = distiller.donor_targets(donor_model, donor_tokenizer, text_questions)          # caches the donor once
+    gates = distiller.learn(scale=1.25, inject="energy", inject_weight=0.1, steps=150)
+    gates = distiller.learn(scale=1.25, inject="donor", donor=donor, inject_weight=1.0, steps=150)
+    gates = distiller.learn(scale=1.25, inject="donor", donor=donor, kl_budget=0.01)
+    distiller.keep_kl(gates), distiller.keep_kl(weights_by_tensor_name), distiller.keep_kl(merged_model, targets)
+    with distiller.applied(gates): generate(vlm, processor, questions, 32)                 # the gated model in memory
+
+`factors` maps VLM tensor names on disk to `Factors`; the model is left exactly as it was between calls.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vlmgraft.errors import DataError, NumericalError, RecipeError
+from vlmgraft.hf.data import Progress, Question
+from vlmgraft.hf.models import match_linears
+from vlmgraft.spectral.factors import Factors
+from vlmgraft.spectral.gates import Gates, histogram
+from vlmgraft.training.budget import BudgetControl, FixedWeight
+from vlmgraft.training.gate_vector import GateVector, Granularity
+from vlmgraft.training.gated import Backend, GatedLayers, gated
+from vlmgraft.training.targets import Targets, build_targets
+
+Inject = Literal["energy", "donor"]
+
+DEFAULT_WEIGHT = {"energy": 0.1, "donor": 1.0}
+MONITOR_EVERY = 4
+FEW_PROMPTS = 128
+
+
+@dataclass(frozen=True)
+class Training:
+    """Settings of one training of gates; the fields are those of the recipe's `method`."""
+
+    scale: float = 1.0
+    inject: Inject = "energy"
+    inject_weight: float | None = None
+    kl_budget: float | None = None
+    granularity: Granularity = "direction"
+    steps: int = 200
+    learning_rate: float = 0.05
+    seed: int = 0
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        if self.inject not in DEFAULT_WEIGHT:
+            raise RecipeError(f'inject: {self.inject!r} is neither "energy" nor "donor"')
+        if self.inject_weight is not None and self.kl_budget is not None:
+            raise RecipeError("inject_weight and kl_budget exclude each other: the budget sets the weight")
+        if self.kl_budget is not None and not self.kl_budget > 0:
+            raise RecipeError(f"kl_budget: {self.kl_budget} must be above 0; a zero budget is the VLM itself")
+        if self.steps < 0 or not self.learning_rate > 0:
+            raise RecipeError(f"steps ({self.steps}) and learning_rate ({self.learning_rate}) must be positive")
+
+    def learning_rate_at(self, step: int) -> float:
+        """Cosine from the learning rate to a twentieth of it: without decay the drift never settles on a budget."""
+        return self.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / max(1, self.steps))))
+
+
+@dataclass
+class Distiller:
+    """Holds a VLM, its factors and the cached targets; see the module's text.
+
+    targets, held_out_targets: what the teacher says to `questions` and `held_out`. Raises DataError and
+    AlignmentError before anything is computed when they do not fit.
+    """
+
+    model: Any
+    processor: Any
+    factors: Mapping[str, Factors]
+    questions: Sequence[Question]
+    held_out: Sequence[Question] = ()
+    max_new_tokens: int = 64
+    batch_size: int = 48
+    packing: str = "shuffle"
+    backend: Backend = "auto"
+    seed: int = 0
+    progress: Progress | None = None
+    linears: dict[str, nn.Linear] = field(init=False)
+    targets: Targets = field(init=False)
+    held_out_targets: Targets | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.linears = match_linears(self.model, self.factors)
+        self.targets = self.teacher_targets(self.questions)
+        if self.held_out:
+            self.held_out_targets = self.teacher_targets(self.held_out)
+
+    def teacher_targets(self, questions: Sequence[Question]) -> Targets:
+        """The original VLM's answers and log-probabilities for these questions."""
+        own = (self.model, self.processor)
+        return self._build(own, questions, self.batch_size)
+
+    def donor_targets(self, donor: Any, tokenizer: Any, questions: Sequence[Question], batch_size: int = 16) -> Targets:
+        """The donor's answers to text questions, as targets for the VLM; the donor is not needed afterwards."""
+        if any(question.images for question in questions):
+            raise DataError("donor questions are text only: the donor sees no images")
+        return self._build((donor, tokenizer), questions, batch_size)
+
+    def _build(self, teacher: tuple[Any, Any], questions: Sequence[Question], batch_size: int) -> Targets:
+        return build_targets(
+            teacher,
+            (self.model, self.processor),
+            questions,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=batch_size,
+            packing=self.packing,
+            seed=self.seed,
+            progress=self.progress,
+        )
+
+    @contextmanager
+    def applied(self, gates: Gates | Mapping[str, Tensor]) -> Iterator[Any]:
+        """The model with gates, or with other weights (tensor name → matrix), inside the context."""
+        if isinstance(gates, Gates):
+            with self._gated() as layers, torch.no_grad():
+                layers.set({name: gates.spectrum(name, self.factors[name].s) for name in self.factors})
+                yield self.model
+            return
+        linears = match_linears(self.model, gates)
+        before = {name: linear.weight.data for name, linear in linears.items()}
+        try:
+            for name, linear in linears.items():
+                linear.weight.data = gates[name].to(linear.weight)
+            yield self.model
+        finally:
+            for name, linear in linears.items():
+                linear.weight.data = before[name]
+
+    def keep_kl(
+        self,
+        what: Gates | Mapping[str, Tensor] | nn.Module | None,
+        held_out: Sequence[Question] | Targets | None = None,
+    ) -> float:
+        """Drift KL(P_vlm ‖ P) in nats per answer token, for gates, other weights, another model, or (None) the VLM.
+
+        held_out: questions or cached targets; default: the distiller's own held-out set. Another model must read the
+        VLM's processor; its own embeddings and vision tower are used.
+        """
+        targets = self._held_out(held_out)
+        if what is None:
+            return targets.mean_kl(self.model)
+        if isinstance(what, nn.Module):
+            return targets.mean_kl(what, replayed=False)
+        with self.applied(what) as model:
+            return targets.mean_kl(model)
+
+    def learn(
+        self,
+        scale: float = 1.0,
+        *,
+        donor: Targets | None = None,
+        start: Gates | float = 0.0,
+        on_step: Callable[[dict[str, Any]], None] | None = None,
+        **settings: Any,
+    ) -> Gates:
+        """Train gates and return them frozen; `settings` are the other fields of `Training`.
+
+        start: warm start, or one logit for all. on_step: called with every logged row. Raises RecipeError when the
+        settings ask for targets that were not given, NumericalError when the loss stops being finite.
+        """
+        training = Training(scale=scale, **settings)
+        if training.inject == "donor" and donor is None:
+            raise RecipeError("inject: donor needs `donor`, the targets made by donor_targets from text questions")
+        if training.kl_budget is not None:
+            self._check_budget()
+        vector = GateVector(self.factors, training.granularity, start, self.model.device)
+        with self._gated() as layers:
+            run = _Run(self, training, vector, layers, donor, on_step)
+            run.train()
+        return Gates(vector.frozen(), scale, run.summary(), tuple(run.log))
+
+    def _gated(self) -> Any:
+        return gated(self.model, self.linears, self.factors, self.backend)
+
+    def _held_out(self, held_out: Sequence[Question] | Targets | None) -> Targets:
+        if isinstance(held_out, Targets):
+            return held_out
+        if held_out is not None:
+            return self.teacher_targets(held_out)
+        if self.held_out_targets is None:
+            raise DataError("no held-out questions: give the distiller `held_out`, or pass questions here")
+        return self.held_out_targets
+
+    def _check_budget(self) -> None:
+        if self.held_out_targets is None:
+            raise RecipeError("kl_budget is measured on prompts that are not trained on: give held-out questions")
+        if self.held_out_targets.questions < FEW_PROMPTS:
+            warnings.warn(
+                f"kl_budget is measured on {self.held_out_targets.questions} held-out prompts; below {FEW_PROMPTS} the "
+                "measured drift is noisy",
+                stacklevel=3,
+            )
+
+
+@dataclass
+class _Run:
+    """One training: the loop and what it logs."""
+
+    distiller: Distiller
+    training: Training
+    vector: GateVector
+    layers: GatedLayers
+    donor: Targets | None
+    on_step: Callable[[dict[str, Any]], None] | None
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        training = self.training
+        start = DEFAULT_WEIGHT[training.inject] if training.inject_weight is None else training.inject_weight
+        self.control: FixedWeight | BudgetControl = FixedWeight(start)
+        if training.kl_budget is not None:
+            self.control = BudgetControl(training.kl_budget, start)
+        self.optimizer = torch.optim.Adam([self.vector.logits], lr=training.learning_rate)
+
+    def train(self) -> None:
+        """The loop: observe the drift, one gradient step, log."""
+        training, progress = self.training, self.distiller.progress
+        keep = self.distiller.targets.order(training.seed)
+        donor = self.donor.order(training.seed + 1) if training.inject == "donor" and self.donor else None
+        for step in range(training.steps):
+            self._observe(step)
+            for group in self.optimizer.param_groups:
+                group["lr"] = training.learning_rate_at(step)
+            row = self._step(next(keep), next(donor) if donor else None)
+            if step % training.log_every == 0 or step == training.steps - 1:
+                self._record({"step": step, **row})
+            if progress is not None:
+                progress(step + 1, training.steps, "gates")
+        if isinstance(self.control, BudgetControl):
+            self.held_out_kl = self._measure()
+
+    def _step(self, keep: Any, donor: Any) -> dict[str, float]:
+        """One gradient step; returns its figures."""
+        spectra, share = self.vector.spectra(self.training.scale)
+        self.layers.set(spectra)
+        model, weight = self.distiller.model, self.control.weight
+        kl = keep.kl(model).mean()
+        injection = -share if donor is None else donor.kl(model).mean()
+        loss = kl + weight * injection
+        if not torch.isfinite(loss):
+            raise NumericalError(f"the loss is {float(loss)}: lower learning_rate ({self.training.learning_rate})")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.control.step()
+        figures = {"loss": loss, "kl": kl, "inject": injection, "energy": share}
+        return {key: round(float(value.detach()), 7) for key, value in figures.items()} | {"inject_weight": weight}
+
+    def _observe(self, step: int) -> None:
+        if isinstance(self.control, BudgetControl) and step % MONITOR_EVERY == 0:
+            self.control.observe(self._measure())
+
+    @torch.no_grad()
+    def _measure(self) -> float:
+        assert self.distiller.held_out_targets is not None  # checked before the run was built
+        self.layers.set(self.vector.spectra(self.training.scale)[0])
+        return self.distiller.held_out_targets.mean_kl(self.distiller.model)
+
+    def _record(self, row: dict[str, Any]) -> None:
+        row["histogram"] = histogram(self.vector.opened())
+        self.log.append(row)
+        if self.on_step is not None:
+            self.on_step(row)
+
+    def summary(self) -> dict[str, Any]:
+        """How the gates were made, for gates.json."""
+        training = self.training
+        fields = ("inject", "kl_budget", "granularity", "steps", "learning_rate", "seed")
+        summary = {key: getattr(training, key) for key in fields} | {"inject_weight": self.control.weight}
+        if isinstance(self.control, BudgetControl):
+            summary["held_out_kl"] = self.held_out_kl
+        return summary | {"energy": float(self.vector.spectra(1.0)[1].detach())}
