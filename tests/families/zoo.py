@@ -46,6 +46,7 @@ DONORS: dict[str, tuple[str, str]] = {
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config"),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config"),
     "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig"),
+    "gemma": ("GemmaForCausalLM", "GemmaConfig"),
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig"),
 }
 
@@ -188,6 +189,19 @@ CASES: dict[str, Case] = {
         "gemma3",
         {"sliding_window": 8},
         {"sliding_window": 8},
+    ),
+    "paligemma": Case(
+        "paligemma",
+        "PaliGemma",
+        {
+            "vision_config": {**CLIP, "model_type": "siglip_vision_model"},
+            "image_token_index": 5,
+            "text_type": "gemma",
+            "tie_word_embeddings": True,
+        },
+        "gemma",
+        {"tie_word_embeddings": True},
+        {"tie_word_embeddings": True},
     ),
     "mistral3": Case(
         "mistral3",

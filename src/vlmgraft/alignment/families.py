@@ -49,6 +49,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("internvl", ("internvl",), (WRAPPED, NESTED), "qwen2"),
     Family("internvl_chat", ("internvl_chat",), (WRAPPED, Place("language_model.model.", "language_model.output"))),
     Family("gemma3", ("gemma3",), (WRAPPED, NESTED), "gemma3"),
+    Family("paligemma", ("paligemma",), (WRAPPED, NESTED), "gemma"),
     Family("mistral3", ("mistral3",), (WRAPPED, NESTED), "mistral"),
 )
 
