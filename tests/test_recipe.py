@@ -79,6 +79,10 @@ def test_overrides_reach_every_level_and_are_typed() -> None:
         ({"method": {"name": "sampel"}}, "'sampel' is no method; did you mean 'sample'"),
         ({"method": {"scale": 1}}, "None is no method"),
         ({"method": {"name": "sample", "rule": "other"}}, r"method\.rule: .*'truncate' or 'star', got 'other'"),
+        (
+            {"method": {"name": "sample", "scale": "much"}},
+            r"^method\.scale: .*valid number.* or .*valid list.* or .*valid dict\w+, got 'much'$",
+        ),
         ({"method": 3}, "neither a name nor a mapping"),
         ({"method": None}, "method: missing"),
         ({"vlm_base": None}, "vlm_base: method sample needs it: give the text model"),

@@ -126,7 +126,9 @@ def dump_recipe(recipe: Recipe) -> dict[str, Any]:
     if recipe.method is None:
         return plain
     cls = type(recipe.method)
-    options = _adapter(cls).dump_python(recipe.method, mode="json", exclude_none=True)
+    unset = {field.name for field in dataclasses.fields(cls) if field.default is None}
+    options = _adapter(cls).dump_python(recipe.method, mode="json")
+    options = {key: value for key, value in options.items() if value is not None or key not in unset}
     before: dict[str, Any] = {key: plain.pop(key) for key in ("vlm", "donor", "donor_base", "vlm_base") if key in plain}
     return {**before, "method": {"name": cls.name, **options}, **plain}
 
@@ -233,14 +235,20 @@ def _load_method(options: dict[str, Any]) -> Any:
 
 
 def _as_recipe_error(error: ValidationError, prefix: str, keys: Any) -> RecipeError:
-    """Pydantic's first complaints in our words: path, value, what is expected."""
-    lines = []
-    for item in error.errors(include_url=False)[:3]:
-        path = prefix + ".".join(str(step) for step in item["loc"])
+    """Pydantic's complaints in our words: path, value, what is expected; the branches of a union become one line."""
+    lines: dict[str, tuple[list[str], Any]] = {}
+    found = error.errors(include_url=False)
+    for item in found:
+        same = [other for other in found if other["loc"][:1] == item["loc"][:1] and other["input"] == item["input"]]
+        path = prefix + ".".join(str(step) for step in (item["loc"][:1] if len(same) > 1 else item["loc"]))
         if item["type"] == "extra_forbidden":
-            lines.append(f"{path}: unknown key{nearest(str(item['loc'][-1]), keys)}")
+            lines[path] = [f"unknown key{nearest(str(item['loc'][-1]), keys)}"], None
         elif item["type"] in ("missing", "missing_argument"):
-            lines.append(f"{path}: missing")
+            lines[path] = ["missing"], None
         else:
-            lines.append(f"{path}: {item['msg']}, got {item['input']!r}")
-    return RecipeError("; ".join(dict.fromkeys(lines)))
+            lines.setdefault(path, ([], item["input"]))[0].append(item["msg"])
+    said = (
+        f"{path}: {' or '.join(dict.fromkeys(expected))}" + (f", got {value!r}" if value is not None else "")
+        for path, (expected, value) in lines.items()
+    )
+    return RecipeError("; ".join(said))
