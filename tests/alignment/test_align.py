@@ -195,12 +195,14 @@ def test_a_listed_family_under_unusual_names_falls_back_to_structure() -> None:
     assert "names unusual for llava" in alignment.notes[0] and len(alignment.merged) == 14
 
 
-def test_work_grows_linearly_with_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("model_type", ["llava", "unlisted"])
+def test_work_grows_linearly_with_tensors(model_type: str) -> None:
     """Function calls per tensor do not grow with the number of tensors (counted, not timed)."""
 
     def calls(layers: int) -> int:
-        shapes = {**tower(layers=layers), **decoder("language_model.model.", "language_model.lm_head", layers)}
-        vlm = headers("vlm", shapes, {"model_type": "llava", "text_config": LLAMA})
+        towers = {name: shape for number in range(layers) for name, shape in tower(f"tower.{number}.", 1).items()}
+        shapes = {**towers, **decoder("language_model.model.", "language_model.lm_head", layers)}
+        vlm = headers("vlm", shapes, {"model_type": model_type, "text_config": LLAMA})
         donor, base = (headers(name, decoder("model.", "lm_head", layers), LLAMA) for name in ("donor", "base"))
         count = 0
 

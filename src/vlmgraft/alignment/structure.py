@@ -7,6 +7,7 @@ no other prefix passes.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from vlmgraft.alignment.view import TextView, text_view
 from vlmgraft.errors import AlignmentError
 
 if TYPE_CHECKING:
-    from vlmgraft.checkpoint.index import Checkpoint
+    from vlmgraft.checkpoint.index import Checkpoint, TensorInfo
 
 _LAYER = re.compile(r"(.*?)layers\.(\d+)\.")
 
@@ -28,12 +29,16 @@ def locate(vlm: Checkpoint, donor: TextView) -> Place:
     Raises:
         AlignmentError: no prefix passes (with the reason for each) or several do.
     """
-    prefixes = sorted({match[1] for name in vlm.tensors if (match := _LAYER.match(name))})
+    layered: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in vlm.tensors.items():
+        if match := _LAYER.match(name):
+            layered.setdefault(match[1], {})[name] = info
+    heads = [name.removesuffix(".weight") for name in vlm.tensors if name.endswith("lm_head.weight")]
     passed: list[Place] = []
     failed: list[str] = []
-    for prefix in prefixes:
-        place = Place(prefix, _head_name(vlm, prefix))
-        why = _mismatch(vlm, place, donor)
+    for prefix, tensors in sorted(layered.items()):
+        place = Place(prefix, _head_of(prefix, heads))
+        why = _mismatch(dataclasses.replace(vlm, tensors=tensors), place, donor)
         if why is None:
             passed.append(place)
         else:
@@ -47,7 +52,7 @@ def locate(vlm: Checkpoint, donor: TextView) -> Place:
             f"{head}: {', '.join(place.body + 'layers.*' for place in passed)} all fit the donor {donor.label}"
         )
     if failed:
-        reasons = "; ".join(failed)
+        reasons = "; ".join(failed[:4]) + ("; …" if len(failed) > 4 else "")
         raise AlignmentError(f"{head}: nothing has the layers of the donor {donor.label}. {reasons}")
     raise AlignmentError(f"{head}: it has no tensors named …layers.N.…")
 
@@ -73,13 +78,12 @@ def _mismatch(vlm: Checkpoint, place: Place, donor: TextView) -> str | None:
     return None
 
 
-def _head_name(vlm: Checkpoint, prefix: str) -> str:
+def _head_of(prefix: str, heads: list[str]) -> str:
     """The head that belongs to a prefix: the one that shares the longest beginning with it; `lm_head` by default."""
-    names = [name.removesuffix(".weight") for name in vlm.tensors if name.endswith("lm_head.weight")]
     pieces = prefix.split(".")
 
     def shared(name: str) -> int:
         pairs = zip(name.split("."), pieces, strict=False)
         return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
-    return max(names, key=shared, default="lm_head")
+    return max(heads, key=shared, default="lm_head")
