@@ -1,0 +1,133 @@
+"""How far donor and VLM have moved, per layer and module group: is merging safe?
+
+DRIFT (arXiv 2510.15050) finds merging harmless where the donor's task vector is small and does not oppose the VLM's
+own, and harmful where they differ much. Measured here, over all tensors that the alignment merges:
+
+    donor_norm ‖τ‖, τ = W_donor − W_base        vlm_norm ‖τ_vlm‖, τ_vlm = W_vlm − W_vlm_base
+    weight_norm ‖W_vlm‖                          cosine cos(τ_vlm, τ)
+
+Without `vlm_base`, τ_vlm is taken from `donor_base`: exact when both models descend from one base, else it also holds
+the difference of the two bases. Norms are of all tensors of a row together; sums run in float64 over float32 chunks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vlmgraft.alignment.align import AlignedTensor, Alignment
+from vlmgraft.alignment.layouts import assemble
+from vlmgraft.errors import AlignmentError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CHUNK = 1 << 18
+SMALL_RATIO, OPPOSED = 0.1, -0.1
+"""Our choice of where a table is called safe: ‖τ‖ ≤ 0.1 ‖W‖ and cosine ≥ −0.1 in every row; the paper has no number."""
+
+
+@dataclass(frozen=True)
+class Distance:
+    """One row: a module group of one layer (None outside the layers), with its norms and cosine."""
+
+    layer: int | None
+    group: str
+    weight_norm: float
+    donor_norm: float
+    vlm_norm: float
+    cosine: float
+
+    @property
+    def ratio(self) -> float:
+        """‖τ‖ / ‖W_vlm‖."""
+        return self.donor_norm / self.weight_norm if self.weight_norm else math.inf
+
+
+def measure_distances(
+    alignment: Alignment, progress: Callable[[int, int, str], None] | None = None
+) -> tuple[Distance, ...]:
+    """One row per layer and module group of the tensors that `alignment` merges, in the order of the VLM's file.
+
+    Raises:
+        AlignmentError: there is no donor_base to take the task vector from.
+    """
+    if alignment.donor_base is None:
+        raise AlignmentError("distances need donor_base: the donor's task vector is its difference from it")
+    sums: dict[tuple[int | None, str], list[float]] = {}
+    with ExitStack() as stack:
+        read = _Readers(alignment, stack)
+        for number, tensor in enumerate(alignment.merged):
+            row = sums.setdefault((tensor.layer, tensor.group), [0.0, 0.0, 0.0, 0.0])
+            for chunk in read.chunks(tensor):
+                row[:] = [total + float(part) for total, part in zip(row, _products(*chunk), strict=True)]
+            if progress is not None:
+                progress(number + 1, len(alignment.merged), tensor.name)
+    return tuple(_row(layer, group, *values) for (layer, group), values in sums.items())
+
+
+def judge(rows: tuple[Distance, ...]) -> tuple[bool, str]:
+    """Whether merging looks safe by DRIFT's diagnostic, and why, in words."""
+    moved = max(rows, key=lambda row: row.ratio)
+    opposed = min(rows, key=lambda row: row.cosine)
+    reasons = []
+    if moved.ratio > SMALL_RATIO:
+        reasons.append(f"the donor moved far from its base ({_where(moved)}: ‖τ‖ is {moved.ratio:.3f} of ‖W‖)")
+    if opposed.cosine < OPPOSED:
+        reasons.append(f"donor and VLM were tuned against each other ({_where(opposed)}: cosine {opposed.cosine:.3f})")
+    if reasons:
+        return False, "; ".join(reasons) + ": use a small scale, or a method that measures the drift"
+    return True, f"‖τ‖ ≤ {moved.ratio:.3f} ‖W‖ and cosine ≥ {opposed.cosine:.3f} everywhere"
+
+
+def _where(row: Distance) -> str:
+    return f"{row.group} of layer {row.layer}" if row.layer is not None else row.group
+
+
+def _row(layer: int | None, group: str, weight: float, donor: float, vlm: float, dot: float) -> Distance:
+    norms = math.sqrt(donor) * math.sqrt(vlm)
+    return Distance(layer, group, math.sqrt(weight), math.sqrt(donor), math.sqrt(vlm), dot / norms if norms else 0.0)
+
+
+def _products(vlm: Tensor, donor: Tensor, base: Tensor, vlm_base: Tensor) -> tuple[Tensor, ...]:
+    """‖W‖², ‖τ‖², ‖τ_vlm‖² and ⟨τ_vlm, τ⟩ of one chunk, float32 differences summed in float64."""
+    weight, tau, own = vlm.double(), (donor - base).double(), (vlm - vlm_base).double()
+    return weight.dot(weight), tau.dot(tau), own.dot(own), own.dot(tau)
+
+
+class _Readers:
+    """The four checkpoints open side by side; gives matching float32 chunks of one aligned tensor."""
+
+    def __init__(self, alignment: Alignment, stack: ExitStack) -> None:
+        from vlmgraft.checkpoint.reader import Reader
+
+        bases = (alignment.donor_base, alignment.vlm_base or alignment.donor_base)
+        self._own_base = alignment.vlm_base is not None
+        self._checkpoints = [one for one in (alignment.vlm, alignment.donor, *bases) if one is not None]
+        self._readers: list[Any] = [stack.enter_context(Reader(one)) for one in self._checkpoints]
+
+    def chunks(self, tensor: AlignedTensor) -> Iterator[tuple[Tensor, ...]]:
+        """(VLM, donor, donor_base, vlm_base or donor_base) as flat float32 pieces, whole where names are assembled."""
+        import torch
+
+        last = tensor.vlm_base if self._own_base else tensor.donor_base
+        sources = [source for source in (tensor.donor, tensor.donor_base, last) if source is not None]
+        info = self._checkpoints[0].tensors[tensor.name]
+        if not all(source.streamable for source in sources):
+            own = self._readers[0].tensor(tensor.name)
+            pairs = zip(sources, self._readers[1:], strict=True)
+            others = [assemble(source, reader.tensor, info.shape, fill=own) for source, reader in pairs]
+            yield tuple(whole.float().flatten() for whole in (own, *others))
+            return
+        kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+        names = [tensor.name, *(source.names[0] for source in sources)]
+        dtypes = [kinds[one.tensors[name].dtype] for one, name in zip(self._checkpoints, names, strict=True)]
+        total = math.prod(info.shape)
+        for start in range(0, total, CHUNK):
+            pieces = [torch.empty(min(CHUNK, total - start), dtype=dtype) for dtype in dtypes]
+            for name, reader, piece in zip(names, self._readers, pieces, strict=True):
+                reader.read_into(name, start, piece)
+            yield tuple(piece.float() for piece in pieces)
