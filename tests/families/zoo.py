@@ -7,6 +7,7 @@ are, so that cancellation errors would show.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,7 +73,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Trio:
-    """Folders of one case; `plain` and `plain_donor` are as transformers saved them, before `after`."""
+    """Folders of one case; `plain` holds the same four as transformers saved them, before `after`."""
 
     case: Case
     vlm: Path
@@ -80,7 +81,23 @@ class Trio:
     donor_base: Path
     vlm_base: Path
     plain: Path
-    plain_donor: Path
+
+    def in_vlm(self, role: str) -> dict[str, torch.Tensor]:
+        """The text model `role` in the VLM's place: float32 tensors by the VLM's names on disk, put there by transformers.
+
+        Independent of `vlmgraft.alignment`. Vocabulary rows that the text model does not have stay the VLM's.
+        """
+        model = T.AutoModelForImageTextToText.from_pretrained(self.plain / "vlm", dtype=torch.float32)
+        theirs = text_model(self.plain / role)
+        with torch.no_grad():
+            for name, parameter in text_parameters(model).items():
+                rows = min(len(parameter), len(theirs[name]))
+                parameter[:rows] = theirs[name][:rows].to(parameter.dtype)
+        folder = self.plain.parent / f"{role}_in_vlm"
+        if not folder.exists():
+            model.save_pretrained(folder)
+            self.case.after.get("vlm", lambda folder: None)(folder)
+        return load_file(folder / "model.safetensors")
 
 
 def transpose_experts(folder: Path) -> None:
@@ -226,16 +243,14 @@ def build(case: Case, root: Path) -> Trio:
     vlm = getattr(T, f"{case.vlm}ForConditionalGeneration")(getattr(T, f"{case.vlm}Config")(text_config=text, **config))
     class_name, text_config = DONORS[case.text]
     base = getattr(T, class_name)(getattr(T, text_config)(**{**TEXT, **case.donor_changes}))
-    saved = ("vlm", "plain", "donor_base", "vlm_base", "donor", "plain_donor")
-    folders = {name: root / name for name in saved}
-    for name in saved:
-        model = vlm if name in ("vlm", "plain") else base
-        if not name.startswith("plain"):
-            _spread(model, 0.2)
-        model.to(torch.bfloat16 if model is vlm else case.donor_dtype).save_pretrained(folders[name])
-    for name, rewrite in case.after.items():
-        rewrite(folders[name])
-    return Trio(case, **folders)
+    plain = root / "plain"
+    for name in ("vlm", "donor_base", "vlm_base", "donor"):
+        model, dtype = (vlm, torch.bfloat16) if name == "vlm" else (base, case.donor_dtype)
+        _spread(model, 0.2)
+        model.to(dtype).save_pretrained(plain / name)
+        shutil.copytree(plain / name, root / name)
+        case.after.get(name, lambda folder: None)(root / name)
+    return Trio(case, *(root / name for name in ("vlm", "donor", "donor_base", "vlm_base")), plain)
 
 
 def _spread(model: torch.nn.Module, amount: float) -> None:
@@ -245,16 +260,19 @@ def _spread(model: torch.nn.Module, amount: float) -> None:
             parameter += amount * torch.randn_like(parameter)
 
 
+def text_parameters(model: Any) -> dict[str, torch.Tensor]:
+    """Parameters of a model's language model and head, under the text model's own names."""
+    inner = model.model
+    body = getattr(inner, "language_model", None) or getattr(inner, "text_model", None) or inner
+    return {**dict(body.named_parameters()), "lm_head.weight": model.lm_head.weight}
+
+
 def text_model(folder: Path) -> dict[str, torch.Tensor]:
-    """Weights of the language model in a folder under the text model's own names, as transformers' modules have them.
+    """Weights of the language model in a folder, as transformers' modules have them.
 
     Independent of `vlmgraft.alignment`: it asks the loaded model for its language model and its head.
     """
-    config = json.loads((folder / "config.json").read_text())
-    vision = "vision_config" in config
+    vision = "vision_config" in json.loads((folder / "config.json").read_text())
     auto = T.AutoModelForImageTextToText if vision else T.AutoModelForCausalLM
     model = auto.from_pretrained(folder, dtype="auto")
-    inner = model.model
-    body = (getattr(inner, "language_model", None) or inner.text_model) if vision else inner
-    head = {"lm_head.weight": model.lm_head.weight.detach()}
-    return {**body.state_dict(), **head}
+    return {name: parameter.detach() for name, parameter in text_parameters(model).items()}
