@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -228,3 +229,16 @@ def test_paths_are_compared_after_resolving(tmp_path: Path) -> None:
     donor, base = (dataclasses.replace(qwen(), path=path) for path in (folder, link))
     with pytest.raises(AlignmentError, match="same folder"):
         align(qwen_vlm(), donor, base)
+
+
+def test_a_donor_that_is_itself_a_vlm_gives_its_language_model() -> None:
+    """A tuned VLM as donor, or the VLM before its tuning as base: found by the same table of families."""
+    alignment = align(qwen_vlm(), qwen_vlm("tuned"), qwen(), qwen_vlm("before"))
+    assert len(alignment.merged) == 14
+    assert all(t.vlm_base is not None and t.vlm_base.names == (t.name,) for t in alignment.merged)
+
+
+def test_alignment_loads_no_torch() -> None:
+    code = "import sys, vlmgraft.alignment, vlmgraft.alignment.distance; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -83,7 +83,7 @@ class Trio:
     plain: Path
 
     def in_vlm(self, role: str) -> dict[str, torch.Tensor]:
-        """The text model `role` in the VLM's place: float32 tensors by the VLM's names on disk, put there by transformers.
+        """The text model `role` in the VLM's place: float32, by the VLM's names on disk, put there by transformers.
 
         Independent of `vlmgraft.alignment`. Vocabulary rows that the text model does not have stay the VLM's.
         """
