@@ -1,14 +1,33 @@
-"""Factors of a task vector, one object per matrix."""
+"""Factors of a task vector: one object per matrix, and their store on disk.
+
+A store is a folder with one safetensors file per matrix, named after the VLM tensor and written atomically: `U`, `s`
+and `Vh` in float32, which the fold needs, and on request `U_train`, `Vh_train` in bfloat16, which is enough to train
+gates and half the reading. Role, energy, error and the digest of the inputs are in each file's header. The manifest
+`factors.json` is written last; what counts for resuming are the files themselves.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from vlmgraft.errors import CheckpointError
+from vlmgraft.records import write_json
 from vlmgraft.spectral.svd import Rank, decompose_matrix
+
+MANIFEST = "factors.json"
+SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -51,3 +70,106 @@ def factorize(tau: Float[Tensor, "out in"], name: str, role: str, rank: Rank = "
     """Decompose one task-vector matrix; raises NumericalError naming the tensor."""
     result = decompose_matrix(tau, rank, name=name)
     return Factors(name, role, result.U, result.s, result.Vh, result.energy, result.error)
+
+
+class FactorStore(Mapping[str, Factors]):
+    """Factors on disk, read one matrix at a time: a mapping from VLM tensor names to `Factors`.
+
+    training=True reads the bfloat16 copies of U and Vh where the store holds them.
+    """
+
+    def __init__(self, folder: str | Path, *, training: bool = False) -> None:
+        self.folder = Path(folder)
+        self.training = training
+
+    @property
+    def names(self) -> list[str]:
+        """Names in the order of the manifest; raises CheckpointError when the store is not complete."""
+        return list(self.manifest["matrices"])
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The content of factors.json."""
+        try:
+            return json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.folder}: not a complete store of factors ({error}); run decompose, with --resume to go on"
+            ) from error
+
+    @property
+    def digest(self) -> str:
+        """Fingerprint of all inputs; gates carry it, so that they are not folded with other factors."""
+        return str(self.manifest["digest"])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __getitem__(self, name: str) -> Factors:
+        if not (self.folder / f"{name}{SUFFIX}").is_file():
+            raise KeyError(name)
+        return self.load(name)
+
+    def load(self, name: str) -> Factors:
+        """Factors of one matrix; raises CheckpointError when its file is missing or damaged."""
+        path = self.folder / f"{name}{SUFFIX}"
+        try:
+            with safe_open(path, framework="pt") as file:
+                stored, header = set(file.keys()), file.metadata()
+                suffix = "_train" if self.training and "U_train" in stored else ""
+                U, s, Vh = (file.get_tensor(key) for key in (f"U{suffix}", "s", f"Vh{suffix}"))
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: no factors of this matrix ({error}); run decompose --resume") from error
+        return Factors(name, header["role"], U, s, Vh, float(header["energy"]), float(header["error"]))
+
+    def header(self, name: str) -> dict[str, str] | None:
+        """The header of one matrix's file, or None when there is no readable file."""
+        path = self.folder / f"{name}{SUFFIX}"
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                return dict(file.metadata())
+        except (OSError, SafetensorError):
+            return None
+
+    def save(self, factors: Factors, digest: str, *, train_copy: bool = False) -> None:
+        """Write one matrix's file under a temporary name, flush it and rename it into place."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tensors = {"U": factors.U, "s": factors.s, "Vh": factors.Vh}
+        tensors = {key: value.cpu().float().contiguous() for key, value in tensors.items()}
+        if train_copy:
+            tensors |= {f"{key}_train": tensors[key].bfloat16() for key in ("U", "Vh")}
+        header = {"role": factors.role, "energy": repr(factors.energy), "error": repr(factors.error), "digest": digest}
+        header["train_copy"] = "yes" if train_copy else "no"
+        path = self.folder / f"{factors.name}{SUFFIX}"
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            save_file(tensors, temporary, metadata=header)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def reopen(self) -> None:
+        """Take the manifest away: the store is being worked on."""
+        (self.folder / MANIFEST).unlink(missing_ok=True)
+
+    def finish(self, names: list[str], settings: Mapping[str, Any]) -> None:
+        """Write the manifest of a complete store."""
+        matrices, digests = {}, hashlib.sha256()
+        for name in names:
+            header = self.header(name)
+            if header is None:
+                raise CheckpointError(f"{self.folder}: {name} is missing; run decompose --resume")
+            digests.update(f"{name} {header['digest']}\n".encode())
+            matrices[name] = {"energy": float(header["energy"]), "error": float(header["error"])}
+        manifest = {"digest": digests.hexdigest()[:32], **settings, "matrices": matrices}
+        write_json(self.folder / MANIFEST, manifest)

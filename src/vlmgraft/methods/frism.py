@@ -1,0 +1,123 @@
+"""FRISM: the donor's task vector through one learned gate per singular direction (arXiv 2601.21187).
+
+    W = W_vlm + λ U diag(σ(g) ⊙ s) Vh
+
+The dataclass holds the recipe; the gates are learned elsewhere (training/distill.py) from factors that are computed
+once (spectral/decompose.py). `fold` is the last step: a plain matrix again, in float32, before the cast to the file's
+dtype. `GatedFold` is the method that a merge runs once factors and gates exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from vlmgraft.errors import CheckpointError, RecipeError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from vlmgraft.spectral.factors import Factors
+    from vlmgraft.spectral.gates import Gates
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The prompts that gates are learned on, and those on which the drift is measured.
+
+    data: a question file with images. samples: how many questions are learned from; held_out: how many more the drift
+    is measured on. max_new_tokens: length of the teacher's answers. batch_size: questions per step.
+    """
+
+    data: str
+    samples: int = 512
+    held_out: int = 128
+    max_new_tokens: int = 64
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"method.calibration.{name}: {getattr(self, name)} must be at least 1")
+        if self.held_out < 0:
+            raise RecipeError(f"method.calibration.held_out: {self.held_out} must not be negative")
+
+
+@dataclass(frozen=True)
+class Frism:
+    """The recipe. scale is λ; inject_weight is α, or kl_budget names the drift in nats per token and α follows.
+
+    inject: `energy` is the published term, `donor` matches the donor on the text questions in `questions`.
+    rank: "full", a number of directions, or {energy: share}.
+    """
+
+    name: ClassVar[str] = "frism"
+    needs: ClassVar[frozenset[str]] = frozenset({"donor_base"})
+    default_modules: ClassVar[tuple[str, ...]] = ("attention", "mlp")
+
+    scale: float = 1.0
+    inject: Literal["energy", "donor"] = "energy"
+    inject_weight: float | None = None
+    kl_budget: float | None = None
+    questions: str | None = None
+    rank: Literal["full"] | int | dict[Literal["energy"], float] = "full"
+    granularity: Literal["direction", "matrix", "layer"] = "direction"
+    steps: int = 200
+    learning_rate: float = 0.05
+    seed: int = 0
+    calibration: Calibration = field(default_factory=lambda: Calibration("calibration.jsonl"))
+
+    def __post_init__(self) -> None:
+        if self.inject_weight is not None and self.kl_budget is not None:
+            raise RecipeError("method: inject_weight and kl_budget exclude each other; the budget sets the weight")
+        if self.kl_budget is not None and self.kl_budget <= 0:
+            raise RecipeError(f"method.kl_budget: {self.kl_budget} must be above 0; a zero budget is the VLM itself")
+        if self.kl_budget is not None and self.calibration.held_out == 0:
+            raise RecipeError("method.kl_budget is measured on held-out prompts; set method.calibration.held_out")
+        if self.inject == "donor" and self.questions is None:
+            raise RecipeError("method.inject: donor needs method.questions, a file of text questions for the donor")
+        if self.steps < 0 or self.learning_rate <= 0:
+            raise RecipeError(f"method: steps ({self.steps}) and learning_rate ({self.learning_rate}) must be positive")
+        if isinstance(self.rank, int) and self.rank < 1:
+            raise RecipeError(f"method.rank: {self.rank} must be at least 1")
+        if isinstance(self.rank, dict) and not 0 < self.rank.get("energy", 0) <= 1:
+            raise RecipeError(f"method.rank: {self.rank} must be {{energy: share}} with a share above 0, at most 1")
+
+
+def fold(weight: Float[Tensor, "out in"], factors: Factors, spectrum: Float[Tensor, " r"]) -> Float[Tensor, "out in"]:
+    """W + U diag(spectrum) Vh in float32; directions whose spectrum is zero are left out, so that closed gates give
+    back W bit for bit."""
+    weight = weight.float()
+    open_ = spectrum != 0
+    if not bool(open_.any()):
+        return weight
+    return weight + (factors.U.float()[:, open_] * spectrum.float()[open_]) @ factors.Vh.float()[open_]
+
+
+@dataclass(frozen=True)
+class GatedFold:
+    """Factors and gates that belong together; gives each tensor its merged float32 matrix."""
+
+    factors: Mapping[str, Factors]
+    gates: Gates
+
+    def __post_init__(self) -> None:
+        known = getattr(self.factors, "digest", None)
+        if known is not None and self.gates.factors is not None and known != self.gates.factors:
+            raise CheckpointError(
+                f"the gates were learned on factors {self.gates.factors}, not on these ({known}): learn them again"
+            )
+        missing = [name for name in self.gates.logits if name not in self.factors]
+        if missing:
+            raise CheckpointError(f"{missing[0]}: there are gates but no factors for it; decompose again")
+
+    def matrix(self, name: str, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """W_vlm + λ U diag(σ(g) ⊙ s) Vh of one tensor; raises CheckpointError when it has no gates or another shape."""
+        if name not in self.gates.logits:
+            raise CheckpointError(f"{name}: the recipe merges it, but it has no gates; learn gates for these modules")
+        factors = self.factors[name]
+        if tuple(weight.shape) != factors.shape:
+            raise CheckpointError(f"{name}: factors of shape {factors.shape} for a weight of {tuple(weight.shape)}")
+        return fold(weight, factors, self.gates.spectrum(name, factors.s))
