@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vlmgraft.alignment.align import AlignedTensor, Alignment
 from vlmgraft.alignment.layouts import assemble
@@ -106,8 +106,9 @@ class _Readers:
 
         bases = (alignment.donor_base, alignment.vlm_base or alignment.donor_base)
         self._own_base = alignment.vlm_base is not None
-        self._checkpoints = [one for one in (alignment.vlm, alignment.donor, *bases) if one is not None]
-        self._readers: list[Any] = [stack.enter_context(Reader(one)) for one in self._checkpoints]
+        checkpoints = [one for one in (alignment.vlm, alignment.donor, *bases) if one is not None]
+        self._readers = [stack.enter_context(Reader(one)) for one in checkpoints]
+        self._vlm = alignment.vlm
 
     def chunks(self, tensor: AlignedTensor) -> Iterator[tuple[Tensor, ...]]:
         """(VLM, donor, donor_base, vlm_base or donor_base) as flat float32 pieces, whole where names are assembled."""
@@ -115,19 +116,17 @@ class _Readers:
 
         last = tensor.vlm_base if self._own_base else tensor.donor_base
         sources = [source for source in (tensor.donor, tensor.donor_base, last) if source is not None]
-        info = self._checkpoints[0].tensors[tensor.name]
+        info = self._vlm.tensors[tensor.name]
         if not all(source.streamable for source in sources):
             own = self._readers[0].tensor(tensor.name)
             pairs = zip(sources, self._readers[1:], strict=True)
             others = [assemble(source, reader.tensor, info.shape, fill=own) for source, reader in pairs]
             yield tuple(whole.float().flatten() for whole in (own, *others))
             return
-        kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
         names = [tensor.name, *(source.names[0] for source in sources)]
-        dtypes = [kinds[one.tensors[name].dtype] for one, name in zip(self._checkpoints, names, strict=True)]
         total = math.prod(info.shape)
         for start in range(0, total, CHUNK):
-            pieces = [torch.empty(min(CHUNK, total - start), dtype=dtype) for dtype in dtypes]
+            pieces = tuple(torch.empty(min(CHUNK, total - start)) for _ in names)
             for name, reader, piece in zip(names, self._readers, pieces, strict=True):
                 reader.read_into(name, start, piece)
-            yield tuple(piece.float() for piece in pieces)
+            yield pieces

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from vlmgraft.checkpoint.index import Checkpoint, TensorInfo
-
 from vlmgraft.errors import CheckpointError
 
 WEIGHTS = ("*.safetensors",)
