@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import errors
 from huggingface_hub.utils import filter_repo_objects
 
-from vlmgraft.checkpoint.hub import fetch, is_hub_id, remote_headers, split_id
+from vlmgraft.checkpoint.hub import fetch, is_hub_id, open_headers, remote_headers, split_id
 from vlmgraft.errors import CheckpointError
 
 REPOSITORY = [
@@ -93,6 +93,9 @@ def test_headers_come_by_range_requests_in_disk_order(monkeypatch: pytest.Monkey
     assert [file.name for file in checkpoint.files] == ["model-1.safetensors", "model-2.safetensors"]
     assert (checkpoint.tensors["b"].shape, checkpoint.tensors["b"].nbytes) == ((2, 2), 8)
     assert checkpoint.config == {"model_type": "qwen2"}
+    assert open_headers("org/name@main") == checkpoint
+    with pytest.raises(CheckpointError, match="no model"):
+        open_headers(tmp_path)  # a folder is a folder, whatever it holds
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vlmgraft.checkpoint.index import Checkpoint, TensorInfo
+from vlmgraft.checkpoint.index import Checkpoint, TensorInfo, open_checkpoint
 from vlmgraft.errors import CheckpointError
 
 WEIGHTS = ("*.safetensors",)
@@ -83,6 +83,11 @@ def remote_headers(source: str) -> Checkpoint:
             dtype, shape = str(infos[tensor].dtype), tuple(infos[tensor].shape)
             tensors[tensor] = TensorInfo(tensor, dtype, shape, folder / file, begin, end - begin)
     return Checkpoint(folder, tensors, tuple(folder / file for file in sorted(found.files_metadata)), config)
+
+
+def open_headers(source: str | Path) -> Checkpoint:
+    """A checkpoint for planning: a local folder as `open_checkpoint` gives it, a hub id by its headers alone."""
+    return remote_headers(str(source)) if isinstance(source, str) and is_hub_id(source) else open_checkpoint(source)
 
 
 @contextmanager
