@@ -1,1 +1,5 @@
-"""Checkpoints on disk: an index from headers alone, lazy reading, streamed writing that is published by rename."""
+"""Checkpoint folders: what they hold, reading them, writing them."""
+
+from vlmgraft.checkpoint.index import Checkpoint, TensorInfo, open_checkpoint
+
+__all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]
