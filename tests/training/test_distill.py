@@ -177,3 +177,29 @@ def test_a_task_vector_of_another_tensor_is_refused(vlm: Any, processor: Any, qu
     name = "model.layers.0.post_attention_layernorm.weight"
     with pytest.raises(Exception, match="post_attention_layernorm"):
         Distiller(vlm, processor, {name: factorize(torch.ones(2, 2), name, name)}, questions)
+
+
+@pytest.mark.filterwarnings("ignore:kl_budget is measured")
+@pytest.mark.parametrize("stop", [7, 8, 13])
+def test_an_interrupted_training_goes_on_to_the_same_gates(
+    distiller: Distiller, donor_targets: Targets, tmp_path: Path, stop: int
+) -> None:
+    """Stopped anywhere and started again, also with a control in the loop: the gates of an uninterrupted training."""
+    options: dict[str, Any] = {"inject": "donor", "donor": donor_targets, "kl_budget": 0.01, "steps": 16}
+    options |= {"log_every": 1}
+    whole = distiller.learn(**options)
+
+    def kill(row: dict[str, Any]) -> None:
+        if row["step"] == stop:
+            raise KeyboardInterrupt
+
+    state = tmp_path / "work" / "state.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        distiller.learn(**options, on_step=kill, state=state, save_every=4)
+    steps: list[int] = []
+    again = distiller.learn(**options, on_step=lambda row: steps.append(row["step"]), state=state, save_every=4)
+    assert steps[0] == stop // 4 * 4, "at most `save_every` steps are repeated"
+    assert all(again.logits[name].equal(whole.logits[name]) for name in whole.logits)
+    assert again.log == whole.log and again.settings == whole.settings
+    with pytest.raises(RecipeError, match="other settings"):
+        distiller.learn(**{**options, "steps": 20}, state=state)

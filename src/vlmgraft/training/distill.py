@@ -22,60 +22,27 @@ In memory, many times in one process:
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vlmgraft.errors import DataError, NumericalError, RecipeError
+from vlmgraft.errors import DataError, RecipeError
 from vlmgraft.hf.data import Progress, Question
 from vlmgraft.hf.models import match_linears
 from vlmgraft.spectral.factors import Factors
-from vlmgraft.spectral.gates import Gates, histogram
-from vlmgraft.training.budget import BudgetControl, FixedWeight
-from vlmgraft.training.gate_vector import GateVector, Granularity
-from vlmgraft.training.gated import Backend, GatedLayers, gated
+from vlmgraft.spectral.gates import Gates
+from vlmgraft.training.gate_vector import GateVector
+from vlmgraft.training.gated import Backend, gated
+from vlmgraft.training.run import Run, Training
 from vlmgraft.training.targets import Targets, build_targets
 
-Inject = Literal["energy", "donor"]
-
-DEFAULT_WEIGHT = {"energy": 0.1, "donor": 1.0}
-MONITOR_EVERY = 4
 FEW_PROMPTS = 128
-
-
-@dataclass(frozen=True)
-class Training:
-    """Settings of one training of gates; the fields are those of the recipe's `method`."""
-
-    scale: float = 1.0
-    inject: Inject = "energy"
-    inject_weight: float | None = None
-    kl_budget: float | None = None
-    granularity: Granularity = "direction"
-    steps: int = 200
-    learning_rate: float = 0.05
-    seed: int = 0
-    log_every: int = 10
-
-    def __post_init__(self) -> None:
-        if self.inject not in DEFAULT_WEIGHT:
-            raise RecipeError(f'inject: {self.inject!r} is neither "energy" nor "donor"')
-        if self.inject_weight is not None and self.kl_budget is not None:
-            raise RecipeError("inject_weight and kl_budget exclude each other: the budget sets the weight")
-        if self.kl_budget is not None and not self.kl_budget > 0:
-            raise RecipeError(f"kl_budget: {self.kl_budget} must be above 0; a zero budget is the VLM itself")
-        if self.steps < 0 or not self.learning_rate > 0:
-            raise RecipeError(f"steps ({self.steps}) and learning_rate ({self.learning_rate}) must be positive")
-
-    def learning_rate_at(self, step: int) -> float:
-        """Cosine from the learning rate to a twentieth of it: without decay the drift never settles on a budget."""
-        return self.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / max(1, self.steps))))
 
 
 @dataclass
@@ -173,12 +140,16 @@ class Distiller:
         donor: Targets | None = None,
         start: Gates | float = 0.0,
         on_step: Callable[[dict[str, Any]], None] | None = None,
+        state: Path | None = None,
+        save_every: int = 50,
         **settings: Any,
     ) -> Gates:
         """Train gates and return them frozen; `settings` are the other fields of `Training`.
 
-        start: warm start, or one logit for all. on_step: called with every logged row. Raises RecipeError when the
-        settings ask for targets that were not given, NumericalError when the loss stops being finite.
+        start: warm start, or one logit for all. on_step: called with every logged row. state: a file in which the
+        training is kept every `save_every` steps, and from which it goes on when the file is there: the gates are then
+        those of an uninterrupted training. Raises RecipeError when the settings ask for targets that were not given or
+        are not those of `state`, NumericalError when the loss stops being finite.
         """
         training = Training(scale=scale, **settings)
         if training.inject == "donor" and donor is None:
@@ -186,9 +157,10 @@ class Distiller:
         if training.kl_budget is not None:
             self._check_budget()
         vector = GateVector(self.factors, training.granularity, start, self.model.device)
+        monitor = self.held_out_targets if training.kl_budget is not None else None
         with self._gated() as layers:
-            run = _Run(self, training, vector, layers, donor, on_step)
-            run.train()
+            run = Run(self.model, training, vector, layers, self.targets, donor, monitor, on_step, self.progress)
+            run.train(state, save_every)
         return Gates(vector.frozen(), scale, run.summary(), tuple(run.log))
 
     def _gated(self) -> Any:
@@ -212,83 +184,3 @@ class Distiller:
                 "measured drift is noisy",
                 stacklevel=3,
             )
-
-
-@dataclass
-class _Run:
-    """One training: the loop and what it logs."""
-
-    distiller: Distiller
-    training: Training
-    vector: GateVector
-    layers: GatedLayers
-    donor: Targets | None
-    on_step: Callable[[dict[str, Any]], None] | None
-    log: list[dict[str, Any]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        training = self.training
-        start = DEFAULT_WEIGHT[training.inject] if training.inject_weight is None else training.inject_weight
-        self.control: FixedWeight | BudgetControl = FixedWeight(start)
-        if training.kl_budget is not None:
-            self.control = BudgetControl(training.kl_budget, start)
-        self.optimizer = torch.optim.Adam([self.vector.logits], lr=training.learning_rate)
-
-    def train(self) -> None:
-        """The loop: observe the drift, one gradient step, log."""
-        training, progress = self.training, self.distiller.progress
-        keep = self.distiller.targets.order(training.seed)
-        donor = self.donor.order(training.seed + 1) if training.inject == "donor" and self.donor else None
-        for step in range(training.steps):
-            self._observe(step)
-            for group in self.optimizer.param_groups:
-                group["lr"] = training.learning_rate_at(step)
-            row = self._step(next(keep), next(donor) if donor else None)
-            if step % training.log_every == 0 or step == training.steps - 1:
-                self._record({"step": step, **row})
-            if progress is not None:
-                progress(step + 1, training.steps, "gates")
-        if isinstance(self.control, BudgetControl):
-            self.held_out_kl = self._measure()
-
-    def _step(self, keep: Any, donor: Any) -> dict[str, float]:
-        """One gradient step; returns its figures."""
-        spectra, share = self.vector.spectra(self.training.scale)
-        self.layers.set(spectra)
-        model, weight = self.distiller.model, self.control.weight
-        kl = keep.kl(model).mean()
-        injection = -share if donor is None else donor.kl(model).mean()
-        loss = kl + weight * injection
-        if not torch.isfinite(loss):
-            raise NumericalError(f"the loss is {float(loss)}: lower learning_rate ({self.training.learning_rate})")
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        self.control.step()
-        figures = {"loss": loss, "kl": kl, "inject": injection, "energy": share}
-        return {key: round(float(value.detach()), 7) for key, value in figures.items()} | {"inject_weight": weight}
-
-    def _observe(self, step: int) -> None:
-        if isinstance(self.control, BudgetControl) and step % MONITOR_EVERY == 0:
-            self.control.observe(self._measure())
-
-    @torch.no_grad()
-    def _measure(self) -> float:
-        assert self.distiller.held_out_targets is not None  # checked before the run was built
-        self.layers.set(self.vector.spectra(self.training.scale)[0])
-        return self.distiller.held_out_targets.mean_kl(self.distiller.model)
-
-    def _record(self, row: dict[str, Any]) -> None:
-        row["histogram"] = histogram(self.vector.opened())
-        self.log.append(row)
-        if self.on_step is not None:
-            self.on_step(row)
-
-    def summary(self) -> dict[str, Any]:
-        """How the gates were made, for gates.json."""
-        training = self.training
-        fields = ("inject", "kl_budget", "granularity", "steps", "learning_rate", "seed")
-        summary = {key: getattr(training, key) for key in fields} | {"inject_weight": self.control.weight}
-        if isinstance(self.control, BudgetControl):
-            summary["held_out_kl"] = self.held_out_kl
-        return summary | {"energy": float(self.vector.spectra(1.0)[1].detach())}

@@ -1,0 +1,198 @@
+"""The training loop of gates: settings, one gradient step after the other, a log, and a state to go on from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from vlmgraft.errors import NumericalError, RecipeError
+from vlmgraft.hf.data import Progress
+from vlmgraft.spectral.gates import histogram
+from vlmgraft.training.budget import BudgetControl, FixedWeight
+from vlmgraft.training.gate_vector import GateVector, Granularity
+from vlmgraft.training.gated import GatedLayers
+from vlmgraft.training.targets import Targets
+
+Inject = Literal["energy", "donor"]
+
+DEFAULT_WEIGHT = {"energy": 0.1, "donor": 1.0}
+MONITOR_EVERY = 4
+
+
+@dataclass(frozen=True)
+class Training:
+    """Settings of one training of gates; the fields are those of the recipe's `method`."""
+
+    scale: float = 1.0
+    inject: Inject = "energy"
+    inject_weight: float | None = None
+    kl_budget: float | None = None
+    granularity: Granularity = "direction"
+    steps: int = 200
+    learning_rate: float = 0.05
+    seed: int = 0
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        if self.inject not in DEFAULT_WEIGHT:
+            raise RecipeError(f'inject: {self.inject!r} is neither "energy" nor "donor"')
+        if self.inject_weight is not None and self.kl_budget is not None:
+            raise RecipeError("inject_weight and kl_budget exclude each other: the budget sets the weight")
+        if self.kl_budget is not None and not self.kl_budget > 0:
+            raise RecipeError(f"kl_budget: {self.kl_budget} must be above 0; a zero budget is the VLM itself")
+        if self.steps < 0 or not self.learning_rate > 0:
+            raise RecipeError(f"steps ({self.steps}) and learning_rate ({self.learning_rate}) must be positive")
+
+    def learning_rate_at(self, step: int) -> float:
+        """Cosine from the learning rate to a twentieth of it: without decay the drift never settles on a budget."""
+        return self.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / max(1, self.steps))))
+
+
+@dataclass
+class Run:
+    """One training: the loop, its log, and its state on disk.
+
+    targets: what the gated model must agree with. donor: the donor's targets, used when `inject` is "donor". monitor:
+    held-out targets on which the drift is measured, given exactly when there is a budget.
+    """
+
+    model: Any
+    training: Training
+    vector: GateVector
+    layers: GatedLayers
+    targets: Targets
+    donor: Targets | None
+    monitor: Targets | None
+    on_step: Callable[[dict[str, Any]], None] | None
+    progress: Progress | None = None
+    log: list[dict[str, Any]] = field(default_factory=list)
+    held_out_kl: float | None = None
+
+    def __post_init__(self) -> None:
+        training = self.training
+        start = DEFAULT_WEIGHT[training.inject] if training.inject_weight is None else training.inject_weight
+        self.control: FixedWeight | BudgetControl = FixedWeight(start)
+        if training.kl_budget is not None:
+            self.control = BudgetControl(training.kl_budget, start)
+        self.optimizer = torch.optim.Adam([self.vector.logits], lr=training.learning_rate)
+
+    def train(self, state: Path | None = None, save_every: int = 50) -> None:
+        """The loop: observe the drift, one gradient step, log, keep the state."""
+        training = self.training
+        first = self._restore(state) if state is not None else 0
+        keep = islice(self.targets.order(training.seed), first, None)
+        donor = None
+        if training.inject == "donor" and self.donor is not None:
+            donor = islice(self.donor.order(training.seed + 1), first, None)
+        for step in range(first, training.steps):
+            self._observe(step)
+            for group in self.optimizer.param_groups:
+                group["lr"] = training.learning_rate_at(step)
+            row = self._step(next(keep), next(donor) if donor else None)
+            if step % training.log_every == 0 or step == training.steps - 1:
+                self._record({"step": step, **row})
+            if state is not None and (step + 1) % save_every == 0:
+                self._keep(state, step + 1)
+            if self.progress is not None:
+                self.progress(step + 1, training.steps, "gates")
+        if self.monitor is not None:
+            self.held_out_kl = self._measure(self.monitor)
+
+    def _step(self, keep: Any, donor: Any) -> dict[str, float]:
+        """One gradient step; returns its figures."""
+        spectra, share = self.vector.spectra(self.training.scale)
+        self.layers.set(spectra)
+        model, weight = self.model, self.control.weight
+        kl = keep.kl(model).mean()
+        injection = -share if donor is None else donor.kl(model).mean()
+        loss = kl + weight * injection
+        if not torch.isfinite(loss):
+            raise NumericalError(f"the loss is {float(loss)}: lower learning_rate ({self.training.learning_rate})")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.control.step()
+        figures = {"loss": loss, "kl": kl, "inject": injection, "energy": share}
+        return {key: round(float(value.detach()), 7) for key, value in figures.items()} | {"inject_weight": weight}
+
+    def _observe(self, step: int) -> None:
+        if isinstance(self.control, BudgetControl) and self.monitor is not None and step % MONITOR_EVERY == 0:
+            self.control.observe(self._measure(self.monitor))
+
+    @torch.no_grad()
+    def _measure(self, monitor: Targets) -> float:
+        self.layers.set(self.vector.spectra(self.training.scale)[0])
+        return monitor.mean_kl(self.model)
+
+    def _record(self, row: dict[str, Any]) -> None:
+        row["histogram"] = histogram(self.vector.opened())
+        self.log.append(row)
+        if self.on_step is not None:
+            self.on_step(row)
+
+    def summary(self) -> dict[str, Any]:
+        """How the gates were made, for gates.json."""
+        training = self.training
+        fields = ("inject", "kl_budget", "granularity", "steps", "learning_rate", "seed")
+        summary = {key: getattr(training, key) for key in fields} | {"inject_weight": self.control.weight}
+        if self.held_out_kl is not None:
+            summary["held_out_kl"] = self.held_out_kl
+        return summary | {"energy": float(self.vector.spectra(1.0)[1].detach())}
+
+    def _identity(self) -> dict[str, Any]:
+        """What a state must agree with before a training goes on from it."""
+        matrices = dict(zip(self.vector.names, self.vector.sizes, strict=True))
+        return {
+            "training": dataclasses.asdict(self.training),
+            "matrices": matrices,
+            "questions": self.targets.questions,
+        }
+
+    def _keep(self, state: Path, step: int) -> None:
+        """Write logits, both moments of Adam, the control and the log, atomically."""
+        adam = self.optimizer.state[self.vector.logits]
+        tensors = {"logits": self.vector.logits.detach(), "mean": adam["exp_avg"], "square": adam["exp_avg_sq"]}
+        rest = {"step": step, "control": self.control.state(), "log": self.log, "identity": self._identity()}
+        temporary = state.with_name(f".{state.name}.tmp")
+        state.parent.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {key: value.cpu().contiguous() for key, value in tensors.items()},
+            temporary,
+            metadata={"state": json.dumps(rest)},
+        )
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(state)
+
+    def _restore(self, state: Path) -> int:
+        """Take a kept state over; the number of steps it has behind it, 0 when there is none."""
+        if not state.is_file():
+            return 0
+        with safe_open(state, framework="pt") as file:
+            rest = json.loads(file.metadata()["state"])
+            tensors = {key: file.get_tensor(key).to(self.vector.logits.device) for key in file.keys()}  # noqa: SIM118
+        if rest["identity"] != json.loads(json.dumps(self._identity())):
+            raise RecipeError(f"{state}: belongs to a training with other settings; remove it, or use these settings")
+        with torch.no_grad():
+            self.vector.logits.copy_(tensors["logits"])
+        step = torch.tensor(float(rest["step"]))
+        self.optimizer.state[self.vector.logits] = {
+            "step": step,
+            "exp_avg": tensors["mean"],
+            "exp_avg_sq": tensors["square"],
+        }
+        self.log = rest["log"]
+        for key, value in rest["control"].items():
+            setattr(self.control, key, value)
+        return int(rest["step"])
