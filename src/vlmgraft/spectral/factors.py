@@ -98,6 +98,11 @@ class FactorStore(Mapping[str, Factors]):
             ) from error
 
     @property
+    def complete(self) -> bool:
+        """Whether the manifest is there: it is written last."""
+        return (self.folder / MANIFEST).is_file()
+
+    @property
     def digest(self) -> str:
         """Fingerprint of all inputs; gates carry it, so that they are not folded with other factors."""
         return str(self.manifest["digest"])

@@ -1,0 +1,154 @@
+"""From checkpoints to a store: τ is what it should be, resuming repeats one matrix at most, changes are noticed."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vlmgraft.alignment import Alignment, align
+from vlmgraft.checkpoint.index import open_checkpoint
+from vlmgraft.errors import AlignmentError, NumericalError, OutputError
+from vlmgraft.lab.models import build_text_model, build_vlm, save
+from vlmgraft.spectral.decompose import decompose, matrix_cost, share
+from vlmgraft.spectral.delta import TaskVectors, task_vector
+
+LAYERS = [1]
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """vlm, base, and a donor near the base, as transformers saves them."""
+    root = tmp_path_factory.mktemp("trio")
+    save(build_vlm(0), root / "vlm")
+    base = build_text_model(0)
+    save(base, root / "base")
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter += 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    save(base, root / "donor")
+    return root
+
+
+def aligned(root: Path, donor: str = "donor", layers: list[int] = LAYERS) -> Alignment:
+    vlm, other, base = (open_checkpoint(root / name) for name in ("vlm", donor, "base"))
+    return align(vlm, other, base, layers=layers)
+
+
+def watch(calls: list[str]) -> object:
+    return lambda done, total, what: calls.append(what) if done < total else None
+
+
+def test_tau_is_donor_minus_base(folders: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    tau = task_vector(aligned(folders), name)
+    donor, base = (load_file(folders / side / "model.safetensors")[name] for side in ("donor", "base"))
+    assert tau.dtype == torch.float32 and tau.equal(donor.float() - base.float())
+
+
+def test_the_store_holds_every_matrix_and_a_second_run_does_nothing(folders: Path, tmp_path: Path) -> None:
+    alignment, calls = aligned(folders), []
+    store = decompose(alignment, tmp_path / "factors", progress=watch(calls))  # type: ignore[arg-type]
+    assert list(store) == calls == [tensor.name for tensor in alignment.merged] and len(store) == 7
+    for name, factors in store.items():
+        assert torch.allclose(factors.update(), task_vector(alignment, name), atol=1e-6)
+        assert factors.error <= 1e-5 and factors.role == name.removeprefix("model.")
+    stamps = {path: path.stat().st_mtime_ns for path in store.folder.iterdir()}
+    again: list[str] = []
+    decompose(alignment, store.folder, progress=watch(again))  # type: ignore[arg-type]
+    assert again == [] and stamps.keys() == set(store.folder.iterdir())
+    assert all(path.stat().st_mtime_ns == stamps[path] for path in stamps)
+
+
+def test_an_interruption_costs_one_matrix(folders: Path, tmp_path: Path) -> None:
+    alignment, out = aligned(folders), tmp_path / "factors"
+    whole = decompose(alignment, tmp_path / "whole")
+
+    def stop(done: int, total: int, what: str) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        decompose(alignment, out, progress=stop)
+    with pytest.raises(OutputError, match="4 of 7 matrices differ"):
+        decompose(alignment, out)
+    calls: list[str] = []
+    store = decompose(alignment, out, resume=True, progress=watch(calls))  # type: ignore[arg-type]
+    assert len(calls) == 4 and store.digest == whole.digest
+    assert all(store[name].U.equal(whole[name].U) for name in whole)
+
+
+def test_changed_inputs_and_another_rank_are_noticed(folders: Path, tmp_path: Path) -> None:
+    root, out, changed = tmp_path / "trio", tmp_path / "factors", "model.layers.1.self_attn.k_proj.weight"
+    shutil.copytree(folders, root)
+    before = decompose(aligned(root), out).digest
+    file = root / "donor" / "model.safetensors"
+    tensors = load_file(file)
+    tensors[changed] = tensors[changed] + 0.01
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(OutputError, match=f"1 of 7 matrices differ, first {changed}"):
+        decompose(aligned(root), out)
+    calls: list[str] = []
+    after = decompose(aligned(root), out, resume=True, progress=watch(calls))  # type: ignore[arg-type]
+    assert calls == [changed] and after.digest != before
+    with pytest.raises(OutputError, match="7 of 7"):
+        decompose(aligned(root), out, rank=4)
+
+
+def test_a_killed_process_leaves_whole_files_only(folders: Path, tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys; sys.path.insert(0, sys.argv[3]); from test_decompose_run import aligned; "
+        "from pathlib import Path; from vlmgraft.spectral.decompose import decompose\n"
+        "def kill(done, total, what):\n    if done == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "decompose(aligned(Path(sys.argv[1])), sys.argv[2], progress=kill)\n"
+    )
+    shutil.copy(__file__, tmp_path / "test_decompose_run.py")
+    out = tmp_path / "factors"
+    ended = subprocess.run([sys.executable, "-c", script, str(folders), str(out), str(tmp_path)], check=False)
+    assert ended.returncode == -9 and len(list(out.glob("*.safetensors"))) == 2
+    calls: list[str] = []
+    decompose(aligned(folders), out, resume=True, progress=watch(calls))  # type: ignore[arg-type]
+    assert len(calls) == 5
+
+
+def test_two_processes_share_the_matrices(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alignment, calls = aligned(folders), ([], [])  # type: tuple[Alignment, tuple[list[str], list[str]]]
+    whole = decompose(alignment, tmp_path / "whole")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        store = decompose(alignment, tmp_path / "both", resume=True, progress=watch(calls[rank]))  # type: ignore[arg-type]
+    assert calls[0] and calls[1] and not set(calls[0]) & set(calls[1])
+    assert store.digest == whole.digest and all(store[name].U.equal(whole[name].U) for name in whole)
+
+
+def test_shares_are_balanced_by_cost() -> None:
+    costs = [matrix_cost(shape) for shape in [(2048, 2048), (11008, 2048), (256, 2048), (2048, 11008)] * 9]
+    shares = share(costs, 4)
+    assert sorted(index for part in shares for index in part) == list(range(36))
+    loads = [sum(costs[index] for index in part) for part in shares]
+    assert max(loads) <= 1.15 * min(loads)
+    assert matrix_cost((4096, 4096), 64) < 0.2 * matrix_cost((4096, 4096))
+
+
+def test_bad_inputs_are_named(folders: Path, tmp_path: Path) -> None:
+    vlm, base, donor = (open_checkpoint(folders / name) for name in ("vlm", "base", "donor"))
+    with pytest.raises(AlignmentError, match="donor_base: missing"):
+        TaskVectors(align(vlm, donor, layers=LAYERS))
+    with pytest.raises(AlignmentError, match=r"norm.weight: shape .* is not a matrix"):
+        TaskVectors(align(vlm, donor, base, modules=["norm"], layers=LAYERS))
+    shutil.copytree(folders / "base", tmp_path / "same")
+    with pytest.raises(AlignmentError, match="task vector is zero"):
+        decompose(align(vlm, open_checkpoint(tmp_path / "same"), base, layers=LAYERS), tmp_path / "zero")
+    shutil.copytree(folders / "donor", tmp_path / "nan")
+    file, name = tmp_path / "nan" / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(file)
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(NumericalError, match=f"{name} of donor: holds NaN"):
+        decompose(align(vlm, open_checkpoint(tmp_path / "nan"), base, layers=LAYERS), tmp_path / "out")
