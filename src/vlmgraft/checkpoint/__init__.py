@@ -1,5 +1,1 @@
-"""Checkpoint folders: what they hold, reading them, writing them."""
-
-from vlmgraft.checkpoint.index import Checkpoint, TensorInfo, open_checkpoint
-
-__all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]
+"""Checkpoints on disk: an index from headers alone, lazy reading, streamed writing that is published by rename."""

@@ -1,33 +1,35 @@
-"""What a checkpoint folder holds, from the headers of its safetensors files alone: names, dtypes, shapes, offsets.
+"""What a checkpoint holds, from its headers alone: names, dtypes, shapes and where the bytes lie.
 
-Everything that can be wrong with a folder is found here, before any weight is read: missing or truncated shards, an
-index that names an absent tensor or a path outside the folder, headers that lie about their offsets. No torch.
+Everything a header claims is checked against the file before anyone relies on it: lengths, offsets, overlaps, dtypes,
+and that an index names only plain files of its own folder. Nothing here loads torch.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vlmgraft.errors import CheckpointError
 
-ITEM_BITS: dict[str, int] = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
-    "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
-}  # fmt: skip
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
-LARGEST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_HEADER = 100_000_000
+"""The limit that the safetensors library sets on its header."""
+
+ITEM_SIZES: Mapping[str, int] = {
+    **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8, "BOOL": 1},
+    **{"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1},
+}
+"""Bytes per element of each safetensors dtype that is read; dtypes below one byte are refused."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a checkpoint: dtype as a safetensors code, `begin` as the absolute byte offset in `file`."""
+    """One tensor on disk. dtype: safetensors code such as "BF16". begin: absolute byte offset in `file`."""
 
     name: str
     dtype: str
@@ -44,12 +46,12 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder's tensors in disk order (shard by shard, then by offset), its weight files and its config.json."""
+    """A folder of safetensors: its tensors in disk order (shard order, then offset), its files, its config.json."""
 
     path: Path
     tensors: Mapping[str, TensorInfo]
     files: tuple[Path, ...]
-    config: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any]
 
     @property
     def nbytes(self) -> int:
@@ -57,130 +59,145 @@ class Checkpoint:
         return sum(info.nbytes for info in self.tensors.values())
 
 
-def open_checkpoint(source: str | Path, *, headers_only: bool = False) -> Checkpoint:
-    """Read the headers of a local folder, or of a hub id with optional @revision when no such folder exists.
+def open_checkpoint(source: str | Path) -> Checkpoint:
+    """Index a local folder, or download a hub id (`organisation/name`, optionally `@revision`) and index that.
 
-    Args:
-        headers_only: of a hub id read only the headers, by range requests; its weights cannot be read afterwards.
+    A text that names an existing folder is that folder. A Path is never a hub id.
+
     Raises:
-        CheckpointError: naming the file, the tensor and the remedy.
+        CheckpointError: no such folder or model; pickled weights only; a shard that is missing, truncated or lies about
+            its content; an index that names an absent tensor or a file outside the folder; an unknown dtype.
     """
     folder = Path(source)
-    if not folder.exists():
-        from vlmgraft.checkpoint import hub
-
-        if headers_only:
-            return hub.remote_headers(str(source))
-        folder = hub.fetch(str(source))
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: not a folder; give the folder that holds config.json and *.safetensors")
-    files, weight_map = _weight_files(folder)
-    tensors: dict[str, TensorInfo] = {}
+        if folder.exists():
+            raise CheckpointError(f"{folder}: is a file; give the folder that holds config.json and the weights")
+        if isinstance(source, Path):
+            raise CheckpointError(f"{folder}: no such folder")
+        from vlmgraft.checkpoint.hub import fetch
+
+        folder = fetch(source)
+    files, weight_map = _shards(folder)
+    found: dict[str, TensorInfo] = {}
     for file in files:
-        for info in read_header(file):
-            if info.name in tensors:
-                raise CheckpointError(f"{file}: tensor {info.name} is also in {tensors[info.name].file.name}")
-            tensors[info.name] = info
+        for name, info in read_header(file).items():
+            if weight_map.get(name, file.name) != file.name:
+                continue  # the index gives this name to another shard: that one counts
+            if name in found:
+                raise CheckpointError(f"{name}: in {found[name].file.name} and in {file.name} of {folder}; keep one")
+            found[name] = info
     for name, shard in weight_map.items():
-        if name not in tensors or tensors[name].file.name != shard:
+        if name not in found:
+            raise CheckpointError(f"{folder / INDEX}: says that {name} is in {shard}, which does not have it")
+    if not found:
+        raise CheckpointError(f"{folder}: its safetensors hold no tensor")
+    return Checkpoint(folder, found, files, _config(folder))
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file in the order of their bytes; raises CheckpointError where it lies."""
+    raw, start, size = _raw_header(file)
+    tensors = [_entry(file, name, entry, start) for name, entry in raw.items() if name != "__metadata__"]
+    tensors.sort(key=lambda info: (info.begin, info.nbytes))
+    end, before = start, "the header"
+    for info in tensors:
+        if info.begin < end:
+            raise CheckpointError(f"{file}: {info.name} begins at byte {info.begin}, inside {before} (ends at {end})")
+        end, before = info.begin + info.nbytes, info.name
+        if end > size:
             raise CheckpointError(
-                f"{folder / INDEX_FILE}: names {name} in {shard}, which does not hold it; download again"
+                f"{file}: truncated: {info.name} ends at byte {end}, the file at {size}; download it again"
             )
-    return Checkpoint(
-        folder, tensors, files, _read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-    )
+    if end < size:
+        raise CheckpointError(f"{file}: {size - end} bytes after the last tensor ({before}); not a safetensors file")
+    return {info.name: info for info in tensors}
 
 
-def read_header(file: Path) -> list[TensorInfo]:
-    """The tensors of one safetensors file by offset; raises CheckpointError when header and size do not agree."""
+def _raw_header(file: Path) -> tuple[dict[str, Any], int, int]:
+    """The parsed header, the offset of the data and the size of the file."""
     try:
-        size = file.stat().st_size
         with file.open("rb") as handle:
-            prefix = handle.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-            if length > min(LARGEST_HEADER, size - 8):
-                raise CheckpointError(f"{file}: truncated or no safetensors file ({size} bytes); download it again")
+            size = file.stat().st_size
+            length = int.from_bytes(handle.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER):
+                raise CheckpointError(
+                    f"{file}: {size} bytes with a header of {length}: truncated, or not a safetensors file "
+                    "(a git-lfs pointer is such a file; fetch the real one)"
+                )
             raw = json.loads(handle.read(length), object_pairs_hook=_unique)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: its header is not valid JSON ({error}); download it again") from None
+        raise CheckpointError(f"{file}: its header is not valid JSON ({error})") from None
     if not isinstance(raw, dict):
-        raise CheckpointError(f"{file}: its header is not a mapping; download it again")
-    start = 8 + length
-    infos = [_tensor_info(file, name, value, start) for name, value in raw.items() if name != "__metadata__"]
-    infos.sort(key=lambda info: (info.begin, info.nbytes))
-    end = start
-    for info in infos:
-        if info.begin != end:
-            raise CheckpointError(f"{file}: {info.name} overlaps another tensor or leaves a hole at byte {info.begin}")
-        end += info.nbytes
-    if end != size:
-        raise CheckpointError(
-            f"{file}: truncated: its tensors end at byte {end}, the file at {size}; download it again"
-        )
-    return infos
+        raise CheckpointError(f"{file}: its header is {type(raw).__name__}, not a mapping of tensors")
+    return raw, 8 + length, size
 
 
-def _tensor_info(file: Path, name: str, value: Any, start: int) -> TensorInfo:
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys must differ."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} twice")
+    return made
+
+
+def _entry(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
+    """One tensor of a header; its length must be what dtype and shape say."""
     try:
-        dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
-        raise CheckpointError(f"{file}: {name}: its header entry lacks dtype, shape or data_offsets") from None
-    if dtype not in ITEM_BITS:
-        raise CheckpointError(f"{file}: {name}: dtype {dtype!r} is not read; known: {', '.join(ITEM_BITS)}")
+        raise CheckpointError(f"{file}: {name} has no proper dtype, shape and data_offsets: {entry!r:.120}") from None
+    if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
+        raise CheckpointError(f"{file}: {name} has dtype {dtype!r}; known are {', '.join(ITEM_SIZES)}")
     if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
-        raise CheckpointError(f"{file}: {name}: shape {list(shape)} or offsets {[begin, end]} are no natural numbers")
-    nbytes = math.prod(shape) * ITEM_BITS[dtype] // 8
+        raise CheckpointError(f"{file}: {name} has shape {list(shape)} and offsets [{begin}, {end}]")
+    nbytes = math.prod(shape) * ITEM_SIZES[dtype]
     if end - begin != nbytes:
-        raise CheckpointError(
-            f"{file}: {name}: {dtype} {list(shape)} needs {nbytes} bytes, the header gives {end - begin}"
-        )
+        raise CheckpointError(f"{file}: {name} is {dtype} {list(shape)}, {nbytes} bytes, but spans {end - begin}")
     return TensorInfo(name, dtype, shape, file, start + begin, nbytes)
 
 
-def _weight_files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
-    """The shards of a folder, by the index when there is one, and the index's map."""
-    index = folder / INDEX_FILE
-    if index.exists():
-        weight_map = _read_json(index).get("weight_map")
+def _shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
+    """The files that hold the weights, and the index's map from tensor to file name (empty without an index)."""
+    if (folder / SINGLE).is_file():
+        return (folder / SINGLE,), {}
+    if (folder / INDEX).is_file():
+        weight_map = _load_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index}: has no weight_map; download it again")
+            raise CheckpointError(f"{folder / INDEX}: has no weight_map")
         for name, shard in weight_map.items():
-            if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
-                raise CheckpointError(f"{index}: {name} lies in {shard!r}, which is no file name inside the folder")
+            if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", "..") or "\\" in shard:
+                raise CheckpointError(f"{folder / INDEX}: {name} is in {shard!r}; only plain file names are followed")
         files = tuple(folder / shard for shard in sorted(set(weight_map.values())))
         for file in files:
             if not file.is_file():
-                raise CheckpointError(f"{file}: missing, though {INDEX_FILE} names it; download it again")
+                raise CheckpointError(f"{file}: missing, but {INDEX} names it; download the checkpoint again")
         return files, weight_map
-    if (folder / SINGLE_FILE).is_file():
-        return (folder / SINGLE_FILE,), {}
-    shards = sorted(folder.glob("*.safetensors"))
-    if len(shards) == 1:
-        return (shards[0],), {}
-    if shards:
-        raise CheckpointError(f"{folder}: has {len(shards)} safetensors files but no {INDEX_FILE}; download the index")
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
+    single = sorted(folder.glob("*.safetensors"))
+    if len(single) == 1 and "-of-" not in single[0].name:
+        return (single[0],), {}
+    if single:
+        raise CheckpointError(f"{folder}: {len(single)} safetensors files without {INDEX}; download the index too")
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
         raise CheckpointError(
-            f"{folder}: pickled weights are not read, since loading them can run code. Convert them once: "
-            f"python -c \"from transformers import AutoModel as M; M.from_pretrained('{folder}').save_pretrained('OUT')\""
+            f"{folder}: has pickled weights only, which can run code and are not read. Convert them once with "
+            f'`python -c "from transformers import AutoModel; '
+            f"AutoModel.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\"`"
         )
-    raise CheckpointError(f"{folder}: holds no *.safetensors")
+    raise CheckpointError(f"{folder}: no {SINGLE} and no {INDEX}; give the folder of a checkpoint")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _config(folder: Path) -> dict[str, Any]:
+    return _load_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+
+
+def _load_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds {type(value).__name__}, not a mapping")
     return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    mapping = dict(pairs)
-    if len(mapping) != len(pairs):
-        raise ValueError("a name stands twice")
-    return mapping

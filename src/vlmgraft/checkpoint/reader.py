@@ -1,11 +1,10 @@
-"""Reads tensors of a checkpoint by `pread`: whole, or in chunks into a buffer that stays in the processor's cache.
-
-Nothing is memory-mapped, so a tensor that was read owns its memory and its file may be replaced afterwards.
-"""
+"""Reads tensors, whole or in pieces, from safetensors shards by `pread`: never memory-mapped, safe among threads."""
 
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -15,21 +14,22 @@ from torch import Tensor
 from vlmgraft.checkpoint.index import Checkpoint, TensorInfo
 from vlmgraft.errors import CheckpointError
 
-TORCH_DTYPES: dict[str, torch.dtype] = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2, "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16,
-    "BF16": torch.bfloat16, "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32, "I64": torch.int64,
-    "U64": torch.uint64, "F64": torch.float64,
-}  # fmt: skip
-"""Safetensors codes as torch dtypes."""
+TORCH_DTYPES: Mapping[str, torch.dtype] = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16},
+    **({"F8_E8M0": torch.float8_e8m0fnu} if hasattr(torch, "float8_e8m0fnu") else {}),
+}
 
 
 class Reader:
-    """Context manager over the open files of a checkpoint; may be shared by threads (`pread` keeps no position)."""
+    """Context manager over the open files of a checkpoint."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self._handles: dict[Path, int] = {}
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Reader:
         return self
@@ -37,40 +37,71 @@ class Reader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        while self._handles:
-            os.close(self._handles.popitem()[1])
+        with self._lock:
+            for handle in self._handles.values():
+                os.close(handle)
+            self._handles.clear()
+
+    def tensor(self, name: str) -> Tensor:
+        """The whole tensor in the file's dtype; it owns its memory.
+
+        Raises:
+            CheckpointError: the checkpoint has no such tensor, or its file got shorter.
+        """
+        info = self.info(name)
+        out = torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
+        if out.numel():
+            self.read_bytes(info, 0, as_bytes(out))
+        return out
+
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """Fill `out` (1-D, contiguous) with the elements from number `start` on, converted to its dtype if that differs.
+
+        Raises:
+            CheckpointError: as `tensor`. ValueError: the piece reaches beyond the tensor.
+        """
+        info = self.info(name)
+        if start < 0 or start + out.numel() > info.elements:
+            raise ValueError(f"{name}: elements {start} to {start + out.numel()} of {info.elements}")
+        if not out.numel():
+            return
+        dtype = TORCH_DTYPES[info.dtype]
+        raw = out if out.dtype == dtype else torch.empty(out.numel(), dtype=dtype)
+        self.read_bytes(info, start * dtype.itemsize, as_bytes(raw))
+        if raw is not out:
+            out.copy_(raw)
+
+    def read_bytes(self, info: TensorInfo, offset: int, out: memoryview) -> None:
+        """Fill `out` with the bytes of a tensor from `offset` on."""
+        handle = self._handle(info.file)
+        done = 0
+        while done < len(out):
+            count = os.preadv(handle, [out[done:]], info.begin + offset + done)
+            if count == 0:
+                raise CheckpointError(f"{info.file}: ends inside {info.name}; it got shorter since it was opened")
+            done += count
 
     def info(self, name: str) -> TensorInfo:
-        """The header entry of a tensor; raises CheckpointError when there is none."""
+        """The tensor's header entry."""
         try:
             return self.checkpoint.tensors[name]
         except KeyError:
             raise CheckpointError(f"{self.checkpoint.path}: has no tensor {name}") from None
 
-    def tensor(self, name: str) -> Tensor:
-        """A whole tensor in the file's dtype."""
-        info = self.info(name)
-        out = torch.empty(info.elements, dtype=TORCH_DTYPES[info.dtype])
-        self.read_into(name, 0, out)
-        return out.reshape(info.shape)
-
-    def read_into(self, name: str, start: int, out: Tensor) -> None:
-        """Fill the flat contiguous tensor `out` with elements `start`, `start + 1`, … in the file's dtype."""
-        info = self.info(name)
-        if out.numel() == 0:
-            return
-        view = memoryview(out.view(torch.uint8).numpy())
-        offset, handle = info.begin + start * out.element_size(), self._handle(info.file)
-        while view:
-            count = os.preadv(handle, [view], offset)
-            if count == 0:
-                raise CheckpointError(
-                    f"{info.file}: ended while {name} was read; it was changed or truncated meanwhile"
-                )
-            offset, view = offset + count, view[count:]
-
     def _handle(self, file: Path) -> int:
         handle = self._handles.get(file)
         if handle is None:
-            handle = self._handles.setdefault(file, os.open(file, os.O_RDONLY))
+            with self._lock:
+                handle = self._handles.get(file)
+                if handle is None:
+                    try:
+                        handle = os.open(file, os.O_RDONLY)
+                    except OSError as error:
+                        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from None
+                    self._handles[file] = handle
         return handle
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor with elements, writable, without a copy."""
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy()).cast("B")
