@@ -87,16 +87,17 @@ class Trio:
 
         Independent of `vlmgraft.alignment`. Vocabulary rows that the text model does not have stay the VLM's.
         """
+        folder = self.plain.parent / f"{role}_in_vlm"
+        if folder.exists():
+            return load_file(folder / "model.safetensors")
         model = T.AutoModelForImageTextToText.from_pretrained(self.plain / "vlm", dtype=torch.float32)
         theirs = text_model(self.plain / role)
         with torch.no_grad():
             for name, parameter in text_parameters(model).items():
                 rows = min(len(parameter), len(theirs[name]))
                 parameter[:rows] = theirs[name][:rows].to(parameter.dtype)
-        folder = self.plain.parent / f"{role}_in_vlm"
-        if not folder.exists():
-            model.save_pretrained(folder)
-            self.case.after.get("vlm", lambda folder: None)(folder)
+        model.save_pretrained(folder)
+        self.case.after.get("vlm", lambda folder: None)(folder)
         return load_file(folder / "model.safetensors")
 
 

@@ -1,0 +1,85 @@
+"""Every family × every method: merged on disk as in memory, with the VLM's names, shapes and dtypes; it loads again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from naive import LEARNED, ROWS, Models, Row, Tensors
+from safetensors.torch import load_file
+from zoo import CASES, Trio
+
+merge = pytest.importorskip("vlmgraft.merge", reason="the merge is not there yet")
+
+from vlmgraft.alignment import align  # noqa: E402
+from vlmgraft.checkpoint.index import open_checkpoint  # noqa: E402
+from vlmgraft.methods import METHODS  # noqa: E402
+from vlmgraft.recipe import Recipe, load_recipe  # noqa: E402
+
+Trios = Callable[[str], Trio]
+COPIED = ("config.json", "generation_config.json")
+
+
+def test_there_are_no_gaps() -> None:
+    """A method is registered with its row; that a family is with its case, test_pairing.py checks."""
+    assert set(METHODS) == {*ROWS, *LEARNED}
+
+
+def recipe_of(trio: Trio, method: str) -> Recipe:
+    row = ROWS[method]
+    models = {key: str(getattr(trio, key)) for key in ("vlm", "donor", "donor_base", "vlm_base")}
+    modules = ["attention"] if row.matrices_only and "moe" in trio.case.family else list(row.modules)
+    return load_recipe({**models, "method": {"name": method, **row.options}, "modules": modules})
+
+
+def merged(recipe: Recipe, out: Path) -> Any:
+    opened = [open_checkpoint(str(getattr(recipe, key))) for key in ("vlm", "donor", "donor_base", "vlm_base")]
+    alignment = align(*opened, modules=recipe.modules, layers=recipe.layers)
+    merge.merge_tensors(alignment, recipe.method, out, shard_size=20_000, threads=1)
+    return alignment
+
+
+def in_memory(trio: Trio, row: Row, names: list[str], vlm: Tensors) -> Tensors:
+    """The naive twin on tensors that transformers, not the alignment, has put under the VLM's names."""
+    parts = [{n: trio.in_vlm(role)[n] for n in names} for role in ("donor", "donor_base", "vlm_base")]
+    found = {name: re.search(r"layers\.(\d+)\.", name) for name in names}
+    layers = {name: int(match[1]) if match else None for name, match in found.items()}
+    return row.twin(Models({name: vlm[name].float() for name in names}, *parts, layers))
+
+
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - LEARNED))
+@pytest.mark.parametrize("case", CASES)
+def test_a_merge_is_the_naive_merge(case: str, method: str, trio: Trios, tmp_path: Path) -> None:
+    folders, out = trio(case), tmp_path / "out"
+    alignment = merged(recipe_of(folders, method), out)
+    before = load_file(folders.vlm / "model.safetensors")
+    after = {name: one for file in sorted(out.glob("*.safetensors")) for name, one in load_file(file).items()}
+    assert {n: (t.shape, t.dtype) for n, t in after.items()} == {n: (t.shape, t.dtype) for n, t in before.items()}
+    names = [tensor.name for tensor in alignment.merged]
+    expected = in_memory(folders, ROWS[method], names, before)
+    for name, tensor in after.items():
+        if name in expected:
+            torch.testing.assert_close(
+                tensor.float(), expected[name], rtol=2**-8, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            )
+        else:
+            assert torch.equal(tensor, before[name]), name
+    assert any(not torch.equal(after[name], before[name]) for name in names)
+
+
+@pytest.mark.parametrize("case", [name for name, case in CASES.items() if case.loadable])
+def test_a_merge_loads_again(case: str, trio: Trios, tmp_path: Path) -> None:
+    folders, out = trio(case), tmp_path / "out"
+    merged(recipe_of(folders, "task_arithmetic"), out)
+    for name in COPIED:
+        if (folders.vlm / name).exists():
+            (out / name).write_bytes((folders.vlm / name).read_bytes())
+    auto = transformers.AutoModelForImageTextToText
+    model, report = auto.from_pretrained(out, dtype="auto", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    assert type(model).__name__ == f"{folders.case.vlm}ForConditionalGeneration"
