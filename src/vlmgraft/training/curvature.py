@@ -1,0 +1,162 @@
+"""Curvature gates: which directions open, from one pass over the calibration set and no training (METHODS.md, 2).
+
+To second order the drift of direction i is ½ λ² c_i² h_i, with the diagonal of the Fisher matrix
+
+    h_i = E[ (Σ_t (δ_t · u_i)(x_t · v_i) · s_i)² ]                            per answer token
+
+x_t is the layer's input, δ_t the gradient at its output of −log p of a token drawn from the teacher at each answer
+position. Scores of different positions are uncorrelated: the square of a question's sum estimates the sum of squares.
+Directions open in the order of h_i / s_i² (drift per injected energy) until the drift reaches a budget: as the diagonal
+predicts it, or as it is measured on held-out prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from vlmgraft.errors import RecipeError
+from vlmgraft.spectral.factors import Factors
+from vlmgraft.spectral.gates import Gates
+from vlmgraft.training.distill import Distiller
+from vlmgraft.training.targets import Targets
+
+BISECTIONS = 14
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """h per tensor [r], float32 on the CPU, in nats per answer token at λ = 1, averaged over `tokens` tokens."""
+
+    h: Mapping[str, Float[Tensor, " r"]]
+    tokens: int
+
+    def thresholds(self, factors: Mapping[str, Factors]) -> dict[str, Float[Tensor, " r"]]:
+        """h_i / s_i² per direction; infinite where s_i is zero, so that empty directions stay closed."""
+        result = {}
+        for name, h in self.h.items():
+            energy = factors[name].s.float().cpu().square()
+            result[name] = torch.where(energy > 0, h / energy.clamp_min(1e-30), torch.inf)
+        return result
+
+    def gates(self, factors: Mapping[str, Factors], scale: float, kl_budget: float) -> Gates:
+        """Hard gates whose predicted drift is the largest one within the budget, in nats per token."""
+        _check_budget(kl_budget)
+        order = torch.cat(list(self.thresholds(factors).values()))
+        sorted_, index = order.sort(stable=True)
+        drift = 0.5 * scale**2 * torch.cat(list(self.h.values())).double()[index].cumsum(0)
+        count = int((drift <= kl_budget).sum())
+        cut = float(sorted_[count - 1]) if count else -1.0
+        predicted = float(drift[count - 1]) if count else 0.0
+        return self._cut(factors, scale, cut, {"kl_budget": kl_budget, "predicted_kl": predicted})
+
+    def _cut(self, factors: Mapping[str, Factors], scale: float, cut: float, settings: Mapping[str, Any]) -> Gates:
+        """Directions with h/s² ≤ cut fully open, the others closed."""
+        logits = {
+            name: torch.where((value <= cut) & value.isfinite(), torch.inf, -torch.inf)
+            for name, value in self.thresholds(factors).items()
+        }
+        energy = sum(float((factors[n].s.cpu() * logits[n].sigmoid()).square().sum()) for n in logits)
+        total = sum(float(factors[n].s.square().sum()) for n in logits)
+        return Gates(logits, scale, {"inject": "curvature", "energy": energy / max(total, 1e-30), **settings})
+
+
+def estimate_curvature(distiller: Distiller, *, draws: int = 1, seed: int = 0) -> Curvature:
+    """h of every direction, from `draws` passes over the distiller's calibration set; the model is left as it was."""
+    h = {name: torch.zeros(len(factors.s)) for name, factors in distiller.factors.items()}
+    generator = torch.Generator().manual_seed(seed)
+    tokens = 0
+    for _ in range(draws):
+        for batch in distiller.targets.batches:
+            with _taps(distiller) as taps:
+                log_p = batch.logits(distiller.model).float().log_softmax(-1)
+                drawn = draw_tokens(log_p.detach(), generator)
+                (-log_p.gather(-1, drawn[:, None]).sum()).backward()
+            for name, (x, delta) in taps.items():
+                h[name] += question_scores(x, delta, distiller.factors[name]).square().sum(0).cpu()
+            tokens += len(drawn)
+    return Curvature({name: value / tokens for name, value in h.items()}, tokens)
+
+
+def curvature_gates(
+    distiller: Distiller, scale: float, kl_budget: float, *, curvature: Curvature | None = None, held_out: Any = None
+) -> Gates:
+    """Hard gates in curvature order whose *measured* held-out drift is the largest within the budget.
+
+    The diagonal leaves the interaction of directions out, so its prediction is not trusted for the amount, only for the
+    order. About 14 measurements. held_out: questions or targets, by default the distiller's own.
+    """
+    _check_budget(kl_budget)
+    curvature = estimate_curvature(distiller) if curvature is None else curvature
+    targets = held_out if isinstance(held_out, Targets | None) else distiller.teacher_targets(held_out)
+    values = torch.cat(list(curvature.thresholds(distiller.factors).values()))
+    cuts = values[values.isfinite()].unique()
+    low, high, best, reached = -1, len(cuts) - 1, -1.0, 0.0
+    for _ in range(BISECTIONS):
+        if low >= high:
+            break
+        middle = (low + high + 1) // 2
+        kl = distiller.keep_kl(curvature._cut(distiller.factors, scale, float(cuts[middle]), {}), targets)
+        if kl <= kl_budget:
+            low, best, reached = middle, float(cuts[middle]), kl
+        else:
+            high = middle - 1
+    settings = {"kl_budget": kl_budget, "held_out_kl": reached}
+    return curvature._cut(distiller.factors, scale, best, settings)
+
+
+def question_scores(
+    x: Float[Tensor, "batch length in"], delta: Float[Tensor, "batch length out"], factors: Factors
+) -> Float[Tensor, "batch r"]:
+    """Σ_t (δ_t · u_i)(x_t · v_i) s_i per question."""
+    inner = x.float() @ factors.Vh.to(x.device).float().mT
+    outer = delta.float() @ factors.U.to(x.device).float()
+    return (inner * outer).sum(1) * factors.s.to(x.device).float()
+
+
+def draw_tokens(log_p: Float[Tensor, "N vocabulary"], generator: torch.Generator) -> Int[Tensor, " N"]:
+    """One token per position from the teacher's distribution."""
+    return torch.multinomial(log_p.exp().cpu(), 1, generator=generator)[:, 0].to(log_p.device)
+
+
+@contextmanager
+def _taps(distiller: Distiller) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Record every gated layer's input and the gradient at its output; hooks and flags are undone on exit."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    flags = [(parameter, parameter.requires_grad) for parameter in distiller.model.parameters()]
+    handles = []
+
+    def tap(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            x = args[0].detach()
+            if not output.requires_grad:
+                output.requires_grad_()  # nothing below needs a gradient: the graph starts here
+
+            def keep(gradient: Tensor) -> None:
+                found[name] = (x, gradient.detach())
+
+            output.register_hook(keep)
+
+        return hook
+
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        handles = [linear.register_forward_hook(tap(name)) for name, linear in distiller.linears.items()]
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def _check_budget(kl_budget: float) -> None:
+    if not kl_budget > 0:
+        raise RecipeError(f"kl_budget: {kl_budget} must be above 0; a zero budget is the VLM itself")
