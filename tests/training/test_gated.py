@@ -142,7 +142,9 @@ def test_misfits_are_named_and_leave_the_model_alone() -> None:
     assert model.first is first
 
 
-def test_backend_choice_follows_tokens_per_rank() -> None:
-    assert choose_backend(100, 2048) == "factored"
-    assert choose_backend(4096, 2048) == "rebuilt"
-    assert choose_backend(4096, 2048, "factored") == "factored"
+def test_backend_choice_follows_tokens_and_rank() -> None:
+    for hidden, break_even in ((2048, 1600), (3584, 2800), (5120, 4000)):
+        assert choose_backend(int(0.9 * break_even), (hidden, hidden), hidden) == "factored"
+        assert choose_backend(int(1.1 * break_even), (hidden, hidden), hidden) == "rebuilt"
+    assert choose_backend(100_000, (2048, 2048), 256) == "factored"
+    assert choose_backend(4096, (2048, 2048), 2048, "factored") == "factored"
