@@ -86,7 +86,7 @@ def _shard(name: str, tensors: Sequence[TensorSpec]) -> Shard:
 
 
 def refuse_output(out: Path, inputs: Sequence[Path] = (), *, overwrite: bool = False) -> None:
-    """Raise OutputError when `out` is one of `inputs`, lies inside one, or exists (unless overwrite and it is a folder)."""
+    """Raise OutputError when `out` is one of `inputs`, lies inside one, or exists (a folder may, with overwrite)."""
     real = out.resolve()
     for path in inputs:
         if real == path.resolve() or path.resolve() in real.parents:
