@@ -112,3 +112,8 @@ def test_bad_values_are_named() -> None:
     for rank in (0, -1, True, "half", {"energy": 1.5}, {"share": 0.5}):
         with pytest.raises(RecipeError, match="rank"):
             decompose_matrix(torch.ones(2, 2), rank)  # type: ignore[arg-type]
+
+
+def test_the_blocked_gram_matrix_is_the_plain_one() -> None:
+    wide = random_matrix(40, 700, "noise", 4).double()
+    assert torch.allclose(svd._upper_gram(wide).triu(), (wide.mT @ wide).triu(), atol=1e-10)

@@ -11,6 +11,7 @@ orthogonalised by QR of B, and what still fails is handed to LAPACK's gesdd.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -29,6 +30,7 @@ U_TOLERANCE = 1e-3
 PROBES = 8
 KRYLOV_MAX_RANK = 256
 KRYLOV_DEPTH = 5
+GRAM_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def decompose_matrix(tau: Float[Tensor, "out in"], rank: Rank = "full", *, name:
         raise NumericalError(f"{name}: shape {tuple(tau.shape)} is not a matrix with entries")
     tau = tau.detach().float()
     energy = float(torch.linalg.vector_norm(tau, dtype=torch.float64).square())
-    if not torch.isfinite(tau).all():
+    if not math.isfinite(energy):  # squares of float32 values cannot overflow float64
         bad = int((~torch.isfinite(tau)).sum())
         raise NumericalError(f"{name}: {bad} values are NaN or infinite; look at the checkpoint it was read from")
     flipped = tau.shape[0] < tau.shape[1]
@@ -124,7 +126,17 @@ def _truncate(result: SVD, k: int) -> SVD:
 def _gram_basis(tall: Float[Tensor, "m n"]) -> Float[Tensor, "n n"]:
     """Right singular vectors as columns, float64, largest first."""
     wide = tall.double()
-    return torch.linalg.eigh(wide.mT @ wide).eigenvectors.flip(1)
+    return torch.linalg.eigh(_upper_gram(wide), UPLO="U").eigenvectors.flip(1)
+
+
+def _upper_gram(wide: Float[Tensor, "m n"]) -> Float[Tensor, "n n"]:
+    """Upper triangle of wideᵀ wide, and zeros: by block rows, which is 5/8 of the whole product's work."""
+    width = wide.shape[1]
+    gram = wide.new_zeros(width, width)
+    step = max(GRAM_BLOCK, -(-width // 4))
+    for at in range(0, width, step):
+        gram[at : at + step, at:] = wide[:, at : at + step].mT @ wide[:, at:]
+    return gram
 
 
 def _krylov_basis(tall: Float[Tensor, "m n"], k: int) -> Float[Tensor, "n k"]:
