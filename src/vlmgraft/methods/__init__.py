@@ -1,0 +1,9 @@
+"""Merging methods by the name that recipes use. Importing them loads no torch."""
+
+from __future__ import annotations
+
+from vlmgraft.methods.frism import Frism
+from vlmgraft.methods.linear import Linear
+from vlmgraft.methods.task_arithmetic import TaskArithmetic
+
+METHODS: dict[str, type] = {cls.name: cls for cls in (Linear, TaskArithmetic, Frism)}

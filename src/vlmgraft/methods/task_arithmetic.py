@@ -1,0 +1,31 @@
+"""Task arithmetic (arXiv 2212.04089): W = W_vlm + λ·(W_donor − W_base), float32, as `torch.add(alpha=λ)` rounds it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from vlmgraft.methods.base import DEFAULT_MODULES, Number, TensorContext, number_for
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TaskArithmetic:
+    """scale is λ; 0 is the VLM bit for bit."""
+
+    name: ClassVar[str] = "task_arithmetic"
+    needs: ClassVar[frozenset[str]] = frozenset({"donor_base"})
+    default_modules: ClassVar[tuple[str, ...]] = DEFAULT_MODULES
+    granularity: ClassVar[Literal["element", "tensor"]] = "element"
+
+    scale: Number = 1.0
+
+    def combine(self, tensors: Mapping[str, Tensor], context: TensorContext) -> Tensor:
+        """vlm + λ·(donor − donor_base)."""
+        scale = number_for(self.scale, context, "scale")
+        return (
+            tensors["vlm"] if scale == 0 else tensors["vlm"].add(tensors["donor"] - tensors["donor_base"], alpha=scale)
+        )
