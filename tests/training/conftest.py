@@ -36,8 +36,7 @@ def held_out() -> list[Question]:
     return _image_questions(12, first=1000)
 
 
-@pytest.fixture(scope="session")
-def factors(vlm: Any) -> dict[str, Factors]:
+def random_factors(vlm: Any) -> dict[str, Factors]:
     """A random task vector, a third of the weights' size, under its tensor names on disk."""
     generator = torch.Generator().manual_seed(0)
     taus = {
@@ -45,6 +44,11 @@ def factors(vlm: Any) -> dict[str, Factors]:
         for role, linear in text_linears(vlm).items()
     }
     return {name: factorize(tau, name, name.removeprefix("model.")) for name, tau in taus.items()}
+
+
+@pytest.fixture(scope="session")
+def factors(vlm: Any) -> dict[str, Factors]:
+    return random_factors(vlm)
 
 
 @pytest.fixture(scope="session")

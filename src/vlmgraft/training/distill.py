@@ -148,8 +148,11 @@ class Distiller:
 
         start: warm start, or one logit for all. on_step: called with every logged row. state: a file in which the
         training is kept every `save_every` steps, and from which it goes on when the file is there: the gates are then
-        those of an uninterrupted training. Raises RecipeError when the settings ask for targets that were not given or
-        are not those of `state`, NumericalError when the loss stops being finite.
+        those of an uninterrupted training. Under torch.distributed every process calls this with the same arguments;
+        the batches of a step are shared out, so `batches_per_step` should be a multiple of the processes.
+
+        Raises RecipeError when the settings ask for targets that were not given or are not those of `state`,
+        NumericalError when the loss stops being finite.
         """
         training = Training(scale=scale, **settings)
         if training.inject == "donor" and donor is None:

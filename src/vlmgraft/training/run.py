@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -22,7 +22,7 @@ from vlmgraft.spectral.gates import histogram
 from vlmgraft.training.budget import BudgetControl, FixedWeight
 from vlmgraft.training.gate_vector import GateVector, Granularity
 from vlmgraft.training.gated import GatedLayers
-from vlmgraft.training.targets import Targets
+from vlmgraft.training.targets import TargetBatch, Targets
 
 Inject = Literal["energy", "donor"]
 
@@ -32,7 +32,11 @@ MONITOR_EVERY = 4
 
 @dataclass(frozen=True)
 class Training:
-    """Settings of one training of gates; the fields are those of the recipe's `method`."""
+    """Settings of one training of gates; the fields are those of the recipe's `method`.
+
+    batches_per_step: gradients of so many batches are averaged for one step, shared out among the processes of a
+    torch.distributed group; the gates do not depend on how many processes there are.
+    """
 
     scale: float = 1.0
     inject: Inject = "energy"
@@ -41,6 +45,7 @@ class Training:
     granularity: Granularity = "direction"
     steps: int = 200
     learning_rate: float = 0.05
+    batches_per_step: int = 1
     seed: int = 0
     log_every: int = 10
 
@@ -51,6 +56,8 @@ class Training:
             raise RecipeError("inject_weight and kl_budget exclude each other: the budget sets the weight")
         if self.kl_budget is not None and not self.kl_budget > 0:
             raise RecipeError(f"kl_budget: {self.kl_budget} must be above 0; a zero budget is the VLM itself")
+        if self.batches_per_step < 1:
+            raise RecipeError(f"batches_per_step: {self.batches_per_step} must be at least 1")
         if self.steps < 0 or not self.learning_rate > 0:
             raise RecipeError(f"steps ({self.steps}) and learning_rate ({self.learning_rate}) must be positive")
 
@@ -91,15 +98,16 @@ class Run:
         """The loop: observe the drift, one gradient step, log, keep the state."""
         training = self.training
         first = self._restore(state) if state is not None else 0
-        keep = islice(self.targets.order(training.seed), first, None)
+        count = training.batches_per_step
+        keep = islice(self.targets.order(training.seed), first * count, None)
         donor = None
         if training.inject == "donor" and self.donor is not None:
-            donor = islice(self.donor.order(training.seed + 1), first, None)
+            donor = islice(self.donor.order(training.seed + 1), first * count, None)
         for step in range(first, training.steps):
             self._observe(step)
             for group in self.optimizer.param_groups:
                 group["lr"] = training.learning_rate_at(step)
-            row = self._step(next(keep), next(donor) if donor else None)
+            row = self._step(list(islice(keep, count)), list(islice(donor, count)) if donor else [])
             if step % training.log_every == 0 or step == training.steps - 1:
                 self._record({"step": step, **row})
             if state is not None and (step + 1) % save_every == 0:
@@ -109,22 +117,34 @@ class Run:
         if self.monitor is not None:
             self.held_out_kl = self._measure(self.monitor)
 
-    def _step(self, keep: Any, donor: Any) -> dict[str, float]:
-        """One gradient step; returns its figures."""
-        spectra, share = self.vector.spectra(self.training.scale)
-        self.layers.set(spectra)
-        model, weight = self.model, self.control.weight
-        kl = keep.kl(model).mean()
-        injection = -share if donor is None else donor.kl(model).mean()
-        loss = kl + weight * injection
-        if not torch.isfinite(loss):
-            raise NumericalError(f"the loss is {float(loss)}: lower learning_rate ({self.training.learning_rate})")
+    def _step(self, keep: Sequence[TargetBatch], donor: Sequence[TargetBatch]) -> dict[str, float]:
+        """One gradient step over all batches of all processes; returns its figures."""
+        rank, world = _process()
+        weight: float = self.control.weight
+        logits = self.vector.logits
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        share = self.vector.spectra(self.training.scale)[1]
+        ((0.0 if donor else -weight / world) * share).backward()
+        sums = torch.zeros(2, device=logits.device)
+        terms: tuple[tuple[Sequence[TargetBatch], float], ...] = ((keep, 1.0), (donor, weight))
+        for index, (batches, factor) in enumerate(terms):
+            for batch in batches[rank::world]:
+                self.layers.set(self.vector.spectra(self.training.scale)[0])
+                kl = batch.kl(self.model).mean() / len(batches)
+                (factor * kl).backward()
+                sums[index] += kl.detach()
+        if world > 1:
+            torch.distributed.all_reduce(sums)
+            torch.distributed.all_reduce(logits.grad)
+        kl, energy = float(sums[0]), float(share.detach())
+        injection = float(sums[1]) if donor else -energy
+        loss = kl + weight * injection
+        if not math.isfinite(loss):
+            raise NumericalError(f"the loss is {loss}: lower learning_rate ({self.training.learning_rate})")
         self.optimizer.step()
         self.control.step()
-        figures = {"loss": loss, "kl": kl, "inject": injection, "energy": share}
-        return {key: round(float(value.detach()), 7) for key, value in figures.items()} | {"inject_weight": weight}
+        figures: dict[str, float] = {"loss": loss, "kl": kl, "inject": injection, "energy": energy}
+        return {key: round(value, 7) for key, value in figures.items()} | {"inject_weight": weight}
 
     def _observe(self, step: int) -> None:
         if isinstance(self.control, BudgetControl) and self.monitor is not None and step % MONITOR_EVERY == 0:
@@ -144,7 +164,7 @@ class Run:
     def summary(self) -> dict[str, Any]:
         """How the gates were made, for gates.json."""
         training = self.training
-        fields = ("inject", "kl_budget", "granularity", "steps", "learning_rate", "seed")
+        fields = ("inject", "kl_budget", "granularity", "steps", "learning_rate", "batches_per_step", "seed")
         summary = {key: getattr(training, key) for key in fields} | {"inject_weight": self.control.weight}
         if self.held_out_kl is not None:
             summary["held_out_kl"] = self.held_out_kl
@@ -165,6 +185,8 @@ class Run:
         tensors = {"logits": self.vector.logits.detach(), "mean": adam["exp_avg"], "square": adam["exp_avg_sq"]}
         rest = {"step": step, "control": self.control.state(), "log": self.log, "identity": self._identity()}
         temporary = state.with_name(f".{state.name}.tmp")
+        if _process()[0] != 0:
+            return
         state.parent.mkdir(parents=True, exist_ok=True)
         save_file(
             {key: value.cpu().contiguous() for key, value in tensors.items()},
@@ -196,3 +218,10 @@ class Run:
         for key, value in rest["control"].items():
             setattr(self.control, key, value)
         return int(rest["step"])
+
+
+def _process() -> tuple[int, int]:
+    """This process's rank and the number of processes; (0, 1) without a process group."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
