@@ -130,10 +130,10 @@ class Run:
         for index, (batches, factor) in enumerate(terms):
             for batch in batches[rank::world]:
                 self.layers.set(self.vector.spectra(self.training.scale)[0])
-                kl = batch.kl(self.model).mean() / len(batches)
-                (factor * kl).backward()
-                sums[index] += kl.detach()
-        if world > 1:
+                drift = batch.kl(self.model).mean() / len(batches)
+                (factor * drift).backward()
+                sums[index] += drift.detach()
+        if world > 1 and logits.grad is not None:
             torch.distributed.all_reduce(sums)
             torch.distributed.all_reduce(logits.grad)
         kl, energy = float(sums[0]), float(share.detach())
