@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from vlmgraft.errors import CheckpointError, RecipeError
+from vlmgraft.methods.base import TensorContext
 from vlmgraft.methods.frism import Frism, GatedFold, fold
 from vlmgraft.spectral.factors import Factors, factorize
 from vlmgraft.spectral.gates import Gates, constant_gates
@@ -36,6 +37,17 @@ def test_identities(rows: int, columns: int, scale: float, seed: int) -> None:
         assert torch.allclose(merged, weight + scale * share * tau, atol=1e-4)
         if share * scale == 0:
             assert merged.equal(weight)
+
+
+def test_a_merge_runs_it_on_whole_matrices() -> None:
+    """Open gates at λ are task arithmetic; closed ones give back the very object."""
+    weight, tau, factors = example(6, 4, 0)
+    context, sources = TensorContext(NAME, (6, 4), layers=1, layer=0), {"vlm": weight}
+    open_ = Frism(scale=0.5).bind({NAME: factors}, constant_gates({NAME: 4}, math.inf, 0.5))
+    assert open_.granularity == "tensor" and open_.needs == frozenset()
+    assert torch.allclose(open_.combine(sources, context), weight + 0.5 * tau, atol=1e-5)
+    closed = Frism().bind({NAME: factors}, constant_gates({NAME: 4}, -math.inf, 0.5))
+    assert closed.combine(sources, context) is weight
 
 
 def test_bfloat16_weights_stay_bit_identical_behind_closed_gates() -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from vlmgraft.errors import CheckpointError, RecipeError
+from vlmgraft.methods.base import DEFAULT_MODULES, TensorContext
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -55,7 +56,7 @@ class Frism:
 
     name: ClassVar[str] = "frism"
     needs: ClassVar[frozenset[str]] = frozenset({"donor_base"})
-    default_modules: ClassVar[tuple[str, ...]] = ("attention", "mlp")
+    default_modules: ClassVar[tuple[str, ...]] = DEFAULT_MODULES
 
     scale: float = 1.0
     inject: Literal["energy", "donor"] = "energy"
@@ -68,6 +69,10 @@ class Frism:
     learning_rate: float = 0.05
     seed: int = 0
     calibration: Calibration = field(default_factory=lambda: Calibration("calibration.jsonl"))
+
+    def bind(self, factors: Mapping[str, Factors], gates: Gates) -> GatedFold:
+        """The method that a merge runs, once gates are learned."""
+        return GatedFold(factors, gates)
 
     def __post_init__(self) -> None:
         if self.inject_weight is not None and self.kl_budget is not None:
@@ -98,7 +103,12 @@ def fold(weight: Float[Tensor, "out in"], factors: Factors, spectrum: Float[Tens
 
 @dataclass(frozen=True)
 class GatedFold:
-    """Factors and gates that belong together; gives each tensor its merged float32 matrix."""
+    """Factors and gates that belong together, as a method that a merge runs on whole matrices."""
+
+    name: ClassVar[str] = "frism"
+    needs: ClassVar[frozenset[str]] = frozenset()
+    default_modules: ClassVar[tuple[str, ...]] = DEFAULT_MODULES
+    granularity: ClassVar[Literal["element", "tensor"]] = "tensor"
 
     factors: Mapping[str, Factors]
     gates: Gates
@@ -121,3 +131,7 @@ class GatedFold:
         if tuple(weight.shape) != factors.shape:
             raise CheckpointError(f"{name}: factors of shape {factors.shape} for a weight of {tuple(weight.shape)}")
         return fold(weight, factors, self.gates.spectrum(name, factors.s))
+
+    def combine(self, tensors: Mapping[str, Tensor], context: TensorContext) -> Tensor:
+        """The merged matrix from the VLM's; the donor's side is in the factors."""
+        return self.matrix(context.name, tensors["vlm"])
