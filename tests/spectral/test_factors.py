@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vlmgraft.errors import CheckpointError
-from vlmgraft.spectral.factors import Factors, FactorStore, factorize
+from vlmgraft.spectral.factors import Factors, FactorStore, factorize, join_donors
 
 
 def example(name: str = "model.layers.0.mlp.up_proj.weight", seed: int = 0) -> Factors:
@@ -68,3 +68,14 @@ def test_damaged_and_missing_files_are_named(tmp_path: Path) -> None:
         store.finish(["other"], {})
     with pytest.raises(KeyError):
         store["other"]
+
+
+def test_joined_donors_add_up_and_keep_a_gate_each() -> None:
+    first, second = example("a", 1), example("a", 2)
+    joined = join_donors([{"a": first}, {"a": second, "b": example("b", 3)}])
+    assert torch.allclose(joined["a"].update(), first.update() + second.update(), atol=1e-5)
+    only_second = torch.cat([torch.zeros(5), second.s])
+    assert torch.allclose(joined["a"].update(only_second), second.update(), atol=1e-5)
+    assert joined["b"].s.equal(example("b", 3).s) and joined["a"].energy == first.energy + second.energy
+    with pytest.raises(CheckpointError, match="a: the donors' factors have shapes"):
+        join_donors([{"a": first}, {"a": factorize(torch.ones(2, 2), "a", "a")}])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,30 @@ def factorize(tau: Float[Tensor, "out in"], name: str, role: str, rank: Rank = "
     """Decompose one task-vector matrix; raises NumericalError naming the tensor."""
     result = decompose_matrix(tau, rank, name=name)
     return Factors(name, role, result.U, result.s, result.Vh, result.energy, result.error)
+
+
+def join_donors(donors: Sequence[Mapping[str, Factors]]) -> dict[str, Factors]:
+    """Factors of several donors side by side: U = [U₁ U₂ …], s and Vh likewise, for every tensor that any donor has.
+
+    Every direction of every donor gets its own gate, and one training with one budget opens them together. The joint
+    U and Vh are not orthogonal: everything that gates need holds, a LoRA of smaller rank is no longer the best one.
+    """
+    joined = {}
+    for name in dict.fromkeys(name for donor in donors for name in donor):
+        parts = [donor[name] for donor in donors if name in donor]
+        shapes = {part.shape for part in parts}
+        if len(shapes) > 1:
+            raise CheckpointError(f"{name}: the donors' factors have shapes {sorted(shapes)}; they must be equal")
+        joined[name] = Factors(
+            name,
+            parts[0].role,
+            torch.cat([part.U for part in parts], dim=1),
+            torch.cat([part.s for part in parts]),
+            torch.cat([part.Vh for part in parts]),
+            sum(part.energy for part in parts),
+            max(part.error for part in parts),
+        )
+    return joined
 
 
 class FactorStore(Mapping[str, Factors]):
