@@ -12,7 +12,8 @@ import torch
 from vlmgraft.errors import CheckpointError, DataError, RecipeError
 from vlmgraft.hf.data import Question, generate
 from vlmgraft.hf.models import match_linears
-from vlmgraft.spectral.factors import Factors, factorize
+from vlmgraft.methods.frism import GatedFold
+from vlmgraft.spectral.factors import Factors, FactorStore, factorize
 from vlmgraft.spectral.gates import constant_gates, load_gates
 from vlmgraft.training.budget import BudgetControl
 from vlmgraft.training.distill import Distiller
@@ -203,3 +204,20 @@ def test_an_interrupted_training_goes_on_to_the_same_gates(
     assert again.log == whole.log and again.settings == whole.settings
     with pytest.raises(RecipeError, match="other settings"):
         distiller.learn(**{**options, "steps": 20}, state=state)
+
+
+def test_gates_carry_the_digest_of_their_store(
+    vlm: Any, processor: Any, factors: Table, questions: list[Question], tmp_path: Path
+) -> None:
+    store = FactorStore(tmp_path)
+    name = next(iter(factors))
+    for value in factors.values():
+        store.save(value, "d")
+    store.finish(list(factors), {})
+    gates = Distiller(vlm, processor, store, questions[:4], max_new_tokens=4).learn(steps=1)
+    assert gates.factors == store.digest
+    assert GatedFold(store, gates).gates is gates
+    store.save(factorize(torch.ones(factors[name].shape), name, name), "other")
+    store.finish(list(factors), {})
+    with pytest.raises(CheckpointError, match="learned on factors"):
+        GatedFold(store, gates)

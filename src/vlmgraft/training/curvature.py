@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -108,7 +108,7 @@ def curvature_gates(
         else:
             high = middle - 1
     settings = {"kl_budget": kl_budget, "held_out_kl": reached}
-    return curvature._cut(distiller.factors, scale, best, settings)
+    return replace(curvature._cut(distiller.factors, scale, best, settings), factors=distiller.digest)
 
 
 def question_scores(

@@ -49,6 +49,7 @@ FEW_PROMPTS = 128
 class Distiller:
     """Holds a VLM, its factors and the cached targets; see the module's text.
 
+    A store of factors is read into memory; its digest goes into the gates, so that they fold with these factors only.
     targets, held_out_targets: what the teacher says to `questions` and `held_out`. Raises DataError and
     AlignmentError before anything is computed when they do not fit.
     """
@@ -64,11 +65,14 @@ class Distiller:
     backend: Backend = "auto"
     seed: int = 0
     progress: Progress | None = None
+    digest: str | None = field(init=False, default=None)
     linears: dict[str, nn.Linear] = field(init=False)
     targets: Targets = field(init=False)
     held_out_targets: Targets | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
+        self.digest = getattr(self.factors, "digest", None)
+        self.factors = dict(self.factors)  # a store is read once
         self.linears = match_linears(self.model, self.factors)
         self.targets = self.teacher_targets(self.questions)
         if self.held_out:
@@ -164,7 +168,7 @@ class Distiller:
         with self._gated() as layers:
             run = Run(self.model, training, vector, layers, self.targets, donor, monitor, on_step, self.progress)
             run.train(state, save_every)
-        return Gates(vector.frozen(), scale, run.summary(), tuple(run.log))
+        return Gates(vector.frozen(), scale, run.summary(), tuple(run.log), self.digest)
 
     def _gated(self) -> Any:
         return gated(self.model, self.linears, self.factors, self.backend)
