@@ -38,3 +38,9 @@ class OutputError(InputError):
 
 class NumericalError(VlmgraftError):
     """A computation met values it cannot carry: NaN, infinity, overflow on the cast, no convergence."""
+
+
+class WeightsError(NumericalError, CheckpointError):
+    """An input tensor holds NaN or infinity; the message names tensor and file."""
+
+    exit_code = 2

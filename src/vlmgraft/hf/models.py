@@ -6,6 +6,7 @@ Names on disk are not module names: a linear layer is found by its role in the t
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +14,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from vlmgraft.errors import AlignmentError, CheckpointError
 
@@ -31,12 +38,22 @@ def load_text_model(path: str | Path, dtype: torch.dtype | str = "auto", device:
 
 
 def load_processor(path: str | Path) -> Any:
-    """The processor of a VLM, or the tokenizer of a text LLM; raises CheckpointError."""
+    """The processor of a VLM, or the tokenizer of a text LLM; raises CheckpointError.
+
+    A text folder that declares the generic tokenizer class is taken at its word: `AutoTokenizer` of transformers 5
+    puts the class of the model type in its place, which reads a tokenizer.json that is not byte-level BPE wrongly.
+    """
+    source = _source(path)
+    config = Path(source) / "tokenizer_config.json"
+    if config.is_file() and not (Path(source) / "processor_config.json").is_file():
+        declared = json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class")
+        if declared in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+            return PreTrainedTokenizerFast.from_pretrained(source)
     try:
-        return AutoProcessor.from_pretrained(_source(path))
+        return AutoProcessor.from_pretrained(source)
     except (ValueError, OSError) as error:
         try:
-            return AutoTokenizer.from_pretrained(_source(path))
+            return AutoTokenizer.from_pretrained(source)
         except (ValueError, OSError):
             raise CheckpointError(f"{path}: no processor or tokenizer can be loaded: {error}") from error
 

@@ -1,0 +1,195 @@
+"""The command line: reads arguments, calls the public function of the same name, shows what it gave.
+
+Nothing heavy is imported before a command runs. Exit codes: 0 done, 1 the work failed, 2 recipe or inputs are wrong
+(nothing was started), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vlmgraft.errors import VlmgraftError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+lab_app = typer.Typer(no_args_is_help=True, help="The embedded trio: base, VLM and donor, small and offline.")
+app.add_typer(lab_app, name="lab")
+
+RecipeArgument = Annotated[Path, typer.Argument(help="recipe in YAML")]
+Out = Annotated[Path, typer.Option("--out", help="folder to write; must not exist")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="override a recipe key: key=value, dotted")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="no progress")]
+AsJson = Annotated[bool, typer.Option("--json", help="machine-readable output")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="folder to write; must not exist")] = Path("demo"),
+    seed: Annotated[int, typer.Option(help="of exams, calibration questions and training order")] = 0,
+    trio: Annotated[Path | None, typer.Option(help="another trio, as `lab train` writes it")] = None,
+) -> None:
+    """Graft reasoning into the lab's VLM, end to end and offline, and compare the methods."""
+    from vlmgraft.lab.demo import demo as run
+
+    run(out, seed=seed, trio=trio, report=typer.echo)
+
+
+@app.command()
+def inspect(
+    recipe: Annotated[Path | None, typer.Argument(help="recipe in YAML")] = None,
+    vlm: Annotated[str | None, typer.Option(help="folder or hub id")] = None,
+    donor: Annotated[str | None, typer.Option(help="folder or hub id")] = None,
+    donor_base: Annotated[str | None, typer.Option(help="folder or hub id")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What pairs with what, from headers alone."""
+    from vlmgraft import pipeline
+    from vlmgraft.errors import RecipeError
+    from vlmgraft.recipe import load_recipe
+
+    if recipe is None and not (vlm and donor):
+        raise RecipeError("inspect: give a recipe, or --vlm and --donor (and --donor-base)")
+    given = {"vlm": vlm, "donor": donor, "donor_base": donor_base}
+    source = recipe or {key: value for key, value in given.items() if value}
+    _show_plan(pipeline.inspect(load_recipe(source, need_method=False)), as_json)
+
+
+@app.command()
+def merge(
+    recipe: Annotated[Path | None, typer.Argument(help="recipe in YAML")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="folder to write; must not exist")] = None,
+    overrides: Set = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan, write nothing")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with what an interruption left")] = False,
+    workdir: Annotated[Path | None, typer.Option(help="keep and reuse factors and gates here")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="print the recipe's JSON schema")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Merge as the recipe says, to a finished checkpoint."""
+    from vlmgraft import pipeline
+    from vlmgraft.errors import RecipeError
+    from vlmgraft.recipe import json_schema
+
+    if schema:
+        typer.echo(json.dumps(json_schema(), indent=2))
+        return
+    if recipe is None:
+        raise RecipeError("merge: give a recipe")
+    loaded = pipeline.read_recipe(recipe, overrides or [])
+    for note in loaded.notes:
+        typer.echo(note, err=True)
+    if dry_run:
+        _show_plan(pipeline.plan(pipeline.pair(loaded, headers_only=True)), as_json)
+        return
+    if out is None:
+        raise RecipeError("merge: --out is missing; name the folder to write")
+    with _progress(quiet) as progress:
+        receipt = pipeline.merge(loaded, out, resume=resume, workdir=workdir, progress=progress)
+    verdicts = [tensor.verdict for tensor in receipt.tensors]
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(receipt)))
+    else:
+        typer.echo(f"{out}: {verdicts.count('merged')} of {len(verdicts)} tensors merged, {receipt.seconds:.1f} s")
+
+
+@app.command()
+def decompose(
+    recipe: RecipeArgument,
+    out: Out,
+    overrides: Set = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with what an interruption left")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """SVD of the donor's task vector, one file per matrix."""
+    from vlmgraft import pipeline
+
+    with _progress(quiet) as progress:
+        store = pipeline.decompose(recipe, out, overrides=overrides or [], resume=resume, progress=progress)
+    typer.echo(f"{out}: {len(store)} matrices")
+
+
+@app.command()
+def gates(
+    recipe: RecipeArgument,
+    factors: Annotated[Path, typer.Option(help="folder that `decompose` wrote")],
+    out: Out,
+    overrides: Set = None,
+    quiet: Quiet = False,
+) -> None:
+    """Learn FRISM's gates on factors."""
+    from vlmgraft import pipeline
+
+    with _progress(quiet) as progress:
+        learned = pipeline.gates(recipe, factors, out, overrides=overrides or [], progress=progress)
+    typer.echo(f"{out}: gates of {len(learned.logits)} matrices")
+
+
+@lab_app.command("path")
+def lab_path() -> None:
+    """Print the folder of the embedded trio (base, vlm, donor)."""
+    from vlmgraft.lab import trio_path
+
+    typer.echo(trio_path())
+
+
+@lab_app.command("train")
+def lab_train(out: Out, seed: Annotated[int, typer.Option(help="of everything: data, weights, order")] = 0) -> None:
+    """Train a trio from scratch; about 15 minutes on two cores."""
+    from vlmgraft.lab.train import train_trio
+
+    train_trio(seed, out, report=typer.echo)
+    typer.echo(f"{out}: base, vlm, donor")
+
+
+def _show_plan(plan: Any, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(plan)))
+        return
+    for row in plan.tensors:
+        typer.echo(f"{row['verdict']:9}{row['name']}  {row['dtype']} {row['shape']}  {row['reason']}")
+    typer.echo(f"{plan.family}, {plan.layers} layers: {plan.merged} merged, {plan.excluded} excluded, {plan.kept} kept")
+    typer.echo(f"the merged folder holds all {len(plan.tensors)} tensors of the VLM, {plan.nbytes:,} bytes")
+    for note in plan.notes:
+        typer.echo(f"note: {note}")
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[int, int, str], None] | None]:
+    """A progress bar on standard error, one line per kind of work."""
+    if quiet:
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what[-40:])
+
+
+def main() -> None:
+    """Entry point: errors become one line on standard error and an exit code."""
+    try:
+        app(standalone_mode=False)
+    except VlmgraftError as error:
+        typer.echo(f"vlmgraft: {error}", err=True)
+        sys.exit(error.exit_code)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("vlmgraft: interrupted; run the same command with --resume to go on", err=True)
+        sys.exit(130)
+    except Exception as error:
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error of the argument parser
+            error.show()
+            sys.exit(error.exit_code)
+        raise

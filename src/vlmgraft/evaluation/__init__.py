@@ -1,0 +1,1 @@
+"""Scores: reading answers, asking questions, intervals."""

@@ -1,0 +1,239 @@
+"""`vlmgraft demo`: graft reasoning into the lab's VLM and compare the methods, offline and in minutes."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image
+
+from vlmgraft import pipeline
+from vlmgraft.checkpoint.writer import refuse_output
+from vlmgraft.errors import CheckpointError
+from vlmgraft.evaluation.intervals import Estimate
+from vlmgraft.hf.data import Question
+from vlmgraft.hf.models import load_vlm
+from vlmgraft.lab import compare, trio_path
+from vlmgraft.lab.compare import Comparison, Point, above_curve
+from vlmgraft.records import write_rows, write_text
+from vlmgraft.report.tradeoff import draw_tradeoff
+
+ARITHMETIC, ENERGY, DONOR = "task arithmetic", "FRISM, energy term", "FRISM, donor matching"
+LINEAR, CONTROL = "linear", "control: shuffled singular vectors"
+
+
+def demo(out: Path, *, seed: int = 0, trio: Path | None = None, report: Callable[[str], None] = print) -> list[Point]:
+    """Run the comparison into the new folder `out`: table.md, results.jsonl, tradeoff.png, recipe.yaml, merged/.
+
+    Args:
+        seed: of exams, calibration questions and training order; the trio stays the same.
+        trio: folder with base, vlm and donor; default the embedded one.
+    Raises:
+        OutputError: `out` exists. CheckpointError: the trio is not there.
+    """
+    started = time.monotonic()
+    trio = trio or trio_path()
+    if not (trio / "vlm").is_dir():
+        raise CheckpointError(f"{trio}: holds no vlm folder; make a trio with `vlmgraft lab train --out DIR`")
+    refuse_output(out, [trio])
+    (out / "work").mkdir(parents=True)
+
+    def say(text: str) -> None:
+        report(f"[{time.monotonic() - started:4.0f} s] {text}")
+
+    recipe = _recipe(trio, out)
+    store = pipeline.decompose(pipeline.read_recipe(recipe), out / "work" / "factors")
+    alignment = pipeline.pair(pipeline.read_recipe(recipe))
+    say(f"decomposed {len(store)} matrices of the donor's task vector")
+    factors = {name: store[name] for name in store}
+    comparison = Comparison(trio, alignment, factors, seed, glyphs=_glyphs(trio), report=say)
+    text = comparison.donor_on_text()
+    say(f"donor, sums told in text: {text.percent()}")
+    points = _measure(comparison, trio, out)
+    points.append(_merged(comparison, points, recipe, out))
+    rows = [_row(point, points) for point in points]
+    write_rows(out / "results.jsonl", rows)
+    table = _table(points, text, seed)
+    write_text(out / "table.md", table)
+    draw_tradeoff([row for row in rows if row["drawn"]], out / "tradeoff.png", _finding(points))
+    report("\n" + table)
+    say(f"wrote {out}/table.md, results.jsonl, tradeoff.png, recipe.yaml, merged/")
+    report("ask the merged model:\n" + _ask(comparison, out))
+    return points
+
+
+def _measure(comparison: Comparison, trio: Path, out: Path) -> list[Point]:
+    """All rows but the reloaded checkpoint; every choice is made on validation before its test row is measured."""
+    sight = comparison.mark(comparison.validation, None).perception.mean
+    points = [comparison.point("VLM", {}, None)]
+    for scale in compare.SCALES:
+        points.append(comparison.point(ARITHMETIC, {"scale": scale}, comparison.task_arithmetic(scale)))
+    chosen: dict[str, tuple[Any, Any]] = {
+        ARITHMETIC: comparison.choose(
+            [({"scale": scale}, lambda scale=scale: comparison.task_arithmetic(scale)) for scale in compare.SCALES],
+            sight,
+        ),
+        LINEAR: comparison.choose(
+            [({"donor_share": s}, lambda s=s: _linear(trio, out, s)) for s in compare.DONOR_SHARES], sight
+        ),
+    }
+    for method, inject, grid in ((ENERGY, "energy", compare.ENERGY_GRID), (DONOR, "donor", compare.DONOR_GRID)):
+        candidates = [
+            ({"scale": s, "inject_weight": a}, lambda s=s, a=a, inject=inject: comparison.gates(inject, s, a))
+            for s, a in grid
+        ]
+        chosen[method] = comparison.choose(candidates, sight)
+    scale = chosen[ARITHMETIC][0]
+    points += [comparison.point(f"{ARITHMETIC}, chosen", scale, chosen[ARITHMETIC][1])]
+    points += [comparison.point(method, *chosen[method]) for method in (LINEAR, ENERGY, DONOR)]
+    return [*points, comparison.point(CONTROL, {"scale": 1.0}, comparison.shuffled(1.0))]
+
+
+def _linear(trio: Path, out: Path, share: float) -> Any:
+    """The linear merge with a share of the donor, through the merge itself: written, then loaded."""
+    folder = out / "work" / f"linear-{share:g}"
+    method = {"name": "linear", "vlm_weight": 1 - share}
+    recipe = {"vlm": str(trio / "vlm"), "donor": str(trio / "donor"), "method": method}
+    pipeline.merge(pipeline.load_recipe(recipe), folder)
+    return load_vlm(folder, "float32").eval()
+
+
+def _merged(comparison: Comparison, points: Sequence[Point], recipe: Path, out: Path) -> Point:
+    """Merge with the recipe of the better FRISM row (on validation grounds: both were chosen there) and reload it."""
+    best = max(
+        (point for point in points if point.method in (ENERGY, DONOR)), key=lambda point: point.marks.reasoning.mean
+    )
+    _save_questions(comparison.calibration, out / "data" / "calibration.jsonl")
+    _save_questions(comparison.donor_questions, out / "data" / "questions.jsonl")
+    settings = yaml.safe_load(recipe.read_text())
+    settings["method"] |= dict(best.setting) | {"seed": comparison.seed}
+    if best.method == DONOR:
+        settings["method"] |= {"inject": "donor", "questions": str(out / "data" / "questions.jsonl")}
+    write_text(recipe, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+    pipeline.merge(recipe, out / "merged", workdir=out / "work")
+    return comparison.point("merged folder, reloaded", best.setting, load_vlm(out / "merged", "float32").eval())
+
+
+def _recipe(trio: Path, out: Path) -> Path:
+    """The FRISM recipe of the demo; λ, α and the injection term are filled in once they are chosen."""
+    data = str(out / "data" / "calibration.jsonl")
+    calibration = {"data": data, "samples": compare.CALIBRATION, "held_out": 0, "max_new_tokens": 28}
+    method = {"name": "frism", "steps": compare.STEPS, "learning_rate": compare.LEARNING_RATE}
+    method["calibration"] = {**calibration, "batch_size": compare.BATCH_SIZE}
+    places = {"vlm": str(trio / "vlm"), "donor": str(trio / "donor"), "donor_base": str(trio / "base")}
+    path = out / "recipe.yaml"
+    write_text(path, yaml.safe_dump({**places, "method": method}, sort_keys=False))
+    return path
+
+
+def _glyphs(trio: Path) -> Any:
+    """What the trio's digits look like, from its training.json."""
+    notes = trio / "training.json"
+    return json.loads(notes.read_text()).get("glyphs", "handwriting") if notes.is_file() else "handwriting"
+
+
+def _save_questions(questions: Sequence[Question], path: Path) -> None:
+    """JSON lines with the images as PNG files beside them."""
+    path.parent.mkdir(exist_ok=True)
+    rows = []
+    for number, question in enumerate(questions):
+        row: dict[str, Any] = {"question": question.question}
+        for image in question.images:
+            name = f"{path.stem}-{number:04d}.png"
+            if isinstance(image, Image.Image):
+                image.save(path.parent / name)
+            row["image"] = name
+        rows.append(row)
+    write_rows(path, rows)
+
+
+def _curve(points: Sequence[Point]) -> list[Point]:
+    return [point for point in points if point.method in ("VLM", ARITHMETIC)]
+
+
+def _row(point: Point, points: Sequence[Point]) -> dict[str, Any]:
+    marks, curve = point.marks, _curve(points)
+    equal = {
+        "above_task_arithmetic_at_equal_kl": above_curve(point, curve, lambda p: p.kl),
+        "above_task_arithmetic_at_equal_perception": above_curve(point, curve, lambda p: p.marks.perception.mean),
+    }
+    return {
+        "method": point.method,
+        "setting": point.label,
+        "order": next(iter(point.setting.values()), 0),
+        "drawn": point.method in ("VLM", ARITHMETIC, LINEAR, ENERGY, DONOR, CONTROL),
+        "reasoning": asdict(marks.reasoning),
+        "perception": asdict(marks.perception),
+        "tasks": {task: asdict(marks.of(task)) for task in marks.right},
+        "kl": point.kl,
+        **{key: asdict(value) if value and point not in curve else None for key, value in equal.items()},
+    }
+
+
+def _table(points: Sequence[Point], text: Estimate, seed: int) -> str:
+    """The comparison in Markdown; 95 % bootstrap intervals; what does not beat task arithmetic says so."""
+    columns = (
+        "method",
+        "setting",
+        "reasoning",
+        "perception",
+        "list colours",
+        "KL",
+        "above task arithmetic at equal KL",
+    )
+    lines = [
+        f"| {' | '.join(columns)} |",
+        "|" + "---|" * len(columns),
+        f"| donor, told in text | | {text.percent()} | | | | |",
+    ]
+    curve = _curve(points)
+    for point in points:
+        marks = point.marks
+        cells = [point.method, point.label, marks.reasoning.percent(), marks.perception.percent()]
+        cells += [
+            marks.of("list_colours").percent(),
+            f"{point.kl:.4f}",
+            "" if point in curve else _verdict(point, curve),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    first = points[0].marks.right
+    note = (
+        f"Test split, {len(first['sum'])} sums and {len(first['read'])} questions per perception task, exam seed {seed}; "
+        "percent right with 95 % bootstrap intervals; KL in nats per token on held-out image questions. λ, α and the donor's share were chosen on the validation split: the best reasoning within a point of the "
+        "VLM's perception. The last column is reasoning above the task-arithmetic curve at the same KL, paired by item."
+    )
+    return "\n".join(lines) + "\n\n" + note + "\n"
+
+
+def _verdict(point: Point, curve: Sequence[Point]) -> str:
+    above = above_curve(point, curve, lambda p: p.kl)
+    if above is None:
+        return "" if point.method == "VLM" else "outside its range of KL"
+    return above.percent() if above.low > 0 else f"{above.percent()}: does not beat it"
+
+
+def _finding(points: Sequence[Point]) -> str:
+    solved = {point.method: 100 * point.marks.reasoning.mean for point in points}
+    return f"Sums from images: VLM {solved['VLM']:.0f} %, FRISM {max(solved[ENERGY], solved[DONOR]):.0f} %"
+
+
+def _ask(comparison: Comparison, out: Path) -> str:
+    """One line that asks the merged folder about an image, with transformers alone."""
+    question = next(
+        each for item, each in zip(comparison.test.items, comparison.test.questions, strict=True) if item.task == "sum"
+    )
+    image = question.images[0]
+    if isinstance(image, Image.Image):
+        image.save(out / "example.png")
+    code = (
+        f"from transformers import pipeline; ask = pipeline('image-text-to-text', '{out}/merged'); "
+        f"print(ask(text=[{{'role': 'user', 'content': [{{'type': 'image', 'path': '{out}/example.png'}}, "
+        f"{{'type': 'text', 'text': '{question.question}'}}]}}], return_full_text=False, max_new_tokens=28))"
+    )
+    return f"python -c {shlex.quote(code)}"

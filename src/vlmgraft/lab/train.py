@@ -1,0 +1,308 @@
+"""Training of the lab trio: base LLM, vision tower, VLM and donor, each stopped by measurement.
+
+The text model of the VLM is trained as a plain `Qwen2ForCausalLM` whose image tokens are replaced by the tower's
+output, and copied into the VLM at the end: with the lab's rotary sections the two compute the same function.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlmgraft.errors import OutputError
+from vlmgraft.lab import models, world
+from vlmgraft.lab.world import Item, Task
+from vlmgraft.records import write_json
+
+Report = Callable[[str], None]
+WORDS = world.vocabulary()
+INDEX = {word: index for index, word in enumerate(WORDS)}
+PAD, END, IMAGE = INDEX["<pad>"], INDEX["<|im_end|>"], INDEX["<|image_pad|>"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded questions with answers, int64 `[batch, time]`; `labels` are −100 outside the answer."""
+
+    ids: Tensor
+    labels: Tensor
+    mask: Tensor
+
+
+def encode(items: Sequence[Item], as_image: Sequence[bool]) -> Batch:
+    """Questions as the chat template writes them, in image or in text form, right-padded."""
+    rows = []
+    for item, image in zip(items, as_image, strict=True):
+        told = ["<|vision_start|>", *["<|image_pad|>"] * 8, "<|vision_end|>"] if image else []
+        question = told + (item.question if image else item.text_question).split()
+        prompt = ["<|im_start|>", "user", *question, "<|im_end|>", "<|im_start|>", "assistant"]
+        answer = [*item.answer.split(), "<|im_end|>"]
+        rows.append(([INDEX[word] for word in prompt], [INDEX[word] for word in answer]))
+    length = max(len(prompt) + len(answer) for prompt, answer in rows)
+    ids = torch.full((len(rows), length), PAD)
+    labels = torch.full((len(rows), length), -100)
+    for row, (prompt, answer) in enumerate(rows):
+        end = len(prompt) + len(answer)
+        ids[row, :end] = torch.tensor(prompt + answer)
+        labels[row, len(prompt) : end] = torch.tensor(answer)
+    return Batch(ids, labels, (ids != PAD).long())
+
+
+class Tower:
+    """The VLM's vision tower with the lab's image processor: scenes in, visual tokens out."""
+
+    def __init__(self, seed: int, glyphs: world.Glyphs = "handwriting") -> None:
+        self.glyphs = glyphs
+        self.vlm = models.build_vlm(seed)
+        self.processor = models.build_processor()
+
+    def see(self, rng: np.random.Generator, items: Sequence[Item], split: world.Split = "train") -> Tensor:
+        """Visual tokens `[items, 8, hidden]` of freshly drawn images of the items' scenes."""
+        images = [world.render(rng, item.scene, split, self.glyphs) for item in items if item.scene is not None]
+        pixels = self.processor.image_processor(images=images, return_tensors="pt")
+        tokens = self.vlm.model.get_image_features(pixels["pixel_values"], pixels["image_grid_thw"])
+        tokens = getattr(tokens, "pooler_output", tokens)
+        return torch.stack([part.reshape(8, -1) for part in tokens])
+
+
+def loss_of(model: Any, batch: Batch, visual: Tensor | None = None, noise: float = 0.0) -> Tensor:
+    """Cross-entropy on the answers; `visual` replaces image tokens, `noise` (in units of the rms) blurs the others."""
+    embeds = model.model.embed_tokens(batch.ids)
+    if noise:
+        embeds = embeds + noise * embeds.pow(2).mean().sqrt() * torch.randn_like(embeds)
+    if visual is not None and len(visual):
+        embeds = embeds.masked_scatter((batch.ids == IMAGE)[..., None], visual.reshape(-1, embeds.shape[-1]))
+    hidden = model.model(inputs_embeds=embeds, attention_mask=batch.mask).last_hidden_state
+    wanted = batch.labels[:, 1:] != -100
+    return F.cross_entropy(model.lm_head(hidden[:, :-1][wanted]), batch.labels[:, 1:][wanted])
+
+
+@torch.inference_mode()
+def answers(model: Any, items: Sequence[Item], tower: Tower | None = None) -> list[str]:
+    """Greedy answers; with `tower` the scenes are shown as validation images, else told. Empty when it never ends."""
+    blanks = [Item(item.task, item.question, "", item.scene) for item in items]
+    shown = [tower is not None and item.scene is not None for item in items]
+    ids = [encode([blank], [image]).ids[0, :-1] for blank, image in zip(blanks, shown, strict=True)]
+    groups: dict[tuple[int, bool], list[int]] = {}
+    for index, (row, image) in enumerate(zip(ids, shown, strict=True)):
+        groups.setdefault((len(row), image), []).append(index)
+    said = [""] * len(items)
+    for (_, image), members in groups.items():
+        prompt = torch.stack([ids[index] for index in members])
+        embeds = model.model.embed_tokens(prompt)
+        if tower is not None and image:
+            visual = tower.see(np.random.default_rng(len(items)), [items[index] for index in members], "validation")
+            embeds = embeds.masked_scatter((prompt == IMAGE)[..., None], visual.reshape(-1, embeds.shape[-1]))
+        mask = torch.ones_like(prompt)
+        out = model.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=26, do_sample=False)
+        for index, tokens in zip(members, out.tolist(), strict=True):
+            words = [WORDS[token] for token in tokens]
+            said[index] = " ".join(words[: words.index("<|im_end|>")]) if "<|im_end|>" in words else ""
+    return said
+
+
+def accuracy(model: Any, items: Sequence[Item], tower: Tower | None = None) -> float:
+    """Share of items answered exactly (of a sum: its final number) by greedy decoding."""
+    model.eval()
+    right = 0
+    for item, said in zip(items, answers(model, items, tower), strict=True):
+        both = said.split(), item.answer.split()
+        right += both[0][-1:] == both[1][-1:] if item.task == "sum" else both[0] == both[1]
+    model.train()
+    return right / len(items)
+
+
+def fit(
+    model: Any,
+    make_loss: Callable[[], Tensor],
+    *,
+    lr: float,
+    steps: int,
+    cosine: bool = False,
+    warmup: int = 50,
+    every: int = 100,
+    stop: Callable[[int], bool] | None = None,
+) -> None:
+    """AdamW with warm-up (and cosine decay) up to `steps`, or until `stop` says so, asked every `every` steps."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.AdamW(trainable, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
+    for step in range(1, steps + 1):
+        decay = 0.5 * (1 + np.cos(np.pi * step / steps)) if cosine else 1.0
+        optimiser.param_groups[0]["lr"] = lr * min(1.0, step / warmup) * decay
+        loss = make_loss()
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimiser.step()
+        if stop is not None and step % every == 0 and stop(step):
+            return
+
+
+Mix = dict[Task, float]
+READING: Mix = {"colour": 1, "glyph": 1, "read": 1, "copy": 1}
+ALIGNED_TASKS: tuple[Task, ...] = ("colour", "glyph", "read")
+
+
+@dataclass
+class Trainer:
+    """Trains the trio of one seed; `report` gets a line per measurement, `measured` collects them for training.json."""
+
+    seed: int
+    report: Report = print
+    glyphs: world.Glyphs = "handwriting"
+    measured: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.started = time.monotonic()
+        kinds: tuple[Task, ...] = (*world.PERCEPTION, "sum", *world.TEXT_ONLY)
+        self.validation = {task: world.draw_items(1000 + self.seed, "validation", (task,), 200) for task in kinds}
+
+    def base(self) -> Any:
+        """The base LLM: reading, then arithmetic facts, then chain of thought until it solves 30 % of the text sums."""
+        model, rng = models.build_text_model(self.seed), np.random.default_rng([self.seed, 1])
+
+        def learn(
+            stage: str, mix: Mix, batch: int, steps: int, every: int, enough: Callable[[dict[str, float]], bool]
+        ) -> None:
+            def loss() -> Tensor:
+                return loss_of(model, encode(_draw(rng, mix, batch), [False] * batch))
+
+            def stop(step: int) -> bool:
+                scores = self._measure(model, tuple(mix))
+                self._say(f"base, {stage}, step {step}", scores)
+                return enough(scores)
+
+            fit(model, loss, lr=1.5e-3, steps=steps, every=every, stop=stop)
+
+        learn("reading", READING, 64, 3000, 200, lambda scores: min(scores.values()) >= 0.99)
+        learn("facts", {**READING, "fact": 4}, 64, 3000, 200, lambda scores: min(scores.values()) >= 0.98)
+        thinking: Mix = {**READING, "fact": 3, "sum": 0.87}
+        learn(
+            "chain of thought", thinking, 48, 1500, 25, lambda scores: scores["sum"] >= 0.3 and scores["colour"] >= 0.97
+        )
+        return model
+
+    def tower(self, base: Any) -> Tower:
+        """A vision tower that speaks the base's word embeddings: squared distance plus a soft nearest-word term."""
+        tower, rng = Tower(self.seed, self.glyphs), np.random.default_rng([self.seed, 2])
+        words = [*world.COLOURS, *world.SHAPES, *world.DIGITS]
+        embeddings = base.model.embed_tokens.weight.detach()[[INDEX[word] for word in words]]
+        variance = embeddings.var(0).sum()
+
+        def distances(items: list[Item], split: world.Split, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+            seen = tower.see(rng, items, split).flatten(0, 1)
+            told = [words.index(word) for item in items if item.scene for word in item.scene.words]
+            return torch.cdist(seen, embeddings).pow(2) / variance, torch.tensor(told)
+
+        def loss() -> Tensor:
+            distance, told = distances([world.draw_item(rng, "read") for _ in range(32)], "train", rng)
+            return distance.gather(1, told[:, None]).mean() + 0.5 * F.cross_entropy(-8 * distance, told)
+
+        fit(tower.vlm.model.visual, loss, lr=2e-3, steps=800, cosine=True)
+        tower.vlm.requires_grad_(False)
+        with torch.inference_mode():
+            distance, told = distances(self.validation["read"], "validation", np.random.default_rng(5))
+        right = (distance.argmin(1) == told).float().reshape(-1, 2).mean(0).tolist()
+        self._say("tower", dict(zip(("colour tile", "glyph tile"), right, strict=True)))
+        return tower
+
+    def donor(self, base: Any) -> Any:
+        """The reasoning LLM: the base tuned on text sums with a chain of thought, under noise on its embeddings, so
+        that it also reads what is near a word and not only the word itself."""
+        donor, rng = _copy_with_frozen_words(base), np.random.default_rng([self.seed, 3])
+        torch.manual_seed(self.seed)
+        mix: Mix = {"sum": 4, "colour": 0.2, "glyph": 0.2, "read": 0.2, "fact": 0.4}
+
+        def loss() -> Tensor:
+            return loss_of(donor, encode(_draw(rng, mix, 48), [False] * 48), noise=0.3)
+
+        fit(donor, loss, lr=6e-4, steps=350, cosine=True)
+        self._say("donor, text", self._measure(donor, ("sum", *ALIGNED_TASKS)))
+        return donor
+
+    def vlm(self, base: Any, tower: Tower) -> Any:
+        """The VLM's text model: image perception and the listing of colours, while the base's own answers to text sums
+        are replayed, so that it forgets nothing of its reasoning and learns none. The tower stays as it is."""
+        vlm, rng = _copy_with_frozen_words(base), np.random.default_rng([self.seed, 4])
+        sums = world.draw_items(self.seed, "train", ("sum",), 2000)
+        replay = [
+            Item(i.task, i.question, said, i.scene) for i, said in zip(sums, answers(base, sums), strict=True) if said
+        ]
+        shares = {"colour": 1, "glyph": 1, "read": 1, "list_colours": 3, "fact": 1, "told": 0.3, "replay": 0.4}
+
+        def loss() -> Tensor:
+            items, shown = [], []
+            for kind in rng.choice(list(shares), 48, p=np.array(list(shares.values())) / sum(shares.values())):
+                told = kind in ("told", "replay")
+                task = str(rng.choice(ALIGNED_TASKS)) if told else str(kind)
+                items.append(replay[rng.integers(len(replay))] if kind == "replay" else world.draw_item(rng, task))
+                shown.append(not told and kind != "fact")
+            visual = tower.see(rng, [item for item, image in zip(items, shown, strict=True) if image])
+            return loss_of(vlm, encode(items, shown), visual)
+
+        fit(vlm, loss, lr=3e-4, steps=500, cosine=True)
+        self._say("vlm, image", self._measure(vlm, (*world.PERCEPTION, "sum"), tower))
+        return vlm
+
+    def _measure(self, model: Any, tasks: Sequence[str], tower: Tower | None = None) -> dict[str, float]:
+        return {task: accuracy(model, self.validation[task], tower) for task in tasks}  # type: ignore[index]
+
+    def _say(self, what: str, scores: dict[str, float]) -> None:
+        self.measured[what] = {name: round(score, 4) for name, score in scores.items()}
+        figures = ", ".join(f"{name} {100 * score:.1f} %" for name, score in scores.items())
+        self.report(f"[{time.monotonic() - self.started:4.0f} s] {what}: {figures}")
+
+
+def train_trio(seed: int, out: Path, report: Report = print, glyphs: world.Glyphs = "handwriting") -> Path:
+    """Train base, VLM and donor of one seed and write them as bf16 folders `base`, `vlm`, `donor` under `out`.
+
+    About 12 minutes on one core. `training.json` keeps what was measured on the way, on validation items.
+    Raises OutputError when `out` exists.
+    """
+    refuse_existing(out)
+    trainer = Trainer(seed, report, glyphs)
+    base = trainer.base()
+    tower = trainer.tower(base)
+    donor, text = trainer.donor(base), trainer.vlm(base, tower)
+    vlm = tower.vlm
+    vlm.model.language_model.load_state_dict(text.model.state_dict())
+    vlm.lm_head.load_state_dict(text.lm_head.state_dict())
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    models.save(base, partial / "base")
+    models.save(donor, partial / "donor")
+    models.save(vlm, partial / "vlm", tower.processor)
+    seconds = round(time.monotonic() - trainer.started)
+    write_json(
+        partial / "training.json", {"seed": seed, "glyphs": glyphs, "seconds": seconds, "measured": trainer.measured}
+    )
+    partial.rename(out)
+    return out
+
+
+def refuse_existing(out: Path) -> None:
+    """Raise OutputError when the output folder is already there."""
+    if out.exists():
+        raise OutputError(f"{out}: exists already; name another folder with --out, or remove it first")
+
+
+def _draw(rng: np.random.Generator, mix: Mix, count: int) -> list[Item]:
+    kinds = rng.choice(list(mix), count, p=np.array(list(mix.values())) / sum(mix.values()))
+    return [world.draw_item(rng, str(kind)) for kind in kinds]  # type: ignore[arg-type]
+
+
+def _copy_with_frozen_words(base: Any) -> Any:
+    """A copy whose embeddings and head stay the base's, as all three models share one vocabulary."""
+    model = copy.deepcopy(base)
+    model.model.embed_tokens.weight.requires_grad_(False)
+    model.lm_head.weight.requires_grad_(False)
+    return model
