@@ -1,20 +1,27 @@
 """What a merging method is: a frozen dataclass whose fields are its recipe, with one function on float32 tensors.
 
-`granularity` says what `combine` is given: "element" methods get flat chunks of any size (64k elements in a merge) and
-must treat every element alike; "tensor" methods get whole tensors in their shape. A method that brings its own update
-(FRISM's factors, say) uses `tensors["vlm"]` and `context.name` and ignores the other sources.
+`granularity` says what `combine` is given: "element" methods get flat chunks (of 65,536 elements in a merge, the last
+one shorter; `context.start` is the first element's number) and must treat every element alike; "tensor" methods get whole
+tensors in their shape. A method that brings its own update (FRISM's factors, say) uses `tensors["vlm"]` and
+`context.name` and ignores the other sources.
+
+A method that must see the weights before it can merge (a global threshold, say) also defines
+`prepare(self, passes: Passes) -> Method`. A merge calls it once, before streaming, and streams the method it gives back,
+which holds what the passes found.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar
 
 from vlmgraft.errors import RecipeError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+T = TypeVar("T")
 
 Number = float | list[float] | dict[str, float]
 """A number for all tensors, a list over depth (first to last layer, interpolated), or a map by module group."""
@@ -34,6 +41,26 @@ class TensorContext:
     start: int = 0
 
 
+class Passes(Protocol):
+    """Passes over the merged tensors, in disk order, for `prepare`. Every call starts a new pass over the files.
+
+    Keys are "vlm", "donor" and the bases that the recipe gives. All pieces are float32 and finite: WeightsError names
+    the tensor and file that is not.
+    """
+
+    def tensors(self) -> Iterator[tuple[TensorContext, Callable[[str], Tensor]]]:
+        """Every merged tensor with a loader: `loader(key)` reads the whole tensor of that checkpoint, in its shape."""
+
+    def chunks(self) -> Iterator[tuple[TensorContext, Mapping[str, Tensor]]]:
+        """Every flat chunk that `combine` of an "element" method will be given, one after the other; yours to keep."""
+
+    def map(self, function: Callable[[Mapping[str, Tensor], TensorContext], T]) -> Iterator[tuple[TensorContext, T]]:
+        """`function(chunk, context)` of every chunk, called from several threads, results in order: the fast pass.
+
+        The chunk's memory is used again after the call: the function gives back a number or a small tensor of its own.
+        """
+
+
 class Method(Protocol):
     """What a merge asks of a method. needs: checkpoints beside VLM and donor ("donor_base", "vlm_base")."""
 
@@ -45,7 +72,8 @@ class Method(Protocol):
     def combine(self, tensors: Mapping[str, Tensor], context: TensorContext) -> Tensor:
         """The merged piece in float32 from float32 pieces of "vlm", "donor" and what `needs` names.
 
-        Inputs are not changed; a result that is the VLM's piece is that very object, so that its bits survive.
+        Inputs are not changed and not kept: a merge uses their memory again. A result that is the VLM's piece is that
+        very object, so that its bits survive. Called from several threads.
         """
 
 
