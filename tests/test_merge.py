@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from vlmgraft.alignment import Alignment, align
 from vlmgraft.checkpoint.index import open_checkpoint
-from vlmgraft.errors import AlignmentError, NumericalError, OutputError
+from vlmgraft.errors import AlignmentError, OutputError, VlmgraftError, WeightsError
 from vlmgraft.merge import merge_tensors
 from vlmgraft.methods.task_arithmetic import TaskArithmetic
 
@@ -57,12 +57,21 @@ def test_task_arithmetic(scale: float, threads: int, shard_size: int, tmp_path: 
     assert len(json.loads((tmp_path / "out" / "receipt.json").read_text())["tensors"]) == len(vlm)
 
 
-def test_refusals_leave_nothing(tmp_path: Path) -> None:
-    for name, options, error in (("z", {"zero": True}, AlignmentError), ("n", {"bad": True}, NumericalError)):
-        (tmp_path / name).mkdir()
-        alignment = folders(tmp_path / name, **options)
-        with pytest.raises(error):
-            merge_tensors(alignment, TaskArithmetic(), tmp_path / name / "out")
-        with pytest.raises(OutputError):
-            merge_tensors(alignment, TaskArithmetic(), tmp_path / name / "vlm")
-        assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["base", "donor", "vlm"]
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"zero": True}, AlignmentError, "task vector is zero"),
+        ({"bad": True}, WeightsError, r"q_proj.weight in .*donor/model.safetensors \(donor\): holds NaN"),
+    ],
+)
+def test_refusals_leave_nothing(
+    options: dict[str, bool], error: type[VlmgraftError], said: str, resume: bool, tmp_path: Path
+) -> None:
+    alignment = folders(tmp_path, **options)
+    with pytest.raises(error, match=said) as raised:
+        merge_tensors(alignment, TaskArithmetic(), tmp_path / "out", resume=resume)
+    assert raised.value.exit_code == 2
+    with pytest.raises(OutputError):
+        merge_tensors(alignment, TaskArithmetic(), tmp_path / "vlm", resume=resume)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "donor", "vlm"]

@@ -26,7 +26,7 @@ from vlmgraft import __version__
 from vlmgraft.alignment import AlignedTensor, Alignment, assemble
 from vlmgraft.checkpoint.reader import TORCH_DTYPES, Reader
 from vlmgraft.checkpoint.writer import TensorSpec, Writer, refuse_output
-from vlmgraft.errors import AlignmentError, NumericalError
+from vlmgraft.errors import AlignmentError, NumericalError, WeightsError
 from vlmgraft.methods.base import Method, TensorContext
 from vlmgraft.records import write_json
 
@@ -74,7 +74,8 @@ def merge_tensors(
 
     Raises:
         OutputError: `out` exists or is an input. AlignmentError: a checkpoint that the method needs is missing, or the
-            task vector is zero. NumericalError: NaN, infinity or overflow on the cast, naming tensor and file.
+            task vector is zero. WeightsError: an input holds NaN or infinity, naming tensor and file. NumericalError:
+            overflow on the cast. Nothing is published then and no partial folder stays.
     """
     began = time.perf_counter()
     sources = {key: getattr(alignment, key) for key in ("vlm", "donor", "donor_base", "vlm_base")}
@@ -169,9 +170,9 @@ class _Merger:
         yield 0, raw["vlm"], self._checked(tensor, raw)
 
     def _checked(self, tensor: AlignedTensor, raw: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Float32 pieces; raises NumericalError naming the tensor and file that is not finite."""
+        """Float32 pieces; raises WeightsError naming the tensor and file that is not finite."""
         for key, piece in raw.items():
             if not torch.isfinite(piece).all():
                 name = tensor.name if key == "vlm" else getattr(tensor, key).names[0]
-                raise NumericalError(f"{name} in {self.readers[key].info(name).file} ({key}): holds NaN or infinity")
+                raise WeightsError(f"{name} in {self.readers[key].info(name).file} ({key}): holds NaN or infinity")
         return {key: piece.float() for key, piece in raw.items()}

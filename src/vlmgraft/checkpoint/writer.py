@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vlmgraft.checkpoint.index import INDEX, ITEM_SIZES, SINGLE
 from vlmgraft.checkpoint.reader import TORCH_DTYPES, as_bytes
-from vlmgraft.errors import OutputError
+from vlmgraft.errors import OutputError, VlmgraftError
 from vlmgraft.records import append_row, read_rows, write_json
 
 JOURNAL = ".journal.jsonl"
@@ -105,7 +105,8 @@ class Writer:
         shard_size: bytes of data per file, at most.
         overwrite: replace a folder that exists, at the end.
         resume: a key of what is being written. An interrupted folder of the same key is then kept and continued: what
-            `finish` recorded is in `done`. Without a key an interrupted folder is removed.
+            `finish` recorded is in `done`. Without a key an interrupted folder is removed, and so is one whose inputs
+            were refused: the next run would meet the same refusal.
     Raises:
         OutputError: `out` exists, cannot be written, the disk is too small, or another process is writing it.
     """
@@ -191,7 +192,8 @@ class Writer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            self._close(keep=self._resume is not None)
+            hopeless = issubclass(kind, VlmgraftError) and not issubclass(kind, OutputError)
+            self._close(keep=self._resume is not None and not hopeless)
             return
         try:
             self._publish()

@@ -1,13 +1,13 @@
 """What a merging method is: a frozen dataclass whose fields are its recipe, with one function on float32 tensors.
 
 `granularity` says what `combine` is given: "element" methods get flat chunks (of 65,536 elements in a merge, the last
-one shorter; `context.start` is the first element's number) and must treat every element alike; "tensor" methods get whole
-tensors in their shape. A method that brings its own update (FRISM's factors, say) uses `tensors["vlm"]` and
+one shorter; `context.start` is the first element's number) and must treat every element alike; "tensor" methods get
+whole tensors in their shape. A method that brings its own update (FRISM's factors, say) uses `tensors["vlm"]` and
 `context.name` and ignores the other sources.
 
 A method that must see the weights before it can merge (a global threshold, say) also defines
-`prepare(self, passes: Passes) -> Method`. A merge calls it once, before streaming, and streams the method it gives back,
-which holds what the passes found.
+`prepare(self, passes: Passes) -> Method`. A merge calls it once, before streaming, and streams the method it gives
+back, which holds what the passes found.
 """
 
 from __future__ import annotations
