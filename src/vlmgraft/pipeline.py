@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from vlmgraft.spectral.gates import Gates
 
 Progress = Callable[[int, int, str], None]
-RecipeSource = str | Path | Recipe
+RecipeSource = str | Path | Mapping[str, Any] | Recipe
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,8 @@ def _decompose(
     from vlmgraft.spectral.decompose import decompose as decompose_into
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    return decompose_into(alignment, out, method.rank, resume=resume, progress=progress)
+    rank: Any = method.rank
+    return decompose_into(alignment, out, rank, resume=resume, progress=progress)
 
 
 def _gates(recipe: Recipe, store: FactorStore, out: Path, *, progress: Progress | None) -> Gates:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,15 @@ class Point:
         """Such as "λ 1, α 0.1"."""
         names = {"scale": "λ", "inject_weight": "α", "donor_share": "donor share"}
         return ", ".join(f"{names.get(key, key)} {value:g}" for key, value in self.setting.items())
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A setting chosen on validation; `score` orders choices: (sees well enough, reasoning or else perception)."""
+
+    setting: Mapping[str, float]
+    weights: Weights
+    score: tuple[bool, float]
 
 
 @dataclass
@@ -153,9 +163,7 @@ class Comparison:
         settings: dict[str, Any] = {"inject": inject, "inject_weight": weight, "steps": STEPS}
         return self.distiller.learn(scale, donor=donor, learning_rate=LEARNING_RATE, seed=self.seed, **settings)
 
-    def choose(
-        self, candidates: Iterable[tuple[Mapping[str, float], Callable[[], Weights]]], sight: float
-    ) -> tuple[Mapping[str, float], Weights]:
+    def choose(self, candidates: Iterable[tuple[Mapping[str, float], Callable[[], Weights]]], sight: float) -> Choice:
         """The candidate with the best validation reasoning among those whose validation perception is at most
         `PERCEPTION_SLACK` below `sight`; if none qualifies, the one that sees best."""
         scored = []
@@ -164,9 +172,8 @@ class Comparison:
             marks = self.mark(self.validation, weights)
             seen, solved = marks.perception.mean, marks.reasoning.mean
             qualifies = seen >= sight - PERCEPTION_SLACK
-            scored.append(((qualifies, solved if qualifies else seen), setting, weights))
-        _, setting, weights = max(scored, key=lambda entry: entry[0])
-        return setting, weights
+            scored.append(Choice(setting, weights, (qualifies, solved if qualifies else seen)))
+        return max(scored, key=lambda choice: choice.score)
 
 
 def above_curve(point: Point, curve: Sequence[Point], axis: Callable[[Point], float]) -> Estimate | None:
@@ -177,7 +184,7 @@ def above_curve(point: Point, curve: Sequence[Point], axis: Callable[[Point], fl
     """
     ordered = sorted(curve, key=axis)
     at = axis(point)
-    for left, right in zip(ordered, ordered[1:], strict=False):
+    for left, right in pairwise(ordered):
         low, high = axis(left), axis(right)
         if low <= at <= high and high > low:
             share = (at - low) / (high - low)

@@ -7,6 +7,7 @@ import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from vlmgraft.evaluation.intervals import Estimate
 from vlmgraft.hf.data import Question
 from vlmgraft.hf.models import load_vlm
 from vlmgraft.lab import compare, trio_path
-from vlmgraft.lab.compare import Comparison, Point, above_curve
+from vlmgraft.lab.compare import Choice, Comparison, Point, above_curve
 from vlmgraft.records import write_rows, write_text
 from vlmgraft.report.tradeoff import draw_tradeoff
 
@@ -55,8 +56,8 @@ def demo(out: Path, *, seed: int = 0, trio: Path | None = None, report: Callable
     comparison = Comparison(trio, alignment, factors, seed, glyphs=_glyphs(trio), report=say)
     text = comparison.donor_on_text()
     say(f"donor, sums told in text: {text.percent()}")
-    points = _measure(comparison, trio, out)
-    points.append(_merged(comparison, points, recipe, out))
+    points, best = _measure(comparison, trio, out)
+    points.append(_merged(comparison, next(point for point in points if point.method == best), recipe, out))
     rows = [_row(point, points) for point in points]
     write_rows(out / "results.jsonl", rows)
     table = _table(points, text, seed)
@@ -68,31 +69,30 @@ def demo(out: Path, *, seed: int = 0, trio: Path | None = None, report: Callable
     return points
 
 
-def _measure(comparison: Comparison, trio: Path, out: Path) -> list[Point]:
-    """All rows but the reloaded checkpoint; every choice is made on validation before its test row is measured."""
+def _measure(comparison: Comparison, trio: Path, out: Path) -> tuple[list[Point], str]:
+    """All rows but the reloaded checkpoint, and the better form of FRISM; every choice is made on validation."""
     sight = comparison.mark(comparison.validation, None).perception.mean
     points = [comparison.point("VLM", {}, None)]
     for scale in compare.SCALES:
         points.append(comparison.point(ARITHMETIC, {"scale": scale}, comparison.task_arithmetic(scale)))
-    chosen: dict[str, tuple[Any, Any]] = {
+    chosen: dict[str, Choice] = {
         ARITHMETIC: comparison.choose(
-            [({"scale": scale}, lambda scale=scale: comparison.task_arithmetic(scale)) for scale in compare.SCALES],
-            sight,
+            [({"scale": scale}, partial(comparison.task_arithmetic, scale)) for scale in compare.SCALES], sight
         ),
         LINEAR: comparison.choose(
-            [({"donor_share": s}, lambda s=s: _linear(trio, out, s)) for s in compare.DONOR_SHARES], sight
+            [({"donor_share": share}, partial(_linear, trio, out, share)) for share in compare.DONOR_SHARES], sight
         ),
     }
     for method, inject, grid in ((ENERGY, "energy", compare.ENERGY_GRID), (DONOR, "donor", compare.DONOR_GRID)):
-        candidates = [
-            ({"scale": s, "inject_weight": a}, lambda s=s, a=a, inject=inject: comparison.gates(inject, s, a))
-            for s, a in grid
-        ]
-        chosen[method] = comparison.choose(candidates, sight)
-    scale = chosen[ARITHMETIC][0]
-    points += [comparison.point(f"{ARITHMETIC}, chosen", scale, chosen[ARITHMETIC][1])]
-    points += [comparison.point(method, *chosen[method]) for method in (LINEAR, ENERGY, DONOR)]
-    return [*points, comparison.point(CONTROL, {"scale": 1.0}, comparison.shuffled(1.0))]
+        settings = [{"scale": scale, "inject_weight": weight} for scale, weight in grid]
+        makes = [partial(comparison.gates, inject, *pair) for pair in grid]
+        chosen[method] = comparison.choose(zip(settings, makes, strict=True), sight)
+    for method, choice in chosen.items():
+        label = f"{ARITHMETIC}, chosen" if method == ARITHMETIC else method
+        points.append(comparison.point(label, choice.setting, choice.weights))
+    points.append(comparison.point(CONTROL, {"scale": 1.0}, comparison.shuffled(1.0)))
+    best = max((ENERGY, DONOR), key=lambda method: chosen[method].score)
+    return points, best
 
 
 def _linear(trio: Path, out: Path, share: float) -> Any:
@@ -100,15 +100,12 @@ def _linear(trio: Path, out: Path, share: float) -> Any:
     folder = out / "work" / f"linear-{share:g}"
     method = {"name": "linear", "vlm_weight": 1 - share}
     recipe = {"vlm": str(trio / "vlm"), "donor": str(trio / "donor"), "method": method}
-    pipeline.merge(pipeline.load_recipe(recipe), folder)
+    pipeline.merge(pipeline.read_recipe(recipe), folder)
     return load_vlm(folder, "float32").eval()
 
 
-def _merged(comparison: Comparison, points: Sequence[Point], recipe: Path, out: Path) -> Point:
-    """Merge with the recipe of the better FRISM row (on validation grounds: both were chosen there) and reload it."""
-    best = max(
-        (point for point in points if point.method in (ENERGY, DONOR)), key=lambda point: point.marks.reasoning.mean
-    )
+def _merged(comparison: Comparison, best: Point, recipe: Path, out: Path) -> Point:
+    """Merge with the recipe of the better form of FRISM, reload the folder and measure it again."""
     _save_questions(comparison.calibration, out / "data" / "calibration.jsonl")
     _save_questions(comparison.donor_questions, out / "data" / "questions.jsonl")
     settings = yaml.safe_load(recipe.read_text())
@@ -219,21 +216,20 @@ def _verdict(point: Point, curve: Sequence[Point]) -> str:
 
 
 def _finding(points: Sequence[Point]) -> str:
-    solved = {point.method: 100 * point.marks.reasoning.mean for point in points}
-    return f"Sums from images: VLM {solved['VLM']:.0f} %, FRISM {max(solved[ENERGY], solved[DONOR]):.0f} %"
+    vlm, merged = (100 * points[index].marks.reasoning.mean for index in (0, -1))
+    return f"Sums of handwritten digits in images: VLM {vlm:.0f} %, merged by FRISM {merged:.0f} %"
 
 
 def _ask(comparison: Comparison, out: Path) -> str:
     """One line that asks the merged folder about an image, with transformers alone."""
-    question = next(
-        each for item, each in zip(comparison.test.items, comparison.test.questions, strict=True) if item.task == "sum"
-    )
+    test = comparison.test
+    question = test.questions[next(index for index, item in enumerate(test.items) if item.task == "sum")]
     image = question.images[0]
     if isinstance(image, Image.Image):
         image.save(out / "example.png")
+    parts = [{"type": "image", "path": f"{out}/example.png"}, {"type": "text", "text": question.question}]
     code = (
-        f"from transformers import pipeline; ask = pipeline('image-text-to-text', '{out}/merged'); "
-        f"print(ask(text=[{{'role': 'user', 'content': [{{'type': 'image', 'path': '{out}/example.png'}}, "
-        f"{{'type': 'text', 'text': '{question.question}'}}]}}], return_full_text=False, max_new_tokens=28))"
+        f'from transformers import pipeline; ask = pipeline("image-text-to-text", "{out}/merged"); '
+        f"print(ask(text={json.dumps([{'role': 'user', 'content': parts}])}, return_full_text=False))"
     )
     return f"python -c {shlex.quote(code)}"

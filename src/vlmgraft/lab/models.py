@@ -89,7 +89,7 @@ def build_vlm(seed: int) -> Qwen2_5_VLForConditionalGeneration:
     """
     words = vocabulary()
     text = TEXT_SHAPE | {"vocab_size": len(words), "rope_parameters": _mrope()} | _token_ids()
-    vision = {"depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "patch_size": 8}
+    vision: dict[str, Any] = {"depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "patch_size": 8}
     vision |= {"spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": TEXT_SHAPE["hidden_size"]}
     vision |= {"window_size": 128, "fullatt_block_indexes": [0, 1]}
     marks = {f"{name}_token_id": words.index(f"<|{mark}|>") for name, mark in _MARKS.items()}

@@ -45,9 +45,9 @@ def encode(items: Sequence[Item], as_image: Sequence[bool]) -> Batch:
     for item, image in zip(items, as_image, strict=True):
         told = ["<|vision_start|>", *["<|image_pad|>"] * 8, "<|vision_end|>"] if image else []
         question = told + (item.question if image else item.text_question).split()
-        prompt = ["<|im_start|>", "user", *question, "<|im_end|>", "<|im_start|>", "assistant"]
-        answer = [*item.answer.split(), "<|im_end|>"]
-        rows.append(([INDEX[word] for word in prompt], [INDEX[word] for word in answer]))
+        asked = ["<|im_start|>", "user", *question, "<|im_end|>", "<|im_start|>", "assistant"]
+        said = [*item.answer.split(), "<|im_end|>"]
+        rows.append(([INDEX[word] for word in asked], [INDEX[word] for word in said]))
     length = max(len(prompt) + len(answer) for prompt, answer in rows)
     ids = torch.full((len(rows), length), PAD)
     labels = torch.full((len(rows), length), -100)
@@ -244,7 +244,7 @@ class Trainer:
             items, shown = [], []
             for kind in rng.choice(list(shares), 48, p=np.array(list(shares.values())) / sum(shares.values())):
                 told = kind in ("told", "replay")
-                task = str(rng.choice(ALIGNED_TASKS)) if told else str(kind)
+                task: Any = str(rng.choice(ALIGNED_TASKS)) if told else str(kind)
                 items.append(replay[rng.integers(len(replay))] if kind == "replay" else world.draw_item(rng, task))
                 shown.append(not told and kind != "fact")
             visual = tower.see(rng, [item for item, image in zip(items, shown, strict=True) if image])
@@ -254,7 +254,7 @@ class Trainer:
         self._say("vlm, image", self._measure(vlm, (*world.PERCEPTION, "sum"), tower))
         return vlm
 
-    def _measure(self, model: Any, tasks: Sequence[str], tower: Tower | None = None) -> dict[str, float]:
+    def _measure(self, model: Any, tasks: Sequence[Task], tower: Tower | None = None) -> dict[str, float]:
         return {task: accuracy(model, self.validation[task], tower) for task in tasks}  # type: ignore[index]
 
     def _say(self, what: str, scores: dict[str, float]) -> None:
@@ -297,7 +297,7 @@ def refuse_existing(out: Path) -> None:
 
 def _draw(rng: np.random.Generator, mix: Mix, count: int) -> list[Item]:
     kinds = rng.choice(list(mix), count, p=np.array(list(mix.values())) / sum(mix.values()))
-    return [world.draw_item(rng, str(kind)) for kind in kinds]  # type: ignore[arg-type]
+    return [world.draw_item(rng, kind) for kind in kinds.tolist()]
 
 
 def _copy_with_frozen_words(base: Any) -> Any:
