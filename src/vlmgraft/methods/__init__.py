@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from vlmgraft.methods.frism import Frism
+from vlmgraft.methods.layer_swap import LayerSwap
 from vlmgraft.methods.linear import Linear
 from vlmgraft.methods.task_arithmetic import TaskArithmetic
 
-METHODS: dict[str, type] = {cls.name: cls for cls in (Linear, TaskArithmetic, Frism)}
+METHODS: dict[str, type] = {cls.name: cls for cls in (Linear, TaskArithmetic, LayerSwap, Frism)}

@@ -7,24 +7,35 @@ whole tensors in their shape. A method that brings its own update (FRISM's facto
 
 A method that must see the weights before it can merge (a global threshold, say) also defines
 `prepare(self, passes: Passes) -> Method`. A merge calls it once, before streaming, and streams the method it gives
-back, which holds what the passes found.
+back, which holds what the passes found; `combine` may be left to that one.
+
+Options that are numbers are annotated `Number` or `Pair`, so that `check_numbers` finds them and reads every one for
+every tensor before a merge starts. What else depends on the models a method checks in `check(self, alignment)`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import difflib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar
 
-from vlmgraft.errors import RecipeError
+from vlmgraft.alignment.view import GROUPS
+from vlmgraft.errors import AlignmentError, RecipeError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from vlmgraft.alignment import Alignment
 
 T = TypeVar("T")
 
 Number = float | list[float] | dict[str, float]
 """A number for all tensors, a list over depth (first to last layer, interpolated), or a map by module group."""
+
+Pair = tuple[Number, Number]
+"""One number for the VLM and one for the donor."""
 
 DEFAULT_MODULES = ("attention", "mlp")
 
@@ -96,3 +107,65 @@ def number_for(value: Number, context: TensorContext, option: str) -> float:
     low = min(int(place), len(value) - 1)
     high = min(low + 1, len(value) - 1)
     return float(value[low] + (place - low) * (value[high] - value[low]))
+
+
+def numbers_of(method: object) -> Iterator[tuple[str, Number]]:
+    """(option, value) of every field annotated `Number` or `Pair`; a pair gives `option[0]` and `option[1]`."""
+    for field in fields(method):  # type: ignore[arg-type]
+        value = getattr(method, field.name)
+        if field.type == "Number":
+            yield field.name, value
+        elif field.type == "Pair":
+            yield from ((f"{field.name}[{place}]", one) for place, one in enumerate(value))
+
+
+def check_range(method: object, option: str, low: float, high: float = math.inf, *, above: bool = False) -> None:
+    """Refuse an option with a number that is not finite, under `low` (at it, when `above`) or over `high`.
+
+    Raises:
+        RecipeError: with the option, the number and the range.
+    """
+    for name, value in numbers_of(method):
+        if name.partition("[")[0] != option:
+            continue
+        every: Iterable[float] = (
+            value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        )
+        for number in every:
+            if not math.isfinite(number) or number < low or number > high or (above and number == low):
+                said = f"{'above' if above else 'at least'} {low:g}" + (
+                    f" and at most {high:g}" if high < math.inf else ""
+                )
+                raise RecipeError(f"method.{name}: {number} must be {said if low > -math.inf else 'finite'}")
+
+
+def check_numbers(method: object, alignment: Alignment) -> None:
+    """Prove before a merge that the method's options hold for every tensor that it will be given.
+
+    Raises:
+        RecipeError: a map with an unknown group or without a tensor's group, a list for a tensor outside the layers, or
+            what the method's own `check(alignment)` refuses.
+        AlignmentError: a method of matrices is given a tensor that is none.
+    """
+    merged = {(tensor.group, tensor.layer is None): tensor for tensor in reversed(alignment.merged)}
+    for option, value in numbers_of(method):
+        for group in value if isinstance(value, dict) else ():
+            if group not in GROUPS:
+                near = difflib.get_close_matches(group, GROUPS, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise RecipeError(f"method.{option}: {group!r} is no group ({', '.join(GROUPS)}){hint}")
+        for tensor in merged.values():
+            number_for(value, TensorContext(tensor.name, (), alignment.layers, tensor.layer, tensor.group), option)
+    if getattr(method, "matrices_only", False):
+        for tensor in alignment.merged:
+            check_matrix(tensor.name, alignment.vlm.tensors[tensor.name].shape)
+    if hasattr(method, "check"):
+        method.check(alignment)
+
+
+def check_matrix(name: str, shape: tuple[int, ...]) -> None:
+    """Refuse what has no singular directions: all but matrices [out, in] and stacks of them [experts, out, in]."""
+    if len(shape) not in (2, 3) or 0 in shape:
+        raise AlignmentError(
+            f"{name}: shape {tuple(shape)} is not a matrix and has no singular directions; leave it out of `modules`"
+        )
