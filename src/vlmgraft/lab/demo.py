@@ -201,9 +201,11 @@ def _table(points: Sequence[Point], text: Estimate, seed: int) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     first = points[0].marks.right
     note = (
-        f"Test split, {len(first['sum'])} sums and {len(first['read'])} questions per perception task, exam seed {seed}; "
-        "percent right with 95 % bootstrap intervals; KL in nats per token on held-out image questions. λ, α and the donor's share were chosen on the validation split: the best reasoning within a point of the "
-        "VLM's perception. The last column is reasoning above the task-arithmetic curve at the same KL, paired by item."
+        f"Test split, {len(first['sum'])} sums and {len(first['read'])} questions per perception task, exam "
+        f"seed {seed}; "
+        "percent right with 95 % bootstrap intervals; KL in nats per token on held-out image questions. λ, α and the "
+        "donor's share were chosen on the validation split: the best reasoning within a point of the VLM's perception. "
+        "The last column is reasoning above the task-arithmetic curve at the same KL, paired by item."
     )
     return "\n".join(lines) + "\n\n" + note + "\n"
 
