@@ -5,6 +5,7 @@ from __future__ import annotations
 from vlmgraft.methods.frism import Frism
 from vlmgraft.methods.layer_swap import LayerSwap
 from vlmgraft.methods.linear import Linear
+from vlmgraft.methods.spectral import Spectral
 from vlmgraft.methods.task_arithmetic import TaskArithmetic
 
-METHODS: dict[str, type] = {cls.name: cls for cls in (Linear, TaskArithmetic, LayerSwap, Frism)}
+METHODS: dict[str, type] = {cls.name: cls for cls in (Linear, TaskArithmetic, LayerSwap, Spectral, Frism)}
