@@ -1,3 +1,29 @@
-"""vlmgraft: give a vision-language model the reasoning of a text model of its family, without losing sight."""
+"""vlmgraft: give a vision-language model the reasoning of a text model of its family, without losing sight.
+
+    import vlmgraft as vg
+    vg.merge("recipe.yaml", "merged")
+
+Every command of the command line is one of these functions. They are loaded when first used, so importing the package
+loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlmgraft.lab.demo import demo
+    from vlmgraft.pipeline import decompose, gates, inspect, merge
+    from vlmgraft.recipe import load_recipe
 
 __version__ = "0.1.0.dev0"
+__all__ = ["decompose", "demo", "gates", "inspect", "load_recipe", "merge"]
+
+_HOME = {"demo": "vlmgraft.lab.demo", "load_recipe": "vlmgraft.recipe"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'vlmgraft' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME.get(name, "vlmgraft.pipeline")), name)

@@ -25,6 +25,7 @@ app.add_typer(lab_app, name="lab")
 RecipeArgument = Annotated[Path, typer.Argument(help="recipe in YAML")]
 Out = Annotated[Path, typer.Option("--out", help="folder to write; must not exist")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="override a recipe key: key=value, dotted")]
+INTERRUPTED = 130
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress")]
 AsJson = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 
@@ -179,17 +180,11 @@ def _progress(quiet: bool) -> Iterator[Callable[[int, int, str], None] | None]:
 def main() -> None:
     """Entry point: errors become one line on standard error and an exit code."""
     try:
-        app(standalone_mode=False)
+        app()
     except VlmgraftError as error:
         typer.echo(f"vlmgraft: {error}", err=True)
         sys.exit(error.exit_code)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        typer.echo("vlmgraft: interrupted; run the same command with --resume to go on", err=True)
-        sys.exit(130)
-    except Exception as error:
-        if hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error of the argument parser
-            error.show()
-            sys.exit(error.exit_code)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            typer.echo("vlmgraft: interrupted; run the same command with --resume to go on", err=True)
         raise
