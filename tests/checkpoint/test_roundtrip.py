@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from vlmgraft.checkpoint.index import INDEX, open_checkpoint
 from vlmgraft.checkpoint.reader import Reader
-from vlmgraft.checkpoint.writer import TensorSpec, Writer
+from vlmgraft.checkpoint.shards import TensorSpec
+from vlmgraft.checkpoint.writer import Writer
 from vlmgraft.errors import CheckpointError, OutputError
 
 WEIGHTS = {"a": torch.randn(3, 5).bfloat16(), "b": torch.randn(7), "c": torch.zeros(0, 2), "d": torch.arange(4)}

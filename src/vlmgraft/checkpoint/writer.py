@@ -7,82 +7,22 @@ any thread, the index last. Until the rename nobody sees a folder of the final n
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor
 
-from vlmgraft.checkpoint.index import INDEX, ITEM_SIZES, SINGLE
+from vlmgraft.checkpoint.index import INDEX
 from vlmgraft.checkpoint.reader import TORCH_DTYPES, as_bytes
+from vlmgraft.checkpoint.shards import Shard, TensorSpec, plan_shards
 from vlmgraft.errors import OutputError, VlmgraftError
 from vlmgraft.records import append_row, read_rows, write_json
 
 JOURNAL = ".journal.jsonl"
-METADATA = {"format": "pt"}
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """A tensor to be written. dtype: safetensors code such as "BF16"."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes it takes."""
-        size = ITEM_SIZES[self.dtype]
-        for length in self.shape:
-            size *= length
-        return size
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One file of the output: its name, tensors in order, header bytes and size."""
-
-    name: str
-    tensors: tuple[TensorSpec, ...]
-    header: bytes
-    size: int
-
-
-def plan_shards(tensors: Sequence[TensorSpec], shard_size: int) -> tuple[Shard, ...]:
-    """Cut the tensors, in their order, into files of at most `shard_size` bytes of data (one tensor at least)."""
-    groups: list[list[TensorSpec]] = [[]]
-    filled = 0
-    for tensor in tensors:
-        if groups[-1] and filled + tensor.nbytes > shard_size:
-            groups.append([])
-            filled = 0
-        groups[-1].append(tensor)
-        filled += tensor.nbytes
-    count = len(groups)
-    names = [SINGLE] if count == 1 else [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
-    return tuple(_shard(name, group) for name, group in zip(names, groups, strict=True))
-
-
-def _shard(name: str, tensors: Sequence[TensorSpec]) -> Shard:
-    header: dict[str, Any] = {"__metadata__": METADATA}
-    end = 0
-    for tensor in tensors:
-        header[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [end, end + tensor.nbytes],
-        }
-        end += tensor.nbytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    whole = len(text).to_bytes(8, "little") + text
-    return Shard(name, tuple(tensors), whole, len(whole) + end)
 
 
 def refuse_output(out: Path, inputs: Sequence[Path] = (), *, overwrite: bool = False) -> None:

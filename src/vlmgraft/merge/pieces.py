@@ -1,0 +1,152 @@
+"""Float32 pieces of the merged tensors from the open checkpoints, checked for NaN and infinity.
+
+A `Lane` is the memory of one thread: it is allocated once, and every chunk is read and converted into it. A chunk is
+checked by its squared norm, which is needed anyway and is finite only if every element is: one reduction instead of a
+mask. Where the square overflows, the elements decide.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from vlmgraft.alignment import AlignedTensor, Alignment, assemble
+from vlmgraft.checkpoint.index import TensorInfo
+from vlmgraft.checkpoint.reader import TORCH_DTYPES, Reader, as_bytes
+from vlmgraft.errors import NumericalError, WeightsError
+from vlmgraft.merge.plan import CHUNK, WIDEST, lines_up, sources_of
+from vlmgraft.methods.base import TensorContext
+
+Pieces = dict[str, Tensor]
+
+
+def squared_norm(piece: Tensor) -> float:
+    """‖piece‖² of a flat float32 piece; NaN exactly where the piece holds NaN or infinity."""
+    found = float(torch.dot(piece, piece))
+    if math.isfinite(found):
+        return found
+    return float(piece.double().square().sum()) if torch.isfinite(piece).all() else math.nan
+
+
+class Lane:
+    """The memory of one thread: a chunk of every checkpoint as on disk and in float32, a scratch, and the output."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        names = (*keys, "out")
+        self.raw = {name: torch.empty(CHUNK * WIDEST, dtype=torch.uint8) for name in names}
+        self.views = {name: as_bytes(raw) for name, raw in self.raw.items()}
+        self.floats = {name: torch.empty(CHUNK) for name in names}
+
+    @property
+    def scratch(self) -> Tensor:
+        """One float32 chunk that belongs to no checkpoint."""
+        return self.floats["out"]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The open checkpoints of an alignment, by key; every method may be called from several threads."""
+
+    alignment: Alignment
+    readers: dict[str, Reader]
+    lanes: SimpleQueue[Lane] = field(default_factory=SimpleQueue)
+
+    def info(self, tensor: AlignedTensor) -> TensorInfo:
+        """The VLM's header entry of a tensor."""
+        return self.alignment.vlm.tensors[tensor.name]
+
+    def context(self, tensor: AlignedTensor, start: int = 0) -> TensorContext:
+        """Where a piece of the tensor belongs."""
+        shape = self.info(tensor).shape
+        return TensorContext(tensor.name, shape, self.alignment.layers, tensor.layer, tensor.group, start)
+
+    def whole(self, tensor: AlignedTensor) -> tuple[Tensor, Pieces]:
+        """The VLM's tensor as on disk, and all checkpoints' in float32 and the VLM's shape; not checked."""
+        own = self.readers["vlm"].tensor(tensor.name)
+        pieces = {"vlm": own.float()}
+        for key, source in sources_of(tensor).items():
+            pieces[key] = assemble(source, self.readers[key].tensor, own.shape, fill=own).float().contiguous()
+        return own, pieces
+
+    def one(self, tensor: AlignedTensor, key: str) -> Tensor:
+        """The whole tensor of one checkpoint in float32 and the VLM's shape; raises WeightsError."""
+        shape = self.info(tensor).shape
+        if key == "vlm":
+            found = self.readers["vlm"].tensor(tensor.name)
+        else:
+            source = sources_of(tensor)[key]
+            fill = self.readers["vlm"].tensor(tensor.name) if source.layout.kind == "rows" else None
+            found = assemble(source, self.readers[key].tensor, shape, fill=fill)
+        piece = found.float().contiguous()
+        self.check(tensor, {key: piece})
+        return piece
+
+    def chunk(self, tensor: AlignedTensor, start: int, lane: Lane) -> tuple[memoryview, Pieces]:
+        """Elements from `start` on in the lane: the VLM's bytes as on disk, and all checkpoints' in float32."""
+        info = self.info(tensor)
+        count = min(CHUNK, info.elements - start)
+        pieces = {"vlm": lane.floats["vlm"][:count]}
+        raw = self._read("vlm", tensor.name, start, pieces["vlm"], lane)
+        for key, source in sources_of(tensor).items():
+            pieces[key] = lane.floats[key][:count]
+            shared = count
+            if source.layout.kind == "rows":  # the rows that the source does not have are the VLM's
+                shared = source.layout.rows * (info.elements // info.shape[0]) - start
+                shared = max(0, min(count, shared))
+                pieces[key][shared:] = pieces["vlm"][shared:]
+            if shared:
+                self._read(key, source.names[0], start, pieces[key][:shared], lane)
+        return raw, pieces
+
+    def _read(self, key: str, name: str, start: int, out: Tensor, lane: Lane) -> memoryview:
+        """Fill `out` with elements of a tensor on disk; gives their bytes."""
+        info = self.readers[key].info(name)
+        dtype = TORCH_DTYPES[info.dtype]
+        raw = lane.views[key][: out.numel() * dtype.itemsize]
+        self.readers[key].read_bytes(info, start * dtype.itemsize, raw)
+        out.copy_(lane.raw[key][: len(raw)].view(dtype))
+        return raw
+
+    def check(self, tensor: AlignedTensor, pieces: Mapping[str, Tensor]) -> None:
+        """Raise WeightsError naming the tensor on disk and its file where a piece is not finite."""
+        for key, piece in pieces.items():
+            if any(math.isnan(squared_norm(part)) for part in piece.reshape(-1).split(CHUNK)):
+                self.refuse(tensor, key)
+
+    def refuse(self, tensor: AlignedTensor, key: str) -> NoReturn:
+        """Raise WeightsError for a tensor of one checkpoint that is not finite in float32."""
+        names = (tensor.name,) if key == "vlm" else sources_of(tensor)[key].names
+        for name in names:
+            where = f"{name} in {self.readers[key].info(name).file} ({key})"
+            stored = self.readers[key].tensor(name)
+            if not torch.isfinite(stored).all():
+                raise WeightsError(f"{where}: holds NaN or infinity; take a checkpoint whose weights are finite")
+            if not torch.isfinite(stored.float()).all():
+                raise WeightsError(f"{where}: holds values beyond float32, in which merges are computed")
+        raise NumericalError(
+            f"{tensor.name} ({key}): not finite, though its file is; the file changed while it was read"
+        )
+
+
+def chunks_of(
+    inputs: Inputs, tensor: AlignedTensor, start: int, stop: int, lane: Lane
+) -> Iterator[tuple[TensorContext, memoryview, Pieces]]:
+    """(context, the VLM's bytes, float32 pieces) of every chunk of a range, in the lane's memory where they line up."""
+    if lines_up(tensor):
+        for first in range(start, stop, CHUNK):
+            raw, pieces = inputs.chunk(tensor, first, lane)
+            yield inputs.context(tensor, first), raw, pieces
+        return
+    own, whole = inputs.whole(tensor)
+    flat = {key: piece.reshape(-1) for key, piece in whole.items()}
+    data, size = as_bytes(own), own.element_size()
+    for first in range(0, stop, CHUNK):
+        last = min(stop, first + CHUNK)
+        pieces = {key: piece[first:last] for key, piece in flat.items()}
+        yield inputs.context(tensor, first), data[first * size : last * size], pieces

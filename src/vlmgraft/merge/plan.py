@@ -1,0 +1,120 @@
+"""What a merge will read, write, take and need, from headers alone; no torch, and work linear in the tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vlmgraft.alignment.layouts import Source
+from vlmgraft.checkpoint.index import ITEM_SIZES
+from vlmgraft.checkpoint.shards import count_shards
+from vlmgraft.errors import AlignmentError
+
+if TYPE_CHECKING:
+    from vlmgraft.alignment import AlignedTensor, Alignment
+    from vlmgraft.methods.base import Method
+
+CHUNK = 1 << 16
+"""Elements per piece: four float32 pieces stay in a core's cache, whole tensors take ten times as long an element."""
+
+WIDEST = max(ITEM_SIZES.values())
+OTHERS = ("donor", "donor_base", "vlm_base")
+ASSUMED_RATE = 10**9
+"""Bytes read and written per second that `plan_merge` assumes: a disk of 1 GB/s, or two cores on cached files."""
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A merge before it runs. The output has exactly the VLM's tensors, so it is complete by construction.
+
+    merged, kept, excluded: tensors by verdict. read, written: bytes, read over all passes. files: shards written. rate:
+    bytes per second that `seconds` assumes. memory: private bytes beside the libraries' own, at most.
+    """
+
+    method: str
+    merged: int
+    kept: int
+    excluded: int
+    read: int
+    written: int
+    files: int
+    rate: int
+    seconds: float
+    memory: int
+
+
+def plan_merge(
+    alignment: Alignment, method: Method, shard_size: int = 5 * 10**9, *, threads: int = 2, rate: int = ASSUMED_RATE
+) -> MergePlan:
+    """Plan a merge from headers; nothing is opened or written.
+
+    Args:
+        shard_size: bytes of data per output file, at most.
+        rate: bytes per second, read and written, to reckon the time with. Methods that decompose matrices take longer.
+    Raises:
+        AlignmentError: a checkpoint that the method needs is missing. ValueError: a shard size or rate below 1.
+    """
+    if shard_size < 1 or rate < 1:
+        raise ValueError(f"shard_size {shard_size} and rate {rate} must be at least 1")
+    check_needs(alignment, method)
+    counts = {"merged": 0, "kept": 0, "excluded": 0}
+    pieces, whole, again = 0, 0, 0
+    for tensor in alignment.tensors:
+        counts[tensor.verdict] += 1
+        if tensor.verdict != "merged":
+            continue
+        read = _bytes_read(alignment, tensor)
+        again += read
+        pieces += read - alignment.vlm.tensors[tensor.name].nbytes
+        if not streamed(tensor, method):
+            whole = max(whole, alignment.vlm.tensors[tensor.name].elements)
+    written = alignment.vlm.nbytes
+    passes = getattr(method, "passes", 1 if hasattr(method, "prepare") else 0)
+    total = written + pieces + passes * again
+    files = count_shards([info.nbytes for info in alignment.vlm.tensors.values()], shard_size)
+    seconds, memory = (total + written) / rate, _memory(alignment, whole, threads)
+    return MergePlan(
+        method.name, **counts, read=total, written=written, files=files, rate=rate, seconds=seconds, memory=memory
+    )
+
+
+def check_needs(alignment: Alignment, method: Method) -> None:
+    """Raise AlignmentError when a checkpoint that the method needs was not given."""
+    for key in sorted(method.needs):
+        if getattr(alignment, key) is None:
+            raise AlignmentError(f"{key}: method {method.name} needs it; give it in the recipe")
+
+
+def sources_of(tensor: AlignedTensor) -> dict[str, Source]:
+    """The sources of a tensor beside the VLM's own, by checkpoint."""
+    found = {key: getattr(tensor, key) for key in OTHERS}
+    return {key: source for key, source in found.items() if source is not None}
+
+
+def lines_up(tensor: AlignedTensor) -> bool:
+    """Whether all sources have the VLM's element order on disk (rows that one lacks apart), so that chunks line up."""
+    return all(source.layout.kind in ("whole", "rows") for source in sources_of(tensor).values())
+
+
+def streamed(tensor: AlignedTensor, method: Method) -> bool:
+    """Whether a tensor is merged chunk by chunk from the files, and never held whole."""
+    return method.granularity == "element" and lines_up(tensor)
+
+
+def _bytes_read(alignment: Alignment, tensor: AlignedTensor) -> int:
+    """Bytes of a merged tensor in all checkpoints."""
+    total = alignment.vlm.tensors[tensor.name].nbytes
+    for key, source in sources_of(tensor).items():
+        checkpoint = getattr(alignment, key)
+        total += sum(checkpoint.tensors[name].nbytes for name in source.names)
+    return total
+
+
+def _memory(alignment: Alignment, whole: int, threads: int) -> int:
+    """Buffers of every thread, and whole tensors of `whole` elements where a tensor cannot be streamed.
+
+    Such a tensor is held in float32 by every checkpoint, once more in the files' dtype, and once as result and change.
+    """
+    keys = 1 + sum(getattr(alignment, key) is not None for key in OTHERS)
+    lane = CHUNK * (keys * (WIDEST + 4) + WIDEST + 4)
+    return threads * (lane + 4 * CHUNK * 4 + whole * (keys * (4 + WIDEST // 2) + 8))

@@ -1,0 +1,129 @@
+"""A merge from open checkpoints to a published folder: passes, stream, receipt."""
+
+from __future__ import annotations
+
+import hashlib
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlmgraft import __version__
+from vlmgraft.alignment import AlignedTensor, Alignment
+from vlmgraft.checkpoint.reader import Reader
+from vlmgraft.checkpoint.shards import TensorSpec
+from vlmgraft.checkpoint.writer import Writer, refuse_output
+from vlmgraft.errors import AlignmentError
+from vlmgraft.merge.engine import Merger
+from vlmgraft.merge.passes import MergedPasses
+from vlmgraft.merge.pieces import Inputs, Lane
+from vlmgraft.merge.plan import check_needs, sources_of
+from vlmgraft.methods.base import Method
+from vlmgraft.records import write_json
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class TensorReceipt:
+    """One tensor. added: Frobenius norm of (merged − VLM) before the cast; task_vector: of donor − base."""
+
+    name: str
+    verdict: str
+    reason: str
+    sources: dict[str, list[str]]
+    added: float = 0.0
+    task_vector: float | None = None
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a merge did. peak_memory: of the whole process, bytes. Written as receipt.json."""
+
+    method: str
+    tensors: tuple[TensorReceipt, ...]
+    notes: tuple[str, ...]
+    versions: dict[str, str]
+    seconds: float
+    peak_memory: int
+
+
+def merge_tensors(
+    alignment: Alignment,
+    method: Method,
+    out: str | Path,
+    *,
+    shard_size: int = 5 * 10**9,
+    threads: int = 2,
+    progress: Progress | None = None,
+    extra_files: Sequence[Path] = (),
+    resume: bool = False,
+) -> Receipt:
+    """Write the merged checkpoint `out`: the VLM's names, dtypes and shapes, `extra_files` copied, receipt.json.
+
+    Raises:
+        OutputError: `out` exists or is an input. AlignmentError: a checkpoint that the method needs is missing, or the
+            task vector is zero. WeightsError: an input holds NaN or infinity, naming tensor and file. NumericalError:
+            overflow on the cast. Nothing is published then and no partial folder stays.
+    """
+    began = time.perf_counter()
+    check_needs(alignment, method)
+    sources = {key: getattr(alignment, key) for key in ("vlm", "donor", "donor_base", "vlm_base")}
+    opened = {key: checkpoint for key, checkpoint in sources.items() if checkpoint is not None}
+    refuse_output(Path(out), [checkpoint.path for checkpoint in opened.values()])
+    specs = [TensorSpec(info.name, info.dtype, info.shape) for info in alignment.vlm.tensors.values()]
+    key = _key(alignment, method, shard_size) if resume else None
+    with ExitStack() as stack:
+        inputs = Inputs(alignment, {name: stack.enter_context(Reader(one)) for name, one in opened.items()})
+        writer = stack.enter_context(Writer(out, specs, shard_size, resume=key))
+        pool = stack.enter_context(ThreadPoolExecutor(threads))
+        if method.granularity == "element":
+            stack.enter_context(_one_core_each())
+        for _ in range(threads):
+            inputs.lanes.put(Lane(opened))
+        if hasattr(method, "prepare"):
+            method = method.prepare(MergedPasses(inputs, pool, threads))
+        merger = Merger(inputs, method, writer)
+        for name in merger.run(pool, threads):
+            if progress is not None:
+                progress(len(writer.done), len(specs), name)
+        rows = tuple(_row(tensor, writer.done[tensor.name]) for tensor in alignment.tensors)
+        if "donor_base" in opened and not any(row.task_vector for row in rows):
+            raise AlignmentError(f"the task vector is zero: {alignment.donor.path} and its base hold the same weights")
+        for file in extra_files:
+            shutil.copyfile(file, writer.folder / file.name)
+        versions = {"vlmgraft": __version__, "torch": torch.__version__}
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        receipt = Receipt(method.name, rows, alignment.notes, versions, time.perf_counter() - began, peak)
+        write_json(writer.folder / "receipt.json", asdict(receipt))
+    return receipt
+
+
+def _key(alignment: Alignment, method: Method, shard_size: int) -> str:
+    """Changes with everything that the merged bytes depend on."""
+    opened = [one for one in (alignment.vlm, alignment.donor, alignment.donor_base, alignment.vlm_base) if one]
+    times = [file.stat().st_mtime_ns for checkpoint in opened for file in checkpoint.files]
+    return hashlib.sha256(repr((method, times, opened, alignment.tensors, shard_size)).encode()).hexdigest()[:16]
+
+
+def _row(tensor: AlignedTensor, facts: dict[str, Any]) -> TensorReceipt:
+    names = {key: list(source.names) for key, source in sources_of(tensor).items()}
+    return TensorReceipt(tensor.name, tensor.verdict, tensor.reason, names, **facts)
+
+
+@contextmanager
+def _one_core_each() -> Iterator[None]:
+    """Our threads share the work; torch's own would get in their way, and dot products would depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
