@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 from PIL import Image
+from transformers.utils.logging import disable_progress_bar
 
 from vlmgraft import pipeline
 from vlmgraft.checkpoint.writer import refuse_output
@@ -38,6 +39,7 @@ def demo(out: Path, *, seed: int = 0, trio: Path | None = None, report: Callable
     Raises:
         OutputError: `out` exists. CheckpointError: the trio is not there.
     """
+    disable_progress_bar()
     started = time.monotonic()
     trio = trio or trio_path()
     if not (trio / "vlm").is_dir():

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
 
 from vlmgraft.errors import OutputError
 from vlmgraft.lab import models, world
@@ -270,6 +271,7 @@ def train_trio(seed: int, out: Path, report: Report = print, glyphs: world.Glyph
     Raises OutputError when `out` exists.
     """
     refuse_existing(out)
+    disable_progress_bar()
     trainer = Trainer(seed, report, glyphs)
     base = trainer.base()
     tower = trainer.tower(base)
