@@ -1,6 +1,6 @@
 """The lab's comparison over base seeds that were named beforehand: 0, 1 and 2.
 
-    python benchmarks/lab.py --seeds 0 1 2 --out runs        trains each trio (about 15 minutes each), runs the demo on it
+    python benchmarks/lab.py --seeds 0 1 2 --out runs        trains each trio (15 minutes), runs the demo
     python benchmarks/lab.py --summarise benchmarks/results/lab/seed-*.jsonl
 
 Each seed's rows are written to OUT/seed-N.jsonl; the summary is a table with one column per seed.

@@ -142,11 +142,17 @@ def lab_path() -> None:
 
 
 @lab_app.command("train")
-def lab_train(out: Out, seed: Annotated[int, typer.Option(help="of everything: data, weights, order")] = 0) -> None:
+def lab_train(
+    out: Out,
+    seed: Annotated[int, typer.Option(help="of everything: data, weights, order")] = 0,
+    printed: Annotated[
+        bool, typer.Option("--printed", help="printed digits in place of handwriting, a control")
+    ] = False,
+) -> None:
     """Train a trio from scratch; about 15 minutes on two cores."""
     from vlmgraft.lab.train import train_trio
 
-    train_trio(seed, out, report=typer.echo)
+    train_trio(seed, out, report=typer.echo, glyphs="printed" if printed else "handwriting")
     typer.echo(f"{out}: base, vlm, donor")
 
 
