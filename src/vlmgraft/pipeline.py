@@ -114,7 +114,7 @@ def merge(
             _check_inputs(recipe, alignment)
             kept = Path(workdir) if workdir else out.with_name(f".{out.name}.work")
             store = _decompose(alignment, method, kept / "factors", resume=True, progress=progress)
-            learned = _gates(recipe, store, kept / "gates", progress=progress)
+            learned = _gates(recipe, alignment, store, kept / "gates", progress=progress)
             from vlmgraft.methods.frism import GatedFold
 
             method = GatedFold(store, learned)
@@ -164,7 +164,7 @@ def gates(
     _questions(recipe)
     if Path(out).exists():
         raise OutputError(f"{out}: exists already; name another folder, or remove it first")
-    return _gates(recipe, FactorStore(factors), Path(out), progress=progress)
+    return _gates(recipe, pair(recipe), FactorStore(factors), Path(out), progress=progress)
 
 
 def _frism(recipe: Recipe) -> Frism:
@@ -183,7 +183,7 @@ def _decompose(
     return decompose_into(alignment, out, rank, resume=resume, progress=progress)
 
 
-def _gates(recipe: Recipe, store: FactorStore, out: Path, *, progress: Progress | None) -> Gates:
+def _gates(recipe: Recipe, alignment: Alignment, store: FactorStore, out: Path, *, progress: Progress | None) -> Gates:
     """Load what `out` holds for this recipe and these factors, or learn and save it."""
     from vlmgraft.records import as_dict
     from vlmgraft.spectral.gates import load_gates
@@ -194,7 +194,7 @@ def _gates(recipe: Recipe, store: FactorStore, out: Path, *, progress: Progress 
         found = load_gates(out)
         if found.factors == store.digest and found.settings.get("from") == wanted:
             return found
-    learned = learn_gates(recipe, store, state=out.with_name(out.name + ".state"), progress=progress)
+    learned = learn_gates(recipe, alignment, store, state=out.with_name(out.name + ".state"), progress=progress)
     from vlmgraft.spectral.gates import Gates
 
     settings = {**learned.settings, "from": wanted}
@@ -203,7 +203,14 @@ def _gates(recipe: Recipe, store: FactorStore, out: Path, *, progress: Progress 
     return finished
 
 
-def learn_gates(recipe: Recipe, store: FactorStore, *, state: Path | None = None, progress: Progress | None) -> Gates:
+def learn_gates(
+    recipe: Recipe,
+    alignment: Alignment,
+    store: FactorStore,
+    *,
+    state: Path | None = None,
+    progress: Progress | None = None,
+) -> Gates:
     """Load the models, cache their answers and train the gates of a FRISM recipe."""
     import torch
 
@@ -213,11 +220,12 @@ def learn_gates(recipe: Recipe, store: FactorStore, *, state: Path | None = None
     method = _frism(recipe)
     calibration = method.calibration
     learned, held_out, text = _questions(recipe)
+    vlm, donor_path = alignment.vlm.path, alignment.donor.path
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     distiller = Distiller(
-        load_vlm(recipe.vlm, dtype, device),
-        load_processor(recipe.vlm),
+        load_vlm(vlm, dtype, device),
+        load_processor(vlm),
         {name: store[name] for name in store},
         learned,
         held_out,
@@ -228,9 +236,7 @@ def learn_gates(recipe: Recipe, store: FactorStore, *, state: Path | None = None
     )
     donor = None
     if text:
-        donor = distiller.donor_targets(
-            load_text_model(recipe.donor, dtype, device), load_processor(recipe.donor), text
-        )
+        donor = distiller.donor_targets(load_text_model(donor_path, dtype, device), load_processor(donor_path), text)
     options = asdict(method)
     settings = {key: options[key] for key in ("inject", "inject_weight", "kl_budget", "granularity", "steps", "seed")}
     return distiller.learn(method.scale, donor=donor, state=state, learning_rate=method.learning_rate, **settings)
