@@ -7,5 +7,6 @@ from vlmgraft.methods.layer_swap import LayerSwap
 from vlmgraft.methods.linear import Linear
 from vlmgraft.methods.spectral import Spectral
 from vlmgraft.methods.task_arithmetic import TaskArithmetic
+from vlmgraft.methods.ties import Ties
 
-METHODS: dict[str, type] = {cls.name: cls for cls in (Linear, TaskArithmetic, LayerSwap, Spectral, Frism)}
+METHODS: dict[str, type] = {cls.name: cls for cls in (Linear, TaskArithmetic, LayerSwap, Ties, Spectral, Frism)}

@@ -1,0 +1,127 @@
+"""TIES merging (arXiv 2306.01708) of the VLM's and the donor's task vectors: trim, elect a sign, merge what agrees.
+
+    τ₁ = W_vlm − W_vlm_base,  τ₂ = W_donor − W_base
+    trim     keep the `density` share of each τ_t with the largest magnitudes, zero the rest
+    elect    γ = sign(Σ_t τ_t) entry by entry
+    merge    τ = mean of w_t·τ_t over the t with sign(τ_t) = γ
+    W        = W_vlm_base + λ·τ
+
+Where implementations differ, the paper's behaviour is the default:
+
+- trim: the paper and its code take one threshold per task vector over all parameters (`global`, here over all merged
+  tensors); PEFT and mergekit one per tensor (`tensor`). Everything at or above the threshold, the round(density·n)-th
+  largest magnitude, is kept, as in the paper's code: equal magnitudes are kept together, so that a little more than the
+  share may stay. PEFT and mergekit break such ties by position.
+- election: `unweighted` in the paper, PEFT and the released BR2V code; mergekit elects on Σ w_t·τ_t (`weighted`).
+- where the sum is zero, no sign is elected and nothing is added, as the formula has it; PEFT and mergekit elect "+",
+  the paper's code the sign that most entries have.
+- combine: the paper has no weights. `mean` divides the weighted sum by the number that agree (PEFT), `weighted_mean` by
+  their weights (mergekit with `normalize`), `sum` by nothing (mergekit without).
+
+The released BR2V run has weights 1.6 and 0.2 and density 0.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from vlmgraft.errors import RecipeError
+from vlmgraft.methods.base import DEFAULT_MODULES, Number, Pair, TensorContext, check_range, number_for
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vlmgraft.methods.base import Passes
+
+Election = Literal["unweighted", "weighted"]
+Combine = Literal["mean", "weighted_mean", "sum"]
+
+
+@dataclass(frozen=True)
+class Ties:
+    """density: share that is kept. weights: [VLM, donor]. scale: λ.
+
+    density may be a list or a map only when `trim` is `tensor`: one threshold over all tensors has one share.
+    """
+
+    name: ClassVar[str] = "ties"
+    needs: ClassVar[frozenset[str]] = frozenset({"donor_base", "vlm_base"})
+    default_modules: ClassVar[tuple[str, ...]] = DEFAULT_MODULES
+    granularity: ClassVar[Literal["element", "tensor"]] = "element"
+
+    density: Number = 0.2
+    weights: Pair = (1.0, 1.0)
+    scale: Number = 1.0
+    trim: Literal["global", "tensor"] = "global"
+    election: Election = "unweighted"
+    combine: Combine = "mean"
+
+    def __post_init__(self) -> None:
+        check_range(self, "density", 0, 1, above=True)
+        check_range(self, "weights", -float("inf"))
+        check_range(self, "scale", -float("inf"))
+        if self.trim == "global" and isinstance(self.density, list | dict):
+            raise RecipeError(
+                f"method.density: {self.density} for one threshold over all tensors; write one number, or trim: tensor"
+            )
+
+    def prepare(self, passes: Passes) -> TrimmedTies:
+        """Find the exact thresholds in two passes; the method that merges with them."""
+        from vlmgraft.methods.trim import find_thresholds
+
+        def density(context: TensorContext) -> float:
+            return number_for(self.density, context, "density")
+
+        return TrimmedTies(self, find_thresholds(passes, task_vectors, self.unit, density))
+
+    def unit(self, context: TensorContext) -> str:
+        """What shares a threshold with this tensor."""
+        return "" if self.trim == "global" else context.name
+
+
+@dataclass(frozen=True)
+class TrimmedTies:
+    """TIES with its thresholds: {unit: {"vlm" or "donor": smallest magnitude that is kept}}."""
+
+    name: ClassVar[str] = Ties.name
+    needs: ClassVar[frozenset[str]] = Ties.needs
+    default_modules: ClassVar[tuple[str, ...]] = Ties.default_modules
+    granularity: ClassVar[Literal["element", "tensor"]] = "element"
+
+    recipe: Ties
+    thresholds: Mapping[str, Mapping[str, float]]
+
+    def combine(self, tensors: Mapping[str, Tensor], context: TensorContext) -> Tensor:
+        """vlm_base + λ·(the merged task vector)."""
+        recipe, least = self.recipe, self.thresholds[self.recipe.unit(context)]
+        trimmed = {key: tau.mul_(tau.abs() >= least[key]) for key, tau in task_vectors(tensors).items()}
+        weights = weights_for(recipe.weights, context)
+        merged = merge_signs(trimmed["vlm"], trimmed["donor"], weights, recipe.election, recipe.combine)
+        return tensors["vlm_base"].add(merged, alpha=number_for(recipe.scale, context, "scale"))
+
+
+def task_vectors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """{"vlm": vlm − vlm_base, "donor": donor − donor_base}, new tensors."""
+    return {"vlm": tensors["vlm"] - tensors["vlm_base"], "donor": tensors["donor"] - tensors["donor_base"]}
+
+
+def weights_for(weights: Pair, context: TensorContext) -> tuple[float, float]:
+    """The weights of the VLM and the donor that hold for one tensor."""
+    return number_for(weights[0], context, "weights[0]"), number_for(weights[1], context, "weights[1]")
+
+
+def merge_signs(
+    own: Tensor, donor: Tensor, weights: tuple[float, float], election: Election, combine: Combine
+) -> Tensor:
+    """Elect a sign per entry and merge the entries that have it; float32 in any one shape, a new tensor."""
+    mine, theirs = own * weights[0], donor * weights[1]
+    sign = (mine + theirs if election == "weighted" else own + donor).sign_()
+    agree, agrees = own.sign().mul_(sign) > 0, donor.sign().mul_(sign) > 0
+    total = mine.mul_(agree).add_(theirs.mul_(agrees))
+    if combine == "sum":
+        return total
+    shares = (1.0, 1.0) if combine == "mean" else weights
+    divisor = (agree * shares[0]).add_(agrees, alpha=shares[1])
+    return total.div_(divisor.masked_fill_(divisor.abs() < 1e-8, 1.0))
