@@ -133,6 +133,28 @@ def gates(
     typer.echo(f"{out}: gates of {len(learned.logits)} matrices")
 
 
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="merged folder (hub) or gates folder (lora)")],
+    to: Annotated[str, typer.Option("--to", help="lora or hub")],
+    out: Annotated[Path | None, typer.Option("--out", help="adapter folder to write")] = None,
+    factors: Annotated[Path | None, typer.Option(help="factors of the gates")] = None,
+    vlm: Annotated[str | None, typer.Option(help="the VLM the adapter applies to")] = None,
+    rank: Annotated[int, typer.Option(help="of the adapter")] = 64,
+    name: Annotated[str | None, typer.Option(help="organisation/name on the hub")] = None,
+    public: Annotated[bool, typer.Option("--public", help="a hub repository that all can see")] = False,
+) -> None:
+    """Push a merged folder to the hub, or write gates as a LoRA adapter."""
+    from vlmgraft import pipeline
+    from vlmgraft.errors import RecipeError
+
+    if to not in ("lora", "hub"):
+        raise RecipeError(f"--to {to!r}: write lora or hub")
+    place: Any = to
+    made = pipeline.export(source, place, out=out, factors=factors, vlm=vlm, rank=rank, name=name, private=not public)
+    typer.echo(json.dumps(made, default=str))
+
+
 @lab_app.command("path")
 def lab_path() -> None:
     """Print the folder of the embedded trio (base, vlm, donor)."""

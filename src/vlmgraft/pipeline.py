@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from vlmgraft.alignment import Alignment, align
+from vlmgraft.card import push_to_hub, side_files, write_model_card
 from vlmgraft.checkpoint.hub import open_headers
 from vlmgraft.checkpoint.index import open_checkpoint
 from vlmgraft.errors import OutputError, RecipeError, WeightsError
-from vlmgraft.export import side_files, write_model_card
 from vlmgraft.methods.frism import Frism
 from vlmgraft.recipe import Recipe, dump_recipe, load_recipe, save_recipe
 
@@ -165,6 +165,39 @@ def gates(
     if Path(out).exists():
         raise OutputError(f"{out}: exists already; name another folder, or remove it first")
     return _gates(recipe, pair(recipe), FactorStore(factors), Path(out), progress=progress)
+
+
+def export(
+    source: str | Path,
+    to: Literal["lora", "hub"],
+    *,
+    out: str | Path | None = None,
+    factors: str | Path | None = None,
+    vlm: str | None = None,
+    rank: int = 64,
+    name: str | None = None,
+    private: bool = True,
+) -> dict[str, Any]:
+    """A merged folder to the hub, or a gates folder as a LoRA adapter in PEFT's format with its error per matrix.
+
+    Args:
+        source: a merged folder (hub) or a gates folder (lora).
+        out, factors, vlm, rank: of an adapter: the folder to write, the factors of the gates, the VLM it applies to.
+        name, private: of the hub: organisation/name, and whether others can see it.
+    Raises:
+        RecipeError: an argument is missing. CheckpointError, OutputError: as the parts say.
+    """
+    if to == "hub":
+        if name is None:
+            raise RecipeError("export --to hub: give --name organisation/name")
+        return {"address": push_to_hub(Path(source), name, private=private)}
+    if not (out and factors and vlm):
+        raise RecipeError("export --to lora: give --out, --factors (of `decompose` or the workdir) and --vlm")
+    from vlmgraft.lora import export_lora
+    from vlmgraft.spectral.factors import FactorStore
+    from vlmgraft.spectral.gates import load_gates
+
+    return asdict(export_lora(vlm, FactorStore(factors), load_gates(source), out, rank))
 
 
 def _frism(recipe: Recipe) -> Frism:

@@ -10,11 +10,11 @@ from typing import Any
 import huggingface_hub
 import pytest
 import yaml
-from vlmgraft.checkpoint.index import Checkpoint
 
 from vlmgraft.alignment import AlignedTensor, Alignment, Source
+from vlmgraft.card import model_card, push_to_hub, side_files, tensor_row, write_model_card
+from vlmgraft.checkpoint.index import Checkpoint
 from vlmgraft.errors import InputError, OutputError
-from vlmgraft.export import model_card, push_to_hub, side_files, tensor_row, write_model_card
 
 RECIPE = {
     "vlm": "Qwen/Qwen2.5-VL-7B-Instruct@main",
