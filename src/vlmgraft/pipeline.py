@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,12 +17,10 @@ from vlmgraft.alignment import Alignment, align
 from vlmgraft.card import push_to_hub, side_files, write_model_card
 from vlmgraft.checkpoint.hub import open_headers
 from vlmgraft.checkpoint.index import open_checkpoint
-from vlmgraft.errors import OutputError, RecipeError, WeightsError
-from vlmgraft.methods.frism import Frism
+from vlmgraft.errors import InputError, OutputError, RecipeError
 from vlmgraft.recipe import Recipe, dump_recipe, load_recipe, save_recipe
 
 if TYPE_CHECKING:
-    from vlmgraft.hf.data import Question
     from vlmgraft.merge import Receipt
     from vlmgraft.spectral.factors import FactorStore
     from vlmgraft.spectral.gates import Gates
@@ -95,7 +92,7 @@ def merge(
     """Merge as the recipe says and publish a finished checkpoint at `out`.
 
     A FRISM recipe decomposes, learns and folds in one go; `workdir` (default: a hidden folder beside `out`, removed
-    at the end) keeps factors and gates, and what it already holds for the same inputs is not computed again.
+    after success) keeps factors and gates, and what it already holds for the same inputs is not computed again.
 
     Raises:
         RecipeError, CheckpointError, AlignmentError, OutputError: before anything is written.
@@ -108,32 +105,41 @@ def merge(
     alignment = pair(recipe)
     sources = (alignment.vlm, alignment.donor, alignment.donor_base, alignment.vlm_base)
     refuse_output(out, [source.path for source in sources if source is not None])
-    with ExitStack() as stack:
-        method: Any = recipe.method
-        if isinstance(method, Frism):
-            _check_inputs(recipe, alignment)
-            kept = Path(workdir) if workdir else out.with_name(f".{out.name}.work")
-            store = _decompose(alignment, method, kept / "factors", resume=True, progress=progress)
-            learned = _gates(recipe, alignment, store, kept / "gates", progress=progress)
-            from vlmgraft.methods.frism import GatedFold
+    work = Path(workdir) if workdir else out.with_name(f".{out.name}.work")
+    try:
+        method = _bound(recipe, alignment, work, progress)
+        with tempfile.TemporaryDirectory() as side:
+            save_recipe(recipe, Path(side) / "recipe.yaml")
+            write_model_card(Path(side), dump_recipe(recipe), alignment)
+            extra = [file for file in side_files(alignment.vlm.path) if file.name != "recipe.yaml"]
+            receipt = merge_tensors(
+                alignment,
+                method,
+                out,
+                shard_size=recipe.output.shard_bytes,
+                threads=threads,
+                progress=progress,
+                extra_files=[*extra, *sorted(Path(side).iterdir())],
+                resume=resume,
+            )
+    except InputError:
+        if workdir is None:
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    if workdir is None:
+        shutil.rmtree(work, ignore_errors=True)
+    return receipt
 
-            method = GatedFold(store, learned)
-            if workdir is None:
-                stack.callback(shutil.rmtree, kept, ignore_errors=True)
-        side = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        save_recipe(recipe, side / "recipe.yaml")
-        write_model_card(side, dump_recipe(recipe), alignment)
-        extra = [file for file in side_files(alignment.vlm.path) if file.name != "recipe.yaml"]
-        return merge_tensors(
-            alignment,
-            method,
-            out,
-            shard_size=recipe.output.shard_bytes,
-            threads=threads,
-            progress=progress,
-            extra_files=[*extra, side / "recipe.yaml", side / "README.md"],
-            resume=resume,
-        )
+
+def _bound(recipe: Recipe, alignment: Alignment, work: Path, progress: Progress | None) -> Any:
+    """The recipe's method, ready to merge: with factors and gates if it has them."""
+    if getattr(recipe.method, "bind", None) is None:
+        return recipe.method
+    from vlmgraft.learning import check_inputs, gates_for
+
+    check_inputs(recipe, alignment)
+    store = _decompose(recipe, alignment, work / "factors", resume=True, progress=progress)
+    return recipe.method.bind(store, gates_for(recipe, alignment, store, work / "gates", progress))
 
 
 def decompose(
@@ -146,7 +152,7 @@ def decompose(
 ) -> FactorStore:
     """SVD of the donor's task vector into a factor store at `out`, one file per matrix."""
     recipe = read_recipe(recipe, overrides)
-    return _decompose(pair(recipe), _frism(recipe), Path(out), resume=resume, progress=progress)
+    return _decompose(recipe, pair(recipe), Path(out), resume=resume, progress=progress)
 
 
 def gates(
@@ -158,13 +164,14 @@ def gates(
     progress: Progress | None = None,
 ) -> Gates:
     """FRISM's second stage on a factor store; writes the gates folder `out`."""
+    from vlmgraft.learning import gates_for, read_questions
     from vlmgraft.spectral.factors import FactorStore
 
     recipe = read_recipe(recipe, overrides)
-    _questions(recipe)
+    read_questions(recipe)
     if Path(out).exists():
         raise OutputError(f"{out}: exists already; name another folder, or remove it first")
-    return _gates(recipe, pair(recipe), FactorStore(factors), Path(out), progress=progress)
+    return gates_for(recipe, pair(recipe), FactorStore(factors), Path(out), progress)
 
 
 def export(
@@ -200,103 +207,12 @@ def export(
     return asdict(export_lora(vlm, FactorStore(factors), load_gates(source), out, rank))
 
 
-def _frism(recipe: Recipe) -> Frism:
-    if not isinstance(recipe.method, Frism):
-        raise RecipeError(f"method.name: {recipe.method.name} has no factors or gates; write frism")
-    return recipe.method
-
-
 def _decompose(
-    alignment: Alignment, method: Frism, out: Path, *, resume: bool, progress: Progress | None
+    recipe: Recipe, alignment: Alignment, out: Path, *, resume: bool, progress: Progress | None
 ) -> FactorStore:
+    from vlmgraft.learning import gated_method
     from vlmgraft.spectral.decompose import decompose as decompose_into
 
+    rank: Any = gated_method(recipe).rank
     out.parent.mkdir(parents=True, exist_ok=True)
-    rank: Any = method.rank
     return decompose_into(alignment, out, rank, resume=resume, progress=progress)
-
-
-def _gates(recipe: Recipe, alignment: Alignment, store: FactorStore, out: Path, *, progress: Progress | None) -> Gates:
-    """Load what `out` holds for this recipe and these factors, or learn and save it."""
-    from vlmgraft.records import as_dict
-    from vlmgraft.spectral.gates import load_gates
-
-    method = _frism(recipe)
-    wanted = {"recipe": as_dict(method), "vlm": str(recipe.vlm), "donor": str(recipe.donor)}
-    if (out / "gates.json").is_file():
-        found = load_gates(out)
-        if found.factors == store.digest and found.settings.get("from") == wanted:
-            return found
-    learned = learn_gates(recipe, alignment, store, state=out.with_name(out.name + ".state"), progress=progress)
-    from vlmgraft.spectral.gates import Gates
-
-    settings = {**learned.settings, "from": wanted}
-    finished = Gates(learned.logits, learned.scale, settings, learned.log, store.digest)
-    finished.save(out)
-    return finished
-
-
-def learn_gates(
-    recipe: Recipe,
-    alignment: Alignment,
-    store: FactorStore,
-    *,
-    state: Path | None = None,
-    progress: Progress | None = None,
-) -> Gates:
-    """Load the models, cache their answers and train the gates of a FRISM recipe."""
-    import torch
-
-    from vlmgraft.hf.models import load_processor, load_text_model, load_vlm
-    from vlmgraft.training.distill import Distiller
-
-    method = _frism(recipe)
-    calibration = method.calibration
-    learned, held_out, text = _questions(recipe)
-    vlm, donor_path = alignment.vlm.path, alignment.donor.path
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    distiller = Distiller(
-        load_vlm(vlm, dtype, device),
-        load_processor(vlm),
-        {name: store[name] for name in store},
-        learned,
-        held_out,
-        max_new_tokens=calibration.max_new_tokens,
-        batch_size=calibration.batch_size,
-        seed=method.seed,
-        progress=progress,
-    )
-    donor = None
-    if text:
-        donor = distiller.donor_targets(load_text_model(donor_path, dtype, device), load_processor(donor_path), text)
-    options = asdict(method)
-    settings = {key: options[key] for key in ("inject", "inject_weight", "kl_budget", "granularity", "steps", "seed")}
-    return distiller.learn(method.scale, donor=donor, state=state, learning_rate=method.learning_rate, **settings)
-
-
-def _questions(recipe: Recipe) -> tuple[list[Question], list[Question], list[Question]]:
-    """Calibration, held-out and text questions of a FRISM recipe; raises DataError naming file and line."""
-    from vlmgraft.hf.data import load_questions
-
-    method = _frism(recipe)
-    calibration = method.calibration
-    asked = load_questions(calibration.data, need_images=True, limit=calibration.samples + calibration.held_out)
-    text = load_questions(method.questions) if method.inject == "donor" and method.questions else []
-    return asked[: calibration.samples], asked[calibration.samples :], text
-
-
-def _check_inputs(recipe: Recipe, alignment: Alignment) -> None:
-    """Before hours of work: the question files can be read, and no weight that takes part is NaN or infinite."""
-    import torch
-
-    from vlmgraft.checkpoint.reader import Reader
-
-    _questions(recipe)
-    for key in ("vlm", "donor", "donor_base"):
-        checkpoint = getattr(alignment, key)
-        with Reader(checkpoint) as reader:
-            for tensor in alignment.merged:
-                for name in (tensor.name,) if key == "vlm" else getattr(tensor, key).names:
-                    if not torch.isfinite(reader.tensor(name)).all():
-                        raise WeightsError(f"{name} in {checkpoint.tensors[name].file} ({key}): holds NaN or infinity")
