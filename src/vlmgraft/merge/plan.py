@@ -22,6 +22,9 @@ OTHERS = ("donor", "donor_base", "vlm_base")
 ASSUMED_RATE = 10**9
 """Bytes read and written per second that `plan_merge` assumes: a disk of 1 GB/s, or two cores on cached files."""
 
+THRESHOLD_PASSES = 2
+"""Passes that a method with `prepare` is taken to make, unless its class says otherwise by `passes`."""
+
 
 @dataclass(frozen=True)
 class MergePlan:
@@ -69,7 +72,7 @@ def plan_merge(
         if not streamed(tensor, method):
             whole = max(whole, alignment.vlm.tensors[tensor.name].elements)
     written = alignment.vlm.nbytes
-    passes = getattr(method, "passes", 1 if hasattr(method, "prepare") else 0)
+    passes = getattr(method, "passes", THRESHOLD_PASSES if hasattr(method, "prepare") else 0)
     total = written + pieces + passes * again
     files = count_shards([info.nbytes for info in alignment.vlm.tensors.values()], shard_size)
     seconds, memory = (total + written) / rate, _memory(alignment, whole, threads)
