@@ -1,0 +1,40 @@
+"""The demo, on smaller grids: its files, its honesty, its merged checkpoint."""
+
+from __future__ import annotations
+
+import pytest
+
+from vlmgraft.errors import CheckpointError, OutputError
+from vlmgraft.lab import compare
+from vlmgraft.lab.demo import demo
+from vlmgraft.records import read_rows
+
+
+@pytest.mark.slow
+def test_demo_writes_a_table_a_picture_and_a_checkpoint_that_reasons(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "SCALES", (0.25, 1.0))
+    monkeypatch.setattr(compare, "DONOR_SHARES", (0.25,))
+    monkeypatch.setattr(compare, "ENERGY_GRID", ((1.0, 0.1),))
+    monkeypatch.setattr(compare, "DONOR_GRID", ((1.0, 3.0),))
+    demo(tmp_path / "demo", report=lambda line: None)
+    rows = {(row["method"], row["setting"]): row for row in read_rows(tmp_path / "demo" / "results.jsonl")}
+    by_method = {method: row for (method, _), row in rows.items()}
+    vlm, merged = by_method["VLM"], by_method["merged folder, reloaded"]
+    assert merged["reasoning"]["low"] > vlm["reasoning"]["high"]
+    assert merged["perception"]["mean"] > vlm["perception"]["mean"] - 0.03
+    assert by_method["FRISM, energy term"]["above_task_arithmetic_at_equal_kl"]["low"] > 0
+    control = by_method["control: shuffled singular vectors"]
+    assert control["reasoning"]["low"] <= vlm["reasoning"]["high"]
+    assert control["above_task_arithmetic_at_equal_kl"]["high"] < 0
+    table = (tmp_path / "demo" / "table.md").read_text()
+    assert all(method in table for method in by_method)
+    assert (tmp_path / "demo" / "tradeoff.png").stat().st_size > 10_000
+    assert (tmp_path / "demo" / "merged" / "receipt.json").is_file()
+
+
+def test_demo_refuses_an_existing_folder_and_a_folder_without_a_trio(tmp_path):
+    with pytest.raises(OutputError, match="exists"):
+        demo(tmp_path)
+    with pytest.raises(CheckpointError, match="lab train"):
+        demo(tmp_path / "demo", trio=tmp_path)
+    assert not (tmp_path / "demo").exists()
