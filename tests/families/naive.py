@@ -6,6 +6,7 @@ share no code with `vlmgraft.methods`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,23 +37,27 @@ class Models:
 
 @dataclass(frozen=True)
 class Row:
-    """One method's row of the matrix: options of its recipe and its naive twin."""
+    """One method's row of the matrix: its naive twin, options of its recipe, the tensors it can merge.
+
+    gates: of a method that learns gates first, the logit that all of them have here.
+    """
 
     twin: Callable[[Models], Tensors]
     options: Mapping[str, Any] = field(default_factory=dict)
-    modules: tuple[str, ...] = ("attention", "mlp")
-    matrices_only: bool = False
+    modules: tuple[str, ...] = ("all", "embeddings", "head")
+    gates: float | None = None
 
 
 def linear(models: Models, keep: int = -1) -> Tensors:
     """a V + (1 − a) D with a = 0.9; layers up to `keep` stay the VLM's."""
     mixed = {name: 0.9 * vlm + 0.1 * models.donor[name] for name, vlm in models.vlm.items()}
-    return {name: models.vlm[name] if (models.layers[name] or 0) <= keep else one for name, one in mixed.items()}
+    kept = {name for name, layer in models.layers.items() if layer is not None and layer <= keep}
+    return {name: models.vlm[name] if name in kept else one for name, one in mixed.items()}
 
 
-def task_arithmetic(models: Models) -> Tensors:
-    """V + 0.5 τ."""
-    return {name: vlm + 0.5 * models.tau[name] for name, vlm in models.vlm.items()}
+def task_arithmetic(models: Models, scale: float = 0.5) -> Tensors:
+    """V + λ τ."""
+    return {name: vlm + scale * models.tau[name] for name, vlm in models.vlm.items()}
 
 
 def trim(tau: Tensors, density: float) -> Tensors:
@@ -78,26 +83,59 @@ def both(models: Models) -> Tensors:
     return {n: base + models.tau_vlm[n] + 0.5 * models.tau[n] for n, base in models.vlm_base.items()}
 
 
-def truncated(models: Models) -> Tensors:
-    """V + the two largest singular directions of τ."""
-    merged = {}
-    for name, vlm in models.vlm.items():
-        U, s, Vh = torch.linalg.svd(models.tau[name].double(), full_matrices=False)
-        merged[name] = vlm + ((U[:, :2] * s[:2]) @ Vh[:2]).float()
+def ip_merging(models: Models, threshold: float = 0.3, k: int = 4) -> Tensors:
+    """V + U_k U_kᵀ τ' V_k V_kᵀ where one of the first k right singular vectors has |cos| ≥ T; a matrix per expert."""
+    merged = {name: vlm.clone() for name, vlm in models.vlm.items()}
+    for name, own in models.tau_vlm.items():
+        targets = merged[name].view(-1, *own.shape[-2:])
+        for target, a, b in zip(targets, own.view(targets.shape), models.tau[name].view(targets.shape), strict=True):
+            U, _, Vh = torch.linalg.svd(a.double(), full_matrices=False)
+            other = torch.linalg.svd(b.double(), full_matrices=False)[2]
+            if (Vh * other).sum(1)[:k].abs().max() >= threshold:
+                b = b.double() * a.double().norm() / b.double().norm()
+                target += (U[:, :k] @ U[:, :k].T @ b @ Vh[:k].T @ Vh[:k]).float()
     return merged
 
 
+def frank(models: Models) -> Tensors:
+    """B + λ_V τ_vlm + λ_R τ with λ_t ∝ w_t ‖τ_t‖² per layer; w_V is one in layer 0, e^-½ in layer 1, ½ outside."""
+    merged = {}
+    for layer in set(models.layers.values()):
+        names = [name for name, one in models.layers.items() if one == layer]
+        visual = 0.5 if layer is None else math.exp(-0.5 * layer)
+        own, donor = (
+            weight * sum(float(tau[name].double().square().sum()) for name in names)
+            for weight, tau in ((visual, models.tau_vlm), (1 - visual, models.tau))
+        )
+        for name in names:
+            update = own * models.tau_vlm[name] + donor * models.tau[name]
+            merged[name] = models.vlm_base[name] + update / (own + donor)
+    return merged
+
+
+def truncated(models: Models) -> Tensors:
+    """V + the two largest singular directions of τ; a matrix per expert."""
+    merged = {}
+    for name, vlm in models.vlm.items():
+        U, s, Vh = torch.linalg.svd(models.tau[name].double(), full_matrices=False)
+        merged[name] = vlm + ((U[..., :2] * s[..., None, :2]) @ Vh[..., :2, :]).float()
+    return merged
+
+
+MATRICES = ("attention", "mlp")
 ROWS: dict[str, Row] = {
     "linear": Row(linear, {"vlm_weight": 0.9}),
-    "task_arithmetic": Row(task_arithmetic, {"scale": 0.5}, ("all", "embeddings", "head")),
+    "task_arithmetic": Row(task_arithmetic, {"scale": 0.5}),
     "layer_swap": Row(lambda models: linear(models, keep=0), {"vlm_weight": 0.9, "keep_layers": "0"}),
     "ties": Row(ties, {"density": 0.5}),
     "dare_linear": Row(both, {"density": 1.0, "weights": [1.0, 0.5]}),
     "dare_ties": Row(lambda models: ties(models, 1.0), {"density": 1.0}),
-    "spectral": Row(truncated, {"rule": "truncate", "rank": 2}, matrices_only=True),
+    "ip_merging": Row(ip_merging, {"threshold": 0.3, "rank": 4}, MATRICES),
+    "frank": Row(frank, {"decay": 0.5}),
+    "spectral": Row(truncated, {"rule": "truncate", "rank": 2}, MATRICES),
+    "frism": Row(lambda models: task_arithmetic(models, 0.25), {"scale": 0.5}, MATRICES, gates=0.0),
+    "curvature": Row(task_arithmetic, {"scale": 0.5}, MATRICES, gates=math.inf),
 }
-"""One row per registered method that needs no learning. DARE is compared at density one: which entries it drops is a
-matter of its own tests, that it finds its tensors is a matter of these."""
-
-LEARNED = ("frism", "curvature")
-"""Methods whose gates are learned first; their fold is tested in tests/methods."""
+"""One row per registered method. DARE is compared at density one: which entries it drops is a matter of its own tests,
+that it finds its tensors is a matter of these. FRISM and curvature gates have gates that nobody learned: all half open,
+and all open."""

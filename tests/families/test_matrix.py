@@ -10,16 +10,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from naive import LEARNED, ROWS, Models, Row, Tensors
+from naive import ROWS, Models, Row, Tensors
 from safetensors.torch import load_file
 from zoo import CASES, Trio
 
-merge = pytest.importorskip("vlmgraft.merge", reason="the merge is not there yet")
-
-from vlmgraft.alignment import align  # noqa: E402
-from vlmgraft.checkpoint.index import open_checkpoint  # noqa: E402
-from vlmgraft.methods import METHODS  # noqa: E402
-from vlmgraft.recipe import Recipe, load_recipe  # noqa: E402
+from vlmgraft.alignment import align
+from vlmgraft.checkpoint.index import open_checkpoint
+from vlmgraft.merge import merge_tensors
+from vlmgraft.methods import METHODS
+from vlmgraft.methods.base import check_numbers
+from vlmgraft.recipe import Recipe, load_recipe
+from vlmgraft.spectral.decompose import decompose
+from vlmgraft.spectral.gates import constant_gates
 
 Trios = Callable[[str], Trio]
 COPIED = ("config.json", "generation_config.json")
@@ -27,20 +29,26 @@ COPIED = ("config.json", "generation_config.json")
 
 def test_there_are_no_gaps() -> None:
     """A method is registered with its row; that a family is with its case, test_pairing.py checks."""
-    assert set(METHODS) == {*ROWS, *LEARNED}
+    assert set(METHODS) == set(ROWS)
 
 
 def recipe_of(trio: Trio, method: str) -> Recipe:
     row = ROWS[method]
     models = {key: str(getattr(trio, key)) for key in ("vlm", "donor", "donor_base", "vlm_base")}
-    modules = ["attention"] if row.matrices_only and "moe" in trio.case.family else list(row.modules)
+    modules = list(row.modules)
+    if row.gates is not None and "moe" in trio.case.family:
+        modules = ["attention"]  # factors are of matrices; fused experts are stacks of them
     return load_recipe({**models, "method": {"name": method, **row.options}, "modules": modules})
 
 
-def merged(recipe: Recipe, out: Path) -> Any:
+def merged(recipe: Recipe, out: Path, gates: float | None = None) -> Any:
     opened = [open_checkpoint(str(getattr(recipe, key))) for key in ("vlm", "donor", "donor_base", "vlm_base")]
-    alignment = align(*opened, modules=recipe.modules, layers=recipe.layers)
-    merge.merge_tensors(alignment, recipe.method, out, shard_size=20_000, threads=1)
+    alignment, method = align(*opened, modules=recipe.modules, layers=recipe.layers), recipe.method
+    check_numbers(method, alignment)
+    if gates is not None:
+        store = decompose(alignment, out.with_name("factors"))
+        method = method.bind(store, constant_gates({name: len(store[name].s) for name in store}, gates, method.scale))
+    merge_tensors(alignment, method, out, shard_size=20_000, threads=1)
     return alignment
 
 
@@ -52,11 +60,11 @@ def in_memory(trio: Trio, row: Row, names: list[str], vlm: Tensors) -> Tensors:
     return row.twin(Models({name: vlm[name].float() for name in names}, *parts, layers))
 
 
-@pytest.mark.parametrize("method", sorted(METHODS.keys() - LEARNED))
+@pytest.mark.parametrize("method", sorted(METHODS))
 @pytest.mark.parametrize("case", CASES)
 def test_a_merge_is_the_naive_merge(case: str, method: str, trio: Trios, tmp_path: Path) -> None:
     folders, out = trio(case), tmp_path / "out"
-    alignment = merged(recipe_of(folders, method), out)
+    alignment = merged(recipe_of(folders, method), out, ROWS[method].gates)
     before = load_file(folders.vlm / "model.safetensors")
     after = {name: one for file in sorted(out.glob("*.safetensors")) for name, one in load_file(file).items()}
     assert {n: (t.shape, t.dtype) for n, t in after.items()} == {n: (t.shape, t.dtype) for n, t in before.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vlmgraft.methods.curvature import Curvature
 from vlmgraft.methods.dare_linear import DareLinear
 from vlmgraft.methods.dare_ties import DareTies
 from vlmgraft.methods.frank import Frank
@@ -15,5 +16,17 @@ from vlmgraft.methods.ties import Ties
 
 METHODS: dict[str, type] = {
     cls.name: cls
-    for cls in (Linear, TaskArithmetic, LayerSwap, Ties, DareLinear, DareTies, IpMerging, Frank, Spectral, Frism)
+    for cls in (
+        Linear,
+        TaskArithmetic,
+        LayerSwap,
+        Ties,
+        DareLinear,
+        DareTies,
+        IpMerging,
+        Frank,
+        Spectral,
+        Frism,
+        Curvature,
+    )
 }
