@@ -9,7 +9,15 @@ import pytest
 
 HEAVY = ("torch", "transformers", "matplotlib", "sklearn", "huggingface_hub")
 REPORT = f"import sys; print([name for name in {HEAVY} if name in sys.modules])"
-HELP = "import sys; sys.argv = ['vlmgraft', *{arguments!r}]\nfrom vlmgraft import cli\ntry: cli.main()\nexcept SystemExit as stop: assert not stop.code, stop.code\n"
+HELP = """
+import sys
+sys.argv = ["vlmgraft", *{arguments!r}]
+from vlmgraft import cli
+try:
+    cli.main()
+except SystemExit as stop:
+    assert not stop.code, stop.code
+"""
 
 
 @pytest.mark.parametrize(
