@@ -202,8 +202,8 @@ def _table(points: Sequence[Point], text: Estimate, seed: int) -> str:
         f"seed {seed}; "
         "percent right with 95 % bootstrap intervals; KL in nats per token on held-out image questions. λ, α and the "
         "donor's share were chosen on the validation split: the best reasoning within a point of the VLM's perception. "
-        "The last columns are reasoning above the task-arithmetic curve at the same KL, and at the same perception, paired "
-        "by item."
+        "The last columns are reasoning above the task-arithmetic curve at equal KL and at equal perception, paired by "
+        "item."
     )
     return "\n".join(lines) + "\n\n" + note + "\n"
 
