@@ -88,7 +88,7 @@ def merge(
     for note in loaded.notes:
         typer.echo(note, err=True)
     if dry_run:
-        _show_plan(pipeline.plan(pipeline.pair(loaded, headers_only=True)), as_json)
+        _show_plan(pipeline.plan(loaded, pipeline.pair(loaded, headers_only=True)), as_json)
         return
     if out is None:
         raise RecipeError("merge: --out is missing; name the folder to write")
@@ -186,6 +186,12 @@ def _show_plan(plan: Any, as_json: bool) -> None:
         typer.echo(f"{row['verdict']:9}{row['name']}  {row['dtype']} {row['shape']}  {row['reason']}")
     typer.echo(f"{plan.family}, {plan.layers} layers: {plan.merged} merged, {plan.excluded} excluded, {plan.kept} kept")
     typer.echo(f"the merged folder holds all {len(plan.tensors)} tensors of the VLM, {plan.nbytes:,} bytes")
+    if plan.cost is not None:
+        cost = plan.cost
+        typer.echo(
+            f"reads {cost.read:,} bytes, writes {cost.files} file(s); about {cost.seconds:.1f} s at {cost.rate:,} B/s, "
+            f"{cost.memory / 1e6:.0f} MB of memory beside the libraries"
+        )
     for note in plan.notes:
         typer.echo(f"note: {note}")
 

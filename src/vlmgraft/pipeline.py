@@ -18,6 +18,9 @@ from vlmgraft.card import push_to_hub, side_files, write_model_card
 from vlmgraft.checkpoint.hub import open_headers
 from vlmgraft.checkpoint.index import open_checkpoint
 from vlmgraft.errors import InputError, OutputError, RecipeError
+from vlmgraft.merge.plan import MergePlan, plan_merge
+from vlmgraft.methods.base import check_numbers
+from vlmgraft.methods.frism import GatedFold
 from vlmgraft.recipe import Recipe, dump_recipe, load_recipe, save_recipe
 
 if TYPE_CHECKING:
@@ -31,7 +34,11 @@ RecipeSource = str | Path | Mapping[str, Any] | Recipe
 
 @dataclass(frozen=True)
 class Plan:
-    """What a merge would do, from headers alone: counts by verdict, bytes written, notes, one row per tensor."""
+    """What a merge would do, from headers alone: counts by verdict, bytes written, notes, one row per tensor.
+
+    cost: files, bytes, expected seconds and memory of the streaming (for FRISM without decomposition and gates); None
+    when the recipe names no method.
+    """
 
     family: str
     layers: int
@@ -41,6 +48,7 @@ class Plan:
     nbytes: int
     notes: tuple[str, ...]
     tensors: tuple[dict[str, Any], ...]
+    cost: MergePlan | None = None
 
 
 def read_recipe(recipe: RecipeSource, overrides: Sequence[str] = (), *, need_method: bool = True) -> Recipe:
@@ -57,11 +65,17 @@ def pair(recipe: Recipe, *, headers_only: bool = False) -> Alignment:
 
 def inspect(recipe: RecipeSource, overrides: Sequence[str] = ()) -> Plan:
     """What pairs with what, reading headers only (of hub ids by range requests)."""
-    return plan(pair(read_recipe(recipe, overrides, need_method=False), headers_only=True))
+    loaded = read_recipe(recipe, overrides, need_method=False)
+    return plan(loaded, pair(loaded, headers_only=True))
 
 
-def plan(alignment: Alignment) -> Plan:
-    """The plan of an alignment."""
+def plan(recipe: Recipe, alignment: Alignment) -> Plan:
+    """The plan of a recipe whose checkpoints are aligned; raises RecipeError for options that fit no tensor."""
+    cost = None
+    if recipe.method is not None:
+        streamed: Any = GatedFold if hasattr(recipe.method, "bind") else recipe.method
+        check_numbers(recipe.method, alignment)
+        cost = plan_merge(alignment, streamed, recipe.output.shard_bytes)
     verdicts = [tensor.verdict for tensor in alignment.tensors]
     rows = tuple(
         {
@@ -76,7 +90,9 @@ def plan(alignment: Alignment) -> Plan:
     )
     counts = {verdict: verdicts.count(verdict) for verdict in ("merged", "kept", "excluded")}
     nbytes = sum(info.nbytes for info in alignment.vlm.tensors.values())
-    return Plan(alignment.family, alignment.layers, **counts, nbytes=nbytes, notes=alignment.notes, tensors=rows)
+    return Plan(
+        alignment.family, alignment.layers, **counts, nbytes=nbytes, notes=alignment.notes, tensors=rows, cost=cost
+    )
 
 
 def merge(
