@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from fake_merge import Fake, models
 
 from vlmgraft.errors import AlignmentError, RecipeError
+from vlmgraft.methods import METHODS
 from vlmgraft.methods.base import TensorContext, check_numbers, check_range, number_for
 from vlmgraft.methods.linear import Linear
 from vlmgraft.methods.task_arithmetic import TaskArithmetic
@@ -60,3 +62,17 @@ def test_ranges(value: Any) -> None:
     with pytest.raises(RecipeError, match="above 0 and at most 1"):
         check_range(TaskArithmetic(value), "scale", 0, 1, above=True)
     check_range(TaskArithmetic([0.5, 1.0]), "scale", 0, 1, above=True)
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"frism", "curvature"}))
+def test_tensors_may_lie_transposed_in_memory(name: str) -> None:
+    """Sources that are put together from other layouts are views; every method treats them as what they are."""
+    method: Any = METHODS[name](**{"frank": {"decay": 0.1}, "layer_swap": {"keep_layers": 1}}.get(name, {}))
+    fake = Fake(models(), 10**6)
+    method = method.prepare(fake) if hasattr(method, "prepare") else method
+    for tensor in ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.experts.down_proj"):
+        whole = {key: model[tensor] for key, model in fake.models.items()}
+        turned = {key: one.mT.contiguous().mT for key, one in whole.items()}
+        context = fake.context(tensor)
+        torch.testing.assert_close(method.combine(turned, context), method.combine(whole, context))
+        assert all(turned[key].equal(whole[key]) for key in whole)

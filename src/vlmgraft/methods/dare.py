@@ -38,8 +38,12 @@ def keep_mask(seed: int, source: str, context: TensorContext, count: int, densit
 
 
 def drop(tau: Tensor, seed: int, source: str, context: TensorContext, density: float, rescale: bool) -> Tensor:
-    """τ with entries dropped and, when `rescale`, the others divided by `density`; changes τ and gives it back."""
+    """τ with entries dropped and, when `rescale`, the others divided by `density`; τ's own memory where it can be."""
+    import numpy as np
+
     if density >= 1:
         return tau
-    tau.mul_(keep_mask(seed, source, context, tau.numel(), density).view(tau.shape))
+    tau = tau.contiguous()
+    values = tau.view(-1).numpy()
+    np.multiply(values, keep_mask(seed, source, context, tau.numel(), density).numpy(), out=values)
     return tau.div_(density) if rescale else tau

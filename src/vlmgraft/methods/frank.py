@@ -80,10 +80,11 @@ class Frank:
 
     def prepare(self, passes: Passes) -> WeighedFrank:
         """Sum both task vectors' squares per layer in one pass; the method that merges with the λ that follow."""
+        import torch
 
         def squares(pieces: Mapping[str, Tensor], context: TensorContext) -> tuple[float, float]:
-            taus = task_vectors(pieces)
-            return float(taus["vlm"].double().square().sum()), float(taus["donor"].double().square().sum())
+            own, donor = (float(tau.norm(dtype=torch.float64)) for tau in task_vectors(pieces).values())
+            return own**2, donor**2
 
         own: dict[int | None, float] = {}
         donor: dict[int | None, float] = {}

@@ -52,17 +52,19 @@ class IpMerging:
 
     def combine(self, tensors: Mapping[str, Tensor], context: TensorContext) -> Tensor:
         """vlm + λ·projected donor, of one matrix or a stack; raises NumericalError when one is not finite."""
+        import torch
+
         vlm, taus = tensors["vlm"], task_vectors(tensors)
         check_matrix(context.name, tuple(vlm.shape))
         scale = number_for(self.scale, context, "scale")
         threshold = number_for(self.threshold, context, "threshold")
         if scale == 0:
             return vlm
-        own, donor = (tau.view(-1, *tau.shape[-2:]) for tau in (taus["vlm"], taus["donor"]))
+        own, donor = (tau.reshape(-1, *tau.shape[-2:]) for tau in (taus["vlm"], taus["donor"]))
         updates = [self.update(a, b, threshold, context.name) for a, b in zip(own, donor, strict=True)]
         if all(update is None for update in updates):
             return vlm
-        merged = vlm.clone()
+        merged = vlm.clone(memory_format=torch.contiguous_format)
         for place, update in zip(merged.view(own.shape), updates, strict=True):
             if update is not None:
                 place.add_(update, alpha=scale)

@@ -96,7 +96,7 @@ class TrimmedTies:
     def combine(self, tensors: Mapping[str, Tensor], context: TensorContext) -> Tensor:
         """vlm_base + λ·(the merged task vector)."""
         recipe, least = self.recipe, self.thresholds[self.recipe.unit(context)]
-        trimmed = {key: tau.mul_(tau.abs() >= least[key]) for key, tau in task_vectors(tensors).items()}
+        trimmed = {key: trim_below(tau, least[key]) for key, tau in task_vectors(tensors).items()}
         weights = weights_for(recipe.weights, context)
         merged = merge_signs(trimmed["vlm"], trimmed["donor"], weights, recipe.election, recipe.combine)
         return tensors["vlm_base"].add(merged, alpha=number_for(recipe.scale, context, "scale"))
@@ -112,16 +112,33 @@ def weights_for(weights: Pair, context: TensorContext) -> tuple[float, float]:
     return number_for(weights[0], context, "weights[0]"), number_for(weights[1], context, "weights[1]")
 
 
+def trim_below(tau: Tensor, least: float) -> Tensor:
+    """τ where |τ| ≥ least, else 0; a float32 threshold."""
+    import torch
+
+    if least <= 0:
+        return tau
+    under = torch.nextafter(torch.tensor(least), torch.tensor(0.0))  # hardshrink keeps what is above its bound
+    return torch.nn.functional.hardshrink(tau, float(under))
+
+
 def merge_signs(
     own: Tensor, donor: Tensor, weights: tuple[float, float], election: Election, combine: Combine
 ) -> Tensor:
-    """Elect a sign per entry and merge the entries that have it; float32 in any one shape, a new tensor."""
-    mine, theirs = own * weights[0], donor * weights[1]
-    sign = (mine + theirs if election == "weighted" else own + donor).sign_()
-    agree, agrees = own.sign().mul_(sign) > 0, donor.sign().mul_(sign) > 0
-    total = mine.mul_(agree).add_(theirs.mul_(agrees))
+    """Elect a sign per entry and merge the entries that have it; float32 in any one shape, a new tensor.
+
+    All steps are float arithmetic: in torch, booleans cost five times as much.
+    """
+    import torch
+
+    vote = own * weights[0] + donor * weights[1] if election == "weighted" else own + donor
+    vote.sign_()
+    agree, agrees = own.sign().mul_(vote).clamp_(min=0), donor.sign().mul_(vote).clamp_(min=0)  # 1 or 0
+    total = (own * agree).mul_(weights[0]).add_(donor * agrees, alpha=weights[1])
     if combine == "sum":
         return total
-    shares = (1.0, 1.0) if combine == "mean" else weights
-    divisor = (agree * shares[0]).add_(agrees, alpha=shares[1])
-    return total.div_(divisor.masked_fill_(divisor.abs() < 1e-8, 1.0))
+    if combine == "mean":
+        return total.div_(agree.add_(agrees).clamp_(min=1))
+    divisor = agree.mul_(weights[0]).add_(agrees, alpha=weights[1])
+    none = torch.lt(divisor.abs(), 1e-8, out=vote)
+    return total.div_(divisor.add_(none))

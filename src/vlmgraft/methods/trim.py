@@ -37,9 +37,9 @@ def coarse_histogram(values: Tensor) -> Tensor:
 
 
 def low_bits(values: Tensor, bucket: int) -> Tensor:
-    """The lower 20 magnitude bits of the values whose upper bits are `bucket`: int32."""
-    bits = values.view(torch.int32).bitwise_and(0x7FFFFFFF)
-    return bits[(bits >> LOW_BITS) == bucket].bitwise_and_(FINE - 1)
+    """The lower 20 magnitude bits of the values whose upper bits are `bucket`: int32; numpy selects them faster."""
+    bits = values.view(torch.int32).bitwise_and(0x7FFFFFFF).numpy()
+    return torch.from_numpy(bits[bits >> LOW_BITS == bucket] & (FINE - 1))
 
 
 def find_from_top(histogram: Tensor, rank: int) -> tuple[int, int]:
