@@ -226,7 +226,18 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {row['case']} | {row['bytes'] / 1e9:.2f} | {row['seconds']:.2f} ({spread}) | {ratio:.1f} | {memory} |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + "".join(f"- {line}\n" for line in ratios(rows))
+
+
+def ratios(rows: list[dict[str, Any]]) -> list[str]:
+    """The other cases at the first size against task arithmetic, by medians and by the fastest runs."""
+    ours = next(row for row in rows if row["case"] == "task_arithmetic")
+    others = [row for row in rows if row["bytes"] == ours["bytes"] and row is not ours]
+    return [
+        f"{row['case']} ÷ task_arithmetic: {row['seconds'] / ours['seconds']:.2f} by medians, "
+        f"{min(row['all']) / min(ours['all']):.2f} by the fastest runs"
+        for row in others
+    ]
 
 
 def machine() -> dict[str, Any]:
@@ -234,7 +245,12 @@ def machine() -> dict[str, Any]:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    load = [round(one, 1) for one in os.getloadavg()]
+    versions = {
+        "load average over 1, 5, 15 minutes": load,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
     return {"cpu": names[0] if names else platform.machine(), "cores": os.cpu_count(), "memory": pages, **versions}
 
 
@@ -258,7 +274,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for number, size in enumerate(sizes):
-            cases = ["cp", *methods] if number else first
+            cases = ["cp", "task_arithmetic"] if number else first
             rows += compare(Path(folder) / f"{size}", size, cases, repeats, options.threads)
             print(table(rows), flush=True)
     if options.out:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import defaultdict
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from torch import Tensor
 from vlmgraft.alignment import assemble
 from vlmgraft.errors import WeightsError
 from vlmgraft.merge import merge_tensors
+from vlmgraft.merge.passes import AHEAD, in_order
 from vlmgraft.merge.plan import CHUNK
 from vlmgraft.methods.base import Passes, TensorContext
 from vlmgraft.methods.task_arithmetic import TaskArithmetic
@@ -109,3 +112,21 @@ def test_passes_refuse_what_is_not_finite(way: str, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"up_proj.weight in .*\(donor_base\): holds NaN or infinity"):
         merge_tensors(aligned(tmp_path), Largest(way=way), tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(KEYS)
+
+
+def test_results_come_in_order_and_an_error_stops_the_rest() -> None:
+    began: list[int] = []
+
+    def work(task: int) -> int:
+        began.append(task)
+        time.sleep(0.001 * (task % 3))
+        if task == 20:
+            raise RuntimeError("task 20")
+        return task * task
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(in_order(work, range(20), pool, 3)) == [task * task for task in range(20)]
+        began.clear()
+        with pytest.raises(RuntimeError, match="task 20"):
+            list(in_order(work, iter(range(10_000)), pool, 3))
+    assert len(began) < 20 + 3 * (AHEAD + 1) + 1
