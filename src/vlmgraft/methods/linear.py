@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from vlmgraft.methods.base import Number, TensorContext, number_for
+from vlmgraft.methods.base import Number, TensorContext, check_range, number_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +25,9 @@ class Linear:
     granularity: ClassVar[Literal["element", "tensor"]] = "element"
 
     vlm_weight: Number = 0.9
+
+    def __post_init__(self) -> None:
+        check_range(self, "vlm_weight", -float("inf"))
 
     def combine(self, tensors: Mapping[str, Tensor], context: TensorContext) -> Tensor:
         """a·vlm + (1 − a)·donor."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from vlmgraft.methods.base import DEFAULT_MODULES, Number, TensorContext, number_for
+from vlmgraft.methods.base import DEFAULT_MODULES, Number, TensorContext, check_range, number_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +22,9 @@ class TaskArithmetic:
     granularity: ClassVar[Literal["element", "tensor"]] = "element"
 
     scale: Number = 1.0
+
+    def __post_init__(self) -> None:
+        check_range(self, "scale", -float("inf"))
 
     def combine(self, tensors: Mapping[str, Tensor], context: TensorContext) -> Tensor:
         """vlm + λ·(donor − donor_base)."""
