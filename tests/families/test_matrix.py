@@ -41,14 +41,14 @@ def recipe_of(trio: Trio, method: str) -> Recipe:
     return load_recipe({**models, "method": {"name": method, **row.options}, "modules": modules})
 
 
-def merged(recipe: Recipe, out: Path, gates: float | None = None) -> Any:
+def merged(recipe: Recipe, out: Path, gates: float | None = None, *, threads: int = 1, shard_size: int = 20_000) -> Any:
     opened = [open_checkpoint(str(getattr(recipe, key))) for key in ("vlm", "donor", "donor_base", "vlm_base")]
     alignment, method = align(*opened, modules=recipe.modules, layers=recipe.layers), recipe.method
     check_numbers(method, alignment)
     if gates is not None:
         store = decompose(alignment, out.with_name("factors"))
         method = method.bind(store, constant_gates({name: len(store[name].s) for name in store}, gates, method.scale))
-    merge_tensors(alignment, method, out, shard_size=20_000, threads=1)
+    merge_tensors(alignment, method, out, shard_size=shard_size, threads=threads)
     return alignment
 
 
@@ -78,6 +78,20 @@ def test_a_merge_is_the_naive_merge(case: str, method: str, trio: Trios, tmp_pat
         else:
             assert torch.equal(tensor, before[name]), name
     assert any(not torch.equal(after[name], before[name]) for name in names)
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties", "ties", "frank"])
+def test_what_is_drawn_or_found_does_not_depend_on_threads_or_shards(method: str, trio: Trios, tmp_path: Path) -> None:
+    options = {**ROWS[method].options, **({} if method == "frank" else {"density": 0.3})}
+    recipe = recipe_of(trio("qwen3_vl_moe"), method)
+    recipe = recipe.model_copy(update={"method": type(recipe.method)(**options)})
+    found = []
+    for number, (threads, shard_size) in enumerate(((1, 20_000), (3, 10**9))):
+        merged(recipe, tmp_path / str(number), threads=threads, shard_size=shard_size)
+        files = (tmp_path / str(number)).glob("*.safetensors")
+        found.append({name: one for file in files for name, one in load_file(file).items()})
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(one, found[1][name]) for name, one in found[0].items())
 
 
 @pytest.mark.parametrize("case", [name for name, case in CASES.items() if case.loadable])
