@@ -41,6 +41,7 @@ TEXT_SHAPE: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,  # the defaults of the two classes differ
     "tie_word_embeddings": False,
 }
 
