@@ -100,3 +100,15 @@ def run(method: Any, fake: Fake) -> dict[str, Tensor]:
         piece = method.combine(pieces, context)
         merged[context.name].view(-1)[context.start : context.start + len(piece)] = piece
     return merged
+
+
+@dataclass
+class Counted:
+    """Passes that count how often they are begun."""
+
+    fake: Fake
+    begun: int = 0
+
+    def map(self, function: Callable[..., Any]) -> Iterator[tuple[TensorContext, Any]]:
+        self.begun += 1
+        return self.fake.map(function)

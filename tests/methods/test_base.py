@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_merge import Fake, models
+from fake_merge import Counted, Fake, models
 
 from vlmgraft.errors import AlignmentError, RecipeError
 from vlmgraft.methods import METHODS
@@ -76,3 +76,11 @@ def test_tensors_may_lie_transposed_in_memory(name: str) -> None:
         context = fake.context(tensor)
         torch.testing.assert_close(method.combine(turned, context), method.combine(whole, context))
         assert all(turned[key].equal(whole[key]) for key in whole)
+
+
+@pytest.mark.parametrize(("name", "options"), [("ties", {}), ("frank", {"decay": 0.1}), ("dare_ties", {})])
+def test_a_method_makes_the_passes_that_it_announces(name: str, options: dict[str, Any]) -> None:
+    method: Any = METHODS[name](**options)
+    passes = Counted(Fake(models()))
+    method.prepare(passes)
+    assert passes.begun == method.passes

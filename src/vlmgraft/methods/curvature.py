@@ -28,6 +28,7 @@ class Curvature:
     name: ClassVar[str] = "curvature"
     needs: ClassVar[frozenset[str]] = frozenset({"donor_base"})
     default_modules: ClassVar[tuple[str, ...]] = DEFAULT_MODULES
+    granularity: ClassVar[Literal["element", "tensor"]] = "tensor"
 
     scale: float = 1.0
     kl_budget: float = 0.01

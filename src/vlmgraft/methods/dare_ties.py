@@ -32,6 +32,7 @@ class DareTies:
     needs: ClassVar[frozenset[str]] = frozenset({"donor_base", "vlm_base"})
     default_modules: ClassVar[tuple[str, ...]] = DEFAULT_MODULES
     granularity: ClassVar[Literal["element", "tensor"]] = "element"
+    passes: ClassVar[int] = 0
 
     density: Number = 0.2
     weights: Pair = (1.0, 1.0)

@@ -42,6 +42,7 @@ class Frank:
     needs: ClassVar[frozenset[str]] = frozenset({"donor_base", "vlm_base"})
     default_modules: ClassVar[tuple[str, ...]] = DEFAULT_MODULES
     granularity: ClassVar[Literal["element", "tensor"]] = "element"
+    passes: ClassVar[int] = 1
 
     prior: Literal["max_rescaled", "literal", "none"] = "max_rescaled"
     decay: Literal["fitted"] | float = "fitted"

@@ -50,6 +50,7 @@ class Ties:
     needs: ClassVar[frozenset[str]] = frozenset({"donor_base", "vlm_base"})
     default_modules: ClassVar[tuple[str, ...]] = DEFAULT_MODULES
     granularity: ClassVar[Literal["element", "tensor"]] = "element"
+    passes: ClassVar[int] = 2
 
     density: Number = 0.2
     weights: Pair = (1.0, 1.0)
