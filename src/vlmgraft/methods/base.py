@@ -7,8 +7,8 @@ whole tensors in their shape. A method that brings its own update (FRISM's facto
 
 A method that must see the weights before it can merge (a global threshold, say) also defines
 `prepare(self, passes: Passes) -> Method`. A merge calls it once, before streaming, and streams the method it gives
-back, which holds what the passes found; `combine` may be left to that one. `passes` of the class says how many it makes,
-for the plan's estimate; `notes()` of what it gives back is what the receipt should say.
+back, which holds what the passes found; `combine` may be left to that one. `passes` of the class says how many it
+makes, for the plan's estimate; `notes()` of what it gives back is what the receipt should say.
 
 Options that are numbers are annotated `Number` or `Pair`, so that `check_numbers` finds them and reads every one for
 every tensor before a merge starts. What else depends on the models a method checks in `check(self, alignment)`.
