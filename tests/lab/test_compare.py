@@ -61,15 +61,14 @@ def comparison(trio: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 def test_merging_brings_reasoning_and_shuffled_singular_vectors_bring_none(comparison: Comparison) -> None:
-    """Measured on this trio: VLM 25–50 %, task arithmetic about 90 %. With 120 sums a standard error is below 5 points,
-    so 20 points are more than three standard errors of a difference."""
-    vlm, real, control = (
-        comparison.mark(comparison.test, weights)
-        for weights in (None, comparison.task_arithmetic(1.0), comparison.shuffled(1.0))
-    )
-    assert real.reasoning.mean > vlm.reasoning.mean + 0.2
-    assert control.reasoning.mean < vlm.reasoning.mean + 0.05
-    assert vlm.perception.mean > 0.9
+    """Measured on this trio with 600 other sums: VLM 52.5 %; the control, three shuffles, 50.7 to 54.0 %, each paired
+    interval around zero with a standard error of 1.0 point. With 300 sums that is 1.5 points: five are three of them.
+    The real merge stands near 90 %."""
+    exam = draw_exam(7, "test", {"sum": 300})
+    candidates = (None, comparison.task_arithmetic(1.0), comparison.shuffled(1.0))
+    vlm, real, control = (comparison.mark(exam, weights).reasoning.mean for weights in candidates)
+    assert real > vlm + 0.2
+    assert control < vlm + 0.05
 
 
 def test_the_control_has_the_same_spectrum_in_other_directions(comparison: Comparison) -> None:
@@ -90,6 +89,7 @@ def test_frism_raises_reasoning_and_keeps_perception(comparison: Comparison) -> 
     vlm = comparison.point("VLM", {}, None)
     learned = comparison.point("FRISM", {"scale": 1.5}, comparison.gates("energy", 1.5, 0.1))
     assert vlm.kl == pytest.approx(0, abs=1e-6) and learned.kl > 1e-4
+    assert vlm.marks.perception.mean > 0.9
     assert learned.marks.reasoning.mean > vlm.marks.reasoning.mean + 0.15
     assert learned.marks.perception.mean > vlm.marks.perception.mean - 0.05
 
