@@ -36,7 +36,7 @@ from vlmgraft.alignment import align
 from vlmgraft.checkpoint.index import open_checkpoint
 from vlmgraft.checkpoint.shards import TensorSpec
 from vlmgraft.checkpoint.writer import Writer
-from vlmgraft.merge import merge_tensors, plan_merge
+from vlmgraft.merging import merge_tensors, plan_merge
 from vlmgraft.methods import METHODS
 
 KEYS = ("vlm", "donor", "donor_base", "vlm_base")

@@ -65,7 +65,7 @@ def merged(trio: Path, calibration: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_public_functions_stay_functions_whatever_is_imported() -> None:
-    package = importlib.import_module("vlmgraft.merge")
+    package = importlib.import_module("vlmgraft.merging")
     assert all(callable(getattr(vg, name)) for name in vg.__all__)
     assert callable(package.merge_tensors)
 

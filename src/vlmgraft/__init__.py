@@ -10,8 +10,6 @@ loads neither torch nor transformers.
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,14 +27,3 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'vlmgraft' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME.get(name, "vlmgraft.pipeline")), name)
-
-
-class _Package(ModuleType):
-    """Keeps `merge` the function: importing the subpackage of that name would put the module in its place."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in __all__ and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -18,13 +18,13 @@ from vlmgraft.card import push_to_hub, side_files, write_model_card
 from vlmgraft.checkpoint.hub import open_headers
 from vlmgraft.checkpoint.index import open_checkpoint
 from vlmgraft.errors import InputError, OutputError, RecipeError
-from vlmgraft.merge.plan import MergePlan, plan_merge
+from vlmgraft.merging.plan import MergePlan, plan_merge
 from vlmgraft.methods.base import check_numbers
 from vlmgraft.methods.frism import GatedFold
 from vlmgraft.recipe import Recipe, dump_recipe, load_recipe, save_recipe
 
 if TYPE_CHECKING:
-    from vlmgraft.merge import Receipt
+    from vlmgraft.merging import Receipt
     from vlmgraft.spectral.factors import FactorStore
     from vlmgraft.spectral.gates import Gates
 
@@ -116,7 +116,7 @@ def merge(
     """
     recipe, out = read_recipe(recipe, overrides), Path(out)
     from vlmgraft.checkpoint.writer import refuse_output
-    from vlmgraft.merge import merge_tensors
+    from vlmgraft.merging import merge_tensors
 
     alignment = pair(recipe)
     sources = (alignment.vlm, alignment.donor, alignment.donor_base, alignment.vlm_base)

@@ -16,7 +16,7 @@ from zoo import CASES, Trio
 
 from vlmgraft.alignment import align
 from vlmgraft.checkpoint.index import open_checkpoint
-from vlmgraft.merge import merge_tensors
+from vlmgraft.merging import merge_tensors
 from vlmgraft.methods import METHODS
 from vlmgraft.methods.base import check_numbers
 from vlmgraft.recipe import Recipe, load_recipe

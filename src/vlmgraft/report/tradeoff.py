@@ -38,7 +38,12 @@ def draw_tradeoff(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> 
         )
         for row, x, y in zip(own, centre["perception"], centre["reasoning"], strict=True):
             axes.annotate(
-                row["setting"] if len(own) > 1 else "", (x, y), xytext=(4, 4), textcoords="offset points", fontsize=6, color="#555555"
+                row["setting"] if len(own) > 1 else "",
+                (x, y),
+                xytext=(4, 4),
+                textcoords="offset points",
+                fontsize=6,
+                color="#555555",
             )
     axes.set_xlabel("perception, % right")
     axes.set_ylabel("reasoning, % right")

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from vlmgraft.alignment import assemble
 from vlmgraft.errors import WeightsError
-from vlmgraft.merge import merge_tensors
-from vlmgraft.merge.passes import AHEAD, in_order
-from vlmgraft.merge.plan import CHUNK
+from vlmgraft.merging import merge_tensors
+from vlmgraft.merging.passes import AHEAD, in_order
+from vlmgraft.merging.plan import CHUNK
 from vlmgraft.methods.base import Passes, TensorContext
 from vlmgraft.methods.task_arithmetic import TaskArithmetic
 

@@ -11,8 +11,8 @@ from typing import TypeVar
 from torch import Tensor
 
 from vlmgraft.alignment import AlignedTensor
-from vlmgraft.merge.pieces import Inputs, chunks_of
-from vlmgraft.merge.plan import CHUNK, lines_up
+from vlmgraft.merging.pieces import Inputs, chunks_of
+from vlmgraft.merging.plan import CHUNK, lines_up
 from vlmgraft.methods.base import TensorContext
 
 S = TypeVar("S")

@@ -21,10 +21,10 @@ from vlmgraft.checkpoint.reader import Reader
 from vlmgraft.checkpoint.shards import TensorSpec
 from vlmgraft.checkpoint.writer import Writer, refuse_output
 from vlmgraft.errors import AlignmentError
-from vlmgraft.merge.engine import Merger
-from vlmgraft.merge.passes import MergedPasses
-from vlmgraft.merge.pieces import Inputs, Lane
-from vlmgraft.merge.plan import check_needs, sources_of
+from vlmgraft.merging.engine import Merger
+from vlmgraft.merging.passes import MergedPasses
+from vlmgraft.merging.pieces import Inputs, Lane
+from vlmgraft.merging.plan import check_needs, sources_of
 from vlmgraft.methods.base import Method
 from vlmgraft.records import write_json
 

@@ -17,8 +17,8 @@ from merge_builders import aligned, build, build_experts
 from vlmgraft.alignment import Alignment, align
 from vlmgraft.checkpoint.index import Checkpoint, TensorInfo
 from vlmgraft.errors import AlignmentError
-from vlmgraft.merge import MergePlan, merge_tensors, plan_merge
-from vlmgraft.merge.plan import CHUNK
+from vlmgraft.merging import MergePlan, merge_tensors, plan_merge
+from vlmgraft.merging.plan import CHUNK
 from vlmgraft.methods.task_arithmetic import TaskArithmetic
 
 
@@ -118,7 +118,7 @@ def test_refusals() -> None:
 
 
 def test_planning_loads_no_torch() -> None:
-    code = "import sys, vlmgraft.merge, vlmgraft.methods; sys.exit('torch' in sys.modules)"
+    code = "import sys, vlmgraft.merging, vlmgraft.methods; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -21,9 +21,9 @@ from vlmgraft.alignment import AlignedTensor
 from vlmgraft.checkpoint.reader import TORCH_DTYPES, as_bytes
 from vlmgraft.checkpoint.writer import Writer
 from vlmgraft.errors import NumericalError
-from vlmgraft.merge.passes import in_order
-from vlmgraft.merge.pieces import Inputs, Lane, Pieces, chunks_of, squared_norm
-from vlmgraft.merge.plan import CHUNK, streamed
+from vlmgraft.merging.passes import in_order
+from vlmgraft.merging.pieces import Inputs, Lane, Pieces, chunks_of, squared_norm
+from vlmgraft.merging.plan import CHUNK, streamed
 from vlmgraft.methods.base import Method, TensorContext
 
 RANGE = 64 * CHUNK

@@ -8,15 +8,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from vlmgraft.merge.plan import MergePlan, plan_merge
+from vlmgraft.merging.plan import MergePlan, plan_merge
 
 if TYPE_CHECKING:
-    from vlmgraft.merge.stream import Progress, Receipt, TensorReceipt, merge_tensors
+    from vlmgraft.merging.stream import Progress, Receipt, TensorReceipt, merge_tensors
 
 __all__ = ["MergePlan", "Progress", "Receipt", "TensorReceipt", "merge_tensors", "plan_merge"]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return getattr(import_module("vlmgraft.merge.stream"), name)
+        return getattr(import_module("vlmgraft.merging.stream"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from vlmgraft.checkpoint.index import open_checkpoint
 from vlmgraft.errors import AlignmentError, CheckpointError, NumericalError, OutputError, VlmgraftError, WeightsError
-from vlmgraft.merge import engine, merge_tensors
-from vlmgraft.merge.plan import CHUNK
+from vlmgraft.merging import engine, merge_tensors
+from vlmgraft.merging.plan import CHUNK
 from vlmgraft.methods.linear import Linear
 from vlmgraft.methods.task_arithmetic import TaskArithmetic
 

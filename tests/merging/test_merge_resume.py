@@ -13,7 +13,7 @@ from merge_builders import aligned, build, bytes_in, facts_in
 
 from vlmgraft.checkpoint.writer import Writer
 from vlmgraft.errors import OutputError
-from vlmgraft.merge import merge_tensors
+from vlmgraft.merging import merge_tensors
 from vlmgraft.methods.task_arithmetic import TaskArithmetic
 
 
@@ -88,7 +88,7 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from merge_builders import aligned
-from vlmgraft.merge import merge_tensors
+from vlmgraft.merging import merge_tensors
 from vlmgraft.methods.task_arithmetic import TaskArithmetic
 folder = Path(sys.argv[1])
 def progress(done, total, name):

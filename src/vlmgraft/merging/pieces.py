@@ -20,7 +20,7 @@ from vlmgraft.alignment import AlignedTensor, Alignment, assemble
 from vlmgraft.checkpoint.index import TensorInfo
 from vlmgraft.checkpoint.reader import TORCH_DTYPES, Reader, as_bytes
 from vlmgraft.errors import NumericalError, WeightsError
-from vlmgraft.merge.plan import CHUNK, WIDEST, lines_up, sources_of
+from vlmgraft.merging.plan import CHUNK, WIDEST, lines_up, sources_of
 from vlmgraft.methods.base import TensorContext
 
 Pieces = dict[str, Tensor]
