@@ -110,3 +110,10 @@ def test_the_recipe_validates_strictly() -> None:
 def test_options_that_contradict_each_other_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         Frism(**options)
+
+
+def test_a_fold_is_named_by_what_it_holds_not_by_where_it_lies() -> None:
+    def fold_of(logit: float) -> GatedFold:
+        return GatedFold({"w": factorize(torch.eye(3), "w", "w")}, constant_gates({"w": 3}, logit, scale=1.0))
+
+    assert repr(fold_of(0.5)) == repr(fold_of(0.5)) != repr(fold_of(0.6))

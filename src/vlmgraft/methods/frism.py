@@ -9,6 +9,7 @@ dtype. `GatedFold` is the method that a merge runs once factors and gates exist.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -101,9 +102,12 @@ def fold(weight: Float[Tensor, "out in"], factors: Factors, spectrum: Float[Tens
     return weight + (factors.U.float()[:, open_] * spectrum.float()[open_]) @ factors.Vh.float()[open_]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GatedFold:
-    """Factors and gates that belong together, as a method that a merge runs on whole matrices."""
+    """Factors and gates that belong together, as a method that a merge runs on whole matrices.
+
+    Its `repr` names what it holds by digest, the same in every process: a merge is resumed by it.
+    """
 
     name: ClassVar[str] = "frism"
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -122,6 +126,12 @@ class GatedFold:
         missing = [name for name in self.gates.logits if name not in self.factors]
         if missing:
             raise CheckpointError(f"{missing[0]}: there are gates but no factors for it; decompose again")
+
+    def __repr__(self) -> str:
+        state = hashlib.sha256(repr(self.gates.scale).encode())
+        for name, logits in sorted(self.gates.logits.items()):
+            state.update(name.encode() + logits.cpu().numpy().tobytes())
+        return f"GatedFold({getattr(self.factors, 'digest', None)}, {state.hexdigest()[:16]})"
 
     def matrix(self, name: str, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """W_vlm + λ U diag(σ(g) ⊙ s) Vh of one tensor; raises CheckpointError when it has no gates or another shape."""
