@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 from header_builders import HIDDEN, VOCABULARY, decoder, headers, qwen, qwen_vlm, tower
-from vlmgraft.checkpoint.index import Checkpoint
 
 from vlmgraft.alignment import Alignment, align
+from vlmgraft.checkpoint.index import Checkpoint
 from vlmgraft.errors import AlignmentError
 
 LLAMA = {"model_type": "llama"}

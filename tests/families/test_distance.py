@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from vlmgraft.checkpoint.index import open_checkpoint
 from zoo import Trio, text_model
 
 from vlmgraft.alignment import align
 from vlmgraft.alignment.distance import Distance, judge, measure_distances
+from vlmgraft.checkpoint.index import open_checkpoint
 from vlmgraft.errors import AlignmentError
 
 Trios = Callable[[str], Trio]

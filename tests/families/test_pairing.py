@@ -9,10 +9,10 @@ import pytest
 import torch
 from internlm import to_hf
 from safetensors.torch import load_file, save_file
-from vlmgraft.checkpoint.index import open_checkpoint
 from zoo import CASES, Trio, text_model
 
 from vlmgraft.alignment import FAMILIES, align, assemble
+from vlmgraft.checkpoint.index import open_checkpoint
 
 EVERYTHING = ("all", "embeddings", "head")
 Trios = Callable[[str], Trio]
