@@ -43,7 +43,7 @@ def test_ties_takes_mergekits_variants_and_both_bases() -> None:
         "scale": 0.8,
         "trim": "tensor",
         "election": "weighted",
-        "combine": "mean",
+        "combine": "weighted_mean",
     }
 
 
@@ -55,6 +55,8 @@ def test_dare_options() -> None:
         "weights": [1.0, 0.5],
         "scale": 1.0,
         "rescale": False,
+        "election": "weighted",
+        "combine": "sum",
     }
     assert any("seed" in note for note in notes)
 

@@ -92,8 +92,11 @@ def _options(name: str, weights: list[float], densities: list[Any], shared: Mapp
         )
     options: dict[str, Any] = {"density": densities[0], "weights": weights, "scale": scale}
     if name == "ties":
-        combine = "mean" if shared.get("normalize", True) else "sum"
+        combine = "weighted_mean" if shared.get("normalize", True) else "sum"
         return {**options, "trim": "tensor", "election": "weighted", "combine": combine}
+    if name == "dare_ties":
+        combine = "weighted_mean" if shared.get("normalize", False) else "sum"
+        options |= {"election": "weighted", "combine": combine}
     if "rescale" in shared:
         options["rescale"] = bool(shared["rescale"])
     return options
