@@ -250,3 +250,12 @@ def test_linear_takes_both_sides(trio: Path, tmp_path: Path) -> None:
     other = own.replace("layers.2", "layers.1")
     assert torch.equal(merged[other], vlm[other])
     assert load_text_model(trio / "donor").dtype == torch.bfloat16
+
+
+def test_a_receipt_carries_what_the_method_says_per_layer(trio: Path, tmp_path: Path) -> None:
+    recipe = {
+        **recipe_of(trio, {"name": "frank", "visual_attention": [0.6, 0.4, 0.2, 0.1]}),
+        "vlm_base": str(trio / "base"),
+    }
+    receipt = vg.merge(recipe, tmp_path / "merged")
+    assert sum(note.startswith("frank, layer") for note in receipt.notes) == 4

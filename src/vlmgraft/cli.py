@@ -99,6 +99,8 @@ def merge(
         typer.echo(json.dumps(dataclasses.asdict(receipt)))
     else:
         typer.echo(f"{out}: {verdicts.count('merged')} of {len(verdicts)} tensors merged, {receipt.seconds:.1f} s")
+        for note in receipt.notes:
+            typer.echo(note)
 
 
 @app.command()

@@ -101,7 +101,8 @@ def merge_tensors(
             shutil.copyfile(file, writer.folder / file.name)
         versions = {"vlmgraft": __version__, "torch": torch.__version__}
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        receipt = Receipt(method.name, rows, alignment.notes, versions, time.perf_counter() - began, peak)
+        notes = (*alignment.notes, *getattr(method, "notes", tuple)())
+        receipt = Receipt(method.name, rows, notes, versions, time.perf_counter() - began, peak)
         write_json(writer.folder / "receipt.json", asdict(receipt))
     return receipt
 
