@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from hypothesis import settings
 from vlmgraft import cli
 from vlmgraft.lab import trio_path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded: the models are tiny, threads only wait
 settings.register_profile("patient", deadline=None)  # a busy machine is no failure
 settings.load_profile("patient")
 
