@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 from vlmgraft.hf.data import Question, encode
 from vlmgraft.hf.models import load_processor
-from vlmgraft.lab import models, train, world
+from vlmgraft.lab import batches, models, world
 from vlmgraft.lab.exam import draw_exam
 
 TASKS: tuple[world.Task, ...] = (*world.PERCEPTION, "sum", "copy", "fact")
@@ -29,9 +29,9 @@ def processor(trio: Path) -> Any:
 
 
 def trained_ids(item: world.Item, as_image: bool) -> list[int]:
-    """The prompt of `train.encode`: all but the end token of an empty answer."""
+    """The prompt of `batches.encode`: all but the end token of an empty answer."""
     blank = world.Item(item.task, item.question, "", item.scene)
-    return train.encode([blank], [as_image]).ids[0, :-1].tolist()
+    return batches.encode([blank], [as_image]).ids[0, :-1].tolist()
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_image_and_text_form_have_the_same_length_and_positions() -> None:
     shown, told = trained_ids(item, True), trained_ids(item, False)
     differ = [at for at, (one, other) in enumerate(zip(shown, told, strict=True)) if one != other]
     assert differ == list(range(3, 11))
-    assert [train.WORDS[token] for token in told[3:11]] == list(item.scene.words if item.scene else ())
+    assert [batches.WORDS[token] for token in told[3:11]] == list(item.scene.words if item.scene else ())
 
 
 def test_every_word_is_one_token_and_comes_back() -> None:
@@ -73,7 +73,7 @@ def test_text_model_with_visual_tokens_is_the_vlm(made: str, vlm: Any, processor
     drawn = np.random.default_rng(1)
     pictures = [world.render(drawn, item.scene, "test") for item in items if item.scene]
     batch = encode(processor, [Question(item.question, (image,)) for item, image in zip(items, pictures, strict=True)])
-    tower, text = train.Tower(0), models.build_text_model(0).eval()
+    tower, text = batches.Tower(0), models.build_text_model(0).eval()
     if made == "embedded":
         tower.vlm = vlm
         for module in text.modules():
@@ -85,7 +85,7 @@ def test_text_model_with_visual_tokens_is_the_vlm(made: str, vlm: Any, processor
     with torch.no_grad():
         visual = tower.see(np.random.default_rng(1), items, "test")
         embeds = text.model.embed_tokens(batch["input_ids"])
-        embeds = embeds.masked_scatter((batch["input_ids"] == train.IMAGE)[..., None], visual.reshape(-1, 128))
+        embeds = embeds.masked_scatter((batch["input_ids"] == batches.IMAGE)[..., None], visual.reshape(-1, 128))
         own = text(inputs_embeds=embeds, attention_mask=batch["attention_mask"]).logits
         whole = whole_model(**batch).logits
     assert float((own - whole).abs().max()) < 1e-5 * float(whole.abs().max())

@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from vlmgraft.errors import OutputError
-from vlmgraft.lab import train, world
+from vlmgraft.lab import batches, train, world
 
 
 def test_labels_are_the_answers() -> None:
     items = [world.draw_item(np.random.default_rng(seed), task) for seed, task in enumerate(("sum", "read", "fact"))]
-    batch = train.encode(items, [True, False, False])
+    batch = batches.encode(items, [True, False, False])
     for row, item in enumerate(items):
         wanted = batch.labels[row][batch.labels[row] != -100]
-        assert [train.WORDS[token] for token in wanted] == [*item.answer.split(), "<|im_end|>"]
-        assert int(batch.mask[row].sum()) == int((batch.ids[row] != train.PAD).sum())
+        assert [batches.WORDS[token] for token in wanted] == [*item.answer.split(), "<|im_end|>"]
+        assert int(batch.mask[row].sum()) == int((batch.ids[row] != batches.PAD).sum())
         assert bool((batch.ids[row][batch.labels[row] != -100] == wanted).all())
 
 
@@ -34,7 +34,8 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(train, "fit", few)
     monkeypatch.setattr(world, "draw_items", lambda seed, split, tasks, count: whole_draw(seed, split, tasks, 4))
-    monkeypatch.setattr(train, "answers", lambda model, items, tower=None: ["red"] * len(items))
+    for room in (train, batches):
+        monkeypatch.setattr(room, "answers", lambda model, items, tower=None: ["red"] * len(items))
 
 
 @pytest.mark.usefixtures("short")
@@ -73,8 +74,8 @@ def test_an_existing_folder_is_refused_before_training(tmp_path: Path, monkeypat
 def test_accuracy_counts_exact_answers_and_final_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     items = [world.draw_item(np.random.default_rng(seed), task) for seed, task in enumerate(("read", "read", "sum"))]
     said = [items[0].answer, "1", f"anything {items[2].answer.split()[-1]}"]
-    monkeypatch.setattr(train, "answers", lambda model, asked, tower=None: said)
-    assert train.accuracy(torch.nn.Identity(), items) == pytest.approx(2 / 3)
+    monkeypatch.setattr(batches, "answers", lambda model, asked, tower=None: said)
+    assert batches.accuracy(torch.nn.Identity(), items) == pytest.approx(2 / 3)
 
 
 def test_fit_stops_when_told() -> None:
@@ -84,5 +85,5 @@ def test_fit_stops_when_told() -> None:
         asked.append(step)
         return step >= 4
 
-    train.fit(layer, lambda: layer(torch.ones(1, 2)).pow(2).sum(), lr=0.01, steps=100, every=2, stop=stop)
+    batches.fit(layer, lambda: layer(torch.ones(1, 2)).pow(2).sum(), lr=0.01, steps=100, every=2, stop=stop)
     assert asked == [2, 4]
