@@ -1,45 +1,15 @@
-"""The command line: reads arguments, calls the public function of the same name, shows what it gave.
-
-Nothing heavy is imported before a command runs. Exit codes: 0 done, 1 the work failed, 2 recipe or inputs are wrong
-(nothing was started), 130 interrupted.
-"""
+"""`inspect`, `merge`, `decompose`, `gates`, `export`: from recipes to merged folders."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from vlmgraft.errors import VlmgraftError
-
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-lab_app = typer.Typer(no_args_is_help=True, help="The embedded trio: base, VLM and donor, small and offline.")
-app.add_typer(lab_app, name="lab")
-
-RecipeArgument = Annotated[Path, typer.Argument(help="recipe in YAML")]
-Out = Annotated[Path, typer.Option("--out", help="folder to write; must not exist")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="override a recipe key: key=value, dotted")]
-INTERRUPTED = 130
-Quiet = Annotated[bool, typer.Option("--quiet", help="no progress")]
-AsJson = Annotated[bool, typer.Option("--json", help="machine-readable output")]
-
-
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option("--out", help="folder to write; must not exist")] = Path("demo"),
-    seed: Annotated[int, typer.Option(help="of exams, calibration questions and training order")] = 0,
-    trio: Annotated[Path | None, typer.Option(help="another trio, as `lab train` writes it")] = None,
-) -> None:
-    """Graft reasoning into the lab's VLM, end to end and offline, and compare the methods."""
-    from vlmgraft.lab.demo import demo as run
-
-    run(out, seed=seed, trio=trio, report=typer.echo)
+from vlmgraft.cli.app import AsJson, Out, Quiet, RecipeArgument, Set, app, progress_bar
 
 
 @app.command()
@@ -92,7 +62,7 @@ def merge(
         return
     if out is None:
         raise RecipeError("merge: --out is missing; name the folder to write")
-    with _progress(quiet) as progress:
+    with progress_bar(quiet) as progress:
         receipt = pipeline.merge(loaded, out, resume=resume, workdir=workdir, progress=progress)
     verdicts = [tensor.verdict for tensor in receipt.tensors]
     if as_json:
@@ -114,7 +84,7 @@ def decompose(
     """SVD of the donor's task vector, one file per matrix."""
     from vlmgraft import pipeline
 
-    with _progress(quiet) as progress:
+    with progress_bar(quiet) as progress:
         store = pipeline.decompose(recipe, out, overrides=overrides or [], resume=resume, progress=progress)
     typer.echo(f"{out}: {len(store)} matrices")
 
@@ -130,7 +100,7 @@ def gates(
     """Learn FRISM's gates on factors."""
     from vlmgraft import pipeline
 
-    with _progress(quiet) as progress:
+    with progress_bar(quiet) as progress:
         learned = pipeline.gates(recipe, factors, out, overrides=overrides or [], progress=progress)
     typer.echo(f"{out}: gates of {len(learned.logits)} matrices")
 
@@ -157,29 +127,6 @@ def export(
     typer.echo(json.dumps(made, default=str))
 
 
-@lab_app.command("path")
-def lab_path() -> None:
-    """Print the folder of the embedded trio (base, vlm, donor)."""
-    from vlmgraft.lab import trio_path
-
-    typer.echo(trio_path())
-
-
-@lab_app.command("train")
-def lab_train(
-    out: Out,
-    seed: Annotated[int, typer.Option(help="of everything: data, weights, order")] = 0,
-    printed: Annotated[
-        bool, typer.Option("--printed", help="printed digits in place of handwriting, a control")
-    ] = False,
-) -> None:
-    """Train a trio from scratch; about 15 minutes on two cores."""
-    from vlmgraft.lab.train import train_trio
-
-    train_trio(seed, out, report=typer.echo, glyphs="printed" if printed else "handwriting")
-    typer.echo(f"{out}: base, vlm, donor")
-
-
 def _show_plan(plan: Any, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(plan)))
@@ -196,44 +143,3 @@ def _show_plan(plan: Any, as_json: bool) -> None:
         )
     for note in plan.notes:
         typer.echo(f"note: {note}")
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[int, int, str], None] | None]:
-    """A progress bar on standard error, one line per kind of work."""
-    if quiet:
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        ProgressColumn,
-        Task,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-    from rich.text import Text
-
-    class Rate(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            return Text(f"{task.speed:.1f}/s" if task.speed else "")
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("starting", total=None)
-        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what[-40:])
-
-
-def main() -> None:
-    """Entry point: errors become one line on standard error and an exit code."""
-    try:
-        app()
-    except VlmgraftError as error:
-        typer.echo(f"vlmgraft: {error}", err=True)
-        sys.exit(error.exit_code)
-    except SystemExit as stop:
-        if stop.code == INTERRUPTED:
-            typer.echo("vlmgraft: interrupted; run the same command with --resume to go on", err=True)
-        raise

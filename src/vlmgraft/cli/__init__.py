@@ -1,0 +1,12 @@
+"""The command line: reads arguments, calls the public function of the same name, shows what it gave.
+
+Nothing heavy is imported before a command runs. Exit codes: 0 done, 1 the work failed, 2 recipe or inputs are wrong
+(nothing was started), 130 interrupted.
+
+One file per group of commands; importing it registers them, here in the order of `--help`.
+"""
+
+from vlmgraft.cli import lab, merge
+from vlmgraft.cli.app import app, main
+
+__all__ = ["app", "lab", "main", "merge"]

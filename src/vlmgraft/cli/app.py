@@ -1,0 +1,65 @@
+"""What the commands share: the application, its common options, progress, and the entry point."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vlmgraft.errors import VlmgraftError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+lab_app = typer.Typer(no_args_is_help=True, help="The embedded trio: base, VLM and donor, small and offline.")
+app.add_typer(lab_app, name="lab")
+
+RecipeArgument = Annotated[Path, typer.Argument(help="recipe in YAML")]
+Out = Annotated[Path, typer.Option("--out", help="folder to write; must not exist")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="override a recipe key: key=value, dotted")]
+INTERRUPTED = 130
+Quiet = Annotated[bool, typer.Option("--quiet", help="no progress")]
+AsJson = Annotated[bool, typer.Option("--json", help="machine-readable output")]
+
+
+@contextmanager
+def progress_bar(quiet: bool) -> Iterator[Callable[[int, int, str], None] | None]:
+    """A progress bar on standard error, one line per kind of work."""
+    if quiet:
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"{task.speed:.1f}/s" if task.speed else "")
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what[-40:])
+
+
+def main() -> None:
+    """Entry point: errors become one line on standard error and an exit code."""
+    try:
+        app()
+    except VlmgraftError as error:
+        typer.echo(f"vlmgraft: {error}", err=True)
+        sys.exit(error.exit_code)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            typer.echo("vlmgraft: interrupted; run the same command with --resume to go on", err=True)
+        raise
