@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from vlmgraft import pipeline
-from vlmgraft.lab import compare, world
-from vlmgraft.lab.compare import Comparison, Point, above_curve
+from vlmgraft.lab import world
+from vlmgraft.lab.compare import Comparison, Point, Sizes, above_curve
 from vlmgraft.lab.exam import Marks, draw_exam
 
 
@@ -45,19 +44,17 @@ def test_outside_the_curve_nothing_is_claimed(kl: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def comparison(trio: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Comparison]:
+def comparison(trio: Path, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     """The demo's comparison with 120 sums and 40 questions per perception task."""
     method = {"name": "frism", "inject_weight": 0.1}
     places = {"vlm": str(trio / "vlm"), "donor": str(trio / "donor"), "donor_base": str(trio / "base")}
     recipe = pipeline.read_recipe({**places, "method": method})
     store = pipeline.decompose(recipe, tmp_path_factory.mktemp("lab") / "factors")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "CALIBRATION", 96)
-        patch.setattr(compare, "HELD_OUT", 48)
-        patch.setattr(compare, "STEPS", 60)
-        made = Comparison(trio, pipeline.pair(recipe), {name: store[name] for name in store}, report=lambda _: None)
-        made.test = draw_exam(7, "test", {"sum": 120, **dict.fromkeys(world.PERCEPTION, 40)})
-        yield made
+    sizes = Sizes(sums=120, perception=40, calibration=96, held_out=48, control=48, steps=60)
+    factors = {name: store[name] for name in store}
+    made = Comparison(trio, pipeline.pair(recipe), factors, report=lambda _: None, sizes=sizes)
+    made.test = draw_exam(7, "test", {"sum": 120, **dict.fromkeys(world.PERCEPTION, 40)})
+    return made
 
 
 def test_merging_brings_reasoning_and_shuffled_singular_vectors_bring_none(comparison: Comparison) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from vlmgraft.alignment import Alignment
@@ -34,8 +36,26 @@ PERCEPTION_SLACK = 0.01
 STEPS, LEARNING_RATE, BATCH_SIZE = 100, 0.1, 48
 CALIBRATION, HELD_OUT, DONOR_QUESTIONS = 384, 192, 64
 
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many questions there are: test and validation exams (per perception task), image questions that gates are
+    learned on, on which the drift is reported and controlled, text questions for the donor; and how many steps."""
+
+    sums: int = 400
+    perception: int = 150
+    validation_sums: int = 200
+    validation_perception: int = 100
+    calibration: int = CALIBRATION
+    held_out: int = HELD_OUT
+    control: int = HELD_OUT
+    donor: int = DONOR_QUESTIONS
+    steps: int = STEPS
+
+
 Weights = Gates | Mapping[str, Tensor] | Any
 Report = Callable[[str], None]
+Items = Float[np.ndarray, " items"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +88,8 @@ class Comparison:
     """Models, factors, exams and cached targets of one run.
 
     trio: folder with base, vlm, donor. factors: of the donor's task vector, by VLM tensor name. seed: of the exams,
-    the calibration questions and the training order; the trio is what it is.
+    the calibration questions and the training order; the trio is what it is. The drift is reported on test questions;
+    a budget is controlled on validation questions (`controlled`), so that no report is made on what was aimed at.
     """
 
     trio: Path
@@ -77,20 +98,28 @@ class Comparison:
     seed: int = 0
     glyphs: world.Glyphs = "handwriting"
     report: Report = print
+    sizes: Sizes = field(default_factory=Sizes)
     vlm: Any = field(init=False)
     processor: Any = field(init=False)
 
     def __post_init__(self) -> None:
         self.vlm = load_vlm(self.trio / "vlm", torch.float32).eval()
         self.processor = load_processor(self.trio / "vlm")
-        perception: dict[world.Task, int] = dict.fromkeys(world.PERCEPTION, 100)
-        self.test = draw_exam(self.seed, "test", {"sum": 400, **dict.fromkeys(perception, 150)}, glyphs=self.glyphs)
-        self.validation = draw_exam(self.seed, "validation", {"sum": 200, **perception}, glyphs=self.glyphs)
+        self.test = self._exam(self.seed, "test", self.sizes.perception, self.sizes.sums)
+        self.validation = self._exam(
+            self.seed, "validation", self.sizes.validation_perception, self.sizes.validation_sums
+        )
+
+    def _exam(self, seed: int, split: world.Split, perception: int, sums: int = 0) -> Exam:
+        """`perception` questions per task, and sums, with images of the trio's own glyphs."""
+        counts: dict[world.Task, int] = {"sum": sums} if sums else {}
+        counts.update(dict.fromkeys(world.PERCEPTION, perception))
+        return draw_exam(seed, split, counts, glyphs=self.glyphs)
 
     @cached_property
     def distiller(self) -> Distiller:
         """Holds the teacher's answers to calibration questions and to the held-out ones (drift is read off those)."""
-        held_out = draw_exam(self.seed + 1, "test", dict.fromkeys(world.PERCEPTION, HELD_OUT // 4), glyphs=self.glyphs)
+        held_out = self._exam(self.seed + 1, "test", self.sizes.held_out // 4)
         return Distiller(
             self.vlm,
             self.processor,
@@ -105,16 +134,25 @@ class Comparison:
     @cached_property
     def calibration(self) -> tuple[Question, ...]:
         """Image questions without labels, of the calibration split."""
-        exam = draw_exam(
-            self.seed, "calibration", dict.fromkeys(world.PERCEPTION, CALIBRATION // 4), glyphs=self.glyphs
+        return _asked(self._exam(self.seed, "calibration", self.sizes.calibration // 4))
+
+    @cached_property
+    def controlled(self) -> Distiller:
+        """The same distiller with other held-out prompts, of the validation split: those a budget is controlled on."""
+        twin = copy.copy(self.distiller)
+        twin.held_out_targets = twin.teacher_targets(
+            _asked(self._exam(self.seed + 1, "validation", self.sizes.control // 4))
         )
-        return tuple(Question(question.question, question.images) for question in exam.questions)
+        return twin
 
     @cached_property
     def donor_questions(self) -> tuple[Question, ...]:
         """Unlabelled text sums for donor matching."""
-        exam = draw_exam(self.seed, "calibration", {"sum": DONOR_QUESTIONS}, as_image=False)
-        return tuple(Question(question.question) for question in exam.questions)
+        return self.text_questions("sum")
+
+    def text_questions(self, kind: world.Task) -> tuple[Question, ...]:
+        """Unlabelled text questions of one kind."""
+        return _asked(draw_exam(self.seed, "calibration", {kind: self.sizes.donor}, as_image=False))
 
     @cached_property
     def donor(self) -> Any:
@@ -123,12 +161,16 @@ class Comparison:
 
     @cached_property
     def donor_targets(self) -> Targets:
-        """The donor's own answers to the text questions."""
-        return self.distiller.donor_targets(self.donor, load_processor(self.trio / "donor"), self.donor_questions)
+        """The donor's own answers to the text sums."""
+        return self.answers_of_donor(self.donor_questions)
+
+    def answers_of_donor(self, questions: Sequence[Question]) -> Targets:
+        """The donor's own answers to text questions."""
+        return self.distiller.donor_targets(self.donor, load_processor(self.trio / "donor"), questions)
 
     def donor_on_text(self) -> Estimate:
         """The donor's accuracy on test sums told in text: what there is to graft."""
-        exam = draw_exam(self.seed, "test", {"sum": 400}, as_image=False)
+        exam = draw_exam(self.seed, "test", {"sum": self.sizes.sums}, as_image=False)
         return exam.mark(self.donor, load_processor(self.trio / "donor")).reasoning
 
     def mark(self, exam: Exam, weights: Weights) -> Marks:
@@ -160,7 +202,7 @@ class Comparison:
     def gates(self, inject: str, scale: float, weight: float) -> Gates:
         """FRISM's gates with the published energy term, or with donor matching."""
         donor = self.donor_targets if inject == "donor" else None
-        settings: dict[str, Any] = {"inject": inject, "inject_weight": weight, "steps": STEPS}
+        settings: dict[str, Any] = {"inject": inject, "inject_weight": weight, "steps": self.sizes.steps}
         return self.distiller.learn(scale, donor=donor, learning_rate=LEARNING_RATE, seed=self.seed, **settings)
 
     def choose(self, candidates: Iterable[tuple[Mapping[str, float], Callable[[], Weights]]], sight: float) -> Choice:
@@ -176,11 +218,15 @@ class Comparison:
         return max(scored, key=lambda choice: choice.score)
 
 
-def above_curve(point: Point, curve: Sequence[Point], axis: Callable[[Point], float]) -> Estimate | None:
-    """Reasoning of `point` above a baseline curve at the same value of `axis` (its drift, or its perception).
+def _asked(exam: Exam) -> tuple[Question, ...]:
+    """The exam's questions without their answers."""
+    return tuple(Question(question.question, question.images) for question in exam.questions)
 
-    The two neighbours on the curve are interpolated item by item, and the paired difference is bootstrapped. None when
-    the value lies outside the curve.
+
+def above_items(point: Point, curve: Sequence[Point], axis: Callable[[Point], float]) -> Items | None:
+    """Per sum of the exam, `point` above a baseline curve at the same value of `axis` (its drift, or its perception).
+
+    The two neighbours on the curve are interpolated item by item. None when the value lies outside the curve.
     """
     ordered = sorted(curve, key=axis)
     at = axis(point)
@@ -189,5 +235,12 @@ def above_curve(point: Point, curve: Sequence[Point], axis: Callable[[Point], fl
         if low <= at <= high and high > low:
             share = (at - low) / (high - low)
             solved = [np.asarray(each.marks.right["sum"], dtype=float) for each in (left, right, point)]
-            return bootstrap([solved[2] - ((1 - share) * solved[0] + share * solved[1])])
+            return solved[2] - ((1 - share) * solved[0] + share * solved[1])
     return None
+
+
+def above_curve(point: Point, curve: Sequence[Point], axis: Callable[[Point], float]) -> Estimate | None:
+    """Reasoning of `point` above a baseline curve at equal `axis`: the mean of `above_items`, bootstrapped, so that the
+    difference is paired. None outside the curve."""
+    items = above_items(point, curve, axis)
+    return None if items is None else bootstrap([items])

@@ -11,6 +11,7 @@ CC BY 4.0) as scikit-learn ships it, split by image so that no training digit is
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -19,7 +20,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 Split = Literal["train", "calibration", "validation", "test"]
 Glyphs = Literal["handwriting", "printed"]
-Task = Literal["colour", "glyph", "read", "list_colours", "sum", "copy", "fact"]
+Task = Literal[
+    "colour", "glyph", "read", "list_colours", "sum", "copy", "fact",
+    "small_digits", "large_digits", "reworded", "five_digits", "difference", "numbers",
+]  # fmt: skip
 
 CELLS = 4
 TILE = 16  # pixels; one visual token per tile
@@ -38,6 +42,10 @@ DIGITS = tuple(str(number) for number in range(10))
 POSITIONS = ("first", "second", "third", "fourth")
 PERCEPTION: tuple[Task, ...] = ("colour", "glyph", "read", "list_colours")
 TEXT_ONLY: tuple[Task, ...] = ("copy", "fact")
+TRANSFER: tuple[Task, ...] = ("small_digits", "large_digits", "reworded", "five_digits", "difference")
+"""Beside the sum: sums of digits up to 4, of digits from 5, in other words, of five digits, and differences."""
+TRANSFER_TEXT: tuple[Task, ...] = ("numbers",)
+"""Sums of numbers from 5 to 15, which no glyph shows."""
 LARGEST_NUMBER = 63
 PHRASES: dict[str, str] = {
     "colour": "what colour is the {} cell ?",
@@ -47,6 +55,10 @@ PHRASES: dict[str, str] = {
     "sum": "what is the sum of all digits ?",
     "copy": "copy",
     "fact": "what is {} + {} ?",
+}
+TRANSFER_PHRASES: dict[str, str] = {  # of the vocabulary's words alone: it must stay as it is
+    "reworded": "what is the sum of all glyphs ?",
+    "difference": "what is the first cell - the second cell ?",
 }
 
 
@@ -90,7 +102,7 @@ def vocabulary() -> list[str]:
     return list(dict.fromkeys([*special, *numbers, *words]))
 
 
-def chain_of_thought(digits: tuple[str, ...]) -> str:
+def chain_of_thought(digits: Sequence[str]) -> str:
     """The sum worked out step by step, each digit written beside its operator: `<think> 4 + 5 = 9 ; … </think> 17`."""
     total, steps = int(digits[0]), []
     for digit in digits[1:]:
@@ -99,16 +111,18 @@ def chain_of_thought(digits: tuple[str, ...]) -> str:
     return f"<think> {' ; '.join(steps)} </think> {total}"
 
 
-def draw_scene(rng: np.random.Generator, only_digits: bool) -> Scene:
+def draw_scene(rng: np.random.Generator, only_digits: bool, cells: int = CELLS) -> Scene:
     """A scene with independent colours; a glyph is a digit, or with probability 0.3 a shape unless `only_digits`."""
-    colours = tuple(rng.choice(list(COLOURS), CELLS).tolist())
-    shape = np.zeros(CELLS, bool) if only_digits else rng.random(CELLS) < 0.3
+    colours = tuple(rng.choice(list(COLOURS), cells).tolist())
+    shape = np.zeros(cells, bool) if only_digits else rng.random(cells) < 0.3
     glyphs = tuple(str(rng.choice(SHAPES if is_shape else DIGITS)) for is_shape in shape)
     return Scene(colours, glyphs)
 
 
 def draw_item(rng: np.random.Generator, task: Task) -> Item:
     """One random question of the given kind."""
+    if task in TRANSFER or task in TRANSFER_TEXT:
+        return _draw_transfer(rng, task)
     if task == "fact":
         first, second = int(rng.integers(0, 46)), int(rng.integers(0, 10))
         return Item(task, PHRASES[task].format(first, second), str(first + second), None)
@@ -125,6 +139,21 @@ def draw_item(rng: np.random.Generator, task: Task) -> Item:
         "sum": chain_of_thought(scene.glyphs) if task == "sum" else "",
     }
     return Item(task, PHRASES[task].format(POSITIONS[position]), answers[task], scene)
+
+
+def _draw_transfer(rng: np.random.Generator, task: Task) -> Item:
+    """A question that is not of the kind the trio was tuned on."""
+    scene = draw_scene(rng, only_digits=True, cells=5 if task == "five_digits" else CELLS)
+    glyphs = list(scene.glyphs)
+    low, high = {"small_digits": (0, 5), "large_digits": (5, 10), "numbers": (5, 16)}.get(task, (0, 0))
+    if high:
+        glyphs = rng.integers(low, high, CELLS).astype(str).tolist()
+    answer = chain_of_thought(glyphs)
+    if task == "difference":
+        glyphs[:2] = sorted(glyphs[:2], reverse=True)
+        left = int(glyphs[0]) - int(glyphs[1])
+        answer = f"<think> {glyphs[0]} - {glyphs[1]} = {left} </think> {left}"
+    return Item(task, TRANSFER_PHRASES.get(task, PHRASES["sum"]), answer, Scene(scene.colours, tuple(glyphs)))
 
 
 def draw_items(seed: int, split: Split, tasks: tuple[Task, ...], count: int) -> list[Item]:

@@ -8,6 +8,10 @@ x_t is the layer's input, δ_t the gradient at its output of −log p of a token
 position. Scores of different positions are uncorrelated: the square of a question's sum estimates the sum of squares.
 Directions open in the order of h_i / s_i² (drift per injected energy) until the drift reaches a budget: as the diagonal
 predicts it, or as it is measured on held-out prompts.
+
+Soft gates come from the same h with another injection term, the distance to the whole task vector: the minimum of
+Σ ½ λ² c_i² h_i + α (1 − c_i)² s_i² is c_i = 1 / (1 + (h_i/s_i²) / cut) with cut = 2α/λ², so that σ(g) = c for
+g = log(cut · s_i²/h_i). They are a start that learned gates can move away from; hard ones are not.
 """
 
 from __future__ import annotations
@@ -54,17 +58,28 @@ class Curvature:
         count = int((drift <= kl_budget).sum())
         cut = float(sorted_[count - 1]) if count else -1.0
         predicted = float(drift[count - 1]) if count else 0.0
-        return self._cut(factors, scale, cut, {"kl_budget": kl_budget, "predicted_kl": predicted})
+        return self.cut(factors, scale, cut, {"kl_budget": kl_budget, "predicted_kl": predicted})
 
-    def _cut(self, factors: Mapping[str, Factors], scale: float, cut: float, settings: Mapping[str, Any]) -> Gates:
-        """Directions with h/s² ≤ cut fully open, the others closed."""
-        logits = {
-            name: torch.where((value <= cut) & value.isfinite(), torch.inf, -torch.inf)
-            for name, value in self.thresholds(factors).items()
-        }
+    def cut(
+        self,
+        factors: Mapping[str, Factors],
+        scale: float,
+        cut: float,
+        settings: Mapping[str, Any] | None = None,
+        *,
+        soft: bool = False,
+    ) -> Gates:
+        """Directions with h/s² ≤ cut fully open and the others closed, or (soft) each open by 1 / (1 + h/(s² cut))."""
+        logits = {}
+        for name, value in self.thresholds(factors).items():
+            if soft:
+                opened = (cut / value.clamp_min(1e-30)).log()
+            else:
+                opened = torch.where((value <= cut) & value.isfinite(), torch.inf, -torch.inf)
+            logits[name] = opened
         energy = sum(float((factors[n].s.cpu() * logits[n].sigmoid()).square().sum()) for n in logits)
         total = sum(float(factors[n].s.square().sum()) for n in logits)
-        return Gates(logits, scale, {"inject": "curvature", "energy": energy / max(total, 1e-30), **settings})
+        return Gates(logits, scale, {"inject": "curvature", "energy": energy / max(total, 1e-30), **(settings or {})})
 
 
 def estimate_curvature(distiller: Distiller, *, draws: int = 1, seed: int = 0) -> Curvature:
@@ -85,9 +100,15 @@ def estimate_curvature(distiller: Distiller, *, draws: int = 1, seed: int = 0) -
 
 
 def curvature_gates(
-    distiller: Distiller, scale: float, kl_budget: float, *, curvature: Curvature | None = None, held_out: Any = None
+    distiller: Distiller,
+    scale: float,
+    kl_budget: float,
+    *,
+    curvature: Curvature | None = None,
+    held_out: Any = None,
+    soft: bool = False,
 ) -> Gates:
-    """Hard gates in curvature order whose *measured* held-out drift is the largest within the budget.
+    """Hard (or soft) gates in curvature order whose *measured* held-out drift is the largest within the budget.
 
     The diagonal leaves the interaction of directions out, so its prediction is not trusted for the amount, only for the
     order. About 14 measurements. held_out: questions or targets, by default the distiller's own.
@@ -95,20 +116,30 @@ def curvature_gates(
     _check_budget(kl_budget)
     curvature = estimate_curvature(distiller) if curvature is None else curvature
     targets = held_out if isinstance(held_out, Targets | None) else distiller.teacher_targets(held_out)
-    values = torch.cat(list(curvature.thresholds(distiller.factors).values()))
-    cuts = values[values.isfinite()].unique()
-    low, high, best, reached = -1, len(cuts) - 1, -1.0, 0.0
+    cuts = _cuts(curvature, distiller.factors, soft)
+    low, high, best, reached = -1, len(cuts) - 1, 0.0 if soft else -1.0, 0.0
     for _ in range(BISECTIONS):
         if low >= high:
             break
         middle = (low + high + 1) // 2
-        kl = distiller.keep_kl(curvature._cut(distiller.factors, scale, float(cuts[middle]), {}), targets)
+        gates = curvature.cut(distiller.factors, scale, float(cuts[middle]), soft=soft)
+        kl = distiller.keep_kl(gates, targets)
         if kl <= kl_budget:
             low, best, reached = middle, float(cuts[middle]), kl
         else:
             high = middle - 1
-    settings = {"kl_budget": kl_budget, "held_out_kl": reached}
-    return replace(curvature._cut(distiller.factors, scale, best, settings), factors=distiller.digest)
+    settings = {"kl_budget": kl_budget, "held_out_kl": reached, "cut": best}
+    return replace(curvature.cut(distiller.factors, scale, best, settings, soft=soft), factors=distiller.digest)
+
+
+def _cuts(curvature: Curvature, factors: Mapping[str, Factors], soft: bool) -> Float[Tensor, " cuts"]:
+    """Candidate cuts in ascending order: where a direction opens, or for soft gates a fine geometric grid from a
+    thousandth of the smallest of these places to a thousand times the largest."""
+    values = torch.cat(list(curvature.thresholds(factors).values()))
+    places = values[values.isfinite() & (values > 0)].unique()
+    if not soft or not len(places):
+        return values[values.isfinite()].unique()
+    return torch.logspace(float(places[0].log10()) - 3, float(places[-1].log10()) + 3, 2**BISECTIONS - 1)
 
 
 def question_scores(

@@ -1,0 +1,259 @@
+"""What the experiments measure: a list of jobs per question, each made for a `Bench`.
+
+Every setting is fixed beforehand or chosen on validation questions; test questions are only reported on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from vlmgraft.lab import compare, world
+from vlmgraft.lab.compare import LEARNING_RATE
+from vlmgraft.lab.experiments import SCALE, Bench, Job, Matrices, Row, truncated
+from vlmgraft.spectral import rules
+from vlmgraft.spectral.gates import Gates
+from vlmgraft.training.all_weights import learn_weights
+from vlmgraft.training.curvature import curvature_gates
+from vlmgraft.training.pareto import pareto_front, within_reach
+
+SCALES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0, 1.25)
+RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
+ENERGY_WEIGHTS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+DONOR_WEIGHTS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+KINDS: tuple[world.Task, ...] = (
+    "sum", "small_digits", "reworded", "five_digits", "difference", "numbers", "fact", "read",
+)  # fmt: skip
+"""Text questions for donor matching; "read" has nothing to do with reasoning."""
+ALL_WEIGHTS_RATES = (3e-4, 1e-3, 3e-3)
+START_REACH = 2.0
+"""Logits of a curvature start are kept within ±2: gates between 0.12 and 0.88, which training still moves."""
+Maker = Callable[[], tuple[Matrices, Mapping[str, Any]]]
+
+
+def curve(bench: Bench, budgets: Sequence[float]) -> list[Job]:
+    """The VLM and task arithmetic over λ: the curve that others are held against."""
+    comparison = bench.comparison
+    jobs = [Job("VLM", {}, lambda: bench.measure(None, transfer=True))]
+    for scale in SCALES:
+        jobs.append(_job(bench, "task arithmetic", {"scale": scale}, _plain(comparison.task_arithmetic, scale)))
+    return jobs
+
+
+def table(bench: Bench, budgets: Sequence[float]) -> list[Job]:
+    """Every method at every budget, and FRISM as published with λ and α chosen on validation."""
+    jobs = curve(bench, budgets)
+    jobs.append(Job("FRISM (α)", {"grid": [list(pair) for pair in compare.ENERGY_GRID]}, lambda: _chosen(bench)))
+    for budget in budgets:
+        jobs += _at(bench, budget)
+    return jobs
+
+
+def _at(bench: Bench, budget: float) -> list[Job]:
+    """The rows of the table at one budget."""
+    setting = {"budget": budget}
+    curved = {soft: _curvature(bench, budget, soft) for soft in (False, True)}
+
+    def start() -> Gates:
+        return within_reach(curved[True](), START_REACH)
+
+    jobs = [
+        _job(bench, "task arithmetic", setting, _ruled(bench, budget, lambda s: s), transfer=True),
+        _job(bench, "FRISM (KL budget)", setting, _learned(bench, "energy", kl_budget=budget), transfer=True),
+        _job(bench, "FRISM (donor matching)", setting, _learned(bench, "donor", kl_budget=budget), transfer=True),
+        _job(bench, "curvature, hard gates", setting, _folded(bench, curved[False])),
+        _job(bench, "curvature, soft gates", setting, _folded(bench, curved[True])),
+    ]
+    for inject, label in (("energy", "energy"), ("donor", "donor matching")):
+        learn = _learned(bench, inject, kl_budget=budget, start=start)
+        jobs.append(_job(bench, f"curvature start, {label}", setting, learn))
+    for granularity in ("matrix", "layer"):
+        for inject, label in (("energy", "energy"), ("donor", "donor matching")):
+            learn = _learned(bench, inject, kl_budget=budget, granularity=granularity)
+            jobs.append(_job(bench, f"one gate per {granularity}, {label}", setting, learn))
+    jobs.append(Job("all weights, donor matching", setting, lambda: _all_weights(bench, budget)))
+    return jobs
+
+
+def questions(bench: Bench, budgets: Sequence[float]) -> list[Job]:
+    """Donor matching with questions of other kinds, and what every result does on tasks it was not made for."""
+    jobs = [Job("donor, told in text", {}, bench.donor_row), *curve(bench, budgets)]
+    for budget in budgets:
+        jobs += [job for job in _at(bench, budget) if job.method in TRANSFERRED]
+        for kind in KINDS[1:]:
+            setting = {"budget": budget, "questions": kind}
+            jobs.append(_job(bench, "FRISM (donor matching)", setting, _matched(bench, kind, budget), transfer=True))
+    return jobs
+
+
+TRANSFERRED = ("task arithmetic", "FRISM (KL budget)", "FRISM (donor matching)")
+
+
+def rank(bench: Bench, budgets: Sequence[float]) -> list[Job]:
+    """FRISM on the first k singular directions of every matrix, from one to all."""
+    jobs = curve(bench, budgets)
+    for budget in budgets:
+        for count in RANKS:
+            for inject, label in (("energy", "FRISM (KL budget)"), ("donor", "FRISM (donor matching)")):
+                learn = _learned(bench, inject, count, kl_budget=budget)
+                jobs.append(_job(bench, label, {"budget": budget, "rank": count}, learn))
+    return jobs
+
+
+def weight(bench: Bench, budgets: Sequence[float]) -> list[Job]:
+    """FRISM at λ = 1 over the weight α of either injection term."""
+    jobs = curve(bench, budgets)
+    for inject, label, weights in (
+        ("energy", "FRISM (energy)", ENERGY_WEIGHTS),
+        ("donor", "FRISM (donor matching)", DONOR_WEIGHTS),
+    ):
+        for alpha in weights:
+            jobs.append(_job(bench, label, {"inject_weight": alpha}, _learned(bench, inject, inject_weight=alpha)))
+    return jobs
+
+
+SPECTRA: dict[str, Callable[[Tensor], Tensor]] = {
+    "truncate 8": lambda s: rules.truncate(s, 8),
+    "truncate 32": lambda s: rules.truncate(s, 32),
+    "rank one, norm-matched": lambda s: rules.rank_one(s, 1),
+    "rank 8, norm-matched": lambda s: rules.rank_one(s, 8),
+    "STAR η 0.4": lambda s: rules.star(s, 0.4),
+    "STAR η 0.8": lambda s: rules.star(s, 0.8),
+    "Iso-C": rules.iso,
+}
+
+
+def spectra(bench: Bench, budgets: Sequence[float]) -> list[Job]:
+    """Other spectra on the same factors, untrained, each with the λ that meets the budget."""
+    jobs = curve(bench, budgets)
+    for budget in budgets:
+        for name, rule in SPECTRA.items():
+            jobs.append(_job(bench, name, {"budget": budget}, _ruled(bench, budget, rule)))
+    return jobs
+
+
+FRONT = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032)
+
+
+def front(bench: Bench, budgets: Sequence[float]) -> list[Job]:
+    """Both fronts of drift against injected energy, each in one run with warm starts."""
+    return [
+        Job("front", {"inject": inject, "budgets": list(FRONT)}, lambda inject=inject: _front(bench, inject))
+        for inject in ("energy", "donor")
+    ]
+
+
+EXPERIMENTS = {each.__name__: each for each in (table, questions, rank, weight, spectra, front)}
+
+
+def _job(bench: Bench, method: str, setting: Mapping[str, Any], make: Maker, transfer: bool = False) -> Job:
+    def run() -> Row:
+        weights, notes = make()
+        return bench.measure(weights, transfer, notes)
+
+    return Job(method, setting, run)
+
+
+def _plain(make: Callable[..., Matrices], *arguments: Any) -> Maker:
+    return lambda: (make(*arguments), {})
+
+
+def _ruled(bench: Bench, budget: float, rule: Callable[[Tensor], Tensor]) -> Maker:
+    factors = bench.comparison.factors
+    return lambda: bench.at_budget({name: f.update(rule(f.s)) for name, f in factors.items()}, budget)
+
+
+def _learned(bench: Bench, inject: str, rank: int | None = None, **settings: Any) -> Maker:
+    """Gates learned with the settings; `start` may be a function that makes them."""
+
+    def make() -> tuple[Matrices, Mapping[str, Any]]:
+        factors = None if rank is None else truncated(bench.comparison.factors, rank)
+        started = settings["start"]() if "start" in settings else 0.0
+        gates = bench.learn(inject, factors, **(settings | {"start": started}))
+        return bench.matrices(gates, factors), _notes(gates)
+
+    return make
+
+
+def _matched(bench: Bench, kind: world.Task, budget: float) -> Maker:
+    def make() -> tuple[Matrices, Mapping[str, Any]]:
+        donor = bench.comparison.answers_of_donor(bench.comparison.text_questions(kind))
+        return _learned(bench, "donor", kl_budget=budget, donor=donor)()
+
+    return make
+
+
+def _curvature(bench: Bench, budget: float, soft: bool) -> Callable[[], Gates]:
+    return lambda: curvature_gates(bench.distiller(), SCALE, budget, curvature=bench.curvature, soft=soft)
+
+
+def _folded(bench: Bench, make: Callable[[], Gates]) -> Maker:
+    def fold() -> tuple[Matrices, Mapping[str, Any]]:
+        gates = make()
+        return bench.matrices(gates), _notes(gates)
+
+    return fold
+
+
+def _notes(gates: Gates) -> dict[str, Any]:
+    return {key: gates.settings[key] for key in ("inject_weight", "energy", "held_out_kl") if key in gates.settings}
+
+
+def _chosen(bench: Bench) -> Row:
+    """FRISM as published, λ and α by the demo's rule: best validation reasoning within a point of perception."""
+    comparison = bench.comparison
+    sight = comparison.mark(comparison.validation, None).perception.mean
+    candidates = [
+        ({"scale": scale, "inject_weight": alpha}, lambda pair=(scale, alpha): comparison.gates("energy", *pair))
+        for scale, alpha in compare.ENERGY_GRID
+    ]
+    choice = comparison.choose(candidates, sight)
+    assert isinstance(choice.weights, Gates)
+    return bench.measure(bench.matrices(choice.weights), notes=dict(choice.setting) | _notes(choice.weights))
+
+
+def _all_weights(bench: Bench, budget: float) -> Row:
+    """Started where gates start, at task arithmetic with λ/2; the learning rate is chosen on validation reasoning."""
+    comparison, best = bench.comparison, None
+    for rate in ALL_WEIGHTS_RATES:
+        trained = learn_weights(
+            bench.distiller(),
+            bench.donor,
+            comparison.task_arithmetic(SCALE / 2),
+            kl_budget=budget,
+            steps=bench.sizes.steps,
+            learning_rate=rate,
+        )
+        within = trained.settings["held_out_kl"] <= 1.25 * budget
+        score = (within, comparison.mark(comparison.validation, dict(trained.weights)).reasoning.mean)
+        if best is None or score > best[0]:
+            best = (score, trained, rate)
+    assert best is not None
+    notes = {"learning_rate": best[2], "inject_weight": best[1].settings["inject_weight"]}
+    return bench.measure(dict(best[1].weights), notes=notes)
+
+
+def _front(bench: Bench, inject: str) -> Row:
+    """Points of one front with the drift on prompts that were neither trained on nor used for control."""
+    donor = bench.donor if inject == "donor" else None
+    points = pareto_front(
+        bench.distiller(),
+        FRONT,
+        SCALE,
+        donor=donor,
+        first_steps=bench.sizes.steps,
+        steps=max(1, bench.sizes.steps // 2),
+        learning_rate=LEARNING_RATE,
+    )
+    rows = [
+        {
+            "budget": point.budget,
+            "control_kl": point.held_out_kl,
+            "kl": bench.comparison.distiller.keep_kl(point.gates),
+            "energy": point.energy,
+        }
+        for point in points
+    ]
+    return {"notes": {"front": rows}}
