@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from vlmgraft.training.gated import FactoredProjection, RebuiltProjection, choose_backend, gated_naive
+from vlmgraft.training.projections import FactoredProjection, RebuiltProjection, choose_backend, gated_naive
 
 
 def seconds(run: Callable[[], object], device: str, repeats: int) -> float:

@@ -10,14 +10,8 @@ from torch import nn
 
 from vlmgraft.errors import AlignmentError
 from vlmgraft.spectral.factors import Factors, factorize
-from vlmgraft.training.gated import (
-    FactoredProjection,
-    GatedLinear,
-    RebuiltProjection,
-    choose_backend,
-    gated,
-    gated_naive,
-)
+from vlmgraft.training.gated import GatedLinear, gated
+from vlmgraft.training.projections import FactoredProjection, RebuiltProjection, choose_backend, gated_naive
 
 BACKENDS = {"factored": FactoredProjection, "rebuilt": RebuiltProjection}
 

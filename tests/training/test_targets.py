@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from vlmgraft.errors import DataError
 from vlmgraft.hf.capture import capture_text_inputs, plain, replay, replay_is_exact
 from vlmgraft.hf.data import Question, append_answers, encode
-from vlmgraft.training import targets as targets_module
+from vlmgraft.training import distribution, teacher
 from vlmgraft.training.distill import Distiller
-from vlmgraft.training.targets import Distribution
+from vlmgraft.training.distribution import Distribution
 
 
 def draw(rows: int, size: int, seed: int) -> torch.Tensor:
@@ -36,7 +36,7 @@ def test_a_whole_distribution_gives_the_plain_kl(rows: int, size: int, seed: int
 
 
 def test_the_rest_bucket_is_a_close_lower_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(targets_module, "FULL_VOCABULARY", 10)
+    monkeypatch.setattr(distribution, "FULL_VOCABULARY", 10)
     teacher, student = draw(50, 500, 0), draw(50, 500, 0) + 0.3 * draw(50, 500, 1) / 4
     cut, whole = Distribution.of(teacher, top_k=64), kl_naive(teacher, student)
     assert cut.ids is not None and cut.log_p.shape == (50, 65)
@@ -83,7 +83,7 @@ def test_a_model_whose_logits_are_scaled_is_not_replayed(
 
 def test_without_replay_the_gates_are_the_same(distiller: Distiller, monkeypatch: pytest.MonkeyPatch) -> None:
     with_replay = distiller.learn(steps=3, inject_weight=0.1)
-    monkeypatch.setattr(targets_module, "replay_is_exact", lambda *args: False)
+    monkeypatch.setattr(teacher, "replay_is_exact", lambda *args: False)
     slow = Distiller(
         distiller.model, distiller.processor, distiller.factors, distiller.questions, max_new_tokens=6, batch_size=12
     )
@@ -95,8 +95,8 @@ def test_without_replay_the_gates_are_the_same(distiller: Distiller, monkeypatch
 
 
 def test_questions_without_answers_are_refused(vlm: Any, processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(targets_module, "generate_ids", lambda *args: [[], []])
+    monkeypatch.setattr(teacher, "generate_batch", lambda *args: ([[vlm.generation_config.eos_token_id], []], [3, 3]))
     with pytest.raises(DataError, match="empty for 2 of 2 questions, first 'sum'"):
-        targets_module.build_targets((vlm, processor), (vlm, processor), [Question("sum"), Question("colour 1")])
+        teacher.build_targets((vlm, processor), (vlm, processor), [Question("sum"), Question("colour 1")])
     with pytest.raises(DataError, match="no questions"):
-        targets_module.build_targets((vlm, processor), (vlm, processor), [])
+        teacher.build_targets((vlm, processor), (vlm, processor), [])

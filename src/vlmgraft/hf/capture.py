@@ -45,8 +45,12 @@ def capture_text_inputs(model: Any, batch: Mapping[str, Any]) -> Captured:
 
 def replay(model: Any, captured: Captured, predicts: Tensor) -> Tensor:
     """Logits [N, vocabulary] at the N positions of the mask `predicts` [batch, length]."""
-    hidden = text_model(model)(**captured)[0]
-    return output_head(model)(hidden[predicts])
+    return output_head(model)(replay_hidden(model, captured)[predicts])
+
+
+def replay_hidden(model: Any, captured: Captured) -> Tensor:
+    """Hidden states [batch, length, hidden] after the text model's last norm."""
+    return text_model(model)(**captured)[0]
 
 
 def plain(model: Any, batch: Mapping[str, Any], predicts: Tensor) -> Tensor:

@@ -1,110 +1,38 @@
-"""Questions about images, as files and as padded batches, and greedy answers to them.
+"""Questions about images as padded batches, and greedy answers to them.
 
-A question file has one JSON object per line: `question`, and optionally `image` (a path or a list of paths, relative
-to the file), `answer`, `choices`, `category`. Other keys are ignored. Works with a VLM and its processor, and with a
-text LLM and its tokenizer (questions without images).
+Works with a VLM and its processor, and with a text LLM and its tokenizer (questions without images).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
 
-from vlmgraft.errors import DataError, VlmgraftError
+from vlmgraft.errors import DataError
+from vlmgraft.hf.memory import out_of_memory
 from vlmgraft.hf.models import tokenizer_of
+from vlmgraft.hf.questions import Question, load_questions, open_images
+
+__all__ = [
+    "Batch",
+    "Progress",
+    "Question",
+    "append_answers",
+    "batches",
+    "check_lengths",
+    "encode",
+    "generate",
+    "generate_batch",
+    "generate_ids",
+    "load_questions",
+    "text_positions",
+    "to_device",
+]
 
 Progress = Callable[[int, int, str], None]
 Batch = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Question:
-    """One prompt. Images are paths, or PIL images in memory; only the prompt is used for learning gates."""
-
-    question: str
-    images: tuple[Path | Image.Image, ...] = ()
-    answer: str | None = None
-    choices: tuple[str, ...] = ()
-    category: str | None = None
-
-    @property
-    def prompt(self) -> str:
-        """The text shown to the model: the question and, below it, lettered choices."""
-        letters = (f"{chr(ord('A') + index)}. {choice}" for index, choice in enumerate(self.choices))
-        return "\n".join([self.question, *letters])
-
-
-def load_questions(path: str | Path, *, need_images: bool = False, limit: int | None = None) -> list[Question]:
-    """Read a JSON-lines file; raises DataError with file, line and remedy.
-
-    Image headers are opened now, so that an unreadable one is named before any work starts.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such question file; it should hold one JSON object per line")
-    questions: list[Question] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip() and (limit is None or len(questions) < limit):
-            questions.append(_parse(line, path, f"{path}, line {number}", need_images))
-    if not questions:
-        raise DataError(f"{path}: holds no question")
-    return questions
-
-
-def _parse(line: str, path: Path, where: str, need_images: bool) -> Question:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg}); every line must be one JSON object") from error
-    if not isinstance(row, dict) or not isinstance(row.get("question"), str) or not row["question"].strip():
-        raise DataError(f'{where}: needs a "question" that is a text, got {str(row)[:80]!r}')
-    given = row.get("image", row.get("images")) or []
-    given = [given] if isinstance(given, str) else given
-    if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
-        raise DataError(f'{where}: "image" must be a path or a list of paths, got {given!r}')
-    if need_images and not given:
-        raise DataError(f'{where}: has no "image"; the calibration set must show images')
-    images = tuple(path.parent / name for name in given)
-    for image in images:
-        _check_image(image, where)
-    answer, choices = row.get("answer"), row.get("choices") or []
-    if not isinstance(choices, list):
-        raise DataError(f'{where}: "choices" must be a list, got {choices!r}')
-    category = row.get("category")
-    return Question(
-        row["question"],
-        images,
-        None if answer is None else str(answer),
-        tuple(str(choice) for choice in choices),
-        None if category is None else str(category),
-    )
-
-
-def _check_image(path: Path, where: str) -> None:
-    try:
-        with Image.open(path) as image:
-            image.verify()
-    except FileNotFoundError as error:
-        raise DataError(f"{where}: image {path} does not exist; paths are relative to the question file") from error
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise DataError(f"{where}: image {path} cannot be read ({error}); replace it or drop the line") from error
-
-
-def open_images(question: Question) -> list[Image.Image]:
-    """The question's images in RGB; raises DataError naming the file."""
-    images = []
-    for image in question.images:
-        try:
-            images.append((image if isinstance(image, Image.Image) else Image.open(image)).convert("RGB"))
-        except (OSError, SyntaxError) as error:
-            raise DataError(f"image {image} cannot be decoded ({error}); replace it") from error
-    return images
 
 
 def encode(processor: Any, questions: Sequence[Question]) -> Batch:
@@ -166,7 +94,41 @@ def append_answers(batch: Mapping[str, Any], answers: Sequence[Sequence[int]], p
     return result, predicts
 
 
+def text_positions(batch: Mapping[str, Any], placeholders: Collection[int] = ()) -> torch.Tensor:
+    """Where the next token is text of prompt or answer, [batch, length]: neither padding nor one of `placeholders`.
+
+    For a right-padded batch, as `append_answers` makes it.
+    """
+    ids, keep = batch["input_ids"], batch["attention_mask"].bool()
+    text = keep & ~torch.isin(ids, torch.tensor(sorted(placeholders), dtype=ids.dtype, device=ids.device))
+    return torch.cat([text[:, 1:], torch.zeros_like(text[:, :1])], dim=1)
+
+
 @torch.no_grad()
+def generate_batch(
+    model: Any, processor: Any, questions: Sequence[Question], max_new_tokens: int
+) -> tuple[list[list[int]], list[int]]:
+    """Greedy answers to one batch as token ids, the end token included when it was reached; the prompts' lengths.
+
+    Raises DataError when prompt and answer are longer than the model reads, VlmgraftError when memory runs out.
+    """
+    tokenizer = tokenizer_of(processor)
+    ends = model.generation_config.eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends or [])
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
+    encoded = encode(processor, questions)
+    _check_length(model.config, encoded, questions, max_new_tokens)
+    batch = to_device(encoded, model.device, model.dtype)
+    greedy: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    with out_of_memory(f"answering {len(questions)} questions at once", "lower batch_size or max_new_tokens"):
+        output = model.generate(**batch, max_new_tokens=max_new_tokens, pad_token_id=pad, **greedy)
+    answers = []
+    for row in output[:, batch["input_ids"].shape[1] :].tolist():
+        stop = next((at + 1 for at, token in enumerate(row) if token in ends), len(row))
+        answers.append(row[:stop])
+    return answers, encoded["attention_mask"].sum(1).tolist()
+
+
 def generate_ids(
     model: Any,
     processor: Any,
@@ -175,31 +137,13 @@ def generate_ids(
     batch_size: int = 32,
     progress: Progress | None = None,
 ) -> list[list[int]]:
-    """Greedy answers as token ids, in the order of the questions, the end token included when it was reached."""
-    tokenizer = tokenizer_of(processor)
-    ends = model.generation_config.eos_token_id
-    ends = {ends} if isinstance(ends, int) else set(ends or [])
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
+    """Greedy answers as token ids, in the order of the questions; batches and errors as `generate_batch`."""
     answers: list[list[int]] = [[] for _ in questions]
     done = 0
     for indices in batches(questions, batch_size):
-        batch = to_device(encode(processor, [questions[i] for i in indices]), model.device, model.dtype)
-        _check_length(model, batch["input_ids"].shape[1] + max_new_tokens, questions[indices[0]])
-        try:
-            output = model.generate(
-                **batch,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                pad_token_id=pad,
-            )
-        except torch.OutOfMemoryError as error:
-            raise VlmgraftError(f"out of memory at batch size {len(indices)}: lower batch_size") from error
-        for index, row in zip(indices, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-            stop = next((at + 1 for at, token in enumerate(row) if token in ends), len(row))
-            answers[index] = row[:stop]
+        found, _ = generate_batch(model, processor, [questions[i] for i in indices], max_new_tokens)
+        for index, answer in zip(indices, found, strict=True):
+            answers[index] = answer
         done += len(indices)
         if progress is not None:
             progress(done, len(questions), "answers")
@@ -230,10 +174,21 @@ def to_device(batch: Mapping[str, Any], device: torch.device | str, dtype: torch
     }
 
 
-def _check_length(model: Any, length: int, question: Question) -> None:
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if limit is not None and length > limit:
-        raise DataError(
-            f"question {question.question[:60]!r}: prompt and answer need {length} tokens, the model reads {limit}; "
-            "shorten the question, shrink its images, or lower max_new_tokens"
-        )
+def check_lengths(config: Any, processor: Any, questions: Sequence[Question], max_new_tokens: int) -> None:
+    """Every prompt, images included, and its answer fit in the model's context; raises DataError naming the question.
+
+    Needs the config and the processor only, so it can run before any weight is read.
+    """
+    for indices in batches(questions, 8):
+        asked = [questions[i] for i in indices]
+        _check_length(config, encode(processor, asked), asked, max_new_tokens)
+
+
+def _check_length(config: Any, batch: Mapping[str, Any], questions: Sequence[Question], max_new_tokens: int) -> None:
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    for question, length in zip(questions, batch["attention_mask"].sum(1).tolist(), strict=True):
+        if limit is not None and length + max_new_tokens > limit:
+            raise DataError(
+                f"question {question.question[:60]!r}: prompt and answer need {length + max_new_tokens} tokens, the "
+                f"model reads {limit}; shorten the question, shrink its images, or lower max_new_tokens"
+            )

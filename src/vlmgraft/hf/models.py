@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,32 @@ def text_linears(model: Any) -> dict[str, nn.Linear]:
     }
 
 
+@dataclass(frozen=True)
+class ExpertStack:
+    """One parameter of a module of fused experts, [experts, out, in], where a gated projection can stand in for it."""
+
+    module: nn.Module
+    key: str
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter itself."""
+        return getattr(self.module, self.key)
+
+
+Projection = nn.Linear | ExpertStack
+
+
+def text_experts(model: Any) -> dict[str, ExpertStack]:
+    """Role → fused experts, for every three-dimensional parameter inside the decoder layers."""
+    found = {}
+    for name, module in text_model(model).named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            if name.startswith("layers.") and parameter.ndim == 3:
+                found[f"{name}.{key}"] = ExpertStack(module, key)
+    return found
+
+
 def role_of(name: str) -> str:
     """The role of a tensor of the text model, from its name on disk; the name itself outside decoder layers."""
     match = _ROLE.search(name)
@@ -117,6 +144,13 @@ def match_linears(model: Any, names: Iterable[str]) -> dict[str, nn.Linear]:
             )
         result[name] = linears[role_of(name)]
     return result
+
+
+def match_projections(model: Any, names: Iterable[str]) -> dict[str, Projection]:
+    """Tensor name (on disk, or a role) → linear layer or fused experts; raises AlignmentError naming what has none."""
+    names, stacks = list(names), text_experts(model)
+    linears = match_linears(model, [name for name in names if role_of(name) not in stacks])
+    return {name: linears[name] if name in linears else stacks[role_of(name)] for name in names}
 
 
 def _load(auto: Any, path: str | Path, dtype: torch.dtype | str, device: torch.device | str) -> Any:

@@ -34,13 +34,17 @@ from torch import Tensor, nn
 
 from vlmgraft.errors import DataError, RecipeError
 from vlmgraft.hf.data import Progress, Question
-from vlmgraft.hf.models import match_linears
+from vlmgraft.hf.memory import out_of_memory
+from vlmgraft.hf.models import Projection, match_projections
 from vlmgraft.spectral.factors import Factors
 from vlmgraft.spectral.gates import Gates
 from vlmgraft.training.gate_vector import GateVector
-from vlmgraft.training.gated import Backend, gated
+from vlmgraft.training.gated import GatedLayers, checkpointed, gated
+from vlmgraft.training.projections import Backend
 from vlmgraft.training.run import Run, Training
-from vlmgraft.training.targets import Targets, build_targets
+from vlmgraft.training.sharded import gate_and_shard
+from vlmgraft.training.targets import Targets
+from vlmgraft.training.teacher import Packing, Tokens, build_targets
 
 FEW_PROMPTS = 128
 
@@ -49,9 +53,13 @@ FEW_PROMPTS = 128
 class Distiller:
     """Holds a VLM, its factors and the cached targets; see the module's text.
 
-    A store of factors is read into memory; its digest goes into the gates, so that they fold with these factors only.
-    targets, held_out_targets: what the teacher says to `questions` and `held_out`. Raises DataError and
-    AlignmentError before anything is computed when they do not fit.
+    A store of factors is read into memory (with keep_factors False: from disk, a matrix at a time, when it is needed);
+    its digest goes into the gates, so that they fold with these factors only. targets, held_out_targets: what the
+    teacher says to `questions` and `held_out`. packing, tokens: see `build_targets`. cache: a folder that keeps the
+    teacher's work. sharded: under torch.distributed, weights and factors are sharded over the processes (FSDP2) when
+    gates are first needed; the model stays gated and sharded then, and no more targets can be made.
+
+    Raises DataError and AlignmentError before anything is computed when they do not fit.
     """
 
     model: Any
@@ -61,19 +69,25 @@ class Distiller:
     held_out: Sequence[Question] = ()
     max_new_tokens: int = 64
     batch_size: int = 48
-    packing: str = "shuffle"
+    packing: Packing = "shuffle"
     backend: Backend = "auto"
     seed: int = 0
     progress: Progress | None = None
+    tokens: Tokens = "answer"
+    cache: Path | None = None
+    sharded: bool = False
+    keep_factors: bool = True
     digest: str | None = field(init=False, default=None)
-    linears: dict[str, nn.Linear] = field(init=False)
+    linears: dict[str, Any] = field(init=False)
     targets: Targets = field(init=False)
     held_out_targets: Targets | None = field(init=False, default=None)
+    _layers: GatedLayers | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.digest = getattr(self.factors, "digest", None)
-        self.factors = dict(self.factors)  # a store is read once
-        self.linears = match_linears(self.model, self.factors)
+        if self.keep_factors:
+            self.factors = dict(self.factors)
+        self.linears: dict[str, Projection] = match_projections(self.model, self.factors)
         self.targets = self.teacher_targets(self.questions)
         if self.held_out:
             self.held_out_targets = self.teacher_targets(self.held_out)
@@ -90,6 +104,8 @@ class Distiller:
         return self._build((donor, tokenizer), questions, batch_size)
 
     def _build(self, teacher: tuple[Any, Any], questions: Sequence[Question], batch_size: int) -> Targets:
+        if self._layers is not None:
+            raise RecipeError("the model is sharded: make all targets before gates are learned")
         return build_targets(
             teacher,
             (self.model, self.processor),
@@ -97,6 +113,8 @@ class Distiller:
             max_new_tokens=self.max_new_tokens,
             batch_size=batch_size,
             packing=self.packing,
+            tokens=self.tokens,
+            cache=self.cache,
             seed=self.seed,
             progress=self.progress,
         )
@@ -109,7 +127,7 @@ class Distiller:
                 layers.set({name: gates.spectrum(name, self.factors[name].s) for name in self.factors})
                 yield self.model
             return
-        linears = match_linears(self.model, gates)
+        linears = match_projections(self.model, gates)
         before = {name: linear.weight.data for name, linear in linears.items()}
         try:
             for name, linear in linears.items():
@@ -145,7 +163,7 @@ class Distiller:
         start: Gates | float = 0.0,
         on_step: Callable[[dict[str, Any]], None] | None = None,
         state: Path | None = None,
-        save_every: int = 50,
+        save_every: int = 10,
         **settings: Any,
     ) -> Gates:
         """Train gates and return them frozen; `settings` are the other fields of `Training`.
@@ -153,7 +171,8 @@ class Distiller:
         start: warm start, or one logit for all. on_step: called with every logged row. state: a file in which the
         training is kept every `save_every` steps, and from which it goes on when the file is there: the gates are then
         those of an uninterrupted training. Under torch.distributed every process calls this with the same arguments;
-        the batches of a step are shared out, so `batches_per_step` should be a multiple of the processes.
+        the batches of a step are shared out, so `batches_per_step` should be a multiple of the processes, and `state`
+        is a file that all of them see.
 
         Raises RecipeError when the settings ask for targets that were not given or are not those of `state`,
         NumericalError when the loss stops being finite.
@@ -165,13 +184,28 @@ class Distiller:
             self._check_budget()
         vector = GateVector(self.factors, training.granularity, start, self.model.device)
         monitor = self.held_out_targets if training.kl_budget is not None else None
-        with self._gated() as layers:
+        remedy = "lower method.calibration.batch_size or method.rank, or set method.gradient_checkpointing: true"
+        with (
+            out_of_memory("training gates", remedy),
+            self._gated() as layers,
+            checkpointed(self.model, training.gradient_checkpointing),
+        ):
             run = Run(self.model, training, vector, layers, self.targets, donor, monitor, on_step, self.progress)
             run.train(state, save_every)
         return Gates(vector.frozen(), scale, run.summary(), tuple(run.log), self.digest)
 
-    def _gated(self) -> Any:
-        return gated(self.model, self.linears, self.factors, self.backend)
+    @contextmanager
+    def _gated(self) -> Iterator[GatedLayers]:
+        if not self.sharded:
+            with gated(self.model, self.linears, self.factors, self.backend) as layers:
+                yield layers
+            return
+        if self._layers is None:
+            self._layers = gate_and_shard(self.model, self.linears, self.factors, self.backend)
+        try:
+            yield self._layers
+        finally:
+            self._layers.set(None)
 
     def _held_out(self, held_out: Sequence[Question] | Targets | None) -> Targets:
         if isinstance(held_out, Targets):

@@ -25,6 +25,7 @@ class GateVector:
 
     logits [P], float32, requires_grad; P is the number of directions, matrices or layers. One vector, because one
     optimiser step and one sigmoid for all matrices cost less than one for each, and so does one reduction over ranks.
+    Fused experts have one logit per expert and direction; by "matrix" they share one.
     """
 
     def __init__(
@@ -37,12 +38,14 @@ class GateVector:
         if granularity not in get_args(Granularity):
             raise RecipeError(f"granularity: {granularity!r} is none of {', '.join(get_args(Granularity))}")
         self.names: Sequence[str] = list(factors)
-        self.sizes = [len(factors[name].s) for name in self.names]
-        self.s = torch.cat([factors[name].s.float() for name in self.names]).to(device)
+        spectra = {name: factors[name].s.float().cpu() for name in self.names}  # a store is read once
+        self.shapes = [spectra[name].shape for name in self.names]
+        self.sizes = [shape.numel() for shape in self.shapes]
+        self.s = torch.cat([spectra[name].flatten() for name in self.names]).to(device)
         self.norm = self.s.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
-        self.index = self._index(factors, granularity)
+        self.index = self._index(granularity)
         if isinstance(start, Gates):
-            full = torch.cat([start.logits[name].float() for name in self.names]).clamp(-EXTREME, EXTREME)
+            full = torch.cat([start.logits[name].float().flatten() for name in self.names]).clamp(-EXTREME, EXTREME)
         else:
             full = torch.full((len(self.s),), float(start)).clamp(-EXTREME, EXTREME)
         if self.index is not None:
@@ -51,14 +54,14 @@ class GateVector:
             self.index = self.index.to(device)
         self.logits = full.to(device).requires_grad_()
 
-    def _index(self, factors: Mapping[str, Factors], granularity: Granularity) -> Tensor | None:
+    def _index(self, granularity: Granularity) -> Tensor | None:
         """Which logit each direction reads; None when every direction has its own."""
         if granularity == "direction":
             return None
         if granularity == "matrix":
             keys: list[str] = list(self.names)
         else:
-            layers = [re.search(r"layers\.(\d+)\.", factors[name].role) for name in self.names]
+            layers = [re.search(r"layers\.(\d+)\.", name) for name in self.names]
             keys = [found.group(1) if found else name for found, name in zip(layers, self.names, strict=True)]
         numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
         return torch.repeat_interleave(torch.tensor([numbers[key] for key in keys]), torch.tensor(self.sizes))
@@ -70,8 +73,7 @@ class GateVector:
     def spectra(self, scale: float) -> tuple[dict[str, Float[Tensor, " r"]], Float[Tensor, ""]]:
         """λ σ(g) ⊙ s per tensor, and the share of injected energy Σ‖σ(g) ⊙ s‖² / Σ‖s‖², both differentiable."""
         spectrum = self.expanded().sigmoid() * self.s
-        parts = (scale * spectrum).split(self.sizes)
-        return dict(zip(self.names, parts, strict=True)), spectrum.square().sum() / self.norm
+        return self._by_name(scale * spectrum), spectrum.square().sum() / self.norm
 
     def opened(self) -> Float[Tensor, " directions"]:
         """σ(g) per direction, detached."""
@@ -79,5 +81,9 @@ class GateVector:
 
     def frozen(self) -> dict[str, Float[Tensor, " r"]]:
         """The logits per tensor as independent float32 tensors on the CPU."""
-        parts = self.expanded().detach().float().cpu().split(self.sizes)
-        return {name: part.clone() for name, part in zip(self.names, parts, strict=True)}
+        parts = self._by_name(self.expanded().detach().float().cpu())
+        return {name: part.clone() for name, part in parts.items()}
+
+    def _by_name(self, flat: Tensor) -> dict[str, Tensor]:
+        parts = zip(self.names, flat.split(self.sizes), self.shapes, strict=True)
+        return {name: part.view(shape) for name, part, shape in parts}

@@ -1,117 +1,39 @@
-"""Gated projections: y = W x + b + U (c ⊙ (Vh x)) with frozen W and factors, and a learned spectrum c = λ σ(g) ⊙ s.
-
-Two backends compute the same thing:
-- "factored": three thin products; the backward pass keeps only x Vhᵀ [tokens, r] besides the frozen factors.
-- "rebuilt": W + U diag(c) Vh is formed once per call and the gradient of c is read from the gradient of that weight;
-  cheaper at full rank once there are more tokens than about 0.8 r per call (see `choose_backend`). In bfloat16 an
-  update below W's resolution vanishes there, as it does in the folded checkpoint.
+"""Gated layers in the place of a model's projections, linear or fused experts, and back again.
 
 `gated(...)` swaps the projections of a model for gated ones and puts the originals back on exit, whatever happens.
+`checkpointed(...)` trades time for memory in the same way. The arithmetic is in `projections.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from vlmgraft.errors import AlignmentError
+from vlmgraft.hf.models import ExpertStack, Projection, text_model
 from vlmgraft.spectral.factors import Factors
-
-Backend = Literal["auto", "factored", "rebuilt"]
-
-# the rebuild's operations count this much more than the others': at full rank and square that puts the break-even at
-# 0.8 r tokens, as measured (1.6k, 2.8k, 4.0k tokens for r = 2048, 3584, 5120)
-REBUILD_WEIGHT = 1.2
-
-
-def gated_naive(
-    x: Float[Tensor, "*batch in"],
-    weight: Float[Tensor, "out in"],
-    bias: Float[Tensor, " out"] | None,
-    U: Float[Tensor, "out r"],
-    spectrum: Float[Tensor, " r"],
-    Vh: Float[Tensor, "r in"],
-) -> Float[Tensor, "*batch out"]:
-    """The gated projection by plain autograd: the twin that both backends are tested against."""
-    return F.linear(x, weight, bias) + ((x @ Vh.mT) * spectrum.to(x.dtype)) @ U.mT
-
-
-class FactoredProjection(torch.autograd.Function):
-    """The factored backend; arguments as in `gated_naive`, gradients for x and spectrum only."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, U: Tensor, spectrum: Tensor, Vh: Tensor
-    ) -> Tensor:
-        inner = F.linear(x, Vh)
-        ctx.save_for_backward(inner, weight, U, spectrum, Vh)
-        # the product stays in x's dtype: promoting it to float32 costs 40 % of a bfloat16 step
-        y = F.linear(x, weight, bias)
-        y.view(-1, y.shape[-1]).addmm_((inner * spectrum.to(x.dtype)).view(-1, len(spectrum)), U.mT)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, Tensor | None, None]:
-        inner, weight, U, spectrum, Vh = ctx.saved_tensors
-        outer = grad @ U
-        grad_x = grad_spectrum = None
-        if ctx.needs_input_grad[4]:
-            grad_spectrum = (outer * inner).flatten(0, -2).sum(0, dtype=spectrum.dtype)
-        if ctx.needs_input_grad[0]:
-            grad_x = grad @ weight
-            grad_x.view(-1, grad_x.shape[-1]).addmm_((outer * spectrum.to(grad.dtype)).view(-1, len(spectrum)), Vh)
-        return grad_x, None, None, None, grad_spectrum, None
-
-
-class RebuiltProjection(torch.autograd.Function):
-    """The merged-weight backend; arguments as in `gated_naive`, gradients for x and spectrum only."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, U: Tensor, spectrum: Tensor, Vh: Tensor
-    ) -> Tensor:
-        merged = torch.addmm(weight, (U * spectrum.to(U.dtype)).to(weight.dtype), Vh.to(weight.dtype))
-        ctx.save_for_backward(x, merged, U, Vh)
-        ctx.spectrum_dtype = spectrum.dtype
-        return F.linear(x, merged, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, Tensor | None, None]:
-        x, merged, U, Vh = ctx.saved_tensors
-        grad_x = grad @ merged if ctx.needs_input_grad[0] else None
-        grad_spectrum = None
-        if ctx.needs_input_grad[4]:
-            grad_weight = grad.flatten(0, -2).mT @ x.flatten(0, -2)
-            grad_spectrum = ((U.mT @ grad_weight) * Vh).sum(1, dtype=ctx.spectrum_dtype)
-        return grad_x, None, None, None, grad_spectrum, None
-
-
-def choose_backend(
-    tokens: int, shape: tuple[int, int], rank: int, backend: Backend = "auto"
-) -> Literal["factored", "rebuilt"]:
-    """The cheaper backend for one call on `tokens` tokens through a layer of `shape` [out, in], by operations forward
-    and backward: 4T(mn + r(m + n)) factored, 6Tmn + 4mnr rebuilt. At small ranks the factored one always wins."""
-    if backend != "auto":
-        return backend
-    out, inner = shape
-    saved = tokens * (4 * rank * (out + inner) - 2 * out * inner)
-    return "rebuilt" if saved > REBUILD_WEIGHT * 4 * out * inner * rank else "factored"
+from vlmgraft.training.projections import (
+    Backend,
+    FactoredProjection,
+    RebuiltProjection,
+    RebuiltStack,
+    choose_backend,
+)
 
 
 class GatedLinear(nn.Module):
     """A frozen linear layer plus gated factors.
 
     `spectrum` [r] is set from outside before every forward pass (it is λ σ(g) ⊙ s, part of the autograd graph); None
-    means the original layer. U and Vh are in the layer's dtype and on its device.
+    means the original layer. U and Vh are in the layer's dtype and on its device; they are frozen parameters, so that
+    sharding the layer shards them too.
     """
 
     def __init__(self, linear: nn.Linear, factors: Factors, backend: Backend = "auto") -> None:
@@ -122,8 +44,7 @@ class GatedLinear(nn.Module):
         self.linear = linear
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.backend: Backend = backend
-        self.register_buffer("U", factors.U.to(linear.weight.device, linear.weight.dtype), persistent=False)
-        self.register_buffer("Vh", factors.Vh.to(linear.weight.device, linear.weight.dtype), persistent=False)
+        self.U, self.Vh = _frozen(factors.U, linear.weight), _frozen(factors.Vh, linear.weight)
         self.spectrum: Tensor | None = None
 
     @property
@@ -147,39 +68,120 @@ class GatedLinear(nn.Module):
         return function.apply(x, self.linear.weight, self.linear.bias, self.U, self.spectrum, self.Vh)
 
 
-class GatedLayers(dict[str, GatedLinear]):
+class GatedStack(nn.Module):
+    """Factors of one parameter of fused experts, [experts, out, in], with a spectrum [experts, r] or None."""
+
+    def __init__(self, weight: nn.Parameter, factors: Factors, transposed: bool) -> None:
+        super().__init__()
+        U, Vh = (factors.Vh.mT, factors.U.mT) if transposed else (factors.U, factors.Vh)
+        if (*U.shape[:-1], Vh.shape[-1]) != tuple(weight.shape):
+            raise AlignmentError(
+                f"{factors.name}: factors of shape {factors.shape} do not fit experts of {tuple(weight.shape)}"
+            )
+        self.device = weight.device
+        self.U, self.Vh = _frozen(U, weight), _frozen(Vh, weight)
+        self.spectrum: Tensor | None = None
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """The experts' weight with the gated update."""
+        return weight if self.spectrum is None else RebuiltStack.apply(weight, self.U, self.spectrum, self.Vh)
+
+
+class GatedExperts(nn.Module):
+    """A module of fused experts whose weights are rebuilt with their gated update in every call.
+
+    Which experts a token takes is the model's business: its module runs as it is, on other weights. Files that hold the
+    experts transposed give factors that are transposed here.
+    """
+
+    def __init__(self, experts: nn.Module, factors: Mapping[str, Factors]) -> None:
+        super().__init__()
+        self.experts = experts
+        weights = {key: getattr(experts, key) for key in factors}
+        transposed = any(tuple(weights[key].shape) != factors[key].shape for key in factors)
+        self.gated = {key: GatedStack(weights[key], factors[key], transposed) for key in factors}
+        self.stacks = nn.ModuleDict(self.gated)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The experts' own forward pass on gated weights."""
+        merged = {key: stack.merged(getattr(self.experts, key)) for key, stack in self.gated.items()}
+        return torch.func.functional_call(self.experts, merged, args, kwargs)
+
+
+def _frozen(factor: Tensor, like: Tensor) -> nn.Parameter:
+    return nn.Parameter(factor.to(like.device, like.dtype).contiguous(), requires_grad=False)
+
+
+class GatedLayers(dict[str, GatedLinear | GatedStack]):
     """The gated layers of a model by tensor name, with their spectra set together."""
 
     def set(self, spectra: Mapping[str, Tensor] | None) -> None:
         """Set every layer's spectrum; None turns all gates off: the model is then the original one."""
         for name, layer in self.items():
-            layer.spectrum = None if spectra is None else spectra[name].to(layer.weight.device)
+            layer.spectrum = None if spectra is None else spectra[name].to(layer.U.device)
+
+
+def swap_in(
+    model: nn.Module, projections: Mapping[str, Projection], factors: Mapping[str, Factors], backend: Backend = "auto"
+) -> tuple[GatedLayers, list[tuple[nn.Module, str, nn.Module]]]:
+    """Put gated layers in the place of `projections`; returns them, and (parent, key, original) of every swap.
+
+    Factors are read one matrix at a time. Raises AlignmentError, with the model as it was, when something does not fit.
+    """
+    parents = {id(child): (parent, key) for parent in model.modules() for key, child in parent.named_children()}
+    grouped: dict[int, tuple[nn.Module, dict[str, str]]] = {}
+    for name, place in projections.items():
+        module, key = (place.module, place.key) if isinstance(place, ExpertStack) else (place, "weight")
+        if id(module) not in parents:
+            raise AlignmentError(f"{name}: its layer is not part of the model")
+        grouped.setdefault(id(module), (module, {}))[1][key] = name
+    layers, swaps = GatedLayers(), []
+    for module, names in grouped.values():
+        wrapper: GatedLinear | GatedExperts
+        if isinstance(module, nn.Linear):
+            wrapper = layers[names["weight"]] = GatedLinear(module, factors[names["weight"]], backend)
+        else:
+            wrapper = GatedExperts(module, {key: factors[name] for key, name in names.items()})
+            layers.update({name: wrapper.gated[key] for key, name in names.items()})
+        swaps.append((*parents[id(module)], module, wrapper))
+    for parent, key, _, wrapper in swaps:
+        setattr(parent, key, wrapper)
+    return layers, [(parent, key, module) for parent, key, module, _ in swaps]
 
 
 @contextmanager
 def gated(
-    model: nn.Module, linears: Mapping[str, nn.Linear], factors: Mapping[str, Factors], backend: Backend = "auto"
+    model: nn.Module, projections: Mapping[str, Projection], factors: Mapping[str, Factors], backend: Backend = "auto"
 ) -> Iterator[GatedLayers]:
-    """Swap `linears` (tensor name → layer of `model`) for gated layers inside the context, gates off at first.
+    """Swap `projections` (tensor name → layer of `model`) for gated layers inside the context, gates off at first.
 
     Everything is put back on exit, also after an exception: the same layer objects, the same requires_grad flags.
     """
-    parents = {id(child): (parent, key) for parent in model.modules() for key, child in parent.named_children()}
-    missing = [name for name in linears if id(linears[name]) not in parents]
-    if missing:
-        raise AlignmentError(f"{missing[0]}: its layer is not part of the model")
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    layers = GatedLayers({name: GatedLinear(linear, factors[name], backend) for name, linear in linears.items()})
+    layers, swaps = swap_in(model, projections, factors, backend)
     try:
         for parameter, _ in flags:
             parameter.requires_grad_(False)
-        for name, layer in layers.items():
-            parent, key = parents[id(linears[name])]
-            setattr(parent, key, layer)
         yield layers
     finally:
-        for linear in linears.values():
-            parent, key = parents[id(linear)]
-            setattr(parent, key, linear)
+        for parent, key, module in swaps:
+            setattr(parent, key, module)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+@contextmanager
+def checkpointed(model: nn.Module, wanted: bool = True) -> Iterator[None]:
+    """Inside the context, decoder layers keep their input only and are run again in the backward pass.
+
+    By torch's own checkpointing on each layer's forward pass: transformers' switch works in training mode alone, and
+    gates are learned in evaluation mode, without dropout.
+    """
+    layers = list(text_model(model).layers) if wanted else []
+    try:
+        for layer in layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)

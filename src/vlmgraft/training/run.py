@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from vlmgraft.spectral.gates import histogram
 from vlmgraft.training.budget import BudgetControl, FixedWeight
 from vlmgraft.training.gate_vector import GateVector, Granularity
 from vlmgraft.training.gated import GatedLayers
+from vlmgraft.training.processes import process, shared
 from vlmgraft.training.targets import TargetBatch, Targets
 
 Inject = Literal["energy", "donor"]
@@ -35,7 +37,8 @@ class Training:
     """Settings of one training of gates; the fields are those of the recipe's `method`.
 
     batches_per_step: gradients of so many batches are averaged for one step, shared out among the processes of a
-    torch.distributed group; the gates do not depend on how many processes there are.
+    torch.distributed group; the gates do not depend on how many processes there are. gradient_checkpointing: decoder
+    layers are run again in the backward pass instead of keeping what they computed; less memory, the same gates.
     """
 
     scale: float = 1.0
@@ -48,6 +51,7 @@ class Training:
     batches_per_step: int = 1
     seed: int = 0
     log_every: int = 10
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         if self.inject not in DEFAULT_WEIGHT:
@@ -94,7 +98,7 @@ class Run:
             self.control = BudgetControl(training.kl_budget, start)
         self.optimizer = torch.optim.Adam([self.vector.logits], lr=training.learning_rate)
 
-    def train(self, state: Path | None = None, save_every: int = 50) -> None:
+    def train(self, state: Path | None = None, save_every: int = 10) -> None:
         """The loop: observe the drift, one gradient step, log, keep the state."""
         training = self.training
         first = self._restore(state) if state is not None else 0
@@ -119,7 +123,7 @@ class Run:
 
     def _step(self, keep: Sequence[TargetBatch], donor: Sequence[TargetBatch]) -> dict[str, float]:
         """One gradient step over all batches of all processes; returns its figures."""
-        rank, world = _process()
+        world = process()[1]
         weight: float = self.control.weight
         logits = self.vector.logits
         self.optimizer.zero_grad(set_to_none=True)
@@ -128,9 +132,9 @@ class Run:
         sums = torch.zeros(2, device=logits.device)
         terms: tuple[tuple[Sequence[TargetBatch], float], ...] = ((keep, 1.0), (donor, weight))
         for index, (batches, factor) in enumerate(terms):
-            for batch in batches[rank::world]:
+            for batch, counts in shared(batches):
                 self.layers.set(self.vector.spectra(self.training.scale)[0])
-                drift = batch.kl(self.model).mean() / len(batches)
+                drift = counts * batch.kl(self.model).mean() / len(batches)
                 (factor * drift).backward()
                 sums[index] += drift.detach()
         if world > 1 and logits.grad is not None:
@@ -172,21 +176,24 @@ class Run:
 
     def _identity(self) -> dict[str, Any]:
         """What a state must agree with before a training goes on from it."""
-        matrices = dict(zip(self.vector.names, self.vector.sizes, strict=True))
+        training = dataclasses.asdict(self.training)
+        del training["gradient_checkpointing"]  # memory only: the gates are the same
         return {
-            "training": dataclasses.asdict(self.training),
-            "matrices": matrices,
-            "questions": self.targets.questions,
+            "training": training,
+            "matrices": dict(zip(self.vector.names, self.vector.sizes, strict=True)),
+            "spectrum": float(self.vector.norm),
+            "targets": self.targets.digest,
+            "donor": self.donor.digest if self.donor is not None else None,
         }
 
     def _keep(self, state: Path, step: int) -> None:
         """Write logits, both moments of Adam, the control and the log, atomically."""
+        if process()[0] != 0:
+            return
         adam = self.optimizer.state[self.vector.logits]
         tensors = {"logits": self.vector.logits.detach(), "mean": adam["exp_avg"], "square": adam["exp_avg_sq"]}
-        rest = {"step": step, "control": self.control.state(), "log": self.log, "identity": self._identity()}
+        rest = {"step": step, "control": self.control.state(), "log": self.log, "identity": self._known}
         temporary = state.with_name(f".{state.name}.tmp")
-        if _process()[0] != 0:
-            return
         state.parent.mkdir(parents=True, exist_ok=True)
         save_file(
             {key: value.cpu().contiguous() for key, value in tensors.items()},
@@ -197,6 +204,10 @@ class Run:
             os.fsync(file.fileno())
         temporary.replace(state)
 
+    @cached_property
+    def _known(self) -> dict[str, Any]:
+        return json.loads(json.dumps(self._identity()))
+
     def _restore(self, state: Path) -> int:
         """Take a kept state over; the number of steps it has behind it, 0 when there is none."""
         if not state.is_file():
@@ -204,8 +215,10 @@ class Run:
         with safe_open(state, framework="pt") as file:
             rest = json.loads(file.metadata()["state"])
             tensors = {key: file.get_tensor(key).to(self.vector.logits.device) for key in file.keys()}  # noqa: SIM118
-        if rest["identity"] != json.loads(json.dumps(self._identity())):
-            raise RecipeError(f"{state}: belongs to a training with other settings; remove it, or use these settings")
+        if rest["identity"] != self._known:
+            raise RecipeError(
+                f"{state}: belongs to a training with other settings, factors or questions; remove it, or use these"
+            )
         with torch.no_grad():
             self.vector.logits.copy_(tensors["logits"])
         step = torch.tensor(float(rest["step"]))
@@ -218,10 +231,3 @@ class Run:
         for key, value in rest["control"].items():
             setattr(self.control, key, value)
         return int(rest["step"])
-
-
-def _process() -> tuple[int, int]:
-    """This process's rank and the number of processes; (0, 1) without a process group."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1

@@ -1,0 +1,146 @@
+"""A teacher's work on disk, one file per batch, named by a digest of everything it depends on.
+
+Layout: `FOLDER/KEY/KIND-0007.safetensors`. A file is written under a temporary name, flushed and renamed, so a killed
+run loses the batch in hand and no more. KEY changes with the teacher's weights and configs, its processor, the
+questions with their images' bytes, and the settings: nothing has to be invalidated. Old keys stay until the folder is
+removed; a token costs about half a kilobyte.
+
+Under torch.distributed the batches are shared out among the processes, which must see the same folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vlmgraft.errors import OutputError
+from vlmgraft.hf.questions import Question
+from vlmgraft.training.processes import barrier, process
+
+SAMPLES = 32
+SAMPLE_BYTES = 4096
+Unit = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class UnitCache:
+    """Units of work under one key; `folder` None keeps nothing on disk."""
+
+    folder: Path | None
+    key: str
+
+    def run(self, kind: str, count: int, make: Callable[[int], Unit]) -> Iterator[Unit]:
+        """The units 0 to count − 1 in order: read where they are on disk, made and written where they are not.
+
+        Without a folder every process makes all units. Raises OutputError when the folder cannot be written.
+        """
+        if self.folder is None:
+            yield from (make(index) for index in range(count))
+            return
+        rank, world = process()
+        if world == 1:
+            yield from (self._made(kind, index, make) for index in range(count))
+            self._sweep(kind)
+            return
+        for index in range(rank, count, world):
+            self._made(kind, index, make)
+        barrier()
+        if rank == 0:
+            self._sweep(kind)
+        yield from (self._made(kind, index, make) for index in range(count))
+
+    def _path(self, kind: str, index: int) -> Path:
+        assert self.folder is not None
+        return self.folder / self.key / f"{kind}-{index:04d}.safetensors"
+
+    def _made(self, kind: str, index: int, make: Callable[[int], Unit]) -> Unit:
+        path = self._path(kind, index)
+        if path.is_file():
+            try:
+                return load_file(path)
+            except SafetensorError:  # damaged after it was written: as if it were not there
+                path.unlink()
+        unit = {name: tensor.detach().cpu().contiguous() for name, tensor in make(index).items()}
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(unit, temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another workdir") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+        return unit
+
+    def _sweep(self, kind: str) -> None:
+        """Remove what killed runs left of units that are complete now."""
+        assert self.folder is not None
+        for stray in (self.folder / self.key).glob(f".{kind}-*.tmp"):
+            stray.unlink(missing_ok=True)
+
+
+def digest(*parts: Any) -> str:
+    """A short fingerprint of values with a faithful repr."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
+
+
+def teacher_digest(model: Any, processor: Any) -> str:
+    """Fingerprint of a model in memory (configs, 32 samples of 4 KiB of every parameter) and of its processor's files.
+
+    Where the folder lies plays no part. The library's version does: greedy answers may change with it.
+    """
+    state = hashlib.sha256(transformers.__version__.encode())
+    for config in (model.config, getattr(model, "generation_config", None)):
+        if config is not None:
+            known = {key: value for key, value in config.to_dict().items() if key not in ("_name_or_path", "dtype")}
+            state.update(repr(sorted(known.items(), key=str)).encode())
+    for name, parameter in model.named_parameters():
+        state.update(repr((name, parameter.dtype, tuple(parameter.shape))).encode())
+        state.update(_sample(parameter))
+    state.update(_processor_files(processor))
+    return state.hexdigest()[:20]
+
+
+def questions_digest(questions: Sequence[Question]) -> str:
+    """Fingerprint of prompts and of the bytes of their images, in order."""
+    state = hashlib.sha256()
+    for question in questions:
+        state.update(repr((question.prompt, len(question.images))).encode())
+        for image in question.images:
+            if isinstance(image, Image.Image):
+                state.update(repr((image.mode, image.size)).encode() + image.tobytes())
+            else:
+                state.update(hashlib.sha256(image.read_bytes()).digest())
+    return state.hexdigest()[:20]
+
+
+def _sample(tensor: Tensor) -> bytes:
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    if len(flat) > SAMPLES * SAMPLE_BYTES:
+        step = (len(flat) - SAMPLE_BYTES) // (SAMPLES - 1)
+        flat = flat.unfold(0, SAMPLE_BYTES, step).contiguous()
+    return flat.cpu().numpy().tobytes()
+
+
+def _processor_files(processor: Any) -> bytes:
+    """Digest of what the processor saves: tokenizer, chat template, image settings."""
+    with tempfile.TemporaryDirectory() as folder:
+        processor.save_pretrained(folder)
+        state = hashlib.sha256()
+        for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+            state.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+    return state.digest()

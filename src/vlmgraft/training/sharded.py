@@ -1,0 +1,49 @@
+"""Frozen weights and factors sharded over the processes of a group (FSDP2), for models that do not fit one GPU.
+
+Torch's `fully_shard` is used directly. accelerate's FSDP2 wants the optimiser's parameters inside the model, and it
+shards embeddings and head behind hooks of the model's own forward pass; gates are one replicated vector outside of it,
+and training replays the text model alone. Decoder layers are sharded, with their factors; embeddings, head and vision
+tower are replicated: they are small, and frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from vlmgraft.hf.models import ExpertStack, Projection, text_model
+from vlmgraft.spectral.factors import Factors
+from vlmgraft.training.gated import GatedLayers, swap_in
+from vlmgraft.training.projections import Backend
+
+
+def gate_and_shard(
+    model: Any, projections: Mapping[str, Projection], factors: Mapping[str, Factors], backend: Backend = "auto"
+) -> GatedLayers:
+    """Swap gated layers in and shard, one decoder layer after the other, so that only one layer's factors are whole.
+
+    For good: a sharded model is not put back. Every process of the group calls this with the same arguments and a
+    whole copy of the model on its device.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    decoder, gates = text_model(model), GatedLayers()
+    left = dict(projections)
+    for layer in decoder.layers:
+        inside = {id(module) for module in layer.modules()}
+        mine = {name: place for name, place in left.items() if id(_module(place)) in inside}
+        left = {name: place for name, place in left.items() if name not in mine}
+        gates.update(swap_in(model, mine, factors, backend)[0])
+        fully_shard(layer, reshard_after_forward=True)
+    gates.update(swap_in(model, left, factors, backend)[0])  # raises: every projection is inside a decoder layer
+    rest = {parameter for name, parameter in decoder.named_parameters() if not name.startswith("layers.")}
+    fully_shard(decoder, ignored_params=rest)  # no parameter of its own: it ties the layers together for prefetching
+    return gates
+
+
+def _module(place: Projection) -> nn.Module:
+    return place.module if isinstance(place, ExpertStack) else place
