@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from zoo import Trio, text_model
 
 from vlmgraft.alignment import align
 from vlmgraft.alignment.distance import Distance, judge, measure_distances
 from vlmgraft.checkpoint.index import open_checkpoint
 from vlmgraft.errors import AlignmentError
+from vlmgraft.lab import trio_path
 
 Trios = Callable[[str], Trio]
 
@@ -40,6 +44,8 @@ def test_rows_are_the_norms_and_the_cosine(
         expected = (w.norm(), tau.norm(), own.norm(), tau @ own / tau.norm() / own.norm())
         for got, value in zip((row.weight_norm, row.donor_norm, row.vlm_norm, row.cosine), expected, strict=True):
             assert got == pytest.approx(float(value), rel=1e-5)
+        assert row.unchanged == pytest.approx(float((d == b).double().mean()))
+        assert row.vlm_ratio == pytest.approx(float(own.norm() / w.norm()), rel=1e-5)
         assert row.layer == 1 and row.ratio == pytest.approx(float(tau.norm() / w.norm()), rel=1e-5)
 
 
@@ -53,6 +59,27 @@ def test_the_verdict_names_the_worst_row() -> None:
     safe = Distance(0, "attention", 10.0, 0.5, 0.5, 0.2)
     far = Distance(3, "mlp", 10.0, 5.0, 0.5, 0.2)
     opposed = Distance(None, "norm", 10.0, 0.5, 0.5, -0.4)
-    assert judge((safe,))[0]
-    verdict, why = judge((safe, far, opposed))
-    assert not verdict and "mlp of layer 3" in why and "norm: cosine -0.400" in why
+    assert judge((safe,)).level == "safe"
+    verdict = judge((safe, far, opposed))
+    assert verdict.level == "risky"
+    assert "mlp of layer 3" in verdict.reason and "norm: cosine -0.400" in verdict.reason
+
+
+@pytest.mark.parametrize(("donor", "vlm", "who"), [(14.1, 0.5, "the donor from its base"), (0.5, 14.1, "the VLM")])
+def test_models_without_a_common_base_are_hopeless(donor: float, vlm: float, who: str) -> None:
+    verdict = judge((Distance(0, "mlp", 10.0, donor, vlm, 0.0), Distance(1, "mlp", 10.0, donor, vlm, 0.0)))
+    assert verdict.level == "hopeless" and f"{who} by 1.41" in verdict.reason
+
+
+def test_unchanged_entries_are_counted(tmp_path: Path) -> None:
+    """A donor that was tuned in some rows only: the share of zeros is the share of the other rows."""
+    folders = {name: copytree(trio_path() / name, tmp_path / name) for name in ("vlm", "base", "donor")}
+    file = folders["donor"] / "model.safetensors"
+    tensors, base = load_file(file), load_file(folders["base"] / "model.safetensors")
+    name = "model.layers.2.mlp.up_proj.weight"
+    tensors[name] = base[name].clone()
+    tensors[name][:64] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    vlm, base_, donor = (open_checkpoint(folders[key]) for key in ("vlm", "base", "donor"))
+    rows = measure_distances(align(vlm, donor, base_, modules=["*.layers.2.mlp.up_proj.weight"]))
+    assert [row.unchanged for row in rows] == [1 - 64 / len(base[name])]

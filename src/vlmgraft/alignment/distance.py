@@ -5,6 +5,7 @@ own, and harmful where they differ much. Measured here, over all tensors that th
 
     donor_norm ‖τ‖, τ = W_donor − W_base        vlm_norm ‖τ_vlm‖, τ_vlm = W_vlm − W_vlm_base
     weight_norm ‖W_vlm‖                          cosine cos(τ_vlm, τ)
+    unchanged: share of the entries of τ that are exactly 0
 
 Without `vlm_base`, τ_vlm is taken from `donor_base`: exact when both models descend from one base, else it also holds
 the difference of the two bases. Norms are of all tensors of a row together; sums run in float64 over float32 chunks.
@@ -16,7 +17,8 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from statistics import median
+from typing import TYPE_CHECKING, Literal
 
 from vlmgraft.alignment.align import AlignedTensor, Alignment
 from vlmgraft.alignment.layouts import assemble
@@ -26,8 +28,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK = 1 << 18
-SMALL_RATIO, OPPOSED = 0.1, -0.1
-"""Our choice of where a table is called safe: ‖τ‖ ≤ 0.1 ‖W‖ and cosine ≥ −0.1 in every row; the paper has no number."""
+SMALL_RATIO, OPPOSED, STRANGERS = 0.1, -0.1, 0.7
+"""Our choice of what a table is called; the paper has no numbers. Safe: ‖τ‖ ≤ 0.1 ‖W‖ and cosine ≥ −0.1 in every row.
+Hopeless: ‖τ‖ or ‖τ_vlm‖ over 0.7 ‖W‖ in the median row, half of the √2 that two unrelated matrices of one norm are
+apart. Risky: between the two."""
+
+Level = Literal["safe", "risky", "hopeless"]
 
 
 @dataclass(frozen=True)
@@ -40,11 +46,25 @@ class Distance:
     donor_norm: float
     vlm_norm: float
     cosine: float
+    unchanged: float = 0.0
 
     @property
     def ratio(self) -> float:
         """‖τ‖ / ‖W_vlm‖."""
         return self.donor_norm / self.weight_norm if self.weight_norm else math.inf
+
+    @property
+    def vlm_ratio(self) -> float:
+        """‖τ_vlm‖ / ‖W_vlm‖."""
+        return self.vlm_norm / self.weight_norm if self.weight_norm else math.inf
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether merging looks safe, and why, in words."""
+
+    level: Level
+    reason: str
 
 
 def measure_distances(
@@ -61,7 +81,7 @@ def measure_distances(
     with ExitStack() as stack:
         read = _Readers(alignment, stack)
         for number, tensor in enumerate(alignment.merged):
-            row = sums.setdefault((tensor.layer, tensor.group), [0.0, 0.0, 0.0, 0.0])
+            row = sums.setdefault((tensor.layer, tensor.group), [0.0] * 6)
             for chunk in read.chunks(tensor):
                 row[:] = [total + float(part) for total, part in zip(row, _products(*chunk), strict=True)]
             if progress is not None:
@@ -69,33 +89,47 @@ def measure_distances(
     return tuple(_row(layer, group, *values) for (layer, group), values in sums.items())
 
 
-def judge(rows: tuple[Distance, ...]) -> tuple[bool, str]:
-    """Whether merging looks safe by DRIFT's diagnostic, and why, in words."""
+def judge(rows: tuple[Distance, ...]) -> Verdict:
+    """Whether merging looks safe by DRIFT's diagnostic: it found merging harmless for LLaVA-NeXT and Idefics, whose
+    donors moved little and not against the VLM, and harmful for Qwen, where they differ much."""
     moved = max(rows, key=lambda row: row.ratio)
     opposed = min(rows, key=lambda row: row.cosine)
+    far = {"donor from its base": median(row.ratio for row in rows), "VLM": median(row.vlm_ratio for row in rows)}
+    strangers = [f"the {who} by {value:.2f} of ‖W‖" for who, value in far.items() if value > STRANGERS]
+    if strangers:
+        return Verdict(
+            "hopeless",
+            f"in the median row {' and '.join(strangers)} moved; unrelated weights are 1.41 apart, so there is no "
+            "common base to add a task vector to: look for the donor's true base, or for another donor",
+        )
     reasons = []
     if moved.ratio > SMALL_RATIO:
         reasons.append(f"the donor moved far from its base ({_where(moved)}: ‖τ‖ is {moved.ratio:.3f} of ‖W‖)")
     if opposed.cosine < OPPOSED:
         reasons.append(f"donor and VLM were tuned against each other ({_where(opposed)}: cosine {opposed.cosine:.3f})")
     if reasons:
-        return False, "; ".join(reasons) + ": use a small scale, or a method that measures the drift"
-    return True, f"‖τ‖ ≤ {moved.ratio:.3f} ‖W‖ and cosine ≥ {opposed.cosine:.3f} everywhere"
+        return Verdict("risky", "; ".join(reasons) + ": use a small scale, or a method that measures the drift")
+    return Verdict("safe", f"‖τ‖ ≤ {moved.ratio:.3f} ‖W‖ and cosine ≥ {opposed.cosine:.3f} everywhere")
 
 
 def _where(row: Distance) -> str:
     return f"{row.group} of layer {row.layer}" if row.layer is not None else row.group
 
 
-def _row(layer: int | None, group: str, weight: float, donor: float, vlm: float, dot: float) -> Distance:
+def _row(
+    layer: int | None, group: str, weight: float, donor: float, vlm: float, dot: float, zeros: float, entries: float
+) -> Distance:
     norms = math.sqrt(donor) * math.sqrt(vlm)
-    return Distance(layer, group, math.sqrt(weight), math.sqrt(donor), math.sqrt(vlm), dot / norms if norms else 0.0)
+    cosine = dot / norms if norms else 0.0
+    share = zeros / entries if entries else 0.0
+    return Distance(layer, group, math.sqrt(weight), math.sqrt(donor), math.sqrt(vlm), cosine, share)
 
 
 def _products(vlm: Tensor, donor: Tensor, base: Tensor, vlm_base: Tensor) -> tuple[Tensor, ...]:
-    """‖W‖², ‖τ‖², ‖τ_vlm‖² and ⟨τ_vlm, τ⟩ of one chunk, float32 differences summed in float64."""
+    """‖W‖², ‖τ‖², ‖τ_vlm‖², ⟨τ_vlm, τ⟩, zeros of τ and entries of one chunk; float32 differences, float64 sums."""
     weight, tau, own = vlm.double(), (donor - base).double(), (vlm - vlm_base).double()
-    return weight.dot(weight), tau.dot(tau), own.dot(own), own.dot(tau)
+    entries = tau.new_tensor(tau.numel())
+    return weight.dot(weight), tau.dot(tau), own.dot(own), own.dot(tau), entries - tau.count_nonzero(), entries
 
 
 class _Readers:

@@ -1,0 +1,102 @@
+"""What a method makes of an alignment's tensors, in memory: no checkpoint is written, no model is loaded again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from vlmgraft.alignment import Alignment
+from vlmgraft.checkpoint.reader import Reader
+from vlmgraft.merging.passes import MergedPasses
+from vlmgraft.merging.pieces import Inputs, Lane
+from vlmgraft.merging.plan import check_needs
+from vlmgraft.methods.base import TensorContext, check_numbers, number_for
+from vlmgraft.methods.frism import fold
+from vlmgraft.methods.spectral import RULE_RANKS, Spectral
+from vlmgraft.spectral import rules
+from vlmgraft.spectral.factors import Factors
+
+
+class Rebuilder:
+    """Context manager: merged tensors of one alignment, for one method after the other.
+
+    factors: of the donor's task vector by VLM tensor name; where given, a `spectral` method is rebuilt from them in
+    place of a decomposition of its own.
+    """
+
+    def __init__(self, alignment: Alignment, factors: Mapping[str, Factors] | None = None) -> None:
+        self.alignment, self.factors = alignment, factors
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Rebuilder:
+        keys = ("vlm", "donor", "donor_base", "vlm_base")
+        opened = {key: one for key in keys if (one := getattr(self.alignment, key)) is not None}
+        readers = {key: self._stack.enter_context(Reader(one)) for key, one in opened.items()}
+        self._inputs = Inputs(self.alignment, readers)
+        self._inputs.lanes.put(Lane(opened))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def weights(self, method: Any) -> dict[str, Tensor]:
+        """Role → merged tensor, float32 and in its shape; tensors that the method leaves as they are are left out.
+
+        Raises:
+            RecipeError, AlignmentError: the method does not fit. WeightsError: an input is not finite.
+        """
+        check_numbers(method, self.alignment)
+        check_needs(self.alignment, method)
+        if isinstance(method, Spectral) and self.factors is not None:
+            return dict(self._from_factors(method, self.factors))
+        with ThreadPoolExecutor(1) as pool:
+            if hasattr(method, "prepare"):
+                method = method.prepare(MergedPasses(self._inputs, pool, 1))
+        return dict(self._combined(method))
+
+    def _combined(self, method: Any) -> Iterator[tuple[str, Tensor]]:
+        for tensor in self.alignment.merged:
+            _, pieces = self._inputs.whole(tensor)
+            self._inputs.check(tensor, pieces)
+            shape = pieces["vlm"].shape
+            if method.granularity == "element":
+                pieces = {key: piece.reshape(-1) for key, piece in pieces.items()}
+            merged = method.combine(pieces, self._inputs.context(tensor))
+            if merged is not pieces["vlm"]:
+                yield str(tensor.role), merged.reshape(shape)
+
+    def _from_factors(self, method: Spectral, factors: Mapping[str, Factors]) -> Iterator[tuple[str, Tensor]]:
+        for tensor in self.alignment.merged:
+            context = self._inputs.context(tensor)
+            scale = number_for(method.scale, context, "scale")
+            if scale != 0:
+                yield (
+                    str(tensor.role),
+                    self.folded(context, factors[tensor.name], scale * spectrum(method, factors[tensor.name])),
+                )
+
+    def folded(self, context: TensorContext, factors: Factors, spectrum: Float[Tensor, " r"]) -> Tensor:
+        """W_vlm + U diag(spectrum) Vh in float32."""
+        return fold(self._inputs.readers["vlm"].tensor(context.name), factors, spectrum)
+
+    def with_spectra(self, spectra: Mapping[str, Float[Tensor, " r"]]) -> dict[str, Tensor]:
+        """Role → W_vlm + U diag(spectrum) Vh, with one spectrum per VLM tensor name, such as gates give."""
+        factors = self.factors or {}
+        merged = [tensor for tensor in self.alignment.merged if tensor.name in spectra]
+        contexts = {str(tensor.role): self._inputs.context(tensor) for tensor in merged}
+        return {role: self.folded(one, factors[one.name], spectra[one.name]) for role, one in contexts.items()}
+
+
+def spectrum(method: Spectral, factors: Factors) -> Float[Tensor, " r"]:
+    """f(s) of a spectral rule on factors of full rank: zeros where a direction is left out."""
+    rank: Any = RULE_RANKS.get(method.rule, "full") if method.rank is None else method.rank
+    if method.rule == "truncate":
+        return rules.truncate(factors.s, rank)
+    if method.rule == "rank_one":
+        return rules.rank_one(factors.s, rank, energy=factors.energy)
+    return rules.star(factors.s, method.eta) if method.rule == "star" else rules.iso(factors.s)

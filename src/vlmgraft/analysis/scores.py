@@ -1,0 +1,62 @@
+"""What an analysis asks of a model: right or wrong per question, by task, summed up as reasoning and perception.
+
+An analysis does not know where questions come from. It is given an `Exam`: something that takes a model in memory and
+gives back right or wrong per item, and that says which of its tasks count as reasoning and which as perception.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from vlmgraft.evaluation.intervals import Estimate, bootstrap
+
+Right = Mapping[str, Sequence[bool]]
+"""Task → right or wrong per item, always in the same order of items."""
+
+
+class Exam(Protocol):
+    """Questions that a model in memory can be asked, the same ones every time."""
+
+    reasoning: Sequence[str]
+    perception: Sequence[str]
+
+    @property
+    def label(self) -> str:
+        """What was asked, such that equal labels mean equal questions; a log is resumed by it."""
+
+    def __call__(self, model: Any) -> Right:
+        """Right or wrong of the model as it is now."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A model's results: accuracies in [0, 1] with 95 % intervals, and the items behind them as texts of 0 and 1."""
+
+    reasoning: Estimate
+    perception: Estimate
+    tasks: dict[str, float]
+    right: dict[str, str]
+
+
+def summarise(right: Right, exam: Exam) -> Scores:
+    """The accuracies of one run of an exam; tasks count alike, whatever their number of items."""
+    marks = {task: np.asarray(values, dtype=float) for task, values in right.items()}
+    return Scores(
+        bootstrap([marks[task] for task in exam.reasoning]),
+        bootstrap([marks[task] for task in exam.perception]),
+        {task: float(values.mean()) for task, values in marks.items()},
+        {task: "".join("1" if one else "0" for one in values) for task, values in right.items()},
+    )
+
+
+def change(before: Mapping[str, str], after: Mapping[str, str], tasks: Sequence[str]) -> Estimate:
+    """Accuracy after minus before, paired by item, with its 95 % interval. Both are `right` of a row."""
+    return bootstrap([_marks(after[task]) - _marks(before[task]) for task in tasks])
+
+
+def _marks(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(), dtype=np.uint8).astype(float) - ord("0")

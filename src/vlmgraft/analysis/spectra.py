@@ -1,0 +1,98 @@
+"""Spectra of the donor's task vector: how many directions it really has, and how much the first ones hold.
+
+Per matrix, with s the singular values of τ:
+
+    first[k]        Σ_{i≤k} s² / Σ s²                share of the energy in the first k directions
+    effective_rank  (Σ s²)² / Σ s⁴                   participation ratio: k for k equal singular values
+    stable_rank     Σ s² / s₁²
+
+Small matrices are decomposed in full. Of large ones the first directions come from block Krylov iteration, Σ s² from the
+entries, and the rest of Σ s⁴ from random probes: E‖RᵀR z‖² = ‖RᵀR‖_F² for the residual R and Gaussian z (Hutchinson),
+with the large values taken out first, as in Hutch++ (arXiv 2010.09649). A row says which way it went by `exact`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vlmgraft.alignment import Alignment
+from vlmgraft.spectral.delta import TaskVectors
+from vlmgraft.spectral.svd import decompose_matrix
+
+FIRST = (1, 8, 64)
+SMALL = 1024
+"""Short sides up to this are decomposed in full: a second or two each."""
+DIRECTIONS = 64
+PROBES = 16
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """One matrix. shown: at most 64 singular values, spread evenly over those known, from the largest on, with their
+    index; first: share of energy by number of directions. norm: ‖τ‖."""
+
+    name: str
+    layer: int | None
+    group: str
+    shape: tuple[int, int]
+    norm: float
+    effective_rank: float
+    stable_rank: float
+    first: dict[int, float]
+    shown: tuple[tuple[int, float], ...]
+    exact: bool
+
+
+def measure_spectra(
+    alignment: Alignment, progress: Callable[[int, int, str], None] | None = None
+) -> Iterator[Spectrum]:
+    """One spectrum per merged matrix, one matrix in memory at a time; stacks and vectors are left out.
+
+    Raises:
+        AlignmentError: no donor_base. NumericalError: a tensor is not finite.
+    """
+    from dataclasses import replace
+
+    matrices = tuple(one for one in alignment.merged if len(alignment.vlm.tensors[one.name].shape) == 2)
+    kept = {one.name for one in matrices}
+    tensors = tuple(
+        one if one.verdict != "merged" or one.name in kept else replace(one, verdict="excluded")
+        for one in alignment.tensors
+    )
+    with TaskVectors(replace(alignment, tensors=tensors)) as taus:
+        for done, one in enumerate(matrices):
+            if progress is not None:
+                progress(done, len(matrices), one.name)
+            yield spectrum_of(taus.load(one.name), one.name, one.layer, one.group)
+
+
+def spectrum_of(
+    tau: Float[Tensor, "out in"], name: str, layer: int | None = None, group: str = "other", small: int = SMALL
+) -> Spectrum:
+    """The spectrum of one matrix; `small` is the short side up to which it is decomposed in full."""
+    exact = min(tau.shape) <= small
+    svd = decompose_matrix(tau, "full" if exact else min(DIRECTIONS, min(tau.shape)), name=name)
+    s, energy = svd.s.double(), svd.energy
+    shape = (tau.shape[0], tau.shape[1])
+    if energy == 0:
+        return Spectrum(name, layer, group, shape, 0.0, 0.0, 0.0, dict.fromkeys(FIRST, 0.0), (), exact)
+    fourth = float(s.pow(4).sum())
+    if not exact:
+        fourth += _fourth_of_rest(tau.float() - (svd.U * svd.s) @ svd.Vh)
+    first = {k: min(1.0, float(s[:k].square().sum()) / energy) for k in FIRST}
+    picked = torch.linspace(0, len(s) - 1, min(DIRECTIONS, len(s))).round().long().unique().tolist()
+    shown = tuple((index, float(s[index])) for index in picked)
+    stable = energy / float(s[0].square())
+    return Spectrum(name, layer, group, shape, energy**0.5, energy**2 / fourth, stable, first, shown, exact)
+
+
+def _fourth_of_rest(rest: Float[Tensor, "out in"]) -> float:
+    """Σ s⁴ of a matrix from random probes, the same for the same shape."""
+    generator = torch.Generator().manual_seed(0)
+    probes = torch.randn(rest.shape[1], PROBES, generator=generator).to(rest)
+    return float((rest.mT @ (rest @ probes)).double().square().sum()) / PROBES

@@ -1,0 +1,79 @@
+"""Other weights in a model in memory, inside a context: the parameters by role, and swapping their data.
+
+A role is a tensor's name inside the text model under Llama's names, such as "layers.3.self_attn.q_proj.weight": the end
+of its name on disk and of its parameter's name, in every family whose tensors are modules of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from vlmgraft.alignment.view import text_view
+from vlmgraft.checkpoint.index import Checkpoint
+from vlmgraft.checkpoint.reader import Reader
+from vlmgraft.errors import AlignmentError
+from vlmgraft.hf.models import text_model
+
+
+def text_parameters(model: Any) -> dict[str, nn.Parameter]:
+    """Role → parameter of the text model; a tied head is the embeddings and is not listed."""
+    text = text_model(model)
+    found = dict(text.named_parameters())
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not text.embed_tokens.weight:
+        found["lm_head.weight"] = head.weight
+    return found
+
+
+def parameter_for(parameters: Mapping[str, nn.Parameter], role: str, shape: tuple[int, ...]) -> nn.Parameter:
+    """The parameter of a role; raises AlignmentError when there is none of that shape."""
+    parameter = parameters.get(role)
+    if parameter is None or tuple(parameter.shape) != tuple(shape):
+        held = "has none" if parameter is None else f"holds it as {tuple(parameter.shape)}"
+        raise AlignmentError(
+            f"{role}: stored as {tuple(shape)}, and the loaded model {held}; its weights cannot be exchanged in memory"
+        )
+    return parameter
+
+
+@contextmanager
+def swapped(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """The model with `weights` (role → tensor) in the place of its own, in its dtype, inside the context.
+
+    On exit the parameters have the very memory they had before, also after an exception.
+    """
+    before = {role: parameter_for(parameters, role, tuple(weights[role].shape)).data for role in weights}
+    try:
+        for role, old in before.items():
+            parameters[role].data = weights[role].detach().to(old.device, old.dtype)
+        yield
+    finally:
+        for role, old in before.items():
+            parameters[role].data = old
+
+
+class StoredWeights(Mapping[str, Tensor]):
+    """Role → tensor of a checkpoint's text model, read from disk when asked for; close it, or use it in `with`."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.names = {held.role: name for name, held in text_view(checkpoint).held.items()}
+        self._reader = Reader(checkpoint)
+
+    def __getitem__(self, role: str) -> Tensor:
+        return self._reader.tensor(self.names[role])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __enter__(self) -> StoredWeights:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._reader.__exit__(None, None, None)
