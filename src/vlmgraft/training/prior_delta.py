@@ -5,7 +5,7 @@ One tensor of each checkpoint is in memory at a time; what stays is Δ itself, i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,13 +36,18 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Delta:
-    """Δ of one tensor, on the CPU. name: the VLM's, on disk. role: inside the text model. norm: ‖Δ‖ as stored."""
+    """Δ of one tensor, on the CPU. name: the VLM's, on disk. role: inside the text model.
+
+    norm: ‖Δ‖ as stored. start: ⟨W_vlm, Δ⟩, from which the way to the donor is measured. size: ‖W_vlm‖.
+    """
 
     name: str
     role: str
     group: str
     value: Tensor
     norm: float
+    start: float
+    size: float
 
 
 @dataclass(frozen=True)
@@ -76,9 +81,13 @@ def make_prior(
     if minus == "base" and alignment.donor_base is None:
         raise AlignmentError("donor_base: missing; with delta: base the prior is the donor minus its base")
     with ExitStack() as stack:
-        keys = ("vlm", "donor", "donor_base") if minus == "base" else ("vlm", "donor")
+        keys = ("donor", "donor_base") if minus == "base" else ("donor",)
         readers = {key: stack.enter_context(Reader(getattr(alignment, key))) for key in keys}
-        return _collect(alignment, lambda tensor: _difference(alignment, tensor, readers, minus), rule, store, dtype)
+
+        def load(tensor: AlignedTensor, own: Tensor) -> Tensor:
+            return _difference(alignment, tensor, own, readers, minus)
+
+        return _collect(alignment, load, rule, store, dtype)
 
 
 def filtered_prior(
@@ -101,7 +110,7 @@ def filtered_prior(
         raise CheckpointError(f"gates: made from factors {gates.factors}, these are {digest}; decompose again")
     logits = gates.logits
 
-    def load(tensor: AlignedTensor) -> Tensor | None:
+    def load(tensor: AlignedTensor, _: Tensor) -> Tensor | None:
         if tensor.name not in logits or tensor.name not in factors:
             return None
         factor = factors[tensor.name]
@@ -112,26 +121,30 @@ def filtered_prior(
 
 def _collect(
     alignment: Alignment,
-    load: Callable[[AlignedTensor], Tensor | None],
+    load: Callable[[AlignedTensor, Tensor], Tensor | None],
     rule: PushRule | None,
     store: Store,
     dtype: torch.dtype,
 ) -> Prior:
-    """Every Δ with its norm, and every tensor's verdict."""
+    """Every Δ with its norm, and every tensor's verdict. load: Δ from the tensor and the VLM's own values."""
     deltas: dict[str, Delta] = {}
     verdicts = []
-    for tensor, value in _values(alignment, load):
-        verdict = Verdict(tensor.name, "excluded" if tensor.verdict == "excluded" else "kept", tensor.reason)
-        if tensor.verdict == "merged":
-            verdict = Verdict(tensor.name, "kept", "it has no gates: only gated matrices are pushed")
-        if value is not None:
-            stored = value.to(dtype)
-            norm = float(torch.linalg.vector_norm(stored, dtype=torch.float64))
-            verdict = Verdict(tensor.name, "zero", "the donor's tensor is the same: Δ is zero")
-            if norm > 0:
-                verdict = Verdict(tensor.name, "pushed", tensor.reason)
-                deltas[tensor.name] = Delta(tensor.name, tensor.role or tensor.name, tensor.group, stored, norm)
-        verdicts.append(verdict)
+    with Reader(alignment.vlm) as vlm:
+        for tensor in alignment.tensors:
+            if tensor.verdict != "merged":
+                verdicts.append(Verdict(tensor.name, tensor.verdict, tensor.reason))
+                continue
+            own = vlm.tensor(tensor.name)
+            value = load(tensor, own)
+            if value is None:
+                verdicts.append(Verdict(tensor.name, "kept", "it has no gates: only gated matrices are pushed"))
+                continue
+            delta = _measured(tensor, value.to(dtype), own.float())
+            if delta.norm > 0:
+                deltas[tensor.name] = delta
+                verdicts.append(Verdict(tensor.name, "pushed", tensor.reason))
+            else:
+                verdicts.append(Verdict(tensor.name, "zero", "the donor's tensor is the same: Δ is zero"))
     if not deltas:
         raise AlignmentError(
             f"{alignment.donor.path}: Δ is zero for every selected tensor, or none has gates: nothing to push towards; "
@@ -140,16 +153,17 @@ def _collect(
     return Prior(rule or PushRule(), deltas, tuple(verdicts), store)
 
 
-def _values(
-    alignment: Alignment, load: Callable[[AlignedTensor], Tensor | None]
-) -> Iterator[tuple[AlignedTensor, Tensor | None]]:
-    for tensor in alignment.tensors:
-        yield tensor, load(tensor) if tensor.verdict == "merged" else None
+def _measured(tensor: AlignedTensor, value: Tensor, own: Tensor) -> Delta:
+    norm = float(torch.linalg.vector_norm(value, dtype=torch.float64))
+    start = float((own * value.float()).sum(dtype=torch.float64))
+    size = float(torch.linalg.vector_norm(own, dtype=torch.float64))
+    return Delta(tensor.name, tensor.role or tensor.name, tensor.group, value, norm, start, size)
 
 
-def _difference(alignment: Alignment, tensor: AlignedTensor, readers: Mapping[str, Reader], minus: Minus) -> Tensor:
+def _difference(
+    alignment: Alignment, tensor: AlignedTensor, own: Tensor, readers: Mapping[str, Reader], minus: Minus
+) -> Tensor:
     """W_donor − W_vlm or W_donor − W_base in float32, in the VLM's shape."""
-    own = readers["vlm"].tensor(tensor.name)
     sides: list[Tensor] = []
     for key in ("donor", "vlm" if minus == "vlm" else "donor_base"):
         source: Any = getattr(tensor, key, None)
