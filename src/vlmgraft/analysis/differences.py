@@ -87,7 +87,7 @@ def _of_headers(alignment: Alignment, other: Checkpoint, key: str) -> Iterator[D
         counts = [sum(role.endswith(ending) and "layers." in role for role in names) for names in (ours, theirs.parts)]
         if counts[0] != counts[1]:
             meaning = f"{kind} in the layers that only one side has stay as the VLM has them"
-            yield Difference(kind, key, *counts, "note", meaning)
+            yield Difference(kind, key, counts[0], counts[1], "note", meaning)
     rows = _rows(alignment), _embedding_rows(theirs, other)
     if None not in rows and rows[0] != rows[1]:
         yield Difference("embedding rows", key, *rows, "note", "only the shared rows could be merged")

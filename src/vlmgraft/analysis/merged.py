@@ -15,7 +15,7 @@ from vlmgraft.checkpoint.reader import Reader
 from vlmgraft.merging.passes import MergedPasses
 from vlmgraft.merging.pieces import Inputs, Lane
 from vlmgraft.merging.plan import check_needs
-from vlmgraft.methods.base import TensorContext, check_numbers, number_for
+from vlmgraft.methods.base import check_numbers, number_for
 from vlmgraft.methods.frism import fold
 from vlmgraft.methods.spectral import RULE_RANKS, Spectral
 from vlmgraft.spectral import rules
@@ -72,24 +72,23 @@ class Rebuilder:
 
     def _from_factors(self, method: Spectral, factors: Mapping[str, Factors]) -> Iterator[tuple[str, Tensor]]:
         for tensor in self.alignment.merged:
-            context = self._inputs.context(tensor)
-            scale = number_for(method.scale, context, "scale")
+            scale, own = number_for(method.scale, self._inputs.context(tensor), "scale"), factors[tensor.name]
             if scale != 0:
-                yield (
-                    str(tensor.role),
-                    self.folded(context, factors[tensor.name], scale * spectrum(method, factors[tensor.name])),
-                )
+                yield str(tensor.role), self._folded(own, scale * spectrum(method, own))
 
-    def folded(self, context: TensorContext, factors: Factors, spectrum: Float[Tensor, " r"]) -> Tensor:
-        """W_vlm + U diag(spectrum) Vh in float32."""
-        return fold(self._inputs.readers["vlm"].tensor(context.name), factors, spectrum)
+    def with_spectra(
+        self, spectra: Mapping[str, Float[Tensor, " r"]], factors: Mapping[str, Factors] | None = None
+    ) -> dict[str, Tensor]:
+        """Role → W_vlm + U diag(spectrum) Vh in float32, with one spectrum per VLM tensor name, such as gates give.
 
-    def with_spectra(self, spectra: Mapping[str, Float[Tensor, " r"]]) -> dict[str, Tensor]:
-        """Role → W_vlm + U diag(spectrum) Vh, with one spectrum per VLM tensor name, such as gates give."""
-        factors = self.factors or {}
+        factors: those that the spectra belong to, if they are not this object's.
+        """
+        own = factors or self.factors or {}
         merged = [tensor for tensor in self.alignment.merged if tensor.name in spectra]
-        contexts = {str(tensor.role): self._inputs.context(tensor) for tensor in merged}
-        return {role: self.folded(one, factors[one.name], spectra[one.name]) for role, one in contexts.items()}
+        return {str(one.role): self._folded(own[one.name], spectra[one.name]) for one in merged}
+
+    def _folded(self, factors: Factors, spectrum: Float[Tensor, " r"]) -> Tensor:
+        return fold(self._inputs.readers["vlm"].tensor(factors.name), factors, spectrum)
 
 
 def spectrum(method: Spectral, factors: Factors) -> Float[Tensor, " r"]:

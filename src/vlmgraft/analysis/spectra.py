@@ -6,15 +6,15 @@ Per matrix, with s the singular values of τ:
     effective_rank  (Σ s²)² / Σ s⁴                   participation ratio: k for k equal singular values
     stable_rank     Σ s² / s₁²
 
-Small matrices are decomposed in full. Of large ones the first directions come from block Krylov iteration, Σ s² from the
-entries, and the rest of Σ s⁴ from random probes: E‖RᵀR z‖² = ‖RᵀR‖_F² for the residual R and Gaussian z (Hutchinson),
-with the large values taken out first, as in Hutch++ (arXiv 2010.09649). A row says which way it went by `exact`.
+Small matrices are decomposed in full. Of large ones the first directions come from block Krylov iteration, Σ s² from
+the entries, and the rest of Σ s⁴ from random probes: E‖RᵀR z‖² = ‖RᵀR‖_F² for the residual R and Gaussian z
+(Hutchinson), with the large values taken out first, as in Hutch++ (arXiv 2010.09649). `exact` says which way it went.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -56,8 +56,6 @@ def measure_spectra(
     Raises:
         AlignmentError: no donor_base. NumericalError: a tensor is not finite.
     """
-    from dataclasses import replace
-
     matrices = tuple(one for one in alignment.merged if len(alignment.vlm.tensors[one.name].shape) == 2)
     kept = {one.name for one in matrices}
     tensors = tuple(

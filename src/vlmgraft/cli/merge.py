@@ -1,4 +1,4 @@
-"""`inspect`, `merge`, `decompose`, `gates`, `export`: from recipes to merged folders."""
+"""`merge`, `decompose`, `gates`, `export`: from recipes to merged folders."""
 
 from __future__ import annotations
 
@@ -10,26 +10,6 @@ from typing import Annotated, Any
 import typer
 
 from vlmgraft.cli.app import AsJson, Out, Quiet, RecipeArgument, Set, app, progress_bar
-
-
-@app.command()
-def inspect(
-    recipe: Annotated[Path | None, typer.Argument(help="recipe in YAML")] = None,
-    vlm: Annotated[str | None, typer.Option(help="folder or hub id")] = None,
-    donor: Annotated[str | None, typer.Option(help="folder or hub id")] = None,
-    donor_base: Annotated[str | None, typer.Option(help="folder or hub id")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """What pairs with what, from headers alone."""
-    from vlmgraft import pipeline
-    from vlmgraft.errors import RecipeError
-    from vlmgraft.recipe import load_recipe
-
-    if recipe is None and not (vlm and donor):
-        raise RecipeError("inspect: give a recipe, or --vlm and --donor (and --donor-base)")
-    given = {"vlm": vlm, "donor": donor, "donor_base": donor_base}
-    source = recipe or {key: value for key, value in given.items() if value}
-    _show_plan(pipeline.inspect(load_recipe(source, need_method=False)), as_json)
 
 
 @app.command()
@@ -58,7 +38,7 @@ def merge(
     for note in loaded.notes:
         typer.echo(note, err=True)
     if dry_run:
-        _show_plan(pipeline.plan(loaded, pipeline.pair(loaded, headers_only=True)), as_json)
+        show_plan(pipeline.plan(loaded, pipeline.pair(loaded, headers_only=True)), as_json)
         return
     if out is None:
         raise RecipeError("merge: --out is missing; name the folder to write")
@@ -127,7 +107,7 @@ def export(
     typer.echo(json.dumps(made, default=str))
 
 
-def _show_plan(plan: Any, as_json: bool) -> None:
+def show_plan(plan: Any, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(plan)))
         return
