@@ -1,27 +1,50 @@
-"""From a recipe to gates: questions read, models loaded, gates learned and kept in a folder."""
+"""From a recipe to gates: questions read, models loaded, gates learned and kept in a folder.
+
+Under `torchrun` or `accelerate launch` every process runs the same calls: the teacher's batches are shared out, weights
+and factors are sharded, and the first process writes the gates.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from vlmgraft.alignment import Alignment
 from vlmgraft.checkpoint.reader import Reader
 from vlmgraft.errors import RecipeError, WeightsError
-from vlmgraft.hf.data import Question, load_questions
+from vlmgraft.hf.data import Question, check_lengths, load_questions
 from vlmgraft.hf.models import load_processor, load_text_model, load_vlm
 from vlmgraft.methods.curvature import Curvature
 from vlmgraft.methods.frism import Frism
 from vlmgraft.recipe import Recipe
+from vlmgraft.spectral.delta import checkpoint_digest
+from vlmgraft.spectral.donors import JoinedStore
 from vlmgraft.spectral.factors import FactorStore
 from vlmgraft.spectral.gates import Gates, load_gates
+from vlmgraft.training.cache import questions_digest
 from vlmgraft.training.curvature import curvature_gates, estimate_curvature
 from vlmgraft.training.distill import Distiller
+from vlmgraft.training.processes import barrier, local_device, process, process_group
+from vlmgraft.training.targets import join_targets
 
 Progress = Callable[[int, int, str], None]
+Store = FactorStore | JoinedStore
+SETTINGS = (
+    "inject",
+    "inject_weight",
+    "kl_budget",
+    "granularity",
+    "steps",
+    "learning_rate",
+    "batches_per_step",
+    "seed",
+    "gradient_checkpointing",
+)
 
 
 def gated_method(recipe: Recipe) -> Frism | Curvature:
@@ -31,68 +54,132 @@ def gated_method(recipe: Recipe) -> Frism | Curvature:
     return recipe.method
 
 
-def read_questions(recipe: Recipe) -> tuple[list[Question], list[Question], list[Question]]:
-    """Calibration, held-out and text questions of a recipe; raises DataError naming file and line."""
+def read_questions(recipe: Recipe) -> tuple[list[Question], list[Question], list[list[Question]]]:
+    """Calibration and held-out questions of a recipe, and the text questions of every donor (one empty list without
+    donor matching); raises DataError naming file and line, RecipeError when there are too few files."""
     method = gated_method(recipe)
     calibration = method.calibration
     asked = load_questions(calibration.data, need_images=True, limit=calibration.samples + calibration.held_out)
-    text = load_questions(method.questions) if isinstance(method, Frism) and method.questions else []
+    text: list[list[Question]] = [[]]
+    if isinstance(method, Frism) and method.questions:
+        files = [method.questions] if isinstance(method.questions, str) else list(method.questions)
+        donors = 1 + len(recipe.more_donors)
+        if len(files) not in (1, donors):
+            raise RecipeError(f"method.questions: {len(files)} files for {donors} donors; give one, or one per donor")
+        text = [load_questions(file) for file in (files * donors if len(files) == 1 else files)]
     return asked[: calibration.samples], asked[calibration.samples :], text
 
 
-def check_inputs(recipe: Recipe, alignment: Alignment) -> None:
-    """Before hours of work: the question files can be read, and no weight that takes part is NaN or infinite."""
-    read_questions(recipe)
-    for key in ("vlm", "donor", "donor_base"):
-        checkpoint = getattr(alignment, key)
-        with Reader(checkpoint) as reader:
-            for tensor in alignment.merged:
-                for name in (tensor.name,) if key == "vlm" else getattr(tensor, key).names:
-                    if not torch.isfinite(reader.tensor(name)).all():
-                        raise WeightsError(f"{name} in {checkpoint.tensors[name].file} ({key}): holds NaN or infinity")
+def check_inputs(recipe: Recipe, alignments: Sequence[Alignment]) -> None:
+    """Before hours of work: questions and images can be read and fit in the models' contexts, and no weight that takes
+    part is NaN or infinite. Raises DataError, RecipeError, WeightsError."""
+    check_questions(recipe, alignments)
+    for number, alignment in enumerate(alignments):
+        for key in ("vlm", "donor", "donor_base") if number == 0 else ("donor", "donor_base"):
+            checkpoint = getattr(alignment, key)
+            with Reader(checkpoint) as reader:
+                for tensor in alignment.merged:
+                    for name in (tensor.name,) if key == "vlm" else getattr(tensor, key).names:
+                        if not torch.isfinite(reader.tensor(name)).all():
+                            file = checkpoint.tensors[name].file
+                            raise WeightsError(f"{name} in {file} ({key}): holds NaN or infinity")
 
 
-def gates_for(recipe: Recipe, alignment: Alignment, store: FactorStore, out: Path, progress: Progress | None) -> Gates:
-    """What `out` holds for this recipe and these factors, or gates learned now and saved there.
+def check_questions(recipe: Recipe, alignments: Sequence[Alignment]) -> None:
+    """The part of `check_inputs` that is about questions, and what the method cannot do with these models."""
+    method = gated_method(recipe)
+    vlm = alignments[0].vlm
+    stacks = [tensor.name for tensor in alignments[0].merged if len(vlm.tensors[tensor.name].shape) == 3]
+    if stacks and isinstance(method, Curvature):
+        raise RecipeError(f"{stacks[0]}: curvature does not see into fused experts; use frism, or leave mlp out")
+    learned, held_out, text = read_questions(recipe)
+    longest = method.calibration.max_new_tokens
+    config, processor = AutoConfig.from_pretrained(vlm.path), load_processor(vlm.path)
+    check_lengths(config, processor, [*learned, *held_out], longest)
+    for alignment, asked in zip(alignments, text, strict=False):
+        if asked:
+            check_lengths(config, processor, asked, longest)
+            path = alignment.donor.path
+            check_lengths(AutoConfig.from_pretrained(path), load_processor(path), asked, longest)
 
-    A training that is interrupted goes on from the state file beside `out`.
+
+def gates_for(
+    recipe: Recipe, alignments: Sequence[Alignment], store: Store, out: Path, progress: Progress | None
+) -> Gates:
+    """What `out` holds for this recipe, these questions and factors, or gates learned now and saved there.
+
+    Beside `out`, `out.teacher` keeps the teacher's answers and log-probabilities, a batch at a time, and `out.state`
+    the training, every few steps: what was interrupted goes on from them. alignments: one per donor.
     """
-    wanted = {"recipe": asdict(gated_method(recipe)), "vlm": recipe.vlm, "donor": recipe.donor}
-    if (out / "gates.json").is_file():
-        found = load_gates(out)
-        if found.factors == store.digest and found.settings.get("from") == wanted:
-            return found
-    state = out.with_name(out.name + ".state")
-    learned = _learn(recipe, alignment, store, state, progress)
-    gates = replace(learned, settings={**learned.settings, "from": wanted}, factors=store.digest)
-    gates.save(out)
-    state.unlink(missing_ok=True)
+    with process_group():
+        rank = process()[0]
+        wanted = _wanted(recipe, alignments)
+        if (out / "gates.json").is_file():
+            found = load_gates(out)
+            if found.factors == store.digest and found.settings.get("from") == wanted:
+                return found
+        barrier()
+        state = out.with_name(out.name + ".state")
+        learned = _learn(recipe, alignments, store, out, progress if rank == 0 else None)
+        gates = replace(learned, settings={**learned.settings, "from": wanted}, factors=store.digest)
+        if rank == 0:
+            gates.save(out)
+            for file in (state, state.with_name(f".{state.name}.tmp")):
+                file.unlink(missing_ok=True)
+        barrier()
     return gates
 
 
-def _learn(recipe: Recipe, alignment: Alignment, store: FactorStore, state: Path, progress: Progress | None) -> Gates:
+def _wanted(recipe: Recipe, alignments: Sequence[Alignment]) -> dict[str, Any]:
+    """What gates must have been learned from to be used again; JSON values."""
+    method: dict[str, Any] = asdict(gated_method(recipe))
+    method.pop("gradient_checkpointing", None)  # memory only: the gates are the same
+    learned, held_out, text = read_questions(recipe)
+    return {
+        "recipe": method,
+        "vlm": checkpoint_digest(alignments[0].vlm),
+        "donors": [
+            [str(alignment.donor.path), str(getattr(alignment.donor_base, "path", None))] for alignment in alignments
+        ],
+        "questions": [questions_digest(part) for part in (learned, held_out, *text)],
+    }
+
+
+def _learn(
+    recipe: Recipe, alignments: Sequence[Alignment], store: Store, out: Path, progress: Progress | None
+) -> Gates:
     method = gated_method(recipe)
     learned, held_out, text = read_questions(recipe)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    device = local_device()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    vlm = alignments[0].vlm
+    curvature = isinstance(method, Curvature)
     distiller = Distiller(
-        load_vlm(alignment.vlm.path, dtype, device),
-        load_processor(alignment.vlm.path),
-        {name: store[name] for name in store},
+        load_vlm(vlm.path, dtype, device),
+        load_processor(vlm.path),
+        store,
         learned,
         held_out,
         max_new_tokens=method.calibration.max_new_tokens,
         batch_size=method.calibration.batch_size,
+        packing=method.calibration.packing,
+        tokens=method.calibration.tokens,
         seed=method.seed,
         progress=progress,
+        cache=out.with_name(out.name + ".teacher"),
+        sharded=process()[1] > 1 and not curvature,
+        keep_factors=curvature,
     )
     if isinstance(method, Curvature):
-        curvature = estimate_curvature(distiller, draws=method.draws, seed=method.seed)
-        return curvature_gates(distiller, method.scale, method.kl_budget, curvature=curvature)
+        found = estimate_curvature(distiller, draws=method.draws, seed=method.seed)
+        return curvature_gates(distiller, method.scale, method.kl_budget, curvature=found)
     donor = None
     if method.inject == "donor":
-        path = alignment.donor.path
-        donor = distiller.donor_targets(load_text_model(path, dtype, device), load_processor(path), text)
-    fields = ("inject", "inject_weight", "kl_budget", "granularity", "steps", "learning_rate", "seed")
-    settings = {key: getattr(method, key) for key in fields}
+        parts = []
+        for alignment, asked in zip(alignments, text, strict=True):
+            path = alignment.donor.path
+            parts.append(distiller.donor_targets(load_text_model(path, dtype, device), load_processor(path), asked))
+        donor = join_targets(parts)
+    settings = {key: getattr(method, key) for key in SETTINGS}
+    state = out.with_name(out.name + ".state")
     return distiller.learn(method.scale, donor=donor, state=state, **settings)

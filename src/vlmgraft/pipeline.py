@@ -6,6 +6,7 @@ recipe → alignment → factors/ → gates/ → merged checkpoint with receipt.
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from vlmgraft.alignment import Alignment, align
 from vlmgraft.card import push_to_hub, side_files, write_model_card
 from vlmgraft.checkpoint.hub import open_headers
 from vlmgraft.checkpoint.index import open_checkpoint
-from vlmgraft.errors import InputError, OutputError, RecipeError
+from vlmgraft.errors import AlignmentError, InputError, OutputError, RecipeError
 from vlmgraft.merging.plan import MergePlan, plan_merge
 from vlmgraft.methods.base import check_numbers
 from vlmgraft.methods.frism import GatedFold
@@ -25,6 +26,7 @@ from vlmgraft.recipe import Recipe, dump_recipe, load_recipe, save_recipe
 
 if TYPE_CHECKING:
     from vlmgraft.merging import Receipt
+    from vlmgraft.spectral.donors import JoinedStore
     from vlmgraft.spectral.factors import FactorStore
     from vlmgraft.spectral.gates import Gates
 
@@ -61,6 +63,17 @@ def pair(recipe: Recipe, *, headers_only: bool = False) -> Alignment:
     opener = open_headers if headers_only else open_checkpoint
     optional = [opener(source) if source else None for source in (recipe.donor_base, recipe.vlm_base)]
     return align(opener(recipe.vlm), opener(recipe.donor), *optional, modules=recipe.modules, layers=recipe.layers)
+
+
+def pairs(recipe: Recipe) -> list[Alignment]:
+    """One alignment per donor of the recipe; raises as `pair`, and AlignmentError if their tensors differ."""
+    every = [pair(recipe)]
+    for other in recipe.more_donors:
+        every.append(pair(recipe.model_copy(update={"donor": other.donor, "donor_base": other.donor_base})))
+        odd = {tensor.name for tensor in every[0].merged} ^ {tensor.name for tensor in every[-1].merged}
+        if odd:
+            raise AlignmentError(f"{sorted(odd)[0]}: not all donors have it; leave it out of `modules`")
+    return every
 
 
 def inspect(recipe: RecipeSource, overrides: Sequence[str] = ()) -> Plan:
@@ -118,12 +131,18 @@ def merge(
     from vlmgraft.checkpoint.writer import refuse_output
     from vlmgraft.merging import merge_tensors
 
-    alignment = pair(recipe)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RecipeError(
+            "merge runs in one process: run decompose (--out WORK/factors) and gates (--factors WORK/factors --out "
+            "WORK/gates) under torchrun, then merge --workdir WORK without it"
+        )
+    alignments = pairs(recipe)
+    alignment = alignments[0]
     sources = (alignment.vlm, alignment.donor, alignment.donor_base, alignment.vlm_base)
     refuse_output(out, [source.path for source in sources if source is not None])
     work = Path(workdir) if workdir else out.with_name(f".{out.name}.work")
     try:
-        method = _bound(recipe, alignment, work, progress)
+        method = _bound(recipe, alignments, work, progress)
         with tempfile.TemporaryDirectory() as side:
             save_recipe(recipe, Path(side) / "recipe.yaml")
             write_model_card(Path(side), dump_recipe(recipe), alignment)
@@ -147,15 +166,15 @@ def merge(
     return receipt
 
 
-def _bound(recipe: Recipe, alignment: Alignment, work: Path, progress: Progress | None) -> Any:
+def _bound(recipe: Recipe, alignments: Sequence[Alignment], work: Path, progress: Progress | None) -> Any:
     """The recipe's method, ready to merge: with factors and gates if it has them."""
     if getattr(recipe.method, "bind", None) is None:
         return recipe.method
     from vlmgraft.learning import check_inputs, gates_for
 
-    check_inputs(recipe, alignment)
-    store = _decompose(recipe, alignment, work / "factors", resume=True, progress=progress)
-    return recipe.method.bind(store, gates_for(recipe, alignment, store, work / "gates", progress))
+    check_inputs(recipe, alignments)
+    store = _decompose(recipe, alignments, work / "factors", resume=True, progress=progress)
+    return recipe.method.bind(store, gates_for(recipe, alignments, _for_training(store), work / "gates", progress))
 
 
 def decompose(
@@ -165,10 +184,10 @@ def decompose(
     overrides: Sequence[str] = (),
     resume: bool = False,
     progress: Progress | None = None,
-) -> FactorStore:
-    """SVD of the donor's task vector into a factor store at `out`, one file per matrix."""
+) -> FactorStore | JoinedStore:
+    """SVD of the donor's task vector into a factor store at `out`, one file per matrix; further donors' beside it."""
     recipe = read_recipe(recipe, overrides)
-    return _decompose(recipe, pair(recipe), Path(out), resume=resume, progress=progress)
+    return _decompose(recipe, pairs(recipe), Path(out), resume=resume, progress=progress)
 
 
 def gates(
@@ -180,14 +199,21 @@ def gates(
     progress: Progress | None = None,
 ) -> Gates:
     """FRISM's second stage on a factor store; writes the gates folder `out`."""
-    from vlmgraft.learning import gates_for, read_questions
+    from vlmgraft.learning import check_questions, gated_method, gates_for
+    from vlmgraft.spectral.decompose import check_store
+    from vlmgraft.spectral.donors import donor_folder, open_store
     from vlmgraft.spectral.factors import FactorStore
+    from vlmgraft.spectral.gates import unfinished
 
     recipe = read_recipe(recipe, overrides)
-    read_questions(recipe)
-    if Path(out).exists():
+    rank: Any = gated_method(recipe).rank
+    if Path(out).exists() and not unfinished(Path(out)):
         raise OutputError(f"{out}: exists already; name another folder, or remove it first")
-    return gates_for(recipe, pair(recipe), FactorStore(factors), Path(out), progress)
+    alignments = pairs(recipe)
+    for number, alignment in enumerate(alignments):
+        check_store(alignment, FactorStore(donor_folder(Path(factors), number)), rank)
+    check_questions(recipe, alignments)
+    return gates_for(recipe, alignments, open_store(factors, training=True), Path(out), progress)
 
 
 def export(
@@ -217,18 +243,35 @@ def export(
     if not (out and factors and vlm):
         raise RecipeError("export --to lora: give --out, --factors (of `decompose` or the workdir) and --vlm")
     from vlmgraft.lora import export_lora
-    from vlmgraft.spectral.factors import FactorStore
+    from vlmgraft.spectral.donors import open_store
     from vlmgraft.spectral.gates import load_gates
 
-    return asdict(export_lora(vlm, FactorStore(factors), load_gates(source), out, rank))
+    return asdict(export_lora(vlm, open_store(factors), load_gates(source), out, rank))
 
 
 def _decompose(
-    recipe: Recipe, alignment: Alignment, out: Path, *, resume: bool, progress: Progress | None
-) -> FactorStore:
+    recipe: Recipe, alignments: Sequence[Alignment], out: Path, *, resume: bool, progress: Progress | None
+) -> FactorStore | JoinedStore:
+    """Factors of every donor under `out`; on a GPU, with the copies that training reads."""
+    import torch
+
     from vlmgraft.learning import gated_method
     from vlmgraft.spectral.decompose import decompose as decompose_into
+    from vlmgraft.spectral.donors import donor_folder, open_store
 
     rank: Any = gated_method(recipe).rank
     out.parent.mkdir(parents=True, exist_ok=True)
-    return decompose_into(alignment, out, rank, resume=resume, progress=progress)
+    gpu = torch.cuda.is_available()
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if gpu else "cpu"
+    options: dict[str, Any] = {"resume": resume, "train_copy": gpu, "device": device, "progress": progress}
+    for number, alignment in enumerate(alignments):
+        decompose_into(alignment, donor_folder(out, number), rank, **options)
+    return open_store(out)
+
+
+def _for_training(store: FactorStore | JoinedStore) -> FactorStore | JoinedStore:
+    """The same factors, the bfloat16 copies where there are some."""
+    from vlmgraft.spectral.donors import JoinedStore, open_store
+
+    first = store.stores[0] if isinstance(store, JoinedStore) else store
+    return open_store(first.folder, training=True)

@@ -30,7 +30,8 @@ class Calibration:
     """The prompts that gates are learned on, and those on which the drift is measured.
 
     data: a question file with images. samples: how many questions are learned from; held_out: how many more the drift
-    is measured on. max_new_tokens: length of the teacher's answers. batch_size: questions per step.
+    is measured on. max_new_tokens: length of the teacher's answers. batch_size: questions in a batch. packing: batches
+    of similar "length" (little padding), or "shuffle". tokens: the drift is that of the "answer", or of "all" text.
     """
 
     data: str
@@ -38,6 +39,8 @@ class Calibration:
     held_out: int = 128
     max_new_tokens: int = 64
     batch_size: int = 8
+    packing: Literal["length", "shuffle"] = "length"
+    tokens: Literal["answer", "all"] = "answer"
 
     def __post_init__(self) -> None:
         for name in ("samples", "max_new_tokens", "batch_size"):
@@ -51,8 +54,9 @@ class Calibration:
 class Frism:
     """The recipe. scale is λ; inject_weight is α, or kl_budget names the drift in nats per token and α follows.
 
-    inject: `energy` is the published term, `donor` matches the donor on the text questions in `questions`.
-    rank: "full", a number of directions, or {energy: share}.
+    inject: `energy` is the published term, `donor` matches the donor on the text questions in `questions` (a file, or
+    one per donor). rank: "full", a number of directions, or {energy: share}. batches_per_step: gradients averaged for
+    one step; as many as there are GPUs, or a multiple. gradient_checkpointing: less memory, more time, the same gates.
     """
 
     name: ClassVar[str] = "frism"
@@ -63,11 +67,13 @@ class Frism:
     inject: Literal["energy", "donor"] = "energy"
     inject_weight: float | None = None
     kl_budget: float | None = None
-    questions: str | None = None
+    questions: str | list[str] | None = None
     rank: Literal["full"] | int | dict[Literal["energy"], float] = "full"
     granularity: Literal["direction", "matrix", "layer"] = "direction"
     steps: int = 200
     learning_rate: float = 0.05
+    batches_per_step: int = 1
+    gradient_checkpointing: bool = False
     seed: int = 0
     calibration: Calibration = field(default_factory=lambda: Calibration("calibration.jsonl"))
 
@@ -86,20 +92,33 @@ class Frism:
             raise RecipeError("method.inject: donor needs method.questions, a file of text questions for the donor")
         if self.steps < 0 or self.learning_rate <= 0:
             raise RecipeError(f"method: steps ({self.steps}) and learning_rate ({self.learning_rate}) must be positive")
+        if self.batches_per_step < 1:
+            raise RecipeError(f"method.batches_per_step: {self.batches_per_step} must be at least 1")
         if isinstance(self.rank, int) and self.rank < 1:
             raise RecipeError(f"method.rank: {self.rank} must be at least 1")
         if isinstance(self.rank, dict) and not 0 < self.rank.get("energy", 0) <= 1:
             raise RecipeError(f"method.rank: {self.rank} must be {{energy: share}} with a share above 0, at most 1")
 
 
-def fold(weight: Float[Tensor, "out in"], factors: Factors, spectrum: Float[Tensor, " r"]) -> Float[Tensor, "out in"]:
+def fold(
+    weight: Float[Tensor, "*experts out in"], factors: Factors, spectrum: Float[Tensor, "*experts r"]
+) -> Float[Tensor, "*experts out in"]:
     """W + U diag(spectrum) Vh in float32; directions whose spectrum is zero are left out, so that closed gates give
-    back W bit for bit."""
+    back W bit for bit. Fused experts one by one."""
     weight = weight.float()
+    if weight.ndim == 3:
+        merged = weight.clone()
+        for place, (U, c, Vh) in enumerate(zip(factors.U, spectrum, factors.Vh, strict=True)):
+            merged[place] = _fold(weight[place], U, c, Vh)
+        return merged
+    return _fold(weight, factors.U, spectrum, factors.Vh)
+
+
+def _fold(weight: Tensor, U: Tensor, spectrum: Tensor, Vh: Tensor) -> Tensor:
     open_ = spectrum != 0
     if not bool(open_.any()):
         return weight
-    return weight + (factors.U.float()[:, open_] * spectrum.float()[open_]) @ factors.Vh.float()[open_]
+    return weight + (U.float()[:, open_] * spectrum.float()[open_]) @ Vh.float()[open_]
 
 
 @dataclass(frozen=True, repr=False)
@@ -133,7 +152,7 @@ class GatedFold:
             state.update(name.encode() + logits.cpu().numpy().tobytes())
         return f"GatedFold({getattr(self.factors, 'digest', None)}, {state.hexdigest()[:16]})"
 
-    def matrix(self, name: str, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+    def matrix(self, name: str, weight: Float[Tensor, "*experts out in"]) -> Float[Tensor, "*experts out in"]:
         """W_vlm + λ U diag(σ(g) ⊙ s) Vh of one tensor; raises CheckpointError when it has no gates or another shape."""
         if name not in self.gates.logits:
             raise CheckpointError(f"{name}: the recipe merges it, but it has no gates; learn gates for these modules")

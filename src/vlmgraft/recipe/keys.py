@@ -41,6 +41,31 @@ def refuse_unknown(
                 refuse_unknown(given[name], cls, f"{prefix}{name}.")
 
 
+def several_donors(raw: dict[str, Any]) -> None:
+    """Lists under `donor` and `donor_base` become the first of each and `more_donors`; one base may serve all donors.
+
+    Raises:
+        RecipeError: an empty list, lists of different lengths, or lists beside `more_donors`.
+    """
+    donors, bases = raw.get("donor"), raw.get("donor_base")
+    if not isinstance(donors, list):
+        if isinstance(bases, list):
+            raise RecipeError(f"donor_base: a list of {len(bases)} for one donor; write one model")
+        return
+    bases = bases if isinstance(bases, list) else [bases] * len(donors)
+    if not donors or len(bases) != len(donors):
+        raise RecipeError(
+            f"donor_base: {len(bases)} models for {len(donors)} donors; give one for each, or one for all"
+        )
+    if raw.get("more_donors"):
+        raise RecipeError("more_donors: write further donors here, or lists under donor and donor_base, not both")
+    raw["donor"], raw["donor_base"] = donors[0], bases[0]
+    if len(donors) > 1:
+        raw["more_donors"] = [
+            {"donor": one, "donor_base": base} for one, base in zip(donors[1:], bases[1:], strict=True)
+        ]
+
+
 def _nested(cls: type) -> dict[str, type]:
     """Fields of a dataclass that hold another dataclass (also as one side of a union)."""
     hints = typing.get_type_hints(cls)

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, TypeAdapter, Val
 
 from vlmgraft.errors import RecipeError
 from vlmgraft.methods import METHODS
-from vlmgraft.recipe.keys import nearest, refuse_unknown
+from vlmgraft.recipe.keys import nearest, refuse_unknown, several_donors
 from vlmgraft.recipe.mergekit import is_mergekit, translate
 from vlmgraft.records import write_text
 
@@ -53,6 +53,15 @@ class Output(BaseModel):
         return parse_size(self.shard_size)
 
 
+class Donor(BaseModel):
+    """A further donor and the model it was tuned from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    donor: str = Field(description="the text model: folder or hub id")
+    donor_base: str = Field(description="the model it was tuned from: folder or hub id")
+
+
 class Recipe(BaseModel):
     """A validated recipe. `method` is an instance of one of `vlmgraft.methods.METHODS`, or None for an inspection."""
 
@@ -61,6 +70,9 @@ class Recipe(BaseModel):
     vlm: str = Field(description="the vision-language model: a local folder or a hub id, optionally with @revision")
     donor: str = Field(description="the text model whose reasoning is grafted: folder or hub id")
     donor_base: str | None = Field(None, description="the model the donor was tuned from: folder or hub id")
+    more_donors: tuple[Donor, ...] = Field(
+        (), description="further donors for frism and curvature; `donor` and `donor_base` may also be lists"
+    )
     vlm_base: str | None = Field(None, description="the text model the VLM was built on; only some methods need it")
     method: Any = Field(None, description="name of a method, or a mapping of its name and options")
     modules: tuple[str, ...] = Field(DEFAULT_MODULES, description="groups, or patterns on tensor names")
@@ -95,6 +107,7 @@ def load_recipe(
         raw, notes = translate(raw)
     for override in overrides:
         _apply(raw, override)
+    several_donors(raw)
     options = _with_name(raw.get("method"))
     refuse_unknown(raw, Recipe.model_fields, "", inner=_option_names(options))
     method = _load_method(options) if options is not None else None
@@ -103,6 +116,8 @@ def load_recipe(
     for key in sorted(getattr(method, "needs", ())):
         if not raw.get(key):
             raise RecipeError(f"{key}: method {options['name']} needs it" + _WHAT.get(key, "") if options else key)
+    if raw.get("more_donors") and not hasattr(method, "bind"):
+        raise RecipeError("more_donors: several donors need gates of their own; write method frism or curvature")
     if raw.get("modules") is None:
         raw["modules"] = tuple(getattr(method, "default_modules", DEFAULT_MODULES))
     raw["modules"] = [raw["modules"]] if isinstance(raw["modules"], str) else raw["modules"]
@@ -123,6 +138,8 @@ _WHAT = {
 def dump_recipe(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain YAML values, every option written out; `load_recipe` of it gives an equal recipe."""
     plain = recipe.model_dump(mode="json", exclude={"method"}, exclude_none=True)
+    if not recipe.more_donors:
+        del plain["more_donors"]
     if recipe.method is None:
         return plain
     cls = type(recipe.method)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from vlmgraft.alignment import Alignment
-from vlmgraft.errors import AlignmentError, OutputError
+from vlmgraft.errors import AlignmentError, CheckpointError, OutputError
 from vlmgraft.spectral.delta import TaskVectors
 from vlmgraft.spectral.factors import FactorStore, factorize
 from vlmgraft.spectral.svd import KRYLOV_MAX_RANK, Rank, check_rank
@@ -65,8 +65,26 @@ def decompose(
     return store
 
 
+def check_store(alignment: Alignment, store: FactorStore, rank: Rank) -> None:
+    """Refuse factors of another recipe: other models, other modules, another rank.
+
+    Raises CheckpointError naming the store, the first tensor that differs and the remedy.
+    """
+    with TaskVectors(alignment) as taus:
+        names = store.names
+        odd = sorted(set(names) ^ set(taus.names))
+        for name in odd or taus.names:
+            if odd or not _fits(store, name, f"{taus.digest(name)}-{_rank_label(rank)}", False):
+                raise CheckpointError(
+                    f"{store.folder}: {name}: these factors are not of this recipe's donor, donor_base, modules, "
+                    "layers and rank; run decompose with this recipe, or name its folder"
+                )
+
+
 def matrix_cost(shape: Sequence[int], rank: Rank = "full") -> float:
     """Floating-point operations of one decomposition, to a constant: Gram matrix, eigenvectors, B = τV."""
+    if len(shape) == 3:
+        return shape[0] * matrix_cost(shape[1:])
     m, n = max(shape), min(shape)
     if isinstance(rank, int) and rank <= KRYLOV_MAX_RANK and 5 * rank <= n:
         return 2.0 * m * n * (5 * rank + rank)

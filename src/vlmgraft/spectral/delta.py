@@ -24,7 +24,8 @@ SAMPLE_BYTES = 4096
 class TaskVectors:
     """Context manager over the open checkpoints of an alignment.
 
-    `names` are the VLM's names of the merged tensors, which must all be matrices (AlignmentError otherwise).
+    `names` are the VLM's names of the merged tensors, which must all be matrices or fused experts (AlignmentError
+    otherwise).
     """
 
     def __init__(self, alignment: Alignment) -> None:
@@ -34,7 +35,7 @@ class TaskVectors:
         self._tensors = {tensor.name: tensor for tensor in alignment.merged}
         for name in self._tensors:
             shape = alignment.vlm.tensors[name].shape
-            if len(shape) != 2:
+            if len(shape) not in (2, 3) or 0 in shape:
                 raise AlignmentError(
                     f"{name}: shape {shape} is not a matrix and has no singular directions; leave it out of `modules`"
                 )
@@ -96,6 +97,15 @@ def task_vector(alignment: Alignment, name: str) -> Tensor:
     """τ of one tensor in float32 [out, in]; for many tensors keep a TaskVectors open."""
     with TaskVectors(alignment) as taus:
         return taus.load(name)
+
+
+def checkpoint_digest(checkpoint: Checkpoint) -> str:
+    """Fingerprint of a whole checkpoint: its config, and names, dtypes, shapes and samples of all its tensors."""
+    state = hashlib.sha256(repr(sorted(checkpoint.config.items(), key=str)).encode())
+    for name in checkpoint.tensors:
+        state.update(name.encode())
+        _sample(checkpoint, name, state)
+    return state.hexdigest()[:20]
 
 
 def _source(tensor: AlignedTensor, key: str) -> Source:

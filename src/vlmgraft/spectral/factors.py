@@ -24,6 +24,7 @@ from torch import Tensor
 
 from vlmgraft.errors import CheckpointError
 from vlmgraft.records import write_json
+from vlmgraft.spectral.stack import decompose_stack
 from vlmgraft.spectral.svd import Rank, decompose_matrix
 
 MANIFEST = "factors.json"
@@ -32,29 +33,30 @@ SUFFIX = ".safetensors"
 
 @dataclass(frozen=True)
 class Factors:
-    """τ ≈ U diag(s) Vh for one VLM tensor.
+    """τ ≈ U diag(s) Vh for one VLM tensor, a matrix; of fused experts, with a leading dimension [experts] everywhere.
 
     name: the VLM's tensor name on disk. role: its canonical name inside the text model ("layers.3.mlp.up_proj.weight").
-    energy: ‖τ‖_F², also of what a truncation dropped. error: relative residual found by random probes.
+    energy: ‖τ‖_F², also of what a truncation dropped. error: relative residual found by random probes, the largest one
+    of the experts.
     """
 
     name: str
     role: str
-    U: Float[Tensor, "out r"]
-    s: Float[Tensor, " r"]
-    Vh: Float[Tensor, "r in"]
+    U: Float[Tensor, "*experts out r"]
+    s: Float[Tensor, "*experts r"]
+    Vh: Float[Tensor, "*experts r in"]
     energy: float
     error: float
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, ...]:
         """Shape of τ."""
-        return self.U.shape[0], self.Vh.shape[1]
+        return (*self.U.shape[:-1], self.Vh.shape[-1])
 
-    def update(self, spectrum: Float[Tensor, " r"] | None = None) -> Float[Tensor, "out in"]:
+    def update(self, spectrum: Float[Tensor, "*experts r"] | None = None) -> Float[Tensor, "*experts out in"]:
         """U diag(spectrum) Vh in float32; with the factors' own spectrum it is τ, up to truncation."""
         spectrum = self.s if spectrum is None else spectrum
-        return (self.U.float() * spectrum.float()) @ self.Vh.float()
+        return (self.U.float() * spectrum.float().unsqueeze(-2)) @ self.Vh.float()
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Factors:
         """The same factors elsewhere: `dtype` applies to U and Vh only, singular values stay float32."""
@@ -62,13 +64,13 @@ class Factors:
 
     def shuffled(self, seed: int) -> Factors:
         """Negative control: the same spectrum on the same singular vectors, wrongly paired (Vh's rows permuted)."""
-        order = torch.randperm(len(self.s), generator=torch.Generator().manual_seed(seed))
-        return replace(self, Vh=self.Vh[order.to(self.Vh.device)])
+        order = torch.randperm(self.s.shape[-1], generator=torch.Generator().manual_seed(seed))
+        return replace(self, Vh=self.Vh.index_select(-2, order.to(self.Vh.device)))
 
 
-def factorize(tau: Float[Tensor, "out in"], name: str, role: str, rank: Rank = "full") -> Factors:
-    """Decompose one task-vector matrix; raises NumericalError naming the tensor."""
-    result = decompose_matrix(tau, rank, name=name)
+def factorize(tau: Float[Tensor, "*experts out in"], name: str, role: str, rank: Rank = "full") -> Factors:
+    """Decompose one task vector, a matrix or fused experts; raises NumericalError naming the tensor."""
+    result = (decompose_stack if tau.ndim == 3 else decompose_matrix)(tau, rank, name=name)
     return Factors(name, role, result.U, result.s, result.Vh, result.energy, result.error)
 
 
@@ -87,9 +89,9 @@ def join_donors(donors: Sequence[Mapping[str, Factors]]) -> dict[str, Factors]:
         joined[name] = Factors(
             name,
             parts[0].role,
-            torch.cat([part.U for part in parts], dim=1),
-            torch.cat([part.s for part in parts]),
-            torch.cat([part.Vh for part in parts]),
+            torch.cat([part.U for part in parts], dim=-1),
+            torch.cat([part.s for part in parts], dim=-1),
+            torch.cat([part.Vh for part in parts], dim=-2),
             sum(part.energy for part in parts),
             max(part.error for part in parts),
         )
@@ -201,4 +203,6 @@ class FactorStore(Mapping[str, Factors]):
             digests.update(f"{name} {header['digest']}\n".encode())
             matrices[name] = {"energy": float(header["energy"]), "error": float(header["error"])}
         manifest = {"digest": digests.hexdigest()[:32], **settings, "matrices": matrices}
+        for stray in self.folder.glob(".*.tmp"):  # of killed runs: every matrix is there
+            stray.unlink(missing_ok=True)
         write_json(self.folder / MANIFEST, manifest)

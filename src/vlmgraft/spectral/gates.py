@@ -28,8 +28,8 @@ HISTOGRAM_BINS = 10
 class Gates:
     """Gate logits g per tensor; W(g) = W_vlm + λ U diag(σ(g) ⊙ s) Vh.
 
-    logits: float32 on the CPU, one per kept singular direction. scale: λ. settings: how they were learned.
-    log: rows of the training log. factors: digest of the factor store they belong to, if it has one.
+    logits: float32 on the CPU, one per kept singular direction, [experts, r] for fused experts. scale: λ. settings: how
+    they were learned. log: rows of the training log. factors: digest of the factor store they belong to, if it has one.
     """
 
     logits: Mapping[str, Float[Tensor, " r"]]
@@ -53,7 +53,10 @@ class Gates:
     def save(self, folder: Path) -> None:
         """Write the folder; gates.json last, so a folder with it is complete."""
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "gates.json").unlink(missing_ok=True)
         save_file({name: value.contiguous() for name, value in self.logits.items()}, folder / "gates.safetensors")
+        for stray in folder.glob(".*.tmp"):  # of a killed run
+            stray.unlink(missing_ok=True)
         write_rows(folder / "training.jsonl", self.log)
         write_json(folder / "gates.json", {"scale": self.scale, "factors": self.factors, **self.settings})
 
@@ -69,6 +72,13 @@ def load_gates(folder: str | Path) -> Gates:
         raise CheckpointError(f"{folder}: not a complete gates folder ({error}); learn the gates again") from error
     log = folder / "training.jsonl"
     return Gates(logits, scale, settings, tuple(read_rows(log)) if log.is_file() else (), factors)
+
+
+def unfinished(folder: Path) -> bool:
+    """Whether `folder` holds gates whose writing was interrupted, and nothing else: it may be written again."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}
+    strays = {name for name in names if name.startswith(".") and name.endswith(".tmp")}
+    return names - strays <= {"gates.safetensors", "training.jsonl"}
 
 
 def constant_gates(sizes: Mapping[str, int], logit: float, scale: float) -> Gates:
