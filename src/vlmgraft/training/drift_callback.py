@@ -90,7 +90,9 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
                 means[f"drift_{key}_{group}"].append(value)
             if self._write and self.log_file is not None:
                 append_row(self.log_file, {"step": state.global_step, "tensor": name, **row})
-        logs.update({key: round(fmean(values), 6) for key, values in means.items()})
+        averages = {key: round(fmean(values), 6) for key, values in means.items()}
+        logs.update(averages)
+        state.log_history[-1].update(averages)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the model as it was found."""
@@ -135,9 +137,10 @@ def _refuse(args: Any) -> None:
     """Refuse trainings in which the push could not be right."""
     if getattr(args, "deepspeed", None):
         raise RecipeError("deepspeed: keeps gradients to itself, so that they cannot be pushed; use DDP or FSDP2")
-    if (getattr(args, "gradient_checkpointing_kwargs", None) or {}).get("use_reentrant"):
+    checkpointing = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")  # today's name, and the older
+    if any((getattr(args, name, None) or {}).get("use_reentrant") for name in checkpointing):
         raise RecipeError(
-            "gradient_checkpointing_kwargs: reentrant checkpointing splits the backward pass, so that its end is not "
+            "activation_checkpointing_kwargs: reentrant checkpointing splits the backward pass, so that its end is not "
             "known; leave use_reentrant out, it is off by default"
         )
     if getattr(args, "fsdp", None):
