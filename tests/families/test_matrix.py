@@ -35,10 +35,7 @@ def test_there_are_no_gaps() -> None:
 def recipe_of(trio: Trio, method: str) -> Recipe:
     row = ROWS[method]
     models = {key: str(getattr(trio, key)) for key in ("vlm", "donor", "donor_base", "vlm_base")}
-    modules = list(row.modules)
-    if row.gates is not None and "moe" in trio.case.family:
-        modules = ["attention"]  # factors are of matrices; fused experts are stacks of them
-    return load_recipe({**models, "method": {"name": method, **row.options}, "modules": modules})
+    return load_recipe({**models, "method": {"name": method, **row.options}, "modules": list(row.modules)})
 
 
 def merged(recipe: Recipe, out: Path, gates: float | None = None, *, threads: int = 1, shard_size: int = 20_000) -> Any:
@@ -47,7 +44,7 @@ def merged(recipe: Recipe, out: Path, gates: float | None = None, *, threads: in
     check_numbers(method, alignment)
     if gates is not None:
         store = decompose(alignment, out.with_name("factors"))
-        method = method.bind(store, constant_gates({name: len(store[name].s) for name in store}, gates, method.scale))
+        method = method.bind(store, constant_gates({name: tuple(store[name].s.shape) for name in store}, gates, method.scale))
     merge_tensors(alignment, method, out, shard_size=shard_size, threads=threads)
     return alignment
 

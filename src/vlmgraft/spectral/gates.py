@@ -81,9 +81,10 @@ def unfinished(folder: Path) -> bool:
     return names - strays <= {"gates.safetensors", "training.jsonl"}
 
 
-def constant_gates(sizes: Mapping[str, int], logit: float, scale: float) -> Gates:
+def constant_gates(sizes: Mapping[str, int | tuple[int, ...]], logit: float, scale: float) -> Gates:
     """The same logit everywhere: 0 is task arithmetic at λ/2, +inf at λ, −inf the VLM itself."""
-    return Gates({name: torch.full((size,), logit) for name, size in sizes.items()}, scale)
+    shapes = {name: (size,) if isinstance(size, int) else tuple(size) for name, size in sizes.items()}
+    return Gates({name: torch.full(shape, logit) for name, shape in shapes.items()}, scale)
 
 
 def histogram(opened: Float[Tensor, " n"]) -> list[float]:

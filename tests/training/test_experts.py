@@ -1,0 +1,161 @@
+"""FRISM over the fused experts of a mixture: gradients, identities, and the whole way from recipe to folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as T
+from torch import nn
+
+import vlmgraft as vg
+from vlmgraft.errors import AlignmentError, RecipeError
+from vlmgraft.hf.data import Question, encode, load_questions
+from vlmgraft.hf.models import load_processor, load_vlm, text_experts
+from vlmgraft.lab.models import build_processor
+from vlmgraft.records import write_rows
+from vlmgraft.spectral.donors import open_store
+from vlmgraft.spectral.factors import Factors, factorize
+from vlmgraft.spectral.gates import load_gates
+from vlmgraft.training.distill import Distiller
+from vlmgraft.training.gated import GatedExperts, gated
+from vlmgraft.training.projections import RebuiltStack
+
+EXPERTS: dict[str, Any] = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def test_the_rebuilt_stack_has_autograds_gradient() -> None:
+    U, Vh, weight = (draw(*shape, dtype=torch.float64) for shape in ((3, 5, 4), (3, 4, 6), (3, 5, 6)))
+    spectrum = draw(3, 4, seed=1, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda c: RebuiltStack.apply(weight, U, c, Vh), spectrum)
+    assert torch.allclose(RebuiltStack.apply(weight, U, spectrum, Vh), weight + (U * spectrum[:, None]) @ Vh)
+
+
+class Experts(nn.Module):
+    """Every token through every expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(draw(3, 6, 4))
+        self.down = nn.Parameter(draw(3, 4, 6, seed=1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ((x @ self.up.mT).relu() @ self.down.mT).sum(0)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = Experts()
+
+
+def table(experts: Experts, transposed: bool = False) -> dict[str, Factors]:
+    taus = {"up": draw(3, 6, 4, seed=2), "down": draw(3, 4, 6, seed=3)}
+    return {key: factorize(tau.mT if transposed else tau, key, key) for key, tau in taus.items()}
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_open_experts_are_task_arithmetic_and_closed_ones_the_model(transposed: bool) -> None:
+    model, x = Model(), draw(5, 4, seed=5)
+    before, factors = model.experts(x), table(model.experts, transposed)
+    wrapper = GatedExperts(model.experts, factors)
+    for share in (0.0, 0.7):
+        for key, stack in wrapper.gated.items():
+            stack.spectrum = share * factors[key].s
+        expected = Experts()
+        for key in factors:
+            tau = factors[key].update()
+            getattr(expected, key).data += share * (tau.mT if transposed else tau)
+        assert torch.allclose(wrapper(x), expected(x), atol=1e-3)
+        assert share or wrapper(x).equal(before)
+
+
+def test_a_misfit_is_named_and_the_model_is_left_alone() -> None:
+    from vlmgraft.hf.models import ExpertStack
+
+    model = Model()
+    wrong = {"up": factorize(draw(3, 6, 5), "up", "up")}
+    with pytest.raises(AlignmentError, match="up: factors of shape"):
+        with gated(model, {"up": ExpertStack(model.experts, "up")}, wrong):
+            pass
+    assert isinstance(model.experts, Experts)
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory, questions: list[Question]) -> dict[str, Any]:
+    """Recipe of a tiny Qwen3-VL-MoE, a donor and its base, and eight image questions."""
+    root, torch_state = tmp_path_factory.mktemp("mixture"), torch.random.get_rng_state()
+    torch.manual_seed(0)
+    processor = build_processor()
+    ids = {f"{name}_token_id": processor.tokenizer.convert_tokens_to_ids(f"<|{word}|>")
+           for name, word in (("image", "image_pad"), ("video", "video_pad"), ("vision_start", "vision_start"),
+                              ("vision_end", "vision_end"))}  # fmt: skip
+    special = {"pad_token_id": processor.tokenizer.pad_token_id, "eos_token_id": processor.tokenizer.eos_token_id}
+    text: dict[str, Any] = {
+        "vocab_size": len(processor.tokenizer), "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 128, **EXPERTS,
+        "tie_word_embeddings": False, "bos_token_id": None, **special,
+    }  # fmt: skip
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [0, 1, 1]}}
+    tower = {"depth": 2, "hidden_size": 8, "out_hidden_size": 16, "num_heads": 2, "patch_size": 8,
+             "intermediate_size": 16, "deepstack_visual_indexes": [0], "num_position_embeddings": 16}  # fmt: skip
+    config = T.Qwen3VLMoeConfig(text_config={**text, **rope}, vision_config=tower, tie_word_embeddings=False, **ids)
+    models = {
+        "vlm": T.Qwen3VLMoeForConditionalGeneration(config),
+        "donor": T.Qwen3MoeForCausalLM(T.Qwen3MoeConfig(**text)),
+        "base": T.Qwen3MoeForCausalLM(T.Qwen3MoeConfig(**text)),
+    }
+    for name, model in models.items():
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+        model.generation_config.eos_token_id = special["eos_token_id"]
+        model.save_pretrained(root / name)
+    processor.save_pretrained(root / "vlm")
+    torch.random.set_rng_state(torch_state)
+    rows = []
+    for number, question in enumerate(questions[:8]):
+        question.images[0].save(root / f"{number}.png")  # type: ignore[call-arg]
+        rows.append({"question": question.question, "image": f"{number}.png"})
+    write_rows(root / "questions.jsonl", rows)
+    calibration = {"data": str(root / "questions.jsonl"), "samples": 6, "held_out": 2, "max_new_tokens": 4}
+    method = {"name": "frism", "steps": 6, "learning_rate": 0.5, "inject_weight": 1.0, "calibration": calibration}
+    return {
+        "vlm": str(root / "vlm"), "donor": str(root / "donor"), "donor_base": str(root / "base"), "method": method
+    }  # fmt: skip
+
+
+def test_from_recipe_to_folder(mixture: dict[str, Any], tmp_path: Path) -> None:
+    """The folder that a merge writes is the gated model: experts' gates are learned, folded, and read again."""
+    receipt = vg.merge(mixture, tmp_path / "merged", workdir=tmp_path / "work")
+    merged = {row.name for row in receipt.tensors if row.verdict == "merged"}
+    assert any(name.endswith("experts.gate_up_proj") for name in merged)
+    gates, store = load_gates(tmp_path / "work" / "gates"), open_store(tmp_path / "work" / "factors")
+    stacks = {name: logits for name, logits in gates.logits.items() if ".experts." in name}
+    assert len(stacks) == 4 and all(logits.ndim == 2 and len(logits) == 3 for logits in stacks.values())
+    assert all(float(logits.abs().max()) > 0.1 for logits in stacks.values()), "the experts' gates have moved"
+    vlm, processor = load_vlm(mixture["vlm"], torch.float32), load_processor(mixture["vlm"])
+    asked = load_questions(mixture["method"]["calibration"]["data"], need_images=True)
+    batch = encode(processor, asked)
+    again = load_vlm(tmp_path / "merged", torch.float32)
+    with torch.no_grad():
+        before = vlm(**batch).logits
+        with Distiller(vlm, processor, store, asked[:2], max_new_tokens=2).applied(gates) as model:
+            gated_logits = model(**batch).logits
+        assert torch.equal(vlm(**batch).logits, before), "nothing of the gates remains in the model"
+        after = again(**batch).logits
+    keep = batch["attention_mask"].bool()
+    assert float((after - gated_logits)[keep].norm()) < 1e-3 * float((gated_logits - before)[keep].norm())
+
+
+def test_curvature_refuses_experts_before_work(mixture: dict[str, Any], tmp_path: Path) -> None:
+    method = {"name": "curvature", "calibration": mixture["method"]["calibration"]}
+    with pytest.raises(RecipeError, match=r"experts.*curvature does not see into fused experts"):
+        vg.merge({**mixture, "method": method}, tmp_path / "merged")
+    assert text_experts(load_vlm(mixture["vlm"]))
