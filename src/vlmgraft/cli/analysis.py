@@ -166,7 +166,7 @@ def sweep(
     recipes: Annotated[list[Path], typer.Argument(help="one or several recipes of one VLM")],
     out: Folder,
     grid: Annotated[
-        list[str] | None, typer.Option("--grid", help="key=start:stop:step or key=a,b,c; repeatable")
+        list[str] | None, typer.Option("--grid", help="[recipe:]key=start:stop:step or …=a,b,c; repeatable")
     ] = None,
     data: Data = "lab",
     reasoning: Reasoning = None,

@@ -44,16 +44,17 @@ def sweep(
 
     Args:
         recipes: by the name that tables and plots give them; all of one VLM.
-        grids: `key=start:stop:step` or `key=a,b,c`; a key of a method's options is left out for recipes whose method
-            does not have it, and must fit one of them.
+        grids: `key=start:stop:step` or `key=a,b,c`, or with `name:` before it for one recipe alone; a key of a method's
+            options is left out for recipes whose method does not have it, and must fit one of them.
     Raises:
         RecipeError and what alignment and question files raise: before anything is measured.
     """
     asked, out = asked or Asked(), Path(out)
-    named = [(name, point, loaded) for name, source in recipes.items() for point, loaded in _points(source, grids)]
+    named = [(name, *one) for name, source in recipes.items() for one in _points(source, _own_grids(name, grids))]
     for grid in grids:
-        if not any(grid.partition("=")[0].strip() in point for _, point, _ in named):
-            raise RecipeError(f"--grid {grid!r}: no recipe has a method with this option")
+        only, key, _ = _parts(grid)
+        if not any(key in point for name, point, _ in named if only in (None, name)):
+            raise RecipeError(f"--grid {grid!r}: no recipe {only or ''} has a method with this option")
     if len({loaded.vlm for _, _, loaded in named}) != 1:
         raise RecipeError("sweep: the recipes have different VLMs, and one model is loaded; sweep them one by one")
     with ExitStack() as stack:
@@ -83,6 +84,20 @@ def _points(source: pipeline.RecipeSource, grids: Sequence[str]) -> list[tuple[d
         (point, pipeline.read_recipe(base, [as_override(key, value) for key, value in point.items()]))
         for point in grid_points(own)
     ]
+
+
+def _parts(grid: str) -> tuple[str | None, str, str]:
+    """(recipe or None, key, the rest) of `name:key=…` or `key=…`."""
+    before, equals, after = grid.partition("=")
+    name, colon, key = before.rpartition(":")
+    return name if colon else None, key.strip(), equals + after
+
+
+def _own_grids(name: str, grids: Sequence[str]) -> list[str]:
+    """The grids that a recipe is to take, without its name; its own replace general ones of the same key."""
+    parts = [_parts(grid) for grid in grids]
+    own = {key for only, key, _ in parts if only == name}
+    return [key + rest for only, key, rest in parts if only == name or (only is None and key not in own)]
 
 
 def _takes(options: set[str], key: str) -> bool:

@@ -1,0 +1,194 @@
+"""What a report is made of: the rows that commands left in run folders, found by their names. Data first; no torch.
+
+| file | written by |
+|---|---|
+| results.jsonl, sweep.jsonl | demo, sweep: points of perception, reasoning and KL |
+| knockout.jsonl, ranks.jsonl | knockout, ranks |
+| distances.jsonl, spectra.jsonl, inspection.json | inspect --distances --out |
+| gates.json, gates.safetensors, training.jsonl | gates, merge --workdir, demo |
+| receipt.json, recipe.yaml | merge |
+| answers.jsonl | lab report: the same questions to several models |
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlmgraft.errors import CheckpointError, InputError
+from vlmgraft.records import read_rows
+
+Rows = list[dict[str, Any]]
+BINS = 16
+DEPTH = 5
+_IN_LAYER = re.compile(r"layers\.(\d+)\.(?:.*\.)?(\w+?)(?:\.weight)?$")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Rows of one file with the folder they came from."""
+
+    folder: Path
+    rows: Rows
+
+
+@dataclass(frozen=True)
+class GatedRun:
+    """One gates folder: its settings, its training log, and per matrix how far its gates are open.
+
+    matrices: rows with layer, projection, directions, mean openness, openness by sixteenth of the directions (largest
+    singular values first) and, where the factors lie beside the gates, the share of the matrix's energy injected.
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+    log: Rows
+    matrices: Rows
+    histogram: list[int]
+
+
+@dataclass
+class Collected:
+    """Everything found, in the order of the folders."""
+
+    points: list[Run] = field(default_factory=list)
+    knockouts: list[Run] = field(default_factory=list)
+    ranks: list[Run] = field(default_factory=list)
+    distances: list[Run] = field(default_factory=list)
+    spectra: list[Run] = field(default_factory=list)
+    inspections: list[tuple[Path, dict[str, Any]]] = field(default_factory=list)
+    gates: list[GatedRun] = field(default_factory=list)
+    receipts: list[tuple[Path, dict[str, Any]]] = field(default_factory=list)
+    recipes: list[tuple[Path, str]] = field(default_factory=list)
+    answers: list[Run] = field(default_factory=list)
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was found."""
+        return not any(vars(self).values())
+
+
+def collect(folders: Sequence[str | Path]) -> Collected:
+    """Read every known file under the folders, five levels deep; hidden folders and stores of factors are passed by.
+
+    Raises:
+        InputError: a folder is missing, or no file of a run is in any of them. CheckpointError: unreadable gates.
+    """
+    found = Collected()
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such folder; give folders that vlmgraft wrote")
+        for path in _files(folder, DEPTH):
+            _READERS[path.name](found, path)
+    if found.empty:
+        names = ", ".join(sorted(_READERS))
+        raise InputError(f"{', '.join(map(str, folders))}: holds none of the files a report is made of ({names})")
+    return found
+
+
+def _files(folder: Path, depth: int) -> Iterator[Path]:
+    entries = sorted(folder.iterdir())
+    yield from (path for path in entries if path.is_file() and path.name in _READERS)
+    if depth and not (folder / "factors.json").is_file():
+        for path in entries:
+            if path.is_dir() and not path.name.startswith("."):
+                yield from _files(path, depth - 1)
+
+
+def _rows_into(place: str) -> Callable[[Collected, Path], None]:
+    def read(found: Collected, path: Path) -> None:
+        rows = list(read_rows(path))
+        if rows:
+            getattr(found, place).append(Run(path.parent, rows))
+
+    return read
+
+
+def _json_into(place: str) -> Callable[[Collected, Path], None]:
+    def read(found: Collected, path: Path) -> None:
+        getattr(found, place).append((path.parent, json.loads(path.read_text(encoding="utf-8"))))
+
+    return read
+
+
+def _recipe(found: Collected, path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    if text not in [other for _, other in found.recipes]:
+        found.recipes.append((path.parent, text))
+
+
+def _gates(found: Collected, path: Path) -> None:
+    found.gates.append(read_gates(path.parent))
+
+
+def read_gates(folder: Path) -> GatedRun:
+    """A gates folder as rows, read without torch; raises CheckpointError when it is not complete."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        settings = json.loads((folder / "gates.json").read_text(encoding="utf-8"))
+        logits = load_file(folder / "gates.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: not a complete gates folder ({error}); learn the gates again") from error
+    log = folder / "training.jsonl"
+    opened = {name: 1 / (1 + np.exp(-value.astype(np.float64))) for name, value in logits.items()}
+    every = np.concatenate([value.ravel() for value in opened.values()]) if opened else np.zeros(0)
+    factors = folder.parent / "factors"
+    return GatedRun(
+        folder,
+        {key: value for key, value in settings.items() if key != "from"},
+        list(read_rows(log)) if log.is_file() else [],
+        [_matrix(name, value, factors / f"{name}.safetensors") for name, value in opened.items()],
+        np.histogram(every, bins=20, range=(0, 1))[0].tolist(),
+    )
+
+
+def _matrix(name: str, opened: np.ndarray, factors: Path) -> dict[str, Any]:
+    match = _IN_LAYER.search(name)
+    flat = opened.ravel()
+    row: dict[str, Any] = {
+        "name": name,
+        "layer": int(match[1]) if match else None,
+        "projection": match[2] if match else name,
+        "directions": int(flat.size),
+        "open": float(flat.mean()),
+        "above_half": float((flat > 0.5).mean()),
+        "by_rank": [float(part.mean()) if part.size else None for part in np.array_split(flat, BINS)],
+        "injected": None,
+    }
+    s = _singular_values(factors)
+    if s is not None and s.shape == opened.shape and float((s**2).sum()) > 0:
+        row["injected"] = float(((opened * s) ** 2).sum() / (s**2).sum())
+    return row
+
+
+def _singular_values(path: Path) -> np.ndarray | None:
+    """The `s` of a file of factors, None where there is none; U and Vh are not read."""
+    if not path.is_file():
+        return None
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        return np.asarray(file.get_tensor("s"), dtype=np.float64)
+
+
+_READERS: Mapping[str, Callable[[Collected, Path], None]] = {
+    "results.jsonl": _rows_into("points"),
+    "sweep.jsonl": _rows_into("points"),
+    "knockout.jsonl": _rows_into("knockouts"),
+    "ranks.jsonl": _rows_into("ranks"),
+    "distances.jsonl": _rows_into("distances"),
+    "spectra.jsonl": _rows_into("spectra"),
+    "inspection.json": _json_into("inspections"),
+    "receipt.json": _json_into("receipts"),
+    "recipe.yaml": _recipe,
+    "gates.json": _gates,
+    "answers.jsonl": _rows_into("answers"),
+}

@@ -1,0 +1,232 @@
+"""Knock-outs by layer, and bands of singular directions over λ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vlmgraft.report.charts import Axes, Dot, Heat, Series, heat_map, legend, line_chart
+from vlmgraft.report.collect import Collected, Run
+from vlmgraft.report.sections import Choice, Figure, Section, Table
+from vlmgraft.report.svg import number
+
+Row = Mapping[str, Any]
+KINDS = ("reasoning", "perception")
+MODES = {
+    "constant": "constant 1/d_out",
+    "zero": "zero",
+    "mean": "mean output",
+    "restore": "un-merge",
+    "only": "merge only this",
+}
+
+
+def knockouts(found: Collected) -> list[Section]:
+    """One section per knock-out."""
+    return [_knockout(run, place) for place, run in enumerate(found.knockouts)]
+
+
+def _knockout(run: Run, place: int) -> Section:
+    cells = [row for row in run.rows if row["mode"] != "intact" and "reasoning_change" in row]
+    models = list(dict.fromkeys(row["model"] for row in cells))
+    modes = list(dict.fromkeys(row["mode"] for row in cells))
+    figures = [
+        _map(cells, model, mode, kind)
+        for mode in sorted(modes, key=list(MODES).index)
+        for model in models
+        if any(row["model"] == model and row["mode"] == mode for row in cells)
+        for kind in KINDS
+    ]
+    columns = ("model", "part", "layer", "mode", "against")
+    heads = [f"{kind} {what}" for kind in KINDS for what in ("%", "change", "low", "high")]
+    intact = [row for row in run.rows if row["mode"] == "intact"]
+    rows: list[Any] = [
+        (row["model"], "", None, "intact", "")
+        + tuple(x for kind in KINDS for x in (100 * row[kind]["mean"], None, None, None))
+        for row in intact
+    ]
+    rows += [
+        tuple(row[key] for key in columns) + tuple(x for kind in KINDS for x in _figures(row, kind)) for row in cells
+    ]
+    data = [{"model": row[0], **({"mode": row[3]} if row[3] != "intact" else {})} for row in rows]
+    choices = [
+        Choice("mode", "a block becomes", {mode: MODES[mode] for mode in modes}, tuple(m for m in modes if m not in _first(modes))),
+        Choice("model", "in", {model: f"the {model}" for model in models}),
+        Choice("kind", "change of", {kind: kind for kind in KINDS}),
+    ]  # fmt: skip
+    table = Table("knock-out", (*columns, *heads), rows, data)
+    name = f"layers-{place}" if place else "layers"
+    return Section(name, "layers", _finding(cells), _text(cells, intact), figures, [table], choices)
+
+
+def _first(modes: Sequence[str]) -> list[str]:
+    """The modes that are shown at first: the gentlest knock-out, and the two that concern the merge."""
+    gentle = next((mode for mode in ("mean", "zero", "constant") if mode in modes), "")
+    return [mode for mode in modes if mode in (gentle, "restore", "only")]
+
+
+def _figures(row: Row, kind: str) -> tuple[float, float, float, float]:
+    change = row[f"{kind}_change"]
+    return 100 * row[kind]["mean"], 100 * change["mean"], 100 * change["low"], 100 * change["high"]
+
+
+def _map(cells: Sequence[Row], model: str, mode: str, kind: str) -> Figure:
+    own = [row for row in cells if row["model"] == model and row["mode"] == mode]
+    layers = sorted({row["layer"] for row in own})
+    parts = list(dict.fromkeys(row["part"] for row in own))
+    found = {(row["part"], row["layer"]): 100 * row[f"{kind}_change"]["mean"] for row in own}
+    table = [[found.get((part, layer)) for layer in layers] for part in parts]
+    gentle = mode in ("restore", "only")
+    reach = max([abs(value) for value in found.values()] + [5.0]) if gentle else 100.0
+    heat = Heat(parts, [str(one) for one in layers], table, "layer", "", 0.0, reach, " points", "{:+.0f}")
+    said = {
+        "restore": f"{kind.capitalize()} when a block is un-merged",
+        "only": f"{kind.capitalize()} when only this block is merged",
+    }.get(mode, f"{kind.capitalize()} of the {model} without a block")
+    note = f"change in points; block set to: {MODES[mode]}" + ("; against the VLM" if mode == "only" else "")
+    return Figure(said, heat_map(said, heat), note, {"mode": mode, "model": model, "kind": kind})
+
+
+def centre(cells: Sequence[Row], model: str, mode: str, kind: str) -> float | None:
+    """Σ layer · loss / Σ loss over single layers with both blocks (or all parts) knocked out; None without loss."""
+    own = [row for row in cells if row["model"] == model and row["mode"] == mode]
+    own = [row for row in own if row["part"] == "both"] or own
+    losses = [(row["layer"], max(0.0, -row[f"{kind}_change"]["mean"])) for row in own]
+    total = sum(loss for _, loss in losses)
+    return sum(layer * loss for layer, loss in losses) / total if total > 0 else None
+
+
+def _finding(cells: Sequence[Row]) -> str:
+    mode = next((one for one in ("mean", "zero", "constant") if any(row["mode"] == one for row in cells)), None)
+    models = {row["model"] for row in cells}
+    model = "merged" if "merged" in models else next(iter(models), "")
+    found = {kind: centre(cells, model, mode, kind) if mode else None for kind in KINDS}
+    if None in found.values():
+        return "What each layer carries"
+    gap = (found["reasoning"] or 0) - (found["perception"] or 0)
+    where = "later than" if gap > 0.25 else "earlier than" if gap < -0.25 else "in the same layers as"
+    return (
+        f"In the {model} model reasoning sits {where} perception: centre of loss at layer "
+        f"{number(found['reasoning'], 2)} against {number(found['perception'], 2)}"
+    )
+
+
+def _text(cells: Sequence[Row], intact: Sequence[Row]) -> list[str]:
+    said = [
+        "Each cell changes one block of the model in memory and asks the same questions again. Bring Reason to Vision "
+        "(arXiv 2505.05464) found perception in early layers, reasoning in middle and late ones, and reasoning "
+        "everywhere after merging. Whether that holds here can be read from the maps."
+    ]
+    if intact:
+        said.append("Intact: " + "; ".join(
+            f"{row['model']} {100 * row['reasoning']['mean']:.1f} % reasoning, {100 * row['perception']['mean']:.1f} % perception"
+            for row in intact
+        ) + ".")  # fmt: skip
+    only = [row for row in cells if row["mode"] == "only" and row["part"] == "both"] or [
+        row for row in cells if row["mode"] == "only"
+    ]
+    if only:
+        top = max(only, key=lambda row: row["reasoning_change"]["mean"])
+        change = top["reasoning_change"]
+        said.append(
+            f"Merged alone, layer {top['layer']} ({top['part']}) brings the most: {100 * change['mean']:+.1f} points of "
+            f"reasoning [{100 * change['low']:.1f}, {100 * change['high']:.1f}]."
+        )
+    return said
+
+
+def ranks(found: Collected) -> list[Section]:
+    """One section per file of bands."""
+    return [_ranks(run, place) for place, run in enumerate(found.ranks)]
+
+
+def _ranks(run: Run, place: int) -> Section:
+    zero = next((row for row in run.rows if row["scale"] == 0), None)
+    bands = list(dict.fromkeys(row["band"] for row in run.rows if row["scale"]))
+    series = {kind: [_band(run.rows, band, kind, zero) for band in bands] for kind in KINDS}
+    figures = [
+        Figure(
+            f"{kind.capitalize()} when one band is injected",
+            line_chart(f"{kind} by band", lines, Axes("λ", f"{kind}, % right")),
+            legend=legend(lines),
+        )
+        for kind, lines in series.items()
+    ]
+    names = (
+        "band",
+        "λ",
+        "share of energy",
+        "λ·‖band‖/‖τ‖",
+        "reasoning %",
+        "low",
+        "high",
+        "perception %",
+        "low",
+        "high",
+        "KL",
+    )
+    rows = [
+        (_name(row), row["scale"], row["energy"], row["injected"])
+        + tuple(100 * row[kind][key] for kind in KINDS for key in ("mean", "low", "high"))
+        + (row.get("kl"),)
+        for row in run.rows
+    ]
+    choice = Choice(
+        "band", "show", {_name({"band": band, **_of(run)}): _name({"band": band, **_of(run)}) for band in bands}
+    )
+    data = [{"band": row[0]} if row[1] else {} for row in rows]
+    name = f"directions-{place}" if place else "directions"
+    table = Table("bands of directions", names, rows, data)
+    return Section(name, "directions", _rank_finding(run.rows), _rank_text(run), figures, [table], [choice])
+
+
+def _of(run: Run) -> Row:
+    return {"of": run.rows[0]["of"], "by": run.rows[0]["by"]}
+
+
+def _name(row: Row) -> str:
+    return "all directions" if row["band"] is None else f"band {row['band'] + 1} of {row['of']}"
+
+
+def _band(rows: Sequence[Row], band: int | None, kind: str, zero: Row | None) -> Series:
+    own = [row for row in rows if row["band"] == band and row["scale"]]
+    own = ([zero] if zero else []) + sorted(own, key=lambda row: row["scale"])
+    name = _name(own[-1])
+    dots = tuple(
+        Dot(
+            row["scale"],
+            100 * row[kind]["mean"],
+            f"{name}, λ {number(row['scale'])}: {kind} {100 * row[kind]['mean']:.1f} %",
+            y_range=(100 * row[kind]["low"], 100 * row[kind]["high"]),
+        )
+        for row in own
+    )
+    return Series(name, dots, data={"band": name})
+
+
+def _peak(rows: Sequence[Row], band: int | None) -> Row:
+    return max((row for row in rows if row["band"] == band and row["scale"]), key=lambda row: row["reasoning"]["mean"])
+
+
+def _rank_finding(rows: Sequence[Row]) -> str:
+    bands = [band for band in dict.fromkeys(row["band"] for row in rows if row["scale"]) if band is not None]
+    if not bands:
+        return "What bands of directions carry"
+    best = max((_peak(rows, band) for band in bands), key=lambda row: row["reasoning"]["mean"])
+    return (
+        f"{_name(best).capitalize()} carries the most reasoning by itself: {100 * best['reasoning']['mean']:.0f} % at "
+        f"λ {number(best['scale'])}"
+    )
+
+
+def _rank_text(run: Run) -> list[str]:
+    rows = run.rows
+    how = {"rank": "equal numbers of directions", "energy": "equal shares of the energy Σs²"}[rows[0]["by"]]
+    said = []
+    for band in dict.fromkeys(row["band"] for row in rows if row["scale"]):
+        top = _peak(rows, band)
+        said.append(f"{_name(top)} at λ {number(top['scale'])} ({100 * top['reasoning']['mean']:.1f} %)")
+    return [
+        f"The singular directions of every matrix of τ are cut into bands of {how}, the largest singular values first; "
+        "one band at a time is added to the VLM (FRISM, figure 3). Peaks of reasoning: " + "; ".join(said) + "."
+    ]

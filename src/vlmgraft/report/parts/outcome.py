@@ -1,0 +1,147 @@
+"""The receipt in words, sample answers side by side, and the recipe to copy."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vlmgraft.report.charts import Heat, heat_map
+from vlmgraft.report.collect import _IN_LAYER, Collected, Run
+from vlmgraft.report.sections import Choice, Figure, Section, Table
+from vlmgraft.report.svg import escape, number
+
+MAX_ANSWERS = 24
+MAX_SIDE = 384
+IMAGE_BYTES = 1_200_000
+
+
+def receipts(found: Collected) -> list[Section]:
+    """What a merge did, tensor by tensor."""
+    return [_receipt(folder, one, place) for place, (folder, one) in enumerate(found.receipts)]
+
+
+def _receipt(folder: Path, receipt: Mapping[str, Any], place: int) -> Section:
+    tensors = receipt["tensors"]
+    counts = Counter(tensor["verdict"] for tensor in tensors)
+    merged = [tensor for tensor in tensors if tensor["verdict"] == "merged"]
+    text = [
+        f"Method {escape(receipt['method'])}: {counts['merged']} of {len(tensors)} tensors merged, {counts['excluded']} "
+        f"left out by the recipe, {counts['kept']} kept as they were (vision tower, projector and what the donor does "
+        f"not have). It took {number(receipt['seconds'], 2)} s and {receipt['peak_memory'] / 1e9:.1f} GB at most. "
+        + ", ".join(f"{escape(name)} {escape(version)}" for name, version in receipt["versions"].items())
+        + ".",
+        *(escape(note) for note in receipt.get("notes", [])),
+    ]
+    known = [(tensor, _IN_LAYER.search(tensor["name"])) for tensor in merged if tensor.get("task_vector")]
+    shares = {(match[2], int(match[1])): tensor["added"] / tensor["task_vector"] for tensor, match in known if match}
+    figures = []
+    if shares:
+        names = list(dict.fromkeys(name for name, _ in shares))
+        layers = sorted({layer for _, layer in shares})
+        table = [[shares.get((name, layer)) for layer in layers] for name in names]
+        reach = max(1.0, *shares.values())
+        heat = Heat(
+            names, [str(one) for one in layers], table, "layer", "", 0.0, reach, written="{:.2f}", one_sided=True
+        )
+        caption = "Length of what was added, as a share of ‖τ‖"
+        figures.append(Figure(caption, heat_map(caption, heat), "1 would be the whole task vector"))
+    rows = [
+        (tensor["name"], tensor["verdict"], tensor.get("added"), tensor.get("task_vector"), tensor["reason"])
+        for tensor in tensors
+    ]
+    table_ = Table("receipt", ("tensor", "verdict", "norm added", "norm of τ", "reason"), rows)
+    added = sum(tensor["added"] ** 2 for tensor in merged) ** 0.5
+    whole = sum((tensor.get("task_vector") or 0) ** 2 for tensor in merged) ** 0.5
+    title = f"The merge changed {counts['merged']} of {len(tensors)} tensors" + (
+        f" and took {100 * added / whole:.0f} % of the task vector's length" if whole else ""
+    )
+    return Section(f"receipt-{place}" if place else "receipt", "receipt", title, text, figures, [table_])
+
+
+def answers(found: Collected) -> list[Section]:
+    """The same questions to several models, with images and verdicts."""
+    return [_answers(run, place) for place, run in enumerate(found.answers)]
+
+
+def _answers(run: Run, place: int) -> Section:
+    rows = run.rows[:MAX_ANSWERS]
+    models = list(dict.fromkeys(one["model"] for row in rows for one in row["answers"]))
+    right = {
+        model: sum(one["right"] for row in rows for one in row["answers"] if one["model"] == model) for model in models
+    }
+    budget = IMAGE_BYTES
+    cards = []
+    for row in rows:
+        image = _image(run.folder / row["image"]) if row.get("image") else ""
+        budget -= len(image)
+        cards.append(_card(row, image if budget > 0 else ""))
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    title = f"{len(rows)} questions answered side by side: " + ", ".join(
+        f"{model} {count} right" for model, count in right.items()
+    )
+    note = " Some images were left out to keep the page small." if budget <= 0 else ""
+    text = ["The first questions of the test split, not picked." + note]
+    table = Table(
+        "answers",
+        ("task", "question", "expected", *models),
+        [(row["task"], row["question"], row["expected"], *(_said(row, model) for model in models)) for row in rows],
+        [{"kind": row["kind"]} for row in rows],
+    )
+    choice = [Choice("kind", "show", {kind: kind for kind in kinds})] if len(kinds) > 1 else []
+    extra = f'<div class="answers">{"".join(cards)}</div>'
+    return Section(f"answers-{place}" if place else "answers", "answers", title, text, (), [table], choice, extra)
+
+
+def _said(row: Mapping[str, Any], model: str) -> str:
+    return next((one["said"] for one in row["answers"] if one["model"] == model), "")
+
+
+def _card(row: Mapping[str, Any], image: str) -> str:
+    picture = f'<img alt="image of the question" src="{image}">' if image else ""
+    lines = "".join(
+        f'<dt>{escape(one["model"])}</dt><dd class="{"right" if one["right"] else "wrong"}">{escape(one["said"])}</dd>'
+        for one in row["answers"]
+    )
+    return (
+        f'<div class="answer" data-kind="{escape(row["kind"])}"><b>{escape(row["question"])}</b>{picture}'
+        f"<dl><dt>expected</dt><dd>{escape(row['expected'])}</dd>{lines}</dl></div>"
+    )
+
+
+def _image(path: Path) -> str:
+    """The image as data, at most 384 pixels a side; nothing when it is not there."""
+    from PIL import Image
+
+    if not path.is_file():
+        return ""
+    with Image.open(path) as opened:
+        image = opened.convert("RGB")
+    image.thumbnail((MAX_SIDE, MAX_SIDE))
+    made = io.BytesIO()
+    small = image.width * image.height <= 128 * 128
+    image.save(made, "PNG" if small else "JPEG", **({} if small else {"quality": 80}))
+    kind = "png" if small else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(made.getvalue()).decode()}"
+
+
+def recipes(found: Collected) -> list[Section]:
+    """Recipes to copy."""
+    if not found.recipes:
+        return []
+    blocks = []
+    for place, (folder, text) in enumerate(found.recipes):
+        blocks.append(
+            f"<h3>{escape(folder.name)}/recipe.yaml</h3><p><button type='button' data-copy='recipe-{place}'>copy</button>"
+            f"</p><pre id='recipe-{place}'>{escape(text.strip())}</pre>"
+        )
+    many = "recipe replays the merge" if len(found.recipes) == 1 else "recipes replay the merges"
+    text = ["<code>vlmgraft merge recipe.yaml --out merged</code>"]
+    return [
+        Section(
+            "recipe", "recipe", f"This {many}".replace("This recipes", "These recipes"), text, extra="".join(blocks)
+        )
+    ]
