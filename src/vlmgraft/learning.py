@@ -124,7 +124,7 @@ def gates_for(
         gates = replace(learned, settings={**learned.settings, "from": wanted}, factors=store.digest)
         if rank == 0:
             gates.save(out)
-            for file in (state, state.with_name(f".{state.name}.tmp")):
+            for file in (state, *state.parent.glob(f".{state.name}.*.tmp")):
                 file.unlink(missing_ok=True)
         barrier()
     return gates

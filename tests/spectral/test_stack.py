@@ -63,7 +63,7 @@ def test_ranks_are_the_same_for_all_experts() -> None:
 def test_a_bad_expert_is_named() -> None:
     tau = draw(3, 4, 4)
     tau[1, 2, 2] = float("inf")
-    with pytest.raises(NumericalError, match="experts.down_proj, expert 1: holds NaN"):
+    with pytest.raises(NumericalError, match=r"experts\.down_proj, expert 1: holds NaN"):
         decompose_stack(tau, name="experts.down_proj")
     with pytest.raises(NumericalError, match="not a stack"):
         decompose_stack(tau[0])

@@ -13,7 +13,7 @@ from torch import nn
 import vlmgraft as vg
 from vlmgraft.errors import AlignmentError, RecipeError
 from vlmgraft.hf.data import Question, encode, load_questions
-from vlmgraft.hf.models import load_processor, load_vlm, text_experts
+from vlmgraft.hf.models import ExpertStack, load_processor, load_vlm, text_experts
 from vlmgraft.lab.models import build_processor
 from vlmgraft.records import write_rows
 from vlmgraft.spectral.donors import open_store
@@ -77,13 +77,13 @@ def test_open_experts_are_task_arithmetic_and_closed_ones_the_model(transposed: 
 
 
 def test_a_misfit_is_named_and_the_model_is_left_alone() -> None:
-    from vlmgraft.hf.models import ExpertStack
-
     model = Model()
     wrong = {"up": factorize(draw(3, 6, 5), "up", "up")}
-    with pytest.raises(AlignmentError, match="up: factors of shape"):
-        with gated(model, {"up": ExpertStack(model.experts, "up")}, wrong):
-            pass
+    with (
+        pytest.raises(AlignmentError, match="up: factors of shape"),
+        gated(model, {"up": ExpertStack(model.experts, "up")}, wrong),
+    ):
+        pass
     assert isinstance(model.experts, Experts)
 
 

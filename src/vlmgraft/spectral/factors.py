@@ -180,14 +180,7 @@ class FactorStore(Mapping[str, Factors]):
         header = {"role": factors.role, "energy": repr(factors.energy), "error": repr(factors.error), "digest": digest}
         header["train_copy"] = "yes" if train_copy else "no"
         path = self.folder / f"{factors.name}{SUFFIX}"
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            save_file(tensors, temporary, metadata=header)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        save_atomically(tensors, path, header)
 
     def reopen(self) -> None:
         """Take the manifest away: the store is being worked on."""
@@ -206,3 +199,15 @@ class FactorStore(Mapping[str, Factors]):
         for stray in self.folder.glob(".*.tmp"):  # of killed runs: every matrix is there
             stray.unlink(missing_ok=True)
         write_json(self.folder / MANIFEST, manifest)
+
+
+def save_atomically(tensors: Mapping[str, Tensor], path: Path, header: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file under a temporary name beside `path`, flush it to disk and rename it into place."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(dict(tensors), temporary, metadata=dict(header or {}))
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from vlmgraft.errors import CheckpointError
 from vlmgraft.records import read_rows, write_json, write_rows
+from vlmgraft.spectral.factors import save_atomically
 
 HISTOGRAM_BINS = 10
 
@@ -54,7 +55,8 @@ class Gates:
         """Write the folder; gates.json last, so a folder with it is complete."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "gates.json").unlink(missing_ok=True)
-        save_file({name: value.contiguous() for name, value in self.logits.items()}, folder / "gates.safetensors")
+        tensors = {name: value.contiguous() for name, value in self.logits.items()}
+        save_atomically(tensors, folder / "gates.safetensors")
         for stray in folder.glob(".*.tmp"):  # of a killed run
             stray.unlink(missing_ok=True)
         write_rows(folder / "training.jsonl", self.log)

@@ -11,7 +11,6 @@ Under torch.distributed the batches are shared out among the processes, which mu
 from __future__ import annotations
 
 import hashlib
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,11 +21,12 @@ import torch
 import transformers
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from vlmgraft.errors import OutputError
 from vlmgraft.hf.questions import Question
+from vlmgraft.spectral.factors import save_atomically
 from vlmgraft.training.processes import barrier, process
 
 SAMPLES = 32
@@ -73,17 +73,11 @@ class UnitCache:
             except SafetensorError:  # damaged after it was written: as if it were not there
                 path.unlink()
         unit = {name: tensor.detach().cpu().contiguous() for name, tensor in make(index).items()}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(unit, temporary)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
+            save_atomically(unit, path)
         except OSError as error:
             raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another workdir") from error
-        finally:
-            temporary.unlink(missing_ok=True)
         return unit
 
     def _sweep(self, kind: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,10 +14,10 @@ from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from vlmgraft.errors import NumericalError, RecipeError
 from vlmgraft.hf.data import Progress
+from vlmgraft.spectral.factors import save_atomically
 from vlmgraft.spectral.gates import histogram
 from vlmgraft.training.budget import BudgetControl, FixedWeight
 from vlmgraft.training.gate_vector import GateVector, Granularity
@@ -193,16 +192,9 @@ class Run:
         adam = self.optimizer.state[self.vector.logits]
         tensors = {"logits": self.vector.logits.detach(), "mean": adam["exp_avg"], "square": adam["exp_avg_sq"]}
         rest = {"step": step, "control": self.control.state(), "log": self.log, "identity": self._known}
-        temporary = state.with_name(f".{state.name}.tmp")
         state.parent.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {key: value.cpu().contiguous() for key, value in tensors.items()},
-            temporary,
-            metadata={"state": json.dumps(rest)},
-        )
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(state)
+        tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
+        save_atomically(tensors, state, {"state": json.dumps(rest)})
 
     @cached_property
     def _known(self) -> dict[str, Any]:
