@@ -1,0 +1,112 @@
+"""The recipe of a fine-tuning: VLM and donor as everywhere, the prior on gradients, the data, the trainer's fields."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from vlmgraft.errors import RecipeError
+from vlmgraft.recipe.keys import refuse_unknown
+from vlmgraft.recipe.model import _apply, _as_recipe_error, _read
+from vlmgraft.records import write_text
+
+
+class PriorOptions(BaseModel):
+    """DRIFT's prior; mode none is plain supervised fine-tuning."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mode: Literal["adaptive", "grad_norm", "absolute", "none"] = Field("adaptive", description="how far g is pushed")
+    strength: float = Field(1.0, ge=0, description="a of the push; 0 pushes nothing")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="decay of the strength to zero")
+    modules: tuple[str, ...] = Field(("attention",), description="groups, or patterns on tensor names")
+    layers: Literal["all"] | int | str | tuple[int, ...] = Field("all", description="all, such as 0-27, or a list")
+    delta: Literal["vlm", "base"] = Field("vlm", description="Δ is the donor minus the VLM, or minus the donor's base")
+    gates: str | None = Field(None, description="a gates folder: push only along directions that FRISM leaves open")
+    factors: str | None = Field(None, description="the factors of the gates; default: `factors` beside the gates")
+    rescale: bool = Field(False, description="absolute: Δ at the parameter's norm, as in the released code")
+    when: Literal["step", "backward"] = Field("step", description="backward: every backward pass, as released")
+    store: Literal["device", "cpu"] = Field("device", description="where Δ lies; cpu saves memory and costs copies")
+
+    @field_validator("modules", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class DataOptions(BaseModel):
+    """What is learned: JSON lines, parquet, or a dataset of the hub (`name` or `name:split`)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    train: str = Field(description="the traces to learn")
+    validation: str | None = Field(None, description="traces for the trainer's evaluation; see train.eval_strategy")
+    columns: dict[str, str] = Field(default_factory=dict, description="our name: the data's name of a column")
+    limit: int | None = Field(None, ge=1, description="the first so many rows only")
+    add_tokens: tuple[str, ...] = Field((), description="tokens to add to the vocabulary, such as <think>")
+
+
+class TuneRecipe(BaseModel):
+    """A validated recipe of `vlmgraft tune`. `train` holds fields of TRL's SFTConfig (and `epochs`)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    vlm: str = Field(description="the vision-language model: a local folder or a hub id, optionally with @revision")
+    donor: str | None = Field(None, description="the text model to move towards; not needed with prior.mode none")
+    donor_base: str | None = Field(None, description="the model the donor was tuned from, for delta: base")
+    prior: PriorOptions = Field(default_factory=lambda: PriorOptions.model_validate({}))
+    data: DataOptions
+    lora: dict[str, Any] | None = Field(None, description="fields of peft's LoraConfig; without it all weights train")
+    merge_adapter: bool = Field(False, description="with lora: publish the merged checkpoint, not the adapter")
+    freeze_vision: bool = Field(True, description="train the language model only")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the weights while they are trained")
+    train: dict[str, Any] = Field(default_factory=dict, description="fields of the trainer's arguments")
+
+
+def load_tune_recipe(source: str | Path | Mapping[str, Any] | TuneRecipe, overrides: Sequence[str] = ()) -> TuneRecipe:
+    """Read, override and validate a tune recipe; raises RecipeError with path, value and the nearest valid key."""
+    if isinstance(source, TuneRecipe):
+        return source
+    raw = _read(source)
+    for override in overrides:
+        _apply(raw, override)
+    if isinstance(raw.get("prior"), str):
+        raw["prior"] = {"mode": raw["prior"]}
+    refuse_unknown(raw, TuneRecipe.model_fields, "")
+    for key, options in (("prior", PriorOptions), ("data", DataOptions)):
+        if isinstance(raw.get(key), dict):
+            refuse_unknown(raw[key], options.model_fields, f"{key}.")
+    try:
+        recipe = TuneRecipe.model_validate(raw)
+    except ValidationError as error:
+        raise _as_recipe_error(error, "", TuneRecipe.model_fields) from None
+    _refuse_contradictions(recipe)
+    return recipe
+
+
+def _refuse_contradictions(recipe: TuneRecipe) -> None:
+    prior = recipe.prior
+    if prior.mode != "none" and not recipe.donor:
+        raise RecipeError("donor: missing; give the text model to move towards, or write prior: {mode: none}")
+    if (prior.delta == "base" or prior.gates) and prior.mode != "none" and not recipe.donor_base:
+        raise RecipeError("donor_base: missing; prior.delta base and prior.gates are about the donor minus its base")
+    if prior.factors and not prior.gates:
+        raise RecipeError("prior.factors: are those of prior.gates; give both, or neither")
+    if recipe.merge_adapter and recipe.lora is None:
+        raise RecipeError("merge_adapter: there is no adapter without `lora`")
+    if prior.when == "backward" and recipe.lora is not None and prior.mode != "none":
+        raise RecipeError("prior.when: backward is for whole parameters; with lora push once per step")
+
+
+def dump_tune_recipe(recipe: TuneRecipe) -> dict[str, Any]:
+    """The recipe as plain values, every option written out; loading it gives an equal recipe."""
+    return recipe.model_dump(mode="json", exclude_none=True)
+
+
+def save_tune_recipe(recipe: TuneRecipe, path: Path) -> None:
+    """Write the recipe as YAML, atomically."""
+    write_text(path, yaml.safe_dump(dump_tune_recipe(recipe), sort_keys=False, allow_unicode=True))

@@ -1,0 +1,156 @@
+"""Multimodal supervised fine-tuning on TRL's trainer: the loss is on the answer's tokens only."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlmgraft.errors import AlignmentError, CheckpointError, DataError, RecipeError
+from vlmgraft.hf.models import output_head, text_model, tokenizer_of
+from vlmgraft.training.drift_callback import DriftCallback
+from vlmgraft.training.sft_data import Traces
+
+DEFAULTS: Mapping[str, Any] = {
+    "num_train_epochs": 3,
+    "learning_rate": 1e-6,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.05,
+    "logging_steps": 10,
+    "save_strategy": "steps",
+    "save_steps": 0.2,
+    "save_total_limit": 1,
+    "activation_checkpointing": False,
+    "max_length": None,
+    "report_to": [],
+}
+"""Where the trainer's own defaults do not suit: the paper's released run, nothing cut off, nothing reported."""
+
+OURS = ("output_dir", "completion_only_loss", "assistant_only_loss", "packing", "padding_free", "dataset_text_field")
+"""Fields of the trainer that the command sets itself."""
+
+
+def need_trl() -> None:
+    """Raise RecipeError for a missing library before anything is loaded."""
+    for library in ("trl", "datasets"):
+        if importlib.util.find_spec(library) is None:
+            raise RecipeError(f"fine-tuning needs {library}, which is not installed: pip install 'vlmgraft[tune]'")
+
+
+def trainer_arguments(folder: Path, train: Mapping[str, Any]) -> Any:
+    """TRL's SFTConfig from the recipe's `train`: our defaults, overridden by any field of it.
+
+    Raises:
+        RecipeError: an unknown field (with the nearest one), one that the command sets itself, or a value refused.
+    """
+    need_trl()
+    import difflib
+
+    from trl import SFTConfig
+
+    given = {"num_train_epochs" if key == "epochs" else key: value for key, value in train.items()}
+    names = {field.name for field in dataclasses.fields(SFTConfig)} - set(OURS)
+    for key in given:
+        if key not in names:
+            near = difflib.get_close_matches(key, [*names, "epochs"], 1)
+            why = "is set by the command" if key in OURS else "is no field of the trainer"
+            raise RecipeError(f"train.{key}: {why}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    settings = {**DEFAULTS, "bf16": torch.cuda.is_available(), **given}
+    try:
+        return SFTConfig(output_dir=str(folder), completion_only_loss=True, **settings)
+    except (TypeError, ValueError, ImportError) as error:
+        raise RecipeError(f"train: {str(error).splitlines()[0]}") from None
+
+
+def add_tokens(model: Any, processor: Any, tokens: Sequence[str]) -> int:
+    """Give tokens such as <think> an id of their own, and the model rows where its vocabulary has none to spare.
+
+    The new rows start at the mean of the others (transformers' own rule). Gives the number of tokens that were new.
+    """
+    tokenizer = tokenizer_of(processor)
+    added = int(tokenizer.add_tokens(list(tokens)))
+    if added and len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer))
+    return added
+
+
+def freeze_vision(model: Any) -> None:
+    """Train the language model and its head only: the tower and the projector stay as they are."""
+    model.requires_grad_(False)
+    text_model(model).requires_grad_(True)
+    output_head(model).requires_grad_(True)
+
+
+def lora_config(options: Mapping[str, Any], model: Any) -> Any:
+    """peft's LoraConfig; without `target_modules`, the seven projections of the language model, never the tower's.
+
+    Raises:
+        RecipeError: an option that peft does not know, or peft is not installed.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise RecipeError("lora: needs peft, which is not installed: pip install 'vlmgraft[tune]'")
+    from peft import LoraConfig
+
+    decoder = next(name for name, module in model.named_modules() if module is text_model(model))
+    projections = "q|k|v|o|gate|up|down"
+    defaults = {"r": 16, "lora_alpha": 32, "target_modules": rf"{decoder}\.layers\..*\.({projections})_proj"}
+    try:
+        return LoraConfig(task_type="CAUSAL_LM", **{**defaults, **options})
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"lora: {error}") from None
+
+
+def build_trainer(
+    model: Any,
+    processor: Any,
+    train: Traces,
+    arguments: Any,
+    *,
+    validation: Traces | None = None,
+    drift: DriftCallback | None = None,
+    lora: Any = None,
+) -> Any:
+    """TRL's SFTTrainer on traces, with the drift callback in front of the loggers, so that they report it.
+
+    Raises:
+        CheckpointError: the processor reads text only. DataError: the prompts and answers leave nothing to learn.
+    """
+    from trl import SFTTrainer
+
+    if processor is tokenizer_of(processor):
+        raise CheckpointError("the VLM's folder has a tokenizer but no processor, which its images need")
+    trainer = SFTTrainer(
+        model,
+        arguments,
+        train_dataset=train.dataset(),
+        eval_dataset=None if validation is None else validation.dataset(),
+        processing_class=processor,
+        peft_config=lora,
+    )
+    if drift is not None:
+        trainer.callback_handler.callbacks.insert(0, drift)
+    _check_batch(trainer, train)
+    return trainer
+
+
+def _check_batch(trainer: Any, traces: Traces) -> None:
+    """Collate the longest trace as the trainer will: its labels must be the answer, and nothing of the prompt."""
+    longest = max(range(len(traces.traces)), key=lambda index: len(traces.traces[index].answer))
+    try:
+        batch = trainer.data_collator([trainer.train_dataset[longest]])
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise DataError(f"{traces.name}, row {longest + 1}: the processor cannot read it: {error}") from error
+    wanted = batch["labels"] != -100
+    if not wanted.any() or wanted.all():
+        raise DataError(f"{traces.name}, row {longest + 1}: {int(wanted.sum())} of {wanted.numel()} tokens are learned")
+    limit = getattr(trainer.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit is not None and batch["input_ids"].shape[1] > limit:
+        length = batch["input_ids"].shape[1]
+        raise DataError(f"{traces.name}, row {longest + 1}: {length} tokens, the model reads {limit}; shorten it")
+    rows = trainer.model.get_input_embeddings().weight.shape[0]
+    if int(batch["input_ids"].max()) >= rows:
+        raise AlignmentError(f"the processor has token {int(batch['input_ids'].max())}, the model {rows} embeddings")
