@@ -106,9 +106,14 @@ def text_positions(batch: Mapping[str, Any], placeholders: Collection[int] = ())
 
 @torch.no_grad()
 def generate_batch(
-    model: Any, processor: Any, questions: Sequence[Question], max_new_tokens: int
+    model: Any,
+    processor: Any,
+    questions: Sequence[Question],
+    max_new_tokens: int,
+    options: Mapping[str, Any] | None = None,
 ) -> tuple[list[list[int]], list[int]]:
     """Greedy answers to one batch as token ids, the end token included when it was reached; the prompts' lengths.
+    `options` of `generate`, such as do_sample and temperature, replace the greedy ones.
 
     Raises DataError when prompt and answer are longer than the model reads, VlmgraftError when memory runs out.
     """
@@ -121,7 +126,9 @@ def generate_batch(
     batch = to_device(encoded, model.device, model.dtype)
     greedy: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     with out_of_memory(f"answering {len(questions)} questions at once", "lower batch_size or max_new_tokens"):
-        output = model.generate(**batch, max_new_tokens=max_new_tokens, pad_token_id=pad, **greedy)
+        output = model.generate(
+            **batch, max_new_tokens=max_new_tokens, pad_token_id=pad, **(greedy | dict(options or {}))
+        )
     answers = []
     for row in output[:, batch["input_ids"].shape[1] :].tolist():
         stop = next((at + 1 for at, token in enumerate(row) if token in ends), len(row))

@@ -9,13 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from vlmgraft.evaluation.answers import final_answer, same_answer
+from vlmgraft.evaluation.answers import final_answer
+from vlmgraft.evaluation.ask import ask
+from vlmgraft.evaluation.engine import Sampling, TransformersEngine
 from vlmgraft.evaluation.intervals import Estimate, bootstrap
-from vlmgraft.hf.data import Question, generate
+from vlmgraft.evaluation.items import Item, Suite
+from vlmgraft.hf.data import Question
 from vlmgraft.lab import world
 
 MAX_NEW_TOKENS = 28
 BATCH_SIZE = 256
+TEST: Mapping[world.Task, int] = {"sum": 400, **dict.fromkeys(world.PERCEPTION, 150)}
+"""The test split's exam: how many items of each task."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +52,32 @@ class Exam:
     items: tuple[world.Item, ...]
     questions: tuple[Question, ...]
 
+    @property
+    def suite(self) -> Suite:
+        """The exam as `vlmgraft evaluate --data lab` asks it: exact answers, a task per kind of question."""
+        items = [
+            Item(
+                id=str(at),
+                question=question.question,
+                images=question.images,
+                answers=(final_answer(item.answer),),
+                task=item.task,
+                kind="perception" if item.task in world.PERCEPTION else "reasoning",
+                metric="exact",
+            )
+            for at, (item, question) in enumerate(zip(self.items, self.questions, strict=True))
+        ]
+        return Suite("lab", tuple(items), max_new_tokens=MAX_NEW_TOKENS)
+
     def mark(self, model: Any, processor: Any) -> Marks:
-        """Ask every question and compare the final answers."""
-        said = generate(model, processor, self.questions, MAX_NEW_TOKENS, BATCH_SIZE)
+        """Ask every question and score the answers."""
+        engine = TransformersEngine(model, processor, Sampling(MAX_NEW_TOKENS))
+        records = ask(engine, self.suite, batch_size=BATCH_SIZE)
         right: dict[str, list[bool]] = {}
-        for item, text in zip(self.items, said, strict=True):
-            right.setdefault(item.task, []).append(same_answer(final_answer(text), final_answer(item.answer)))
-        return Marks({task: np.array(values) for task, values in right.items()}, tuple(said))
+        for record in records:
+            right.setdefault(record.task, []).append(record.score == 1)
+        marks = {task: np.array(values) for task, values in right.items()}
+        return Marks(marks, tuple(record.output for record in records))
 
 
 def draw_exam(

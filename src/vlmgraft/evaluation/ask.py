@@ -1,0 +1,125 @@
+"""Asking a whole suite: planned batches, records on disk as they come, resumed without asking anything twice."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlmgraft.errors import DataError, VlmgraftError
+from vlmgraft.evaluation.engine import FAILURES, Engine
+from vlmgraft.evaluation.images import open_image
+from vlmgraft.evaluation.items import Item, Suite, with_suffix
+from vlmgraft.evaluation.run_records import Record, append_records, fault_record, record_of
+from vlmgraft.hf.data import Progress, Question, batches
+
+GIVE_UP = 16
+"""So many failures from the start on, and no answer: it is not the questions."""
+Store = Callable[[Sequence[Record]], None]
+
+
+def ask(
+    engine: Engine,
+    suite: Suite,
+    *,
+    batch_size: int = 32,
+    seed: int = 0,
+    done: Sequence[Record] = (),
+    log: Path | None = None,
+    progress: Progress | None = None,
+) -> list[Record]:
+    """Ask every item that is not in `done`; all records in the order of the suite.
+
+    Batches are planned over the whole suite, so a resumed run asks the same batches. A batch that fails is halved until
+    the one item is found that cannot be asked; out of memory also halves the batches that follow. Sampling is seeded by
+    `seed` and the items of the batch.
+
+    Args:
+        log: records are appended here after every batch.
+    Raises:
+        VlmgraftError: the first `GIVE_UP` questions all failed.
+    """
+    found = {record.id: record for record in done}
+    run = _Run(engine, suite, batch_size, seed, log, found)
+    for indices in batches([_shape(item, suite) for item in suite.items], batch_size):
+        waiting = [suite.items[index] for index in indices if suite.items[index].id not in found]
+        for at in range(0, len(waiting), run.batch_size):
+            run.batch(waiting[at : at + run.batch_size])
+        if progress is not None:
+            progress(len(found), len(suite.items), "answers")
+    return [found[item.id] for item in suite.items]
+
+
+class _Run:
+    """The state of one `ask`: what was found, and the batch size that fits."""
+
+    def __init__(
+        self, engine: Engine, suite: Suite, batch_size: int, seed: int, log: Path | None, found: dict[str, Record]
+    ) -> None:
+        self.engine, self.suite, self.batch_size, self.seed = engine, suite, batch_size, seed
+        self.log, self.found = log, found
+        self.failed, self.answered = 0, bool(found)
+
+    def batch(self, items: Sequence[Item]) -> None:
+        """Open the images, ask, and keep the records."""
+        ready: list[tuple[Item, Question]] = []
+        faulty = []
+        for item in items:
+            fault = item.fault or ("" if item.question.strip() else "the question is empty")
+            try:
+                if not fault:
+                    ready.append((item, self._question(item)))
+            except DataError as error:
+                fault = str(error)
+            if fault:
+                faulty.append(fault_record(item, fault, failed=False))
+        self._keep(faulty)
+        if ready:
+            self._ask(ready)
+
+    def _ask(self, ready: Sequence[tuple[Item, Question]]) -> None:
+        items = [item for item, _ in ready]
+        seed = zlib.crc32(repr((self.seed, [item.id for item in items])).encode())
+        try:
+            answers = self.engine.answer([question for _, question in ready], seed)
+        except FAILURES as error:
+            self._failed(ready, error)
+            return
+        self.answered = True
+        self._keep(
+            [
+                record_of(
+                    item, said.prompt, said.text, tokens=said.tokens, prompt_tokens=said.prompt_tokens, cut=said.cut
+                )
+                for item, said in zip(items, answers, strict=True)
+            ]
+        )
+
+    def _failed(self, ready: Sequence[tuple[Item, Question]], error: Exception) -> None:
+        if len(ready) > 1:
+            half = len(ready) // 2
+            if "out of memory" in str(error):
+                self.batch_size = max(1, min(self.batch_size, half))
+            self._ask(ready[:half])
+            self._ask(ready[half:])
+            return
+        self.failed += 1
+        if self.failed >= GIVE_UP and not self.answered:
+            raise VlmgraftError(f"the first {self.failed} questions all failed, the last with: {error}") from error
+        self._keep([fault_record(ready[0][0], str(error)[:500], failed=True)])
+
+    def _keep(self, records: Sequence[Record]) -> None:
+        if records and self.log is not None:
+            append_records(self.log, records)
+        self.found.update({record.id: record for record in records})
+
+    def _question(self, item: Item) -> Question:
+        images: tuple[Any, ...] = tuple(open_image(source) for source in item.images)
+        return Question(with_suffix(item.question, self.suite.suffix), images, choices=item.choices)
+
+
+def _shape(item: Item, suite: Suite) -> Question:
+    """What batches are planned by: the text and the number of images, unopened."""
+    unopened: tuple[Any, ...] = item.images
+    return Question(with_suffix(item.question, suite.suffix), unopened, choices=item.choices)

@@ -1,0 +1,130 @@
+"""Asking a model: batches in transformers, or vLLM when it is installed; the same answers with the same bookkeeping."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from vlmgraft.errors import InputError, VlmgraftError
+from vlmgraft.hf.data import Question, generate_batch
+from vlmgraft.hf.models import tokenizer_of
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen; temperature 0 is greedy. max_new_tokens bounds every answer."""
+
+    max_new_tokens: int = 1024
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer: text without special tokens, tokens with the end token, whether the limit cut it; the prompt as the
+    model read it, images shown as placeholders."""
+
+    text: str
+    tokens: int
+    cut: bool
+    prompt: str
+    prompt_tokens: int
+
+
+class Engine(Protocol):
+    """Anything that answers a batch of questions."""
+
+    name: str
+
+    def answer(self, questions: Sequence[Question], seed: int) -> list[Answer]:
+        """Answers in the order of the questions. Raises VlmgraftError, ValueError or RuntimeError."""
+        ...
+
+
+class TransformersEngine:
+    """`generate` on a model in memory and its processor (or, for a text model, its tokenizer)."""
+
+    name = "transformers"
+
+    def __init__(self, model: Any, processor: Any, sampling: Sampling) -> None:
+        self.model, self.processor, self.sampling = model, processor, sampling
+        ends = model.generation_config.eos_token_id
+        self.ends = {ends} if isinstance(ends, int) else set(ends or [])
+
+    def answer(self, questions: Sequence[Question], seed: int) -> list[Answer]:
+        """One batch. Questions of one batch all have images, or none has."""
+        limit, options = self.sampling.max_new_tokens, {}
+        if self.sampling.temperature > 0:
+            options = {"do_sample": True, "temperature": self.sampling.temperature, "top_p": self.sampling.top_p}
+            torch.manual_seed(seed)
+        rows, lengths = generate_batch(self.model, self.processor, questions, limit, options)
+        decode = tokenizer_of(self.processor).decode
+        return [
+            Answer(
+                text=str(decode(row, skip_special_tokens=True)).strip(),
+                tokens=len(row),
+                cut=len(row) >= limit and row[-1] not in self.ends,
+                prompt=prompt_text(self.processor, question),
+                prompt_tokens=length,
+            )
+            for row, length, question in zip(rows, lengths, questions, strict=True)
+        ]
+
+
+class VllmEngine:
+    """vLLM's offline engine on a folder or hub id; it batches by itself, so batches may be large."""
+
+    name = "vllm"
+
+    def __init__(self, model: str | Path, processor: Any, sampling: Sampling, **options: Any) -> None:
+        try:
+            from vllm import LLM, SamplingParams
+        except ImportError as error:
+            raise InputError(
+                "--engine vllm: vLLM is not installed; pip install vllm, or --engine transformers"
+            ) from error
+        self.processor, self.sampling, self._params = processor, sampling, SamplingParams
+        self.llm = LLM(model=str(model), **options)
+
+    def answer(self, questions: Sequence[Question], seed: int) -> list[Answer]:
+        """One call of `generate`; sampled answers depend on the seed, not on what else is asked."""
+        prompts = [prompt_text(self.processor, question) for question in questions]
+        asked = [
+            {"prompt": prompt, **({"multi_modal_data": {"image": list(question.images)}} if question.images else {})}
+            for prompt, question in zip(prompts, questions, strict=True)
+        ]
+        params = self._params(
+            max_tokens=self.sampling.max_new_tokens,
+            temperature=self.sampling.temperature,
+            top_p=self.sampling.top_p,
+            seed=seed,
+        )
+        found = [(result, result.outputs[0]) for result in self.llm.generate(asked, params, use_tqdm=False)]
+        return [
+            Answer(
+                said.text.strip(),
+                len(said.token_ids),
+                said.finish_reason == "length",
+                prompt,
+                len(result.prompt_token_ids),
+            )
+            for prompt, (result, said) in zip(prompts, found, strict=True)
+        ]
+
+
+def prompt_text(processor: Any, question: Question) -> str:
+    """The chat template's text for a question, as `hf.data.encode` writes it; images appear as their placeholders."""
+    parts: list[dict[str, str]] = [{"type": "image"} for _ in question.images]
+    text_only = tokenizer_of(processor) is processor
+    content = question.prompt if text_only else [*parts, {"type": "text", "text": question.prompt}]
+    chat = [{"role": "user", "content": content}]
+    return str(processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+
+
+FAILURES = (VlmgraftError, ValueError, RuntimeError, IndexError)
+"""What a batch may fail with: out of memory, a prompt that is too long, an image that the processor refuses."""

@@ -1,0 +1,139 @@
+"""What is asked: items, grouped in suites. Images are named here and opened when they are asked about."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from PIL import Image
+
+from vlmgraft.evaluation.metrics import Expected, rotations
+from vlmgraft.evaluation.options import letters
+
+Kind = Literal["reasoning", "perception", "other"]
+GroupScore = Literal["", "all_right", "worst", "four_way", "pairs"]
+ImageSource = Path | bytes | Image.Image | Callable[[], "bytes | Path | Image.Image"]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question with what is needed to ask and to score it.
+
+    answers: references; none of them leaves the item unscored. metric: a key of `METRICS`. group, part: which items
+    are scored together, and the item's place among them. fault: why it cannot be asked, "" when it can.
+    """
+
+    id: str
+    question: str
+    images: tuple[ImageSource, ...] = ()
+    answers: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    task: str = "questions"
+    kind: Kind = "other"
+    metric: str = "auto"
+    precision: int | None = None
+    category: str = ""
+    group: str = ""
+    part: str = ""
+    pairing: GroupScore = ""
+    fault: str = ""
+
+    @property
+    def expected(self) -> Expected:
+        """What the metric compares with."""
+        return Expected(self.answers, self.choices, self.precision)
+
+    @property
+    def key(self) -> str:
+        """A digest of question, choices and references: equal for the same item in two runs."""
+        told = repr((self.question, self.choices, self.answers, len(self.images)))
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Items of one or several tasks; `suffix` is written below every question, `max_new_tokens` what answers need;
+    `duplicates` counts ids that stood twice in the source (the later ones were renamed)."""
+
+    name: str
+    items: tuple[Item, ...]
+    suffix: str = ""
+    max_new_tokens: int = 1024
+    duplicates: int = 0
+
+    @property
+    def digest(self) -> str:
+        """Of all items, in order: what a resumed run must find again."""
+        told = "".join(f"{item.id}\0{item.key}\0" for item in self.items) + self.suffix
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def unique(items: Sequence[Item]) -> tuple[tuple[Item, ...], int]:
+    """The items with ids that are unique (`x`, `x#2`, …), and how many had to be renamed."""
+    seen: Counter[str] = Counter()
+    taken = {item.id for item in items}
+    result, renamed = [], 0
+    for item in items:
+        seen[item.id] += 1
+        name = item.id
+        if seen[item.id] > 1:
+            renamed += 1
+            while name in taken:
+                name = f"{item.id}#{seen[item.id]}"
+                seen[item.id] += name in taken
+            taken.add(name)
+        result.append(item if name == item.id else replace(item, id=name))
+    return tuple(result), renamed
+
+
+def circular(items: Sequence[Item]) -> list[Item]:
+    """Every item with choices and a known answer in all rotations of its choices, right only if all are right."""
+    result: list[Item] = []
+    for item in items:
+        answer = _answer_text(item)
+        if answer is None:
+            result.append(item)
+            continue
+        for at, turned in enumerate(rotations(item.choices)):
+            letter = letters(len(turned))[(answer - at) % len(turned)]
+            turn = {"group": item.id, "part": str(at), "pairing": "all_right"}
+            result.append(replace(item, id=f"{item.id}/turn{at}", choices=turned, answers=(letter,), **turn))  # type: ignore[arg-type]
+    return result
+
+
+def _answer_text(item: Item) -> int | None:
+    """The place of the one right choice; None without choices or with another number of answers."""
+    from vlmgraft.evaluation.answers import expected_letters
+
+    if len(item.choices) < 2 or len(item.answers) != 1:
+        return None
+    found = expected_letters(item.answers[0], item.choices)
+    return letters(len(item.choices)).index(next(iter(found))) if len(found) == 1 else None
+
+
+def merge_suites(suites: Sequence[Suite]) -> Suite:
+    """Several suites as one; their suffixes are written into the questions."""
+    if len(suites) == 1:
+        return suites[0]
+    items = [
+        replace(item, id=f"{suite.name}/{item.id}", question=with_suffix(item.question, suite.suffix))
+        for suite in suites
+        for item in suite.items
+    ]
+    found, renamed = unique(items)
+    return Suite(
+        "+".join(suite.name for suite in suites),
+        found,
+        "",
+        max(suite.max_new_tokens for suite in suites),
+        renamed + sum(suite.duplicates for suite in suites),
+    )
+
+
+def with_suffix(question: str, suffix: str) -> str:
+    """The question with the suffix on a line of its own."""
+    return f"{question}\n{suffix}" if suffix and question.strip() else question

@@ -1,0 +1,164 @@
+"""The bridge to lmms-eval: run that harness on a folder, and read its sample logs as our records.
+
+The harness wants an environment of its own (it brings 7 GB). It is looked for in this environment, then in the one
+whose Python the variable VLMGRAFT_LMMS_PYTHON names.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vlmgraft.errors import DataError, InputError, VlmgraftError
+from vlmgraft.evaluation.answers import read_final, repeats
+from vlmgraft.evaluation.items import Item
+from vlmgraft.evaluation.metrics import METRICS
+from vlmgraft.evaluation.presets import PRESETS
+from vlmgraft.evaluation.run_records import Record, fault_record, record_of
+from vlmgraft.evaluation.values import yes_or_no
+
+PYTHON = "VLMGRAFT_LMMS_PYTHON"
+INSTALL = (
+    "lmms-eval is not installed. Give it an environment of its own, `python -m venv lmms && lmms/bin/pip install "
+    f"lmms-eval`, and name its Python: `export {PYTHON}=lmms/bin/python`"
+)
+_NOT_METRICS = frozenset(
+    "doc_id doc doc_hash target input arguments resps filtered_resps token_counts input_media submission".split()
+)
+_SCORES = ("score", "acc", "acc_score", "accuracy", "correct", "exact_match")
+_DATED = re.compile(r"^\d+_\d+_samples_|^samples_")
+
+
+def run_lmms(
+    model: str | Path, tasks: str, out: Path, *, limit: int | None = None, batch_size: int = 1, seed: int = 0
+) -> list[Record]:
+    """Run the harness on `tasks` (separated by commas) and read its logs, kept in `out/lmms`.
+
+    Raises:
+        InputError: the harness is not installed, or `tasks` is empty. VlmgraftError: it failed; its log says why.
+    """
+    if not tasks.strip(", "):
+        raise InputError("--data lmms: names no task; write lmms:mathvista_testmini,pope")
+    python = harness_python()
+    logs = out / "lmms"
+    if not sample_files(logs):
+        logs.mkdir(parents=True, exist_ok=True)
+        command = harness_command(python, model, tasks, logs, limit=limit, batch_size=batch_size, seed=seed)
+        with (logs / "harness.log").open("w", encoding="utf-8") as log:
+            ended = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
+        if ended.returncode or not sample_files(logs):
+            tail = (logs / "harness.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+            raise VlmgraftError(
+                f"lmms-eval ended with {ended.returncode}: {' '.join(tail)[:300]}; see {logs}/harness.log"
+            )
+    return [record for file in sample_files(logs) for record in read_samples(file)]
+
+
+def harness_python() -> str:
+    """The Python that can run lmms-eval; raises InputError saying how to install it."""
+    named = os.environ.get(PYTHON)
+    if named:
+        if not Path(named).exists():
+            raise InputError(f"{PYTHON}={named}: no such file. {INSTALL}")
+        return named
+    if importlib.util.find_spec("lmms_eval") is None:
+        raise InputError(INSTALL)
+    return sys.executable
+
+
+def harness_command(
+    python: str, model: str | Path, tasks: str, logs: Path, *, limit: int | None, batch_size: int, seed: int
+) -> list[str]:
+    """The command line of the harness: its generic transformers model on the folder, samples logged."""
+    extra = os.environ.get("VLMGRAFT_LMMS_ARGS", "")
+    arguments = [python, "-m", "lmms_eval", "--model", "huggingface"]
+    arguments += ["--model_args", ",".join(filter(None, [f"pretrained={model}", extra]))]
+    arguments += ["--tasks", tasks, "--batch_size", str(batch_size), "--seed", str(seed)]
+    arguments += ["--log_samples", "--output_path", str(logs)]
+    if include := os.environ.get("VLMGRAFT_LMMS_TASKS"):
+        arguments += ["--include_path", include]
+    return [*arguments, *(["--limit", str(limit)] if limit else [])]
+
+
+def sample_files(logs: Path) -> list[Path]:
+    """The sample logs below a folder, the newest of every task, in the order of the tasks' names."""
+    newest: dict[str, Path] = {}
+    for file in sorted(logs.rglob("*samples_*.jsonl"), key=lambda file: file.name):
+        newest[task_of(file)] = file
+    return [newest[task] for task in sorted(newest)]
+
+
+def task_of(file: Path) -> str:
+    """The task's name in the name of a sample log."""
+    return _DATED.sub("", file.stem)
+
+
+def read_samples(file: Path) -> list[Record]:
+    """The records of one sample log; raises DataError naming file and line."""
+    records = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            records.append(translate(row, task_of(file)))
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{file}, line {number}: no sample of lmms-eval ({error!r})") from error
+    return records
+
+
+def translate(row: dict[str, Any], task: str) -> Record:
+    """One sample as a record. The score is the harness's own, of the first measure that gives one in [0, 1] for every
+    item; where it gives none (a judge's text, a submission), ours, against its target.
+
+    What it does not log stays unknown: the prompt is the text before the chat template, and `cut` is false.
+    """
+    output = _text(row["resps"] if "resps" in row else row["filtered_resps"])
+    name, score = _score(row)
+    preset = next((preset for known, preset in PRESETS.items() if task.startswith(known)), None)
+    item = Item(
+        id=str(row["doc_id"]),
+        question=_text(row.get("input", "")),
+        answers=(str(row["target"]),) if str(row.get("target") or "").strip() else (),
+        task=task,
+        kind=preset.kind if preset else "other",
+        metric=preset.metric if preset and preset.metric != "vqa" else "auto",
+    )
+    tokens = _tokens(row.get("token_counts"))
+    if score is None:
+        return record_of(item, item.question, output, tokens=tokens, prompt_tokens=0, cut=False)
+    said, how = read_final(output)
+    stance = yes_or_no(said) if item.metric == "yes_no" else None
+    blank = fault_record(item, "", failed=True)
+    found = {"output": output, "how": how, "score": score, "tokens": tokens, "found": bool(said)}
+    found |= {"answer": said if stance is None else "yes" if stance else "no", "repeated": repeats(output)}
+    metric = item.metric if item.metric in METRICS and item.metric == "yes_no" else f"lmms_eval {name}"
+    return Record(**{**vars(blank), **found, "state": "scored", "metric": metric})
+
+
+def _score(row: dict[str, Any]) -> tuple[str, float | None]:
+    for name, value in row.items():
+        if name in _NOT_METRICS:
+            continue
+        number = value
+        if isinstance(value, dict):
+            number = next((value[key] for key in _SCORES if key in value), None)
+        if isinstance(number, bool | int | float) and 0 <= number <= 1:
+            return name, float(number)
+    return "", None
+
+
+def _text(value: Any) -> str:
+    while isinstance(value, list | tuple):
+        value = value[0] if value else ""
+    return str(value)
+
+
+def _tokens(counts: Any) -> int:
+    first: Any = counts[0] if isinstance(counts, Sequence) and counts else counts
+    return int(first.get("output_tokens") or 0) if isinstance(first, dict) else 0

@@ -1,0 +1,109 @@
+"""Two models on the same items: paired differences with bootstrap intervals, and McNemar's exact test."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import comb
+from typing import Any
+
+from vlmgraft.errors import DataError
+from vlmgraft.evaluation.intervals import Estimate, bootstrap
+from vlmgraft.evaluation.run_records import Record
+from vlmgraft.evaluation.summary import KINDS, units
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a comparison: a task, or the mean over the tasks of a kind.
+
+    first, second: scores with their intervals; difference: second minus first, paired. only_first, only_second: units
+    that one model alone gets right; p: McNemar's exact two-sided test on those (None where scores are not all 0 or 1,
+    and for averages). units: on how many both have a score.
+    """
+
+    name: str
+    kind: str
+    first: Estimate
+    second: Estimate
+    difference: Estimate
+    units: int
+    only_first: int | None = None
+    only_second: int | None = None
+    p: float | None = None
+
+
+@dataclass(frozen=True)
+class Paired:
+    """The comparison of two runs: tasks, then averages; how many items only one of them holds."""
+
+    first: str
+    second: str
+    tasks: tuple[Row, ...]
+    averages: tuple[Row, ...]
+    only_in_first: int
+    only_in_second: int
+
+    def as_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+
+def compare_records(
+    first: Sequence[Record], second: Sequence[Record], names: tuple[str, str] = ("A", "B"), seed: int = 0
+) -> Paired:
+    """Pair the units of two runs by task and id.
+
+    Raises:
+        DataError: they share no scored item, or an id stands for another question.
+    """
+    _same_items(first, second)
+    pairs = {}
+    kinds = {record.task: record.kind for record in first}
+    for task in kinds:
+        one, other = (units([record for record in records if record.task == task]) for records in (first, second))
+        shared = [name for name in one if name in other]
+        if shared:
+            pairs[task] = ([one[name] for name in shared], [other[name] for name in shared])
+    if not pairs:
+        raise DataError(f"{names[0]} and {names[1]} share no scored item; evaluate both on the same --data")
+    rows = tuple(_row(task, kinds[task], [pair], seed) for task, pair in pairs.items())
+    averages = tuple(
+        _row(f"{kind} average", kind, [pairs[task] for task in pairs if kinds[task] == kind], seed)
+        for kind in KINDS
+        if any(kinds[task] == kind for task in pairs)
+    )
+    ids = [{(record.task, record.id) for record in records} for records in (first, second)]
+    return Paired(*names, rows, averages, len(ids[0] - ids[1]), len(ids[1] - ids[0]))
+
+
+def _row(name: str, kind: str, pairs: Sequence[tuple[list[float], list[float]]], seed: int) -> Row:
+    differences = [[b - a for a, b in zip(*pair, strict=True)] for pair in pairs]
+    one, other = (bootstrap([pair[side] for pair in pairs], seed) for side in (0, 1))
+    total = sum(len(pair[0]) for pair in pairs)
+    if len(pairs) > 1 or any(score not in (0, 1) for pair in pairs for side in pair for score in side):
+        return Row(name, kind, one, other, bootstrap(differences, seed), total)
+    lost, gained = (differences[0].count(sign) for sign in (-1, 1))
+    return Row(name, kind, one, other, bootstrap(differences, seed), total, lost, gained, mcnemar(lost, gained))
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """McNemar's exact two-sided p (1947; binomial): how often a fair coin splits the discordant units so unevenly.
+
+    >>> mcnemar(0, 5)
+    0.0625
+    """
+    total = only_first + only_second
+    tail = sum(comb(total, k) for k in range(min(only_first, only_second) + 1))
+    return min(1.0, 2 * tail / 2**total)
+
+
+def _same_items(first: Sequence[Record], second: Sequence[Record]) -> None:
+    keys: Mapping[tuple[str, str], str] = {(record.task, record.id): record.key for record in first}
+    for record in second:
+        known = keys.get((record.task, record.id))
+        if known is not None and known != record.key:
+            raise DataError(
+                f"task {record.task!r}, id {record.id!r}: another question or another reference answer in the two "
+                "runs; evaluate both on the same --data"
+            )

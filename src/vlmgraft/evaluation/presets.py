@@ -1,0 +1,211 @@
+"""The published column layouts of benchmarks, as data: what to read, how to ask, how to score.
+
+No benchmark's data is here. A preset reads the layout from its home on the hub (`source`, `split`) or from a local copy
+in the same layout. Layouts as published in 2026, checked against the readers of lmms-eval 0.7.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from vlmgraft.evaluation.items import GroupScore, Kind
+
+LETTER = "Answer with the letter of the correct option."
+REASONED = "Think step by step, then give the final answer as \\boxed{answer}."
+SHORT = "Answer the question with a single word or phrase."
+YES_NO = "Answer with yes or no."
+UNANSWERABLE = 'When the information is insufficient, answer "unanswerable". ' + SHORT
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which column holds what: of several names the first that a row has and that is not empty.
+
+    images: one that ends in "*" stands for all columns that begin so. id: all columns, joined by "/"; none of them: the
+    row's number. answers: one value, or a list of them, or of objects with "answer". group: all columns, joined by "/";
+    a name that ends in "|" ends one group's name and begins another's.
+    """
+
+    question: tuple[str, ...] = ("question",)
+    images: tuple[str, ...] = ("image", "images")
+    answers: tuple[str, ...] = ("answer", "answers")
+    choices: tuple[str, ...] = ("choices", "options")
+    id: tuple[str, ...] = ("id",)
+    category: tuple[str, ...] = ("category",)
+    kind: tuple[str, ...] = ("kind",)
+    precision: tuple[str, ...] = ()
+    group: tuple[str, ...] = ()
+    part: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One benchmark; `suffix` is written below every question."""
+
+    source: str
+    split: str
+    kind: Kind
+    columns: Columns = field(default_factory=Columns)
+    config: str | None = None
+    metric: str = "auto"
+    suffix: str = REASONED
+    pairing: GroupScore = ""
+    max_new_tokens: int = 2048
+
+
+_OPTIONS_INSIDE: tuple[str, ...] = ()
+"""The question lists its choices itself."""
+
+PRESETS: Mapping[str, Preset] = {
+    "mathvista": Preset(
+        "AI4Math/MathVista",
+        "testmini",
+        "reasoning",
+        Columns(images=("decoded_image", "image"), id=("pid",), category=("question_type",), precision=("precision",)),
+    ),
+    "mathverse": Preset(
+        "AI4Math/MathVerse",
+        "testmini",
+        "reasoning",
+        Columns(
+            question=("query_cot", "question"),
+            id=("sample_index",),
+            category=("problem_version",),
+            choices=_OPTIONS_INSIDE,
+        ),
+        suffix="",
+        config="testmini",
+    ),
+    "mathvision": Preset(
+        "MathLLMs/MathVision",
+        "testmini",
+        "reasoning",
+        Columns(images=("decoded_image", "image"), category=("subject",)),
+    ),
+    "wemath": Preset(
+        "We-Math/We-Math",
+        "testmini",
+        "reasoning",
+        Columns(
+            images=("image_path",),
+            choices=("option",),
+            id=("ID", "key"),
+            category=("key",),
+            group=("ID",),
+            part=("key",),
+        ),
+        pairing="four_way",
+    ),
+    "logicvista": Preset(
+        "lscpku/LogicVista",
+        "test",
+        "reasoning",
+        Columns(images=("image", "imagepath"), category=("skill",), choices=_OPTIONS_INSIDE, id=("id", "name")),
+    ),
+    "mmmu": Preset(
+        "lmms-lab/MMMU",
+        "validation",
+        "reasoning",
+        Columns(images=("image_*",), category=("subfield",)),
+    ),
+    "mmstar": Preset(
+        "Lin-Chen/MMStar",
+        "val",
+        "reasoning",
+        Columns(id=("index",), choices=_OPTIONS_INSIDE),
+        suffix=LETTER,
+    ),
+    "dynamath": Preset(
+        "DynaMath/DynaMath_Sample",
+        "all",
+        "reasoning",
+        Columns(
+            images=("decoded_image", "image"),
+            answers=("ground_truth",),
+            id=("id", "variant"),
+            choices=_OPTIONS_INSIDE,
+            category=("subject",),
+            group=("id",),
+            part=("variant",),
+        ),
+        pairing="worst",
+    ),
+    "pope": Preset(
+        "lmms-lab/POPE",
+        "test",
+        "perception",
+        Columns(id=("category", "question_id")),
+        metric="yes_no",
+        suffix=YES_NO,
+        max_new_tokens=64,
+    ),
+    "vizwiz": Preset(
+        "lmms-lab/VizWiz-VQA",
+        "val",
+        "perception",
+        Columns(answers=("answers",), id=("question_id", "image_id"), category=("category", "answer_type")),
+        metric="vqa",
+        suffix=UNANSWERABLE,
+        max_new_tokens=64,
+    ),
+    "textvqa": Preset(
+        "lmms-lab/textvqa",
+        "validation",
+        "perception",
+        Columns(answers=("answers",), id=("question_id",), category=()),
+        metric="vqa",
+        suffix=SHORT,
+        max_new_tokens=64,
+    ),
+    "chartqa": Preset(
+        "lmms-lab/ChartQA",
+        "test",
+        "perception",
+        Columns(question=("question", "query"), answers=("answer", "label"), category=("type", "human_or_machine")),
+        metric="relaxed",
+        suffix=SHORT,
+        max_new_tokens=64,
+    ),
+    "ocrbench": Preset(
+        "echo840/OCRBench",
+        "test",
+        "perception",
+        Columns(category=("question_type",), id=()),
+        metric="contains",
+        suffix="",
+        max_new_tokens=256,
+    ),
+    "realworldqa": Preset(
+        "xai-org/RealworldQA",
+        "test",
+        "perception",
+        Columns(choices=_OPTIONS_INSIDE, category=()),
+        suffix="",
+        max_new_tokens=256,
+    ),
+    "hallusionbench": Preset(
+        "lmms-lab/HallusionBench",
+        "image",
+        "perception",
+        Columns(
+            answers=("gt_answer",),
+            id=("category", "subcategory", "set_id", "figure_id", "question_id"),
+            category=("subcategory",),
+            group=(
+                "category",
+                "subcategory",
+                "set_id",
+                "question_id|",
+                "category",
+                "subcategory",
+                "set_id",
+                "figure_id",
+            ),
+        ),
+        metric="yes_no",
+        suffix=YES_NO,
+        pairing="pairs",
+        max_new_tokens=64,
+    ),
+}

@@ -1,0 +1,227 @@
+"""From rows to items: a column map or a preset says which column holds what; a bad row becomes an item with a fault."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import binascii
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vlmgraft.errors import DataError
+from vlmgraft.evaluation.items import ImageSource, Item, Suite, circular, unique
+from vlmgraft.evaluation.metrics import METRICS
+from vlmgraft.evaluation.presets import PRESETS, Columns, Preset
+from vlmgraft.evaluation.sources import Row, read_rows
+
+_LETTERED = re.compile(
+    r"(?:^|[;\n]|\s)\s*\(?([A-H])[.:)]\s*(.*?)(?=\s*;?\s*(?:\s\(?[A-H][.:)]|[;\n]\s*\(?[A-H][.:)])|\s*;?\s*$)",
+    re.DOTALL,
+)
+LOCAL = Preset("", "", "other", suffix="", max_new_tokens=1024)
+
+
+def load_suite(
+    data: str | Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    split: str | None = None,
+    config: str | None = None,
+    limit: int | None = None,
+    turn_options: bool = False,
+) -> Suite:
+    """The items of `data`: a file, folder or data set's id; a preset's name; or PRESET:SOURCE, a copy in its layout.
+
+    Args:
+        columns: field of `Columns` → column name (or several, separated by "+"), over the preset's.
+        limit: the first so many rows.
+        turn_options: ask every rotation of lettered choices (circular evaluation).
+    Raises:
+        DataError: the source cannot be read, no row has the question's column, or a column map names an unknown field.
+    """
+    name, _, source = str(data).partition(":")
+    preset = PRESETS.get(name.lower())
+    if preset is None:
+        preset, name, source = LOCAL, Path(data).stem if Path(data).exists() else str(data), str(data)
+    elif not source:
+        source, split, config = preset.source, split or preset.split, config or preset.config
+    preset = replace(preset, columns=mapped(preset.columns, columns or {}))
+    rows, folder = read_rows(source, split=split, config=config)
+    if not rows:
+        raise DataError(f"{source}: holds no row")
+    if not any(column in row for row in rows for column in preset.columns.question):
+        raise DataError(
+            f"{source}: no column {' or '.join(preset.columns.question)}; it has {', '.join(map(str, rows[0]))}. "
+            "Name the columns, such as --column question=query"
+        )
+    items = [_item(row, at, name, preset, folder) for at, row in enumerate(rows[:limit])]
+    found, renamed = unique(items)
+    if turn_options:
+        found = tuple(circular(found))
+    return Suite(name, found, preset.suffix, preset.max_new_tokens, renamed)
+
+
+def mapped(columns: Columns, changes: Mapping[str, str]) -> Columns:
+    """Columns with some fields replaced; raises DataError for an unknown field."""
+    known = [field.name for field in fields(Columns)]
+    for name in changes:
+        if name not in known:
+            raise DataError(f"column map: unknown field {name!r}; it has {', '.join(known)}")
+    return replace(columns, **{name: tuple(value.split("+")) for name, value in changes.items()})
+
+
+def _item(row: Row, at: int, task: str, preset: Preset, folder: Path | None) -> Item:
+    columns = preset.columns
+    question = _first(row, columns.question)
+    images, fault = _images(row, columns.images, folder)
+    if not isinstance(question, str):
+        fault = "the question is empty" if question is None else f"the question is no text: {str(question)[:60]!r}"
+    choices = _choices(_first(row, columns.choices))
+    category = _first(row, columns.category)
+    return Item(
+        id=_joined(row, columns.id) or str(at),
+        question=question if isinstance(question, str) else "",
+        images=images,
+        answers=_answers(_first(row, columns.answers)),
+        choices=choices,
+        task=str(row["task"]) if preset is LOCAL and row.get("task") else task,
+        kind=_kind(_first(row, columns.kind), preset),
+        metric=_metric(row, preset),
+        precision=_precision(_first(row, columns.precision)),
+        category=""
+        if category is None
+        else ", ".join(map(str, category))
+        if isinstance(category, list)
+        else str(category),
+        group=_joined(row, columns.group),
+        part=str(_first(row, columns.part) or ""),
+        pairing=preset.pairing,
+        fault=fault,
+    )
+
+
+def _first(row: Row, names: Sequence[str]) -> Any:
+    """The first of the columns that has a value; None when none has."""
+    return next((row[name] for name in names if row.get(name) not in (None, "", [])), None)
+
+
+def _joined(row: Row, names: Sequence[str]) -> str:
+    """The values of all columns that the row has, joined by "/"; a name that ends in "|" also ends a group."""
+    told = ""
+    for name in names:
+        value = row.get(name.rstrip("|"))
+        if value is not None:
+            told += ("" if not told or told.endswith("|") else "/") + str(value)
+        told += "|" if name.endswith("|") else ""
+    return told
+
+
+def _answers(value: Any) -> tuple[str, ...]:
+    """References: a value, a list of values, or of objects with "answer" (VizWiz); none of them is the empty text."""
+    listed = value if isinstance(value, list | tuple) else [value]
+    told = [each.get("answer") if isinstance(each, dict) else each for each in listed]
+    return tuple(_number(each) for each in told if each is not None and str(each).strip())
+
+
+def _number(value: Any) -> str:
+    return str(int(value)) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else str(value)
+
+
+def _choices(value: Any) -> tuple[str, ...]:
+    """A list of texts; the text form of such a list (MMMU); or lettered texts in a row (WeMath: "A. 3; B. 4")."""
+    if isinstance(value, str):
+        try:
+            parsed = ast.literal_eval(value) if value.lstrip().startswith("[") else None
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            parsed = None
+        value = parsed if isinstance(parsed, list) else _lettered(value)
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, list | tuple):
+        return ()
+    return tuple(str(choice) for choice in value if choice is not None) if len(value) > 1 else ()
+
+
+def _lettered(text: str) -> list[str]:
+    found = _LETTERED.findall(text)
+    expected = "ABCDEFGH"[: len(found)]
+    return [choice.strip(" ;") for _, choice in found] if "".join(letter for letter, _ in found) == expected else []
+
+
+def _kind(value: Any, preset: Preset) -> Any:
+    return value if value in ("reasoning", "perception", "other") else preset.kind
+
+
+def _metric(row: Row, preset: Preset) -> str:
+    named = row.get("metric") if preset is LOCAL else None
+    return str(named) if named in METRICS else preset.metric
+
+
+def _precision(value: Any) -> int | None:
+    return int(value) if isinstance(value, int | float) and 0 < value <= 12 else None
+
+
+def _images(row: Row, names: Sequence[str], folder: Path | None) -> tuple[tuple[ImageSource, ...], str]:
+    """The pictures of a row, and what is wrong with them."""
+    sources: list[ImageSource] = []
+    for value in _pictures(row, names):
+        for each in value if isinstance(value, list | tuple) else [value]:
+            if each is None or each == "":
+                continue
+            source = _source(each, folder)
+            if source is None:
+                return tuple(sources), f"no picture: {str(each)[:60]!r}"
+            sources.append(source)
+    return tuple(sources), ""
+
+
+def _pictures(row: Row, names: Sequence[str]) -> list[Any]:
+    for name in names:
+        starred = [column for column in row if name.endswith("*") and column.startswith(name[:-1])]
+        found = [row[column] for column in sorted(starred) or [name] if row.get(column) not in (None, "", [])]
+        if found:
+            return found
+    return []
+
+
+def _source(value: Any, folder: Path | None) -> ImageSource | None:
+    if callable(value):
+        return _later(value, folder)
+    if isinstance(value, bytes | Image.Image):
+        return value
+    if isinstance(value, dict):
+        return value.get("bytes") or (_path(value["path"], folder) if value.get("path") else None)
+    return _base64(value) or _path(value, folder) if isinstance(value, str) else None
+
+
+def _later(fetch: Callable[[], Any], folder: Path | None) -> Callable[[], Any]:
+    def load() -> Any:
+        value = fetch()
+        if isinstance(value, list):
+            value = value[0] if value else None
+        source = _source(value, folder)
+        if source is None or (callable(source) and not isinstance(source, Image.Image)):
+            raise DataError("the data holds no picture here")
+        return source
+
+    return load
+
+
+def _path(name: str, folder: Path | None) -> Path:
+    return (folder or Path()) / name
+
+
+def _base64(text: str) -> bytes | None:
+    """The bytes of base64 text that is a picture (as tab-separated benchmarks carry them); None for anything else."""
+    head = text[:8]
+    if len(text) < 64 or not head.startswith(("/9j/", "iVBOR", "UklGR", "R0lGO", "Qk")):
+        return None
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        return None

@@ -1,0 +1,148 @@
+"""One row per item asked, and its file: appended batch by batch, read again by a resumed run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from vlmgraft.errors import DataError
+from vlmgraft.evaluation.answers import Verdict, repeats
+from vlmgraft.evaluation.items import Item
+from vlmgraft.evaluation.metrics import METRICS
+from vlmgraft.records import as_dict, write_rows
+
+State = Literal["scored", "unscored", "failed", "not asked"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What became of one item.
+
+    state: scored; unscored (asked, but no reference answer); failed (the model could not be asked: counts as wrong);
+    not asked (the item itself is at fault: counts nowhere, but is listed). score in [0, 1], None unless scored or
+    failed. tokens of the answer, the end token included; cut: the limit came before the end; found: an answer could
+    be read; repeated: the answer ends in a loop. images: how many were shown.
+    """
+
+    id: str
+    key: str
+    task: str
+    kind: str
+    metric: str
+    state: State
+    prompt: str
+    images: int
+    output: str
+    answer: str
+    how: str
+    expected: tuple[str, ...]
+    choices: tuple[str, ...]
+    score: float | None
+    tokens: int
+    prompt_tokens: int
+    cut: bool
+    found: bool
+    repeated: bool
+    category: str = ""
+    group: str = ""
+    part: str = ""
+    pairing: str = ""
+    fault: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """right, wrong, partly, or the state when there is no score."""
+        if self.score is None:
+            return self.state
+        return "right" if self.score == 1 else "wrong" if self.score == 0 else "partly"
+
+    @property
+    def empty(self) -> bool:
+        """Asked, and nothing was said."""
+        return self.state in ("scored", "unscored") and not self.output.strip()
+
+
+def record_of(item: Item, prompt: str, output: str, *, tokens: int, prompt_tokens: int, cut: bool) -> Record:
+    """The record of an answered item, judged by the item's metric."""
+    judged = METRICS[item.metric](output, item.expected) if item.answers else Verdict("", 0.0, bool(output), "none")
+    return _record(
+        item,
+        state="scored" if item.answers else "unscored",
+        prompt=prompt,
+        output=output,
+        answer=judged.said,
+        how=judged.how,
+        score=judged.score if item.answers else None,
+        tokens=tokens,
+        prompt_tokens=prompt_tokens,
+        cut=cut,
+        found=judged.found,
+        repeated=repeats(output),
+    )
+
+
+def fault_record(item: Item, fault: str, *, failed: bool) -> Record:
+    """The record of an item that was not answered: the model failed (a wrong answer, if there is a right one), or the
+    item is at fault."""
+    score = 0.0 if failed and item.answers else None
+    nothing: dict[str, Any] = {"prompt": item.question, "output": "", "answer": "", "how": "none", "score": score}
+    nothing |= {"tokens": 0, "prompt_tokens": 0, "cut": False, "found": False, "repeated": False, "fault": fault}
+    return _record(item, state="failed" if failed else "not asked", **nothing)
+
+
+def _record(item: Item, **found: Any) -> Record:
+    same = {name: getattr(item, name) for name in ("id", "key", "task", "kind", "metric", "category", "choices")}
+    grouped = {"group": item.group, "part": item.part, "pairing": item.pairing}
+    return Record(**{**same, **grouped, "images": len(item.images), "expected": item.answers, **found})
+
+
+def append_records(path: Path, records: Sequence[Record]) -> None:
+    """Append records in one write, and flush them to the disk: after a kill at most the last line is cut."""
+    data = "".join(json.dumps(as_dict(record), ensure_ascii=False) + "\n" for record in records).encode()
+    with path.open("ab", buffering=0) as file:
+        file.write(data)
+        os.fsync(file.fileno())
+
+
+def load_records(path: Path) -> list[Record]:
+    """The records of a file; a last line cut short is dropped. Raises DataError naming file and line."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; it should hold the records of `vlmgraft evaluate`")
+    lines = path.read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            records.append(read_record(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            if number == len(lines):
+                break
+            raise DataError(f"{path}, line {number}: no record of an evaluation ({error})") from error
+    return records
+
+
+def read_record(row: dict[str, Any]) -> Record:
+    """A record from its JSON object; raises TypeError for missing fields. Unknown fields are ignored."""
+    known = {field.name for field in fields(Record)}
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in row.items() if name in known
+    }
+    return Record(**values)
+
+
+def drop_partial_line(path: Path) -> None:
+    """Cut off what stands behind the last line end: the trace of a kill in the middle of a write."""
+    data = path.read_bytes()
+    if data and not data.endswith(b"\n"):
+        with path.open("r+b") as file:
+            file.truncate(data.rfind(b"\n") + 1)
+
+
+def save_records(path: Path, records: Iterable[Record]) -> None:
+    """Write all records, atomically."""
+    write_rows(path, records)

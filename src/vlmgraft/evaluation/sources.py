@@ -1,0 +1,151 @@
+"""Rows from files and data sets: JSON lines, JSON, parquet, folders and ids of `datasets`.
+
+Pictures inside parquet files and data sets stay there until they are asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlmgraft.errors import DataError
+
+Row = Mapping[str, Any]
+READABLE = ".jsonl, .json, .parquet, a folder of parquet files or one that `datasets` saved, or a data set's id"
+
+
+def read_rows(
+    source: str | Path, *, split: str | None = None, config: str | None = None
+) -> tuple[list[Row], Path | None]:
+    """The rows of a source, and the folder that image paths are relative to (None for the hub).
+
+    JSON files hold a list of objects, or an object of objects (their keys become "id"). Raises DataError.
+    """
+    path = Path(source)
+    if path.suffix in (".jsonl", ".json") and (path.is_file() or not _could_be_id(str(source))):
+        if not path.is_file():
+            raise DataError(f"{path}: no such file")
+        return (_json_lines(path) if path.suffix == ".jsonl" else _json(path)), path.parent
+    if path.is_dir() or path.suffix == ".parquet":
+        return _local_dataset(path, split), path if path.is_dir() else path.parent
+    if path.exists() or not _could_be_id(str(source)):
+        raise DataError(f"{source}: cannot be read; give {READABLE}")
+    return _hub_dataset(str(source), split, config), None
+
+
+def _could_be_id(source: str) -> bool:
+    return (
+        source.count("/") <= 1 and not source.startswith((".", "/", "~")) and not source.endswith((".jsonl", ".json"))
+    )
+
+
+def _json_lines(path: Path) -> list[Row]:
+    rows: list[Row] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DataError(f"{path}, line {number}: not JSON ({error}); every line must be one JSON object") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number}: must be a JSON object, got {line[:60]!r}")
+        rows.append(row)
+    return rows
+
+
+def _json(path: Path) -> list[Row]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON ({error})") from error
+    if isinstance(found, dict) and found and all(isinstance(row, dict) for row in found.values()):
+        found = [{"id": name, **row} for name, row in found.items()]
+    if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
+        raise DataError(f"{path}: must hold a list of objects, or an object of objects")
+    return found
+
+
+def _local_dataset(path: Path, split: str | None) -> list[Row]:
+    from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
+
+    if path.is_dir() and not list(path.glob("*.parquet")):
+        try:
+            found = load_from_disk(str(path))
+        except (FileNotFoundError, ValueError, OSError) as error:
+            raise DataError(f"{path}: holds no data set ({error}); give {READABLE}") from error
+        if isinstance(found, DatasetDict):
+            found = _split_of(found, split, path)
+        return _lazy(found)
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if split and path.is_dir():
+        files = [file for file in files if file.name.startswith(split)] or files
+    if not files or not files[0].is_file():
+        raise DataError(f"{path}: no such file")
+    try:
+        return _lazy(concatenate_datasets([Dataset.from_parquet(str(file)) for file in files]))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(f"{path}: no parquet file ({str(error)[:200]})") from error
+
+
+def _hub_dataset(name: str, split: str | None, config: str | None) -> list[Row]:
+    from datasets import DatasetDict, load_dataset
+
+    try:
+        found = load_dataset(name, config, split=None if split == "all" else split)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"{name}: the data set cannot be loaded ({str(error)[:300]}); download it, and give the file or folder"
+        ) from error
+    return _lazy(_split_of(found, split, name) if isinstance(found, DatasetDict) else found)
+
+
+def _split_of(found: Any, split: str | None, where: object) -> Any:
+    """One split; "all" of them with their names in the column "variant"."""
+    from datasets import concatenate_datasets
+
+    if split == "all":
+        return concatenate_datasets([part.add_column("variant", [name] * len(part)) for name, part in found.items()])
+    if split is None and len(found) == 1:
+        return next(iter(found.values()))
+    if split not in found:
+        raise DataError(f"{where}: name one of its splits, {', '.join(found)}, with --split")
+    return found[split]
+
+
+def _lazy(data: Any) -> list[Row]:
+    """Rows of a data set; in place of a picture a function that fetches its bytes."""
+    from datasets import Image
+    from datasets import Sequence as Listed
+
+    pictures = []
+    for column, feature in list(data.features.items()):
+        inner = getattr(feature, "feature", None)
+        if isinstance(feature, Image):
+            data = data.cast_column(column, Image(decode=False))
+        elif isinstance(inner, Image):
+            data = data.cast_column(column, Listed(Image(decode=False)))
+        elif not _holds_bytes(feature):
+            continue
+        pictures.append(column)
+    told = data.remove_columns(pictures)
+    present = {column: _present(data, column) for column in pictures}
+    rows: list[Row] = []
+    for number in range(len(data)):
+        shown = {column: _fetch(data, number, column) for column in pictures if present[column][number]}
+        rows.append({**told[number], **shown})
+    return rows
+
+
+def _holds_bytes(feature: Any) -> bool:
+    return isinstance(feature, dict) and "bytes" in feature
+
+
+def _present(data: Any, column: str) -> Sequence[bool]:
+    return [bool(valid) for chunk in data.data.column(column).chunks for valid in chunk.is_valid().to_pylist()]
+
+
+def _fetch(data: Any, number: int, column: str) -> Callable[[], Any]:
+    return lambda: data[number][column]

@@ -1,0 +1,274 @@
+"""The public functions `evaluate` and `compare`: a model and data in, records and figures out.
+
+A folder of an evaluation holds `run.json` (what was asked of whom), `records.jsonl` (one row per item, see
+`evaluation/run_records.py`), `summary.json` and `summary.md`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmgraft.checkpoint.writer import refuse_output
+from vlmgraft.errors import CheckpointError, DataError, InputError, OutputError
+from vlmgraft.evaluation.items import Suite, merge_suites
+from vlmgraft.evaluation.paired import Paired, compare_records
+from vlmgraft.evaluation.readers import load_suite
+from vlmgraft.evaluation.run_records import Record, drop_partial_line, load_records, save_records
+from vlmgraft.evaluation.summary import Summary, summarise
+from vlmgraft.evaluation.tables import comparison_table, summary_table
+from vlmgraft.records import write_json, write_text
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Progress = Callable[[int, int, str], None]
+
+RECORDS, RUN, SUMMARY, TABLE = "records.jsonl", "run.json", "summary.json", "summary.md"
+Data = str | Path | Suite
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How a model is asked.
+
+    max_new_tokens: None is what the data needs. suffix: below every question; None is the data's own. temperature 0
+    is greedy. device: None is the first GPU, or the CPU. limit: the first so many rows of each source. columns, split,
+    config: see `evaluation.readers.load_suite`. circular: every rotation of lettered choices.
+    """
+
+    batch_size: int = 32
+    max_new_tokens: int | None = None
+    suffix: str | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    engine: str = "transformers"
+    device: str | None = None
+    dtype: str = "auto"
+    limit: int | None = None
+    columns: Mapping[str, str] | None = None
+    split: str | None = None
+    config: str | None = None
+    circular: bool = False
+
+
+def evaluate(
+    model: str | Path,
+    data: Data | Sequence[Data],
+    out: str | Path,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    **asking: Any,
+) -> Summary:
+    """Ask a model everything in `data` and write the folder `out`.
+
+    Args:
+        model: folder or hub id of a VLM, or of a text model for questions without images.
+        data: a question file, a data set's id, a preset's name (`mathvista`, `pope`, …) or PRESET:SOURCE, "lab" (or
+            "lab:SEED", the embedded exam), "lmms:TASK,TASK" (runs lmms-eval), a `Suite`; or several of them.
+        resume: go on with what an interruption left in `out`; nothing is asked twice.
+        asking: the fields of `Asking`.
+    Returns:
+        The summary, as `summary.json` holds it.
+    Raises:
+        DataError: the data cannot be read. OutputError: `out` exists, or was begun with other settings.
+        CheckpointError: the model cannot be loaded. VlmgraftError: no question at all could be asked.
+    """
+    out, options = Path(out), _asking(asking)
+    sources = [data] if isinstance(data, str | Path | Suite) else list(data)
+    harness = [str(source)[len("lmms:") :] for source in sources if str(source).startswith("lmms:")]
+    if harness and len(harness) < len(sources):
+        raise InputError("--data lmms:… cannot be mixed with other data; run it in a folder of its own, then `compare`")
+    suite = None if harness else _suite(sources, options)
+    said = {"model": str(model), "weights": _fingerprint(model), "data": [str(_name(source)) for source in sources]}
+    settings = said | {"asking": asdict(options), "items": suite.digest if suite else None}
+    _begin(out, settings, resume, model)
+    if suite is None:
+        from vlmgraft.evaluation.lmms import run_lmms
+
+        records = run_lmms(
+            model, ",".join(harness), out, limit=options.limit, batch_size=options.batch_size, seed=options.seed
+        )
+        return _finish(out, records, 0, options.seed)
+    known = {item.id: item.key for item in suite.items}
+    done = [record for record in _found(out) if known.get(record.id) == record.key]
+    if len(done) < len(suite.items):
+        from vlmgraft.evaluation.ask import ask
+
+        engine = _engine(model, suite, options)
+        log = out / RECORDS
+        done = ask(
+            engine, suite, batch_size=options.batch_size, seed=options.seed, done=done, log=log, progress=progress
+        )
+    order = {item.id: at for at, item in enumerate(suite.items)}
+    return _finish(out, sorted(done, key=lambda record: order[record.id]), suite.duplicates, options.seed)
+
+
+def compare(
+    first: str | Path,
+    second: str | Path,
+    *,
+    data: Data | Sequence[Data] | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    **asking: Any,
+) -> Paired:
+    """Two evaluations on the same items: paired differences (second minus first), McNemar's test, averages.
+
+    Args:
+        first, second: folders that `evaluate` wrote; or, with `data` and `out`, models, which are evaluated into
+            `out/first` and `out/second` (a folder that is an evaluation already is taken as it is).
+        out: where `comparison.json` and `comparison.md` are written; optional for two evaluations.
+    Raises:
+        DataError: the runs share no scored item, or their items differ.
+    """
+    runs = []
+    for side, model in (("first", first), ("second", second)):
+        if (Path(model) / RECORDS).is_file():
+            runs.append(Path(model))
+            continue
+        if data is None or out is None:
+            raise DataError(
+                f"{model}: holds no {RECORDS}; give a folder of `vlmgraft evaluate`, or a model with --data and --out"
+            )
+        place = Path(out) / side
+        if not (resume and (place / SUMMARY).is_file()):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            evaluate(model, data, place, resume=resume, progress=progress, **asking)
+        runs.append(place)
+    names = _names(first, second)
+    found = compare_records(
+        load_records(runs[0] / RECORDS), load_records(runs[1] / RECORDS), names, _asking(asking).seed
+    )
+    if out is not None:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        write_json(Path(out) / "comparison.json", found.as_json())
+        write_text(Path(out) / "comparison.md", comparison_table(found))
+    return found
+
+
+def _asking(given: Mapping[str, Any]) -> Asking:
+    unknown = set(given) - set(Asking.__dataclass_fields__)
+    if unknown:
+        raise TypeError(f"unknown option {', '.join(sorted(unknown))}; {', '.join(Asking.__dataclass_fields__)}")
+    options = Asking(**given)
+    for name, least in (("batch_size", 1), ("max_new_tokens", 1), ("limit", 1), ("temperature", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise InputError(f"{name} {value}: must be at least {least}")
+    if options.engine not in ("transformers", "vllm"):
+        raise InputError(f"engine {options.engine!r}: write transformers or vllm")
+    return options
+
+
+def _suite(sources: Sequence[Data], options: Asking) -> Suite:
+    suites = []
+    for source in sources:
+        if isinstance(source, Suite):
+            suite = source
+        elif str(source).partition(":")[0] == "lab" and not Path(source).exists():
+            suite = _lab(str(source), options.limit)
+        else:
+            suite = load_suite(
+                source,
+                columns=options.columns,
+                split=options.split,
+                config=options.config,
+                limit=options.limit,
+                turn_options=options.circular,
+            )
+        suites.append(suite if options.suffix is None else replace(suite, suffix=options.suffix))
+    return merge_suites(suites)
+
+
+def _lab(source: str, limit: int | None) -> Suite:
+    from vlmgraft.lab.exam import TEST, draw_exam
+
+    seed = source.partition(":")[2] or "0"
+    if not seed.isdigit():
+        raise DataError(f"--data {source}: write lab, or lab:SEED with a number")
+    suite = draw_exam(int(seed), "test", TEST).suite
+    return replace(suite, items=suite.items[:limit])
+
+
+def _name(source: Data) -> str:
+    return source.name if isinstance(source, Suite) else str(source)
+
+
+def _engine(model: str | Path, suite: Suite, options: Asking) -> Any:
+    import torch
+
+    from vlmgraft.evaluation.engine import Sampling, TransformersEngine, VllmEngine
+    from vlmgraft.hf.models import load_processor, load_text_model, load_vlm
+
+    limit = options.max_new_tokens or suite.max_new_tokens
+    sampling = Sampling(limit, options.temperature, options.top_p, options.seed)
+    processor = load_processor(model)
+    if options.engine == "vllm":
+        dtype = {} if options.dtype == "auto" else {"dtype": options.dtype}
+        return VllmEngine(model, processor, sampling, seed=options.seed, **dtype)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        loaded = load_vlm(model, options.dtype, device)
+    except CheckpointError:
+        loaded = load_text_model(model, options.dtype, device)
+    return TransformersEngine(loaded, processor, sampling)
+
+
+def _begin(out: Path, settings: dict[str, Any], resume: bool, model: str | Path) -> None:
+    """Make the folder, or check that it was begun with the same settings."""
+    settings = json.loads(json.dumps(settings))
+    if resume and (out / RUN).is_file():
+        before = json.loads((out / RUN).read_text(encoding="utf-8"))
+        changed = [name for name in settings if before.get(name) != settings[name]]
+        if changed:
+            now, then = ({name: found.get(name) for name in changed} for found in (settings, before))
+            raise OutputError(f"{out}: was begun with other settings, {then}, not {now}; use them, or another folder")
+        if (out / RECORDS).is_file():
+            drop_partial_line(out / RECORDS)
+        return
+    if not (resume and out.is_dir() and not any(out.iterdir())):
+        refuse_output(out, [Path(model)])
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / RUN, settings)
+
+
+def _found(out: Path) -> list[Record]:
+    return load_records(out / RECORDS) if (out / RECORDS).is_file() else []
+
+
+def _finish(out: Path, records: Sequence[Record], duplicates: int, seed: int) -> Summary:
+    summary = summarise(records, duplicates=duplicates, seed=seed)
+    save_records(out / RECORDS, records)
+    write_text(out / TABLE, summary_table(summary))
+    write_json(out / SUMMARY, summary.as_json())
+    return summary
+
+
+def _fingerprint(model: str | Path) -> str | None:
+    """A digest of a local folder's weight files (names, sizes, both ends); None for a hub id."""
+    files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as opened:
+            digest.update(opened.read(1 << 16))
+            opened.seek(max(0, size - (1 << 16)))
+            digest.update(opened.read())
+    return digest.hexdigest()[:16]
+
+
+def _names(first: str | Path, second: str | Path) -> tuple[str, str]:
+    """Short names that differ."""
+    one, other = Path(first), Path(second)
+    return (one.name, other.name) if one.name != other.name else (str(first), str(second))
