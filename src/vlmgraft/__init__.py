@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vlmgraft.lab.demo import demo
+    from vlmgraft.measure import compare, evaluate
     from vlmgraft.pipeline import decompose, export, gates, inspect, merge
     from vlmgraft.recipe import load_recipe
 
 __version__ = "0.1.0.dev0"
-__all__ = ["decompose", "demo", "export", "gates", "inspect", "load_recipe", "merge"]
+__all__ = ["compare", "decompose", "demo", "evaluate", "export", "gates", "inspect", "load_recipe", "merge"]
 
-_HOME = {"demo": "vlmgraft.lab.demo", "load_recipe": "vlmgraft.recipe"}
+_HOME = {"compare": "vlmgraft.measure", "evaluate": "vlmgraft.measure", "demo": "vlmgraft.lab.demo", "load_recipe": "vlmgraft.recipe"}
 
 
 def __getattr__(name: str) -> Any:
