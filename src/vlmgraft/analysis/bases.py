@@ -44,7 +44,7 @@ def name_base(candidates: Sequence[Candidate]) -> str:
     """Which base explains the donor best, in words; `candidates` as `compare_bases` orders them."""
     best, *others = candidates
     if not others:
-        return f"{best.base}: ‖τ‖ is {best.donor_ratio:.3f} of ‖W‖"
+        return f"from {best.base}, the only base given, ‖τ‖ is {best.donor_ratio:.3f} of ‖W‖"
     if best.donor_ratio == 0:
         return f"{best.base} holds the donor's very weights; it is not its base"
     times = others[0].donor_ratio / best.donor_ratio

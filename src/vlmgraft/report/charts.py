@@ -48,7 +48,7 @@ class Axes:
 
 def line_chart(title: str, series: Sequence[Series], axes: Axes, width: int = 460, height: int = 320) -> str:
     """Lines with marks, intervals and a grid; colour and mark change together, so that neither is needed alone."""
-    left, right, top, bottom = 52, 12, 12, 44
+    left, right, top, bottom = 62, 12, 12, 44
     xs = [end for one in series for dot in one.dots for end in (dot.x, *(dot.x_range or ()))]
     ys = [end for one in series for dot in one.dots for end in (dot.y, *(dot.y_range or ()))]
     x = Scale(*(axes.x_limits or span(xs, log=axes.log_x)), left, width - right, axes.log_x)
@@ -127,8 +127,8 @@ def legend(series: Sequence[Series]) -> str:
 class Heat:
     """A heat map: values[row][column], None where there is nothing.
 
-    middle: the value in the neutral colour; reach: how far from it the full colour is. unit: written after a value in
-    its tip; written: the format of the number in a cell, None for none.
+    middle: the value in the neutral colour; reach: how far from it the full colour is, below it reach_low where given.
+    unit: written after a value in its tip; written: the format of the number in a cell, None for none.
     """
 
     rows: Sequence[str]
@@ -141,6 +141,13 @@ class Heat:
     unit: str = ""
     written: str | None = "{:.0f}"
     one_sided: bool = False
+    reach_low: float | None = None
+
+    def share(self, value: float) -> float:
+        """Where a value lies between the colours, −1 to 1."""
+        away = value - self.middle
+        reach = self.reach if away >= 0 or self.reach_low is None else self.reach_low
+        return away / reach if reach else 0.0
 
 
 def heat_map(title: str, heat: Heat, width: int = 460, cell: int | None = None) -> str:
@@ -176,7 +183,7 @@ def _cell(
     box = f'x="{coordinate(x)}" y="{coordinate(y)}" width="{coordinate(width)}" height="{coordinate(height)}"'
     if value is None:
         return f'<rect class="cell none" {box}/>'
-    share = (value - heat.middle) / heat.reach if heat.reach else 0.0
+    share = heat.share(value)
     said = f"{where}: {number(value)}{heat.unit}"
     made = (
         f'<rect class="cell" {box} style="fill:{mixed(share)}" tabindex="0" {tip(said)}><title>{escape(said)}</title>'
@@ -184,7 +191,7 @@ def _cell(
     )
     if heat.written and width >= 24:
         text = heat.written.format(value).replace("-", "−")
-        kind = "in strong" if abs(share) > 0.55 else "in"
+        kind = "in strong" if abs(share) > 0.75 else "in"
         made += label(x + width / 2, y + height / 2 + 4, text, kind, "middle")
     return made
 
@@ -197,17 +204,17 @@ def _colour_bar(heat: Heat, x: float, y: float, width: float) -> str:
         share = low + (1 - low) * (step + 0.5) / steps
         box = f'x="{coordinate(x + step * width / steps)}" y="{coordinate(y)}"'
         made.append(f'<rect {box} width="{coordinate(width / steps + 0.5)}" height="7" style="fill:{mixed(share)}"/>')
-    ends = [heat.middle + heat.reach * low, heat.middle + heat.reach]
-    middle = (ends[0] + ends[1]) / 2
+    down = heat.reach if heat.reach_low is None else heat.reach_low
+    ends = [heat.middle + down * low, heat.middle + heat.reach]
+    middle = (ends[0] + ends[1]) / 2 if heat.one_sided else heat.middle
     for at, value, anchor in ((x, ends[0], "start"), (x + width / 2, middle, "middle"), (x + width, ends[1], "end")):
-        unit = heat.unit if anchor == "end" else ""
-        made.append(label(at, y + 19, f"{number(value)}{unit}", "tick", anchor))
+        made.append(label(at, y + 19, number(value), "tick", anchor))
     return "".join(made)
 
 
 def bar_chart(title: str, bars: Sequence[tuple[str, float, str]], x: str, y: str, width: int = 460) -> str:
     """Bars as (name, height, tip), from zero."""
-    left, right, top, bottom, height = 52, 12, 12, 44, 240
+    left, right, top, bottom, height = 62, 12, 12, 44, 240
     across = Scale(0, len(bars), left, width - right)
     up = Scale(0, max([value for _, value, _ in bars] + [1e-9]) * 1.08, height - bottom, top)
     body = []

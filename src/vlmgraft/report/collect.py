@@ -27,7 +27,13 @@ from vlmgraft.records import read_rows
 Rows = list[dict[str, Any]]
 BINS = 16
 DEPTH = 5
-_IN_LAYER = re.compile(r"layers\.(\d+)\.(?:.*\.)?(\w+?)(?:\.weight)?$")
+_IN_LAYER = re.compile(r"layers\.(\d+)\.(?:.*\.)?(\w+)$")
+
+
+def place_of(name: str) -> tuple[int, str] | None:
+    """Layer and projection of a tensor's name, such as (3, "q_proj"); None outside the layers."""
+    match = _IN_LAYER.search(name.removesuffix(".weight"))
+    return (int(match[1]), match[2]) if match else None
 
 
 @dataclass(frozen=True)
@@ -151,12 +157,12 @@ def read_gates(folder: Path) -> GatedRun:
 
 
 def _matrix(name: str, opened: np.ndarray, factors: Path) -> dict[str, Any]:
-    match = _IN_LAYER.search(name)
+    place = place_of(name)
     flat = opened.ravel()
     row: dict[str, Any] = {
         "name": name,
-        "layer": int(match[1]) if match else None,
-        "projection": match[2] if match else name,
+        "layer": place[0] if place else None,
+        "projection": place[1] if place else name,
         "directions": int(flat.size),
         "open": float(flat.mean()),
         "above_half": float((flat > 0.5).mean()),

@@ -60,6 +60,11 @@ class Section:
     wide: bool = False
 
 
+def topic(text: str, run: Any, place: int) -> str:
+    """The words of the navigation; from the second run of one kind on with its folder's name."""
+    return f"{text}, {run.folder.name}" if place else text
+
+
 def render_section(section: Section) -> str:
     """The section as HTML."""
     body = [f'<p class="kicker">{escape(section.topic)}</p><h2>{escape(section.title)}</h2>']
@@ -103,7 +108,8 @@ def _table(table: Table) -> str:
     link = f'<a class="button" download="{escape(table.name)}.csv" href="data:text/csv;base64,{content}">CSV</a>'
     return (
         f"<details><summary>Numbers: {escape(table.name)} ({len(table.rows)} rows)</summary><p>{link}</p>"
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div></details>'
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        "</details>"
     )
 
 

@@ -17,6 +17,11 @@ def escape(text: object) -> str:
     return html.escape(str(text), quote=True)
 
 
+def sentence(text: str) -> str:
+    """The text as a sentence: a capital first, a full stop last."""
+    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
+
+
 def number(value: float | None, digits: int = 3) -> str:
     """A number for people: `digits` significant digits, no trailing zeros, no exponent between 1e-4 and 1e6."""
     if value is None or not math.isfinite(value):
@@ -71,7 +76,7 @@ class Scale:
     @property
     def ticks(self) -> list[float]:
         """Round numbers along the axis."""
-        return log_ticks(self.low, self.high) if self.log else nice_ticks(self.low, self.high)
+        return log_ticks(self.low, self.high) if self.log else nice_ticks(self.low, self.high, 6)
 
 
 def span(values: Sequence[float], *, pad: float = 0.05, log: bool = False) -> tuple[float, float]:

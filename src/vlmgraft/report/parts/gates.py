@@ -7,7 +7,7 @@ from typing import Any
 
 from vlmgraft.report.charts import Axes, Dot, Heat, Series, bar_chart, heat_map, line_chart
 from vlmgraft.report.collect import BINS, Collected, GatedRun
-from vlmgraft.report.sections import Figure, Section, Table
+from vlmgraft.report.sections import Figure, Section, Table, topic
 from vlmgraft.report.svg import number
 
 Row = Mapping[str, Any]
@@ -35,7 +35,7 @@ def _section(run: GatedRun, place: int) -> Section:
     figures += _training(run.log)
     return Section(
         f"gates-{place}" if place else "gates",
-        "gates",
+        topic("gates", run, place),
         _title(run),
         _text(run),
         figures,
@@ -73,7 +73,7 @@ def _by_matrix(rows: Sequence[Row], layers: Sequence[int], names: Sequence[str])
 def _injected(rows: Sequence[Row], layers: Sequence[int], names: Sequence[str]) -> Figure:
     found = {(row["projection"], row["layer"]): row["injected"] for row in rows}
     table = [[found.get((name, layer)) for layer in layers] for name in names]
-    heat = Heat(names, [str(one) for one in layers], table, "layer", "", 0.25, 0.75, written="{:.2f}")
+    heat = Heat(names, [str(one) for one in layers], table, "layer", "", 0.25, 0.75, written="{:.2f}", reach_low=0.25)
     note = "Σ(σ(g)·s)² / Σs²; 0.25 is where training starts, with every gate half open"
     return Figure("Share of the task vector's energy that is injected", heat_map("injected energy", heat), note)
 
@@ -150,8 +150,8 @@ def _text(run: GatedRun) -> list[str]:
     if rows:
         top, low = max(rows, key=lambda row: row["injected"]), min(rows, key=lambda row: row["injected"])
         said.append(
-            f"Most is let through in {top['projection']} of layer {top['layer']} ({100 * top['injected']:.0f} %), least "
-            f"in {low['projection']} of layer {low['layer']} ({100 * low['injected']:.0f} %)."
+            f"Most is let through in {top['projection']} of layer {top['layer']} ({100 * top['injected']:.0f} %), "
+            f"least in {low['projection']} of layer {low['layer']} ({100 * low['injected']:.0f} %)."
         )
     return said
 

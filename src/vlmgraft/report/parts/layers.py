@@ -7,11 +7,12 @@ from typing import Any
 
 from vlmgraft.report.charts import Axes, Dot, Heat, Series, heat_map, legend, line_chart
 from vlmgraft.report.collect import Collected, Run
-from vlmgraft.report.sections import Choice, Figure, Section, Table
+from vlmgraft.report.sections import Choice, Figure, Section, Table, topic
 from vlmgraft.report.svg import number
 
 Row = Mapping[str, Any]
 KINDS = ("reasoning", "perception")
+NAMES = {"VLM": "the VLM", "merged": "the merged model", "model": "the model"}
 MODES = {
     "constant": "constant 1/d_out",
     "zero": "zero",
@@ -40,23 +41,22 @@ def _knockout(run: Run, place: int) -> Section:
     columns = ("model", "part", "layer", "mode", "against")
     heads = [f"{kind} {what}" for kind in KINDS for what in ("%", "change", "low", "high")]
     intact = [row for row in run.rows if row["mode"] == "intact"]
+    blank = (None, None, None)
     rows: list[Any] = [
-        (row["model"], "", None, "intact", "")
-        + tuple(x for kind in KINDS for x in (100 * row[kind]["mean"], None, None, None))
+        [row["model"], "", None, "intact", "", *(x for kind in KINDS for x in (100 * row[kind]["mean"], *blank))]
         for row in intact
     ]
-    rows += [
-        tuple(row[key] for key in columns) + tuple(x for kind in KINDS for x in _figures(row, kind)) for row in cells
-    ]
+    rows += [[*(row[key] for key in columns), *(x for kind in KINDS for x in _figures(row, kind))] for row in cells]
     data = [{"model": row[0], **({"mode": row[3]} if row[3] != "intact" else {})} for row in rows]
+    hidden = tuple(mode for mode in modes if mode not in _first(modes))
     choices = [
-        Choice("mode", "a block becomes", {mode: MODES[mode] for mode in modes}, tuple(m for m in modes if m not in _first(modes))),
-        Choice("model", "in", {model: f"the {model}" for model in models}),
+        Choice("mode", "a block becomes", {mode: MODES[mode] for mode in modes}, hidden),
+        Choice("model", "in", {model: NAMES[model] for model in models}),
         Choice("kind", "change of", {kind: kind for kind in KINDS}),
-    ]  # fmt: skip
+    ]
     table = Table("knock-out", (*columns, *heads), rows, data)
     name = f"layers-{place}" if place else "layers"
-    return Section(name, "layers", _finding(cells), _text(cells, intact), figures, [table], choices)
+    return Section(name, topic("layers", run, place), _finding(cells), _text(cells, intact), figures, [table], choices)
 
 
 def _first(modes: Sequence[str]) -> list[str]:
@@ -82,7 +82,7 @@ def _map(cells: Sequence[Row], model: str, mode: str, kind: str) -> Figure:
     said = {
         "restore": f"{kind.capitalize()} when a block is un-merged",
         "only": f"{kind.capitalize()} when only this block is merged",
-    }.get(mode, f"{kind.capitalize()} of the {model} without a block")
+    }.get(mode, f"{kind.capitalize()} of {NAMES[model]} without a block")
     note = f"change in points; block set to: {MODES[mode]}" + ("; against the VLM" if mode == "only" else "")
     return Figure(said, heat_map(said, heat), note, {"mode": mode, "model": model, "kind": kind})
 
@@ -96,8 +96,19 @@ def centre(cells: Sequence[Row], model: str, mode: str, kind: str) -> float | No
     return sum(layer * loss for layer, loss in losses) / total if total > 0 else None
 
 
+def _gentlest(cells: Sequence[Row]) -> str:
+    """The gentlest knock-out among the cells; empty when there is none."""
+    return next((one for one in ("mean", "zero", "constant") if any(row["mode"] == one for row in cells)), "")
+
+
+def _lost(cells: Sequence[Row], kind: str) -> str:
+    """The layers in which a part's change is below zero with its whole interval."""
+    layers = sorted({row["layer"] for row in cells if row[f"{kind}_change"]["high"] < 0})
+    return ", ".join(map(str, layers)) or "none"
+
+
 def _finding(cells: Sequence[Row]) -> str:
-    mode = next((one for one in ("mean", "zero", "constant") if any(row["mode"] == one for row in cells)), None)
+    mode = _gentlest(cells)
     models = {row["model"] for row in cells}
     model = "merged" if "merged" in models else next(iter(models), "")
     found = {kind: centre(cells, model, mode, kind) if mode else None for kind in KINDS}
@@ -106,7 +117,7 @@ def _finding(cells: Sequence[Row]) -> str:
     gap = (found["reasoning"] or 0) - (found["perception"] or 0)
     where = "later than" if gap > 0.25 else "earlier than" if gap < -0.25 else "in the same layers as"
     return (
-        f"In the {model} model reasoning sits {where} perception: centre of loss at layer "
+        f"In {NAMES[model]} reasoning sits {where} perception: centre of loss at layer "
         f"{number(found['reasoning'], 2)} against {number(found['perception'], 2)}"
     )
 
@@ -117,11 +128,20 @@ def _text(cells: Sequence[Row], intact: Sequence[Row]) -> list[str]:
         "(arXiv 2505.05464) found perception in early layers, reasoning in middle and late ones, and reasoning "
         "everywhere after merging. Whether that holds here can be read from the maps."
     ]
-    if intact:
-        said.append("Intact: " + "; ".join(
-            f"{row['model']} {100 * row['reasoning']['mean']:.1f} % reasoning, {100 * row['perception']['mean']:.1f} % perception"
-            for row in intact
-        ) + ".")  # fmt: skip
+    levels = [
+        f"{NAMES[row['model']]} {100 * row['reasoning']['mean']:.1f} % reasoning, "
+        f"{100 * row['perception']['mean']:.1f} % perception"
+        for row in intact
+    ]
+    if levels:
+        said.append(f"Intact: {'; '.join(levels)}.")
+    mode = _gentlest(cells)
+    for model in dict.fromkeys(row["model"] for row in cells if row["mode"] == mode):
+        own = [row for row in cells if row["model"] == model and row["mode"] == mode]
+        said.append(
+            f"With a block knocked out ({MODES[mode]}), {NAMES[model]} surely loses reasoning in layers "
+            f"{_lost(own, 'reasoning')}, perception in layers {_lost(own, 'perception')}."
+        )
     only = [row for row in cells if row["mode"] == "only" and row["part"] == "both"] or [
         row for row in cells if row["mode"] == "only"
     ]
@@ -129,8 +149,8 @@ def _text(cells: Sequence[Row], intact: Sequence[Row]) -> list[str]:
         top = max(only, key=lambda row: row["reasoning_change"]["mean"])
         change = top["reasoning_change"]
         said.append(
-            f"Merged alone, layer {top['layer']} ({top['part']}) brings the most: {100 * change['mean']:+.1f} points of "
-            f"reasoning [{100 * change['low']:.1f}, {100 * change['high']:.1f}]."
+            f"Merged alone, layer {top['layer']} ({top['part']}) brings the most: {100 * change['mean']:+.1f} points "
+            f"of reasoning [{100 * change['low']:.1f}, {100 * change['high']:.1f}]."
         )
     return said
 
@@ -152,36 +172,22 @@ def _ranks(run: Run, place: int) -> Section:
         )
         for kind, lines in series.items()
     ]
-    names = (
-        "band",
-        "λ",
-        "share of energy",
-        "λ·‖band‖/‖τ‖",
-        "reasoning %",
-        "low",
-        "high",
-        "perception %",
-        "low",
-        "high",
-        "KL",
-    )
-    rows = [
-        (_name(row), row["scale"], row["energy"], row["injected"])
-        + tuple(100 * row[kind][key] for kind in KINDS for key in ("mean", "low", "high"))
-        + (row.get("kl"),)
+    heads = [head for kind in KINDS for head in (f"{kind} %", "low", "high")]
+    names = ("band", "λ", "share of energy", "λ·‖band‖/‖τ‖", *heads, "KL")
+    rows: list[Any] = [
+        [_name(row), row["scale"], row["energy"], row["injected"]]
+        + [100 * row[kind][key] for kind in KINDS for key in ("mean", "low", "high")]
+        + [row.get("kl")]
         for row in run.rows
     ]
-    choice = Choice(
-        "band", "show", {_name({"band": band, **_of(run)}): _name({"band": band, **_of(run)}) for band in bands}
-    )
+    labels = [_name({"band": band, "of": run.rows[0]["of"]}) for band in bands]
+    choice = Choice("band", "show", {label: label for label in labels})
     data = [{"band": row[0]} if row[1] else {} for row in rows]
     name = f"directions-{place}" if place else "directions"
     table = Table("bands of directions", names, rows, data)
-    return Section(name, "directions", _rank_finding(run.rows), _rank_text(run), figures, [table], [choice])
-
-
-def _of(run: Run) -> Row:
-    return {"of": run.rows[0]["of"], "by": run.rows[0]["by"]}
+    return Section(
+        name, topic("directions", run, place), _rank_finding(run.rows), _rank_text(run), figures, [table], [choice]
+    )
 
 
 def _name(row: Row) -> str:

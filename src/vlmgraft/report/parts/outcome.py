@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmgraft.report.charts import Heat, heat_map
-from vlmgraft.report.collect import _IN_LAYER, Collected, Run
+from vlmgraft.report.collect import Collected, Run, place_of
 from vlmgraft.report.sections import Choice, Figure, Section, Table
 from vlmgraft.report.svg import escape, number
 
@@ -28,16 +28,16 @@ def _receipt(folder: Path, receipt: Mapping[str, Any], place: int) -> Section:
     tensors = receipt["tensors"]
     counts = Counter(tensor["verdict"] for tensor in tensors)
     merged = [tensor for tensor in tensors if tensor["verdict"] == "merged"]
+    versions = ", ".join(f"{escape(name)} {escape(version)}" for name, version in receipt["versions"].items())
     text = [
-        f"Method {escape(receipt['method'])}: {counts['merged']} of {len(tensors)} tensors merged, {counts['excluded']} "
-        f"left out by the recipe, {counts['kept']} kept as they were (vision tower, projector and what the donor does "
-        f"not have). It took {number(receipt['seconds'], 2)} s and {receipt['peak_memory'] / 1e9:.1f} GB at most. "
-        + ", ".join(f"{escape(name)} {escape(version)}" for name, version in receipt["versions"].items())
-        + ".",
+        f"Method {escape(receipt['method'])}: {counts['merged']} of {len(tensors)} tensors merged, "
+        f"{counts['excluded']} left out by the recipe, {counts['kept']} kept as they were (vision tower, projector and "
+        f"what the donor does not have). It took {number(receipt['seconds'], 2)} s and "
+        f"{receipt['peak_memory'] / 1e9:.1f} GB at most. {versions}.",
         *(escape(note) for note in receipt.get("notes", [])),
     ]
-    known = [(tensor, _IN_LAYER.search(tensor["name"])) for tensor in merged if tensor.get("task_vector")]
-    shares = {(match[2], int(match[1])): tensor["added"] / tensor["task_vector"] for tensor, match in known if match}
+    known = [(tensor, place_of(tensor["name"])) for tensor in merged if tensor.get("task_vector")]
+    shares = {(at[1], at[0]): tensor["added"] / tensor["task_vector"] for tensor, at in known if at}
     figures = []
     if shares:
         names = list(dict.fromkeys(name for name, _ in shares))
@@ -134,14 +134,9 @@ def recipes(found: Collected) -> list[Section]:
         return []
     blocks = []
     for place, (folder, text) in enumerate(found.recipes):
-        blocks.append(
-            f"<h3>{escape(folder.name)}/recipe.yaml</h3><p><button type='button' data-copy='recipe-{place}'>copy</button>"
-            f"</p><pre id='recipe-{place}'>{escape(text.strip())}</pre>"
-        )
-    many = "recipe replays the merge" if len(found.recipes) == 1 else "recipes replay the merges"
-    text = ["<code>vlmgraft merge recipe.yaml --out merged</code>"]
-    return [
-        Section(
-            "recipe", "recipe", f"This {many}".replace("This recipes", "These recipes"), text, extra="".join(blocks)
-        )
-    ]
+        button = f"<button type='button' data-copy='recipe-{place}'>copy</button>"
+        head = f"<h3>{escape(folder.name)}/recipe.yaml</h3><p>{button}</p>"
+        blocks.append(f"{head}<pre id='recipe-{place}'>{escape(text.strip())}</pre>")
+    title = "This recipe replays the merge" if len(blocks) == 1 else "These recipes replay the merges"
+    said = ["<code>vlmgraft merge recipe.yaml --out merged</code>"]
+    return [Section("recipe", "recipe", title, said, extra="".join(blocks))]

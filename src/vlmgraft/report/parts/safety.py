@@ -8,8 +8,8 @@ from typing import Any
 
 from vlmgraft.report.charts import Axes, Dot, Heat, Series, heat_map, legend, line_chart
 from vlmgraft.report.collect import Collected, Run
-from vlmgraft.report.sections import Figure, Section, Table
-from vlmgraft.report.svg import escape, number
+from vlmgraft.report.sections import Figure, Section, Table, topic
+from vlmgraft.report.svg import escape, number, sentence
 
 Row = Mapping[str, Any]
 LEVELS = {
@@ -28,7 +28,7 @@ def safety(found: Collected) -> list[Section]:
 def _section(run: Run, inspection: dict[str, Any] | None, place: int) -> Section:
     verdict = (inspection or {}).get("verdict")
     title = LEVELS[verdict["level"]] if verdict else "How far donor and VLM have moved"
-    text = [f"{escape(verdict['reason'])}."] if verdict else []
+    text = [escape(sentence(verdict["reason"]))] if verdict else []
     text.append(
         "τ is what the donor's tuning changed, τ_vlm what the VLM's did. A task vector that is short beside the "
         "weights, and not opposed to the VLM's own, can be added without harm (DRIFT, arXiv 2510.15050). Called safe: "
@@ -48,10 +48,10 @@ def _section(run: Run, inspection: dict[str, Any] | None, place: int) -> Section
     tables = [table, *_more(inspection or {})]
     name = f"safety-{place}" if place else "safety"
     if inspection and inspection.get("base"):
-        text.append(f"Base: {escape(_names(inspection['base'], inspection.get('bases', [])))}.")
+        text.append(escape(sentence(_names(inspection["base"], inspection.get("bases", [])))))
     if inspection is not None and not inspection.get("differences"):
         text.append("Heads, rotary settings, biases and vocabulary of all models agree.")
-    return Section(name, "is merging safe", title, text, figures, tables)
+    return Section(name, topic("is merging safe", run, place), title, text, figures, tables)
 
 
 def _names(text: str, bases: Sequence[Row]) -> str:
@@ -119,21 +119,23 @@ def _spectra(run: Run, place: int) -> Section:
         ),
         Figure("Effective rank of τ by layer", heat_map("effective rank", heat), "(Σ s²)² / Σ s⁴, in directions"),
     ]
+    keys = (("norm", "‖τ‖"), ("effective_rank", "effective rank"), ("stable_rank", "stable rank"))
     table = Table(
         "spectra",
-        ("matrix", "layer", "group", "directions", "‖τ‖", "effective rank", "stable rank", "first 1", "first 8", "first 64"),
+        ("matrix", "layer", "group", *(name for _, name in keys), "directions", "first 1", "first 8", "first 64"),
         [
-            (row["name"], row["layer"], row["group"], min(row["shape"]), row["norm"], row["effective_rank"])
-            + (row["stable_rank"], *row["first"].values())
+            [row["name"], row["layer"], row["group"], *(row[key] for key, _ in keys), min(row["shape"])]
+            + [row["first"][count] for count in ("1", "8", "64")]
             for row in run.rows
         ],
-    )  # fmt: skip
+    )
     text = [
         f"An effective rank is {number(100 * min(share), 2)} to {number(100 * max(share), 2)} % of the directions a "
-        "matrix has. Truncating the rest away saves space; it does not save sight, because what harms perception is "
-        "among the large directions too: that is why FRISM gives every direction a gate of its own."
+        "matrix has. Truncation keeps the first directions and drops the rest; FRISM weighs every direction by itself."
     ]
-    return Section(f"spectra-{place}" if place else "spectra", "spectra", title, text, figures, [table])
+    return Section(
+        f"spectra-{place}" if place else "spectra", topic("spectra", run, place), title, text, figures, [table]
+    )
 
 
 def _kind(name: str) -> str:
@@ -149,5 +151,5 @@ def _curve(kind: str, rows: Sequence[Row]) -> Series:
         index = own[0][place][0]
         mean = sum(shown[place][1] / shown[0][1] for shown in own) / len(own)
         dots.append(Dot(index + 1, mean, f"{kind}, direction {index + 1}: {number(mean)} of the first"))
-    thinned = [dot for place, dot in enumerate(dots) if place % max(1, count // 24) == 0]
+    thinned = [dot for place, dot in enumerate(dots) if place % max(1, count // 12) == 0]
     return Series(kind, tuple(thinned), data={"matrix": kind})

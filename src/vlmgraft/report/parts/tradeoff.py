@@ -7,7 +7,7 @@ from typing import Any
 
 from vlmgraft.report.charts import Axes, Dot, Series, legend, line_chart
 from vlmgraft.report.collect import Collected, Run
-from vlmgraft.report.sections import Choice, Figure, Section, Table
+from vlmgraft.report.sections import Choice, Figure, Section, Table, topic
 from vlmgraft.report.svg import number
 
 Row = Mapping[str, Any]
@@ -29,7 +29,7 @@ def _section(run: Run, place: int) -> Section:
         Figure(
             "Perception against reasoning",
             line_chart(
-                "perception against reasoning", curves, Axes("perception, % right", "reasoning, % right"), 640, 420
+                "perception against reasoning", curves, Axes("perception, % right", "reasoning, % right"), 460, 360
             ),
             "up and to the right is better; a ring marks the Pareto front, crosses are 95 % intervals",
             legend=legend(curves),
@@ -38,12 +38,12 @@ def _section(run: Run, place: int) -> Section:
     drifting = [row for row in rows if row.get("kl")]
     if drifting:
         by_drift = [_drift_series(method, rows) for method in methods]
-        axes = Axes("KL from the VLM on held-out questions, nats per token", "reasoning, % right", log_x=True)
+        axes = Axes("KL from the VLM, nats per token", "reasoning, % right", log_x=True)
         figures.append(
             Figure(
                 "Reasoning bought per drift",
-                line_chart("KL against reasoning", by_drift, axes, 640, 420),
-                "KL measures how far answers to perception questions moved; the VLM itself has none and is not shown",
+                line_chart("KL against reasoning", by_drift, axes, 460, 360),
+                "KL is measured on held-out perception questions; the VLM itself has none and is not shown",
                 legend=legend(by_drift),
             )
         )
@@ -51,8 +51,14 @@ def _section(run: Run, place: int) -> Section:
         f"points of {run.folder.name}",
         ("method", "setting", "reasoning %", "low", "high", "perception %", "low", "high", "KL", "front"),
         [
-            (row["method"], row["setting"], *_percent(row["reasoning"]), *_percent(row["perception"]))
-            + (row.get("kl"), on)
+            [
+                row["method"],
+                row["setting"],
+                *_percent(row["reasoning"]),
+                *_percent(row["perception"]),
+                row.get("kl"),
+                on,
+            ]
             for row, on in zip(rows, front, strict=True)
         ],
         [{"method": row["method"]} for row in rows],
@@ -60,7 +66,7 @@ def _section(run: Run, place: int) -> Section:
     choice = Choice("method", "show", {method: method for method in methods})
     text = _text(rows)
     name = f"tradeoff-{place}" if place else "tradeoff"
-    return Section(name, "trade-off", finding(rows), text, figures, [table], [choice], wide=True)
+    return Section(name, topic("trade-off", run, place), finding(rows), text, figures, [table], [choice])
 
 
 def _front(rows: Sequence[Row]) -> list[bool]:
