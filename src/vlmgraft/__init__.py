@@ -17,11 +17,18 @@ if TYPE_CHECKING:
     from vlmgraft.measure import compare, evaluate
     from vlmgraft.pipeline import decompose, export, gates, inspect, merge
     from vlmgraft.recipe import load_recipe
+    from vlmgraft.tuning import tune
 
 __version__ = "0.1.0.dev0"
-__all__ = ["compare", "decompose", "demo", "evaluate", "export", "gates", "inspect", "load_recipe", "merge"]
+__all__ = ["compare", "decompose", "demo", "evaluate", "export", "gates", "inspect", "load_recipe", "merge", "tune"]
 
-_HOME = {"compare": "vlmgraft.measure", "evaluate": "vlmgraft.measure", "demo": "vlmgraft.lab.demo", "load_recipe": "vlmgraft.recipe"}
+_HOME = {
+    "compare": "vlmgraft.measure",
+    "evaluate": "vlmgraft.measure",
+    "demo": "vlmgraft.lab.demo",
+    "load_recipe": "vlmgraft.recipe",
+    "tune": "vlmgraft.tuning",
+}
 
 
 def __getattr__(name: str) -> Any:
