@@ -8,8 +8,9 @@ Everything runs in one go, each case `--repeats` times in turn, so that what els
 table gives medians and ratios of medians. Files are in the page cache ("warm") unless they do not fit into it. Every
 merge runs in a process of its own, after `import torch`: its seconds are those from headers to published folder, fsync
 included, its memory is the peak of RssAnon above what the process had before the merge began. `cp` is a copy of one
-checkpoint without fsync, `cp+fsync` with it. mergekit runs when its command is installed. `--out NAME` writes NAME.json
-and NAME.md.
+checkpoint without fsync, `cp+fsync` with it; "whole tensors" is the usual script. mergekit runs when `--mergekit` names
+its command (in an environment of its own, say), import included. At the sizes after the first, `--grow` says what runs.
+`--out NAME` writes NAME.json and NAME.md.
 """
 
 from __future__ import annotations
@@ -40,7 +41,15 @@ from vlmgraft.merging import merge_tensors, plan_merge
 from vlmgraft.methods import METHODS
 
 KEYS = ("vlm", "donor", "donor_base", "vlm_base")
-OPTIONS: dict[str, dict[str, Any]] = {"task_arithmetic": {"scale": 0.7}, "ties": {}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "task_arithmetic": {"scale": 0.7},
+    "ties": {},
+    "linear": {},
+    "layer_swap": {"keep_layers": "0-1"},
+    "dare_linear": {},
+    "dare_ties": {},
+}
+"""The methods that work element by element."""
 
 
 def specs(gigabytes: float, vision: bool) -> list[TensorSpec]:
@@ -73,16 +82,21 @@ def make(folder: Path, gigabytes: float, keys: tuple[str, ...]) -> None:
                 elements = tensor.nbytes // 2
                 for start in range(0, elements, len(own)):
                     writer.write_at(tensor.name, start, own[: min(len(own), elements - start)])
-            kind = "qwen2_vl" if key == "vlm" else "qwen2"
-            config = {"model_type": kind, "tie_word_embeddings": True}
+            config = {"model_type": "qwen2_vl" if key == "vlm" else "qwen2", "tie_word_embeddings": True}
+            layers = sum(tensor.name.endswith("q_proj.weight") for tensor in tensors)
+            config |= {"architectures": ["Qwen2ForCausalLM"], "num_hidden_layers": layers}
             (writer.folder / "config.json").write_text(json.dumps(config))
 
 
-def copy(folder: Path, out: Path, *, sync: bool = False) -> None:
+def copy(folder: Path, out: Path) -> None:
     """Copy the VLM's files with the system's `cp`."""
     out.mkdir()
     subprocess.run(["cp", *map(str, sorted((folder / "vlm").iterdir())), str(out)], check=True)
-    for file in out.iterdir() if sync else ():
+
+
+def flush(folder: Path) -> None:
+    """fsync of every file, which our merges do before they publish."""
+    for file in folder.iterdir():
         handle = os.open(file, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
@@ -124,13 +138,14 @@ def ours(folder: Path, out: Path, method: str, threads: int) -> None:
 
 
 def mergekit(folder: Path, out: Path) -> None:
-    """mergekit's task arithmetic on three text models of the same sizes (it refuses the VLM)."""
-    model = {"model": str(folder / "donor"), "parameters": {"weight": 0.7}}
-    recipe = {"merge_method": "task_arithmetic", "dtype": "bfloat16", "models": [model]}
-    recipe["base_model"] = str(folder / "donor_base")
+    """mergekit's command on three text models of the same sizes (it refuses the VLM): base + 1·τ₁ + 0.7·τ₂, float32."""
+    weights = {"vlm_base": 1.0, "donor": 0.7}
+    models = [{"model": str(folder / key), "parameters": {"weight": weight}} for key, weight in weights.items()]
+    recipe = {"merge_method": "task_arithmetic", "base_model": str(folder / "donor_base"), "models": models}
     config = out.with_suffix(".json")
-    config.write_text(json.dumps(recipe))
-    subprocess.run(["mergekit-yaml", str(config), str(out), "--lazy-unpickle"], check=True, capture_output=True)
+    config.write_text(json.dumps({**recipe, "dtype": "float32", "out_dtype": "bfloat16"}))
+    command = [os.environ["MERGEKIT"], str(config), str(out), "--lazy-unpickle", "--no-copy-tokenizer"]
+    subprocess.run(command, check=True, capture_output=True, text=True)
 
 
 def private_memory() -> int:
@@ -164,12 +179,13 @@ def measured(result: dict[str, float]) -> Iterator[None]:
 
 def run_case(case: str, folder: Path, out: Path, threads: int) -> None:
     """One case in this process, its result as JSON on stdout."""
-    cases: dict[str, Callable[[], None]] = {
+    cases: dict[str, Callable[[], Any]] = {
         "cp": lambda: copy(folder, out),
-        "cp+fsync": lambda: copy(folder, out, sync=True),
+        "cp+fsync": lambda: (copy(folder, out), flush(out)),
         "whole tensors": lambda: whole_tensors(folder, out),
+        "whole tensors+fsync": lambda: (whole_tensors(folder, out), flush(out)),
         "mergekit": lambda: mergekit(folder, out),
-        **{name: lambda name=name: ours(folder, out, name, threads) for name in METHODS if name in OPTIONS},
+        **{name: lambda name=name: ours(folder, out, name, threads) for name in OPTIONS},
     }
     result: dict[str, float] = {}
     with measured(result):
@@ -196,7 +212,7 @@ def compare(folder: Path, gigabytes: float, cases: list[str], repeats: int, thre
     """All cases in turn, `repeats` times, on new checkpoints of this size; medians, and all seconds."""
     folder.mkdir(parents=True)
     try:
-        make(folder, gigabytes, KEYS if "ties" in cases else KEYS[:3])
+        make(folder, gigabytes, KEYS if {"ties", "dare_ties"} & set(cases) else KEYS[:3])
         found: dict[str, list[dict[str, float]]] = {case: [] for case in cases}
         for turn in range(repeats):  # in another order every time: what runs before a case slows it down
             for case in cases[turn % len(cases) :] + cases[: turn % len(cases)]:
@@ -263,18 +279,22 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="one repeat at 2 MB")
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
+    parser.add_argument("--grow", nargs="+", default=["task_arithmetic"], help="what runs at the later sizes")
+    parser.add_argument("--mergekit", type=Path, help="mergekit-yaml, where it is installed")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
         run_case(options.case, options.folder, options.folder / "merged", options.threads)
         return
     sizes, repeats = ([0.002], 1) if options.quick else (options.sizes, options.repeats)
-    methods = [name for name in OPTIONS if name in METHODS]
-    first = ["cp", "cp+fsync", *methods, "whole tensors", *(["mergekit"] if shutil.which("mergekit-yaml") else [])]
+    if options.mergekit:
+        os.environ["MERGEKIT"] = str(options.mergekit)
+    first = ["cp", "cp+fsync", *([*OPTIONS][:2] if options.quick else OPTIONS), "whole tensors", "whole tensors+fsync"]
+    first += ["mergekit"] if options.mergekit else []
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for number, size in enumerate(sizes):
-            cases = ["cp", "task_arithmetic"] if number else first
+            cases = ["cp", *options.grow] if number else first
             rows += compare(Path(folder) / f"{size}", size, cases, repeats, options.threads)
             print(table(rows), flush=True)
     if options.out:

@@ -55,8 +55,9 @@ class Fake:
                     {k: one[start : start + self.chunk].clone() for k, one in flat.items()},
                 )
 
-    def map(self, function: Callable[..., Any]) -> Iterator[tuple[TensorContext, Any]]:
-        for context, pieces in self.chunks():
+    def map(self, function: Callable[..., Any], *, sample: int = 1) -> Iterator[tuple[TensorContext, Any]]:
+        for context, every in self.chunks():
+            pieces = {key: piece[: -(-len(piece) // sample)] for key, piece in every.items()}
             result = function(pieces, context)
             for piece in pieces.values():
                 piece.fill_(torch.nan)

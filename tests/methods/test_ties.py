@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +16,9 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from vlmgraft.errors import RecipeError
+from vlmgraft.methods.base import TensorContext
 from vlmgraft.methods.ties import Ties, merge_signs
-from vlmgraft.methods.trim import COARSE, FINE, coarse_histogram, find_from_top, low_bits, rank_of, to_float
+from vlmgraft.methods.trim import find_thresholds, rank_of
 
 Tensors = dict[str, Tensor]
 
@@ -91,15 +94,45 @@ magnitudes = st.lists(
 
 
 @settings(max_examples=150, deadline=None)
-@given(magnitudes, st.floats(0.01, 1))
-def test_the_threshold_is_a_sorts(values: list[float], density: float) -> None:
+@given(magnitudes, st.floats(0.01, 1), st.sampled_from([1, 7, 64]))
+def test_the_threshold_is_a_sorts(values: list[float], density: float, chunk: int) -> None:
     """Zeros, equal magnitudes, both signs and denormals included; the k-th largest is found exactly."""
-    found = torch.tensor(values)
-    bucket, rank = find_from_top(coarse_histogram(found), rank_of(density, len(values)))
-    counts = torch.bincount(low_bits(found, bucket), minlength=FINE)
-    expected = found.abs().sort(descending=True).values[rank_of(density, len(values)) - 1]
-    assert to_float(bucket * FINE + find_from_top(counts, rank)[0]) == float(expected)
-    assert len(counts) == FINE and len(coarse_histogram(found)) == COARSE
+    tau = torch.tensor(values)
+    expected = tau.abs().sort(descending=True).values[rank_of(density, len(values)) - 1]
+    assert threshold_of(tau, density, chunk) == float(expected)
+
+
+@pytest.mark.parametrize("shift", [-3.0, 0.0, 3.0])
+def test_a_sample_that_misleads_costs_passes_and_no_exactness(shift: float) -> None:
+    """What is sampled (the first of every 64) is smaller or larger than the rest."""
+    tau = torch.randn(1 << 16, generator=torch.Generator().manual_seed(0))
+    tau[::64] *= 10**shift
+    for density in (0.001, 0.2, 0.9):
+        expected = tau.abs().sort(descending=True).values[rank_of(density, len(tau)) - 1]
+        seen: list[int] = []
+        assert threshold_of(tau, density, 64, seen) == float(expected)
+        assert seen[0] == 64 and 2 <= len(seen) <= 4
+
+
+def test_one_pass_after_the_sample_is_enough_for_weights() -> None:
+    tau = 1e-3 * torch.randn(1 << 25, generator=torch.Generator().manual_seed(0))
+    seen: list[int] = []
+    threshold_of(tau, 0.2, 1 << 18, seen)
+    assert seen == [64, 1]
+
+
+def threshold_of(tau: torch.Tensor, density: float, chunk: int, seen: list[int] | None = None) -> float:
+    """Through passes over chunks of one tensor; `seen` collects the passes' samples."""
+
+    def chunks(function: Any, *, sample: int = 1) -> Iterator[tuple[TensorContext, Any]]:
+        if seen is not None:
+            seen.append(sample)
+        context = TensorContext("w", tuple(tau.shape), 1)
+        for part in tau.split(chunk):
+            yield context, function({"tau": part[: -(-len(part) // sample)].clone()}, context)
+
+    passes: Any = SimpleNamespace(map=chunks)
+    return find_thresholds(passes, dict, lambda _: "", lambda _: density)[""]["tau"]
 
 
 def test_the_threshold_does_not_depend_on_chunks() -> None:
@@ -119,7 +152,7 @@ def test_equal_magnitudes_at_the_threshold_are_kept_together() -> None:
 
 def test_opposite_entries_of_one_size_elect_nothing() -> None:
     own, donor = torch.tensor([1.0, 1.0, 0.0]), torch.tensor([-1.0, -0.5, 0.0])
-    assert merge_signs(own, donor, (1.0, 1.0), "unweighted", "mean").tolist() == [0, 1, 0]
+    assert merge_signs(own.clone(), donor.clone(), (1.0, 1.0), "unweighted", "mean").tolist() == [0, 1, 0]
     assert merge_signs(own, donor, (1.0, 3.0), "weighted", "sum").tolist() == [-3, -1.5, 0]
 
 

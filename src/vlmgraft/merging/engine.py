@@ -1,8 +1,8 @@
 """Merges range by range: ranges of tensors go to threads, chunks through their memory.
 
-Element methods run over 64k-element chunks, which stay in the cache; arithmetic is float32, the cast to the VLM's dtype
-rounds to nearest even. Tensors that are kept or excluded are copied byte for byte, and so is a chunk that the method
-gives back unchanged. A large tensor is shared among threads; its norms are summed chunk by chunk in order, so that the
+Element methods run over chunks of 262,144 elements: they stay in the cache, and are long enough that threads seldom
+wait for the interpreter. Arithmetic is float32, the cast to the VLM's dtype rounds to nearest even. Tensors that are
+kept or excluded are copied byte for byte, and so is a chunk that the method gives back unchanged. A large tensor is shared among threads; its norms are summed chunk by chunk in order, so that the
 receipt, like the weights, does not depend on the number of threads.
 """
 
@@ -26,7 +26,7 @@ from vlmgraft.merging.pieces import Inputs, Lane, Pieces, chunks_of, squared_nor
 from vlmgraft.merging.plan import CHUNK, streamed
 from vlmgraft.methods.base import Method, TensorContext
 
-RANGE = 64 * CHUNK
+RANGE = 16 * CHUNK
 """Elements per task: small enough to share a tensor between threads, large enough that handing out costs nothing."""
 
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from vlmgraft.alignment import AlignedTensor
-from vlmgraft.merging.pieces import Inputs, chunks_of
+from vlmgraft.merging.pieces import WIDE, Inputs, chunks_of
 from vlmgraft.merging.plan import CHUNK, lines_up
 from vlmgraft.methods.base import TensorContext
 
@@ -53,7 +53,9 @@ class MergedPasses:
         """Every chunk, copied out of the threads' memory."""
         return self.map(lambda pieces, _: {key: piece.clone() for key, piece in pieces.items()})
 
-    def map(self, function: Callable[[Mapping[str, Tensor], TensorContext], T]) -> Iterator[tuple[TensorContext, T]]:
+    def map(
+        self, function: Callable[[Mapping[str, Tensor], TensorContext], T], *, sample: int = 1
+    ) -> Iterator[tuple[TensorContext, T]]:
         """`function` of every chunk, in the threads, results in order."""
 
         def work(task: tuple[AlignedTensor, int, int]) -> list[tuple[TensorContext, T]]:
@@ -61,7 +63,7 @@ class MergedPasses:
             lane = self.inputs.lanes.get()
             try:
                 made = []
-                for context, _, pieces in chunks_of(self.inputs, tensor, start, stop, lane):
+                for context, _, pieces in chunks_of(self.inputs, tensor, start, stop, lane, sample):
                     self.inputs.check(tensor, pieces)
                     made.append((context, function(pieces, context)))
                 return made
@@ -71,7 +73,7 @@ class MergedPasses:
         tasks = (
             (tensor, start, stop)
             for tensor in self._merged()
-            for start, stop in ranges(tensor, self.inputs.info(tensor).elements, 4 * CHUNK)
+            for start, stop in ranges(tensor, self.inputs.info(tensor).elements, WIDE * CHUNK)
         )
         for made in in_order(work, tasks, self.pool, self.threads):
             yield from made

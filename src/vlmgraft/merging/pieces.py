@@ -24,11 +24,13 @@ from vlmgraft.merging.plan import CHUNK, WIDEST, lines_up, sources_of
 from vlmgraft.methods.base import TensorContext
 
 Pieces = dict[str, Tensor]
+WIDE = 4
+"""Chunks that are sampled together, and that a pass hands to a thread at a time."""
 
 
 def squared_norm(piece: Tensor) -> float:
     """‖piece‖² of a flat float32 piece; NaN exactly where the piece holds NaN or infinity."""
-    found = float(torch.dot(piece, piece))
+    found = math.fsum(float(torch.dot(part, part)) for part in piece.split(1 << 16))  # longer sums lose digits
     if math.isfinite(found):
         return found
     return float(piece.double().square().sum()) if torch.isfinite(piece).all() else math.nan
@@ -87,10 +89,9 @@ class Inputs:
         self.check(tensor, {key: piece})
         return piece
 
-    def chunk(self, tensor: AlignedTensor, start: int, lane: Lane) -> tuple[memoryview, Pieces]:
+    def chunk(self, tensor: AlignedTensor, start: int, count: int, lane: Lane) -> tuple[memoryview, Pieces]:
         """Elements from `start` on in the lane: the VLM's bytes as on disk, and all checkpoints' in float32."""
         info = self.info(tensor)
-        count = min(CHUNK, info.elements - start)
         pieces = {"vlm": lane.floats["vlm"][:count]}
         raw = self._read("vlm", tensor.name, start, pieces["vlm"], lane)
         for key, source in sources_of(tensor).items():
@@ -135,18 +136,22 @@ class Inputs:
 
 
 def chunks_of(
-    inputs: Inputs, tensor: AlignedTensor, start: int, stop: int, lane: Lane
+    inputs: Inputs, tensor: AlignedTensor, start: int, stop: int, lane: Lane, sample: int = 1
 ) -> Iterator[tuple[TensorContext, memoryview, Pieces]]:
-    """(context, the VLM's bytes, float32 pieces) of every chunk of a range, in the lane's memory where they line up."""
+    """(context, the VLM's bytes, float32 pieces) of every chunk of a range, in the lane's memory where they line up.
+
+    sample: only one element in so many (at least `WIDE`, when not 1): the first of every `WIDE` chunks, rounded up.
+    """
+    step = CHUNK if sample == 1 else WIDE * CHUNK
     if lines_up(tensor):
-        for first in range(start, stop, CHUNK):
-            raw, pieces = inputs.chunk(tensor, first, lane)
+        for first in range(start, stop, step):
+            raw, pieces = inputs.chunk(tensor, first, -(-min(step, stop - first) // sample), lane)
             yield inputs.context(tensor, first), raw, pieces
         return
     own, whole = inputs.whole(tensor)
     flat = {key: piece.reshape(-1) for key, piece in whole.items()}
     data, size = as_bytes(own), own.element_size()
-    for first in range(0, stop, CHUNK):
-        last = min(stop, first + CHUNK)
+    for first in range(0, stop, step):
+        last = first + -(-min(step, stop - first) // sample)
         pieces = {key: piece[first:last] for key, piece in flat.items()}
         yield inputs.context(tensor, first), data[first * size : last * size], pieces

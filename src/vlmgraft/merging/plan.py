@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vlmgraft.alignment import AlignedTensor, Alignment
     from vlmgraft.methods.base import Method
 
-CHUNK = 1 << 16
+CHUNK = 1 << 18
 """Elements per piece: four float32 pieces stay in a core's cache, whole tensors take ten times as long an element."""
 
 WIDEST = max(ITEM_SIZES.values())

@@ -1,6 +1,6 @@
 """What a merging method is: a frozen dataclass whose fields are its recipe, with one function on float32 tensors.
 
-`granularity` says what `combine` is given: "element" methods get flat chunks (of 65,536 elements in a merge, the last
+`granularity` says what `combine` is given: "element" methods get flat chunks (of 262,144 elements in a merge, the last
 one shorter; `context.start` is the first element's number) and must treat every element alike; "tensor" methods get
 whole tensors in their shape. A method that brings its own update (FRISM's factors, say) uses `tensors["vlm"]` and
 `context.name` and ignores the other sources.
@@ -66,9 +66,12 @@ class Passes(Protocol):
     def chunks(self) -> Iterator[tuple[TensorContext, Mapping[str, Tensor]]]:
         """Every flat chunk that `combine` of an "element" method will be given, one after the other; yours to keep."""
 
-    def map(self, function: Callable[[Mapping[str, Tensor], TensorContext], T]) -> Iterator[tuple[TensorContext, T]]:
+    def map(
+        self, function: Callable[[Mapping[str, Tensor], TensorContext], T], *, sample: int = 1
+    ) -> Iterator[tuple[TensorContext, T]]:
         """`function(chunk, context)` of every chunk, called from several threads, results in order: the fast pass.
 
+        sample: read only about one element in so many of every tensor, in pieces spread over it.
         The chunk's memory is used again after the call: the function gives back a number or a small tensor of its own.
         """
 

@@ -25,10 +25,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from vlmgraft.errors import RecipeError
 from vlmgraft.methods.base import DEFAULT_MODULES, Number, Pair, TensorContext, check_range, number_for
+from vlmgraft.methods.scratch import scratch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +52,7 @@ class Ties:
     needs: ClassVar[frozenset[str]] = frozenset({"donor_base", "vlm_base"})
     default_modules: ClassVar[tuple[str, ...]] = DEFAULT_MODULES
     granularity: ClassVar[Literal["element", "tensor"]] = "element"
-    passes: ClassVar[int] = 2
+    passes: ClassVar[int] = 1
 
     density: Number = 0.2
     weights: Pair = (1.0, 1.0)
@@ -69,13 +71,14 @@ class Ties:
             )
 
     def prepare(self, passes: Passes) -> TrimmedTies:
-        """Find the exact thresholds in two passes; the method that merges with them."""
+        """Find the exact thresholds in one pass after a sample; the method that merges with them."""
         from vlmgraft.methods.trim import find_thresholds
 
         def density(context: TensorContext) -> float:
             return number_for(self.density, context, "density")
 
-        return TrimmedTies(self, find_thresholds(passes, task_vectors, self.unit, density))
+        taus = partial(task_vectors, reuse=True)
+        return TrimmedTies(self, find_thresholds(passes, taus, self.unit, density))
 
     def unit(self, context: TensorContext) -> str:
         """What shares a threshold with this tensor."""
@@ -97,15 +100,20 @@ class TrimmedTies:
     def combine(self, tensors: Mapping[str, Tensor], context: TensorContext) -> Tensor:
         """vlm_base + λ·(the merged task vector)."""
         recipe, least = self.recipe, self.thresholds[self.recipe.unit(context)]
-        trimmed = {key: trim_below(tau, least[key]) for key, tau in task_vectors(tensors).items()}
-        weights = weights_for(recipe.weights, context)
-        merged = merge_signs(trimmed["vlm"], trimmed["donor"], weights, recipe.election, recipe.combine)
+        own, donor = (trim_below(tau, least[key]) for key, tau in task_vectors(tensors, reuse=True).items())
+        merged = merge_signs(own, donor, weights_for(recipe.weights, context), recipe.election, recipe.combine)
         return tensors["vlm_base"].add(merged, alpha=number_for(recipe.scale, context, "scale"))
 
 
-def task_vectors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """{"vlm": vlm − vlm_base, "donor": donor − donor_base}, new tensors."""
-    return {"vlm": tensors["vlm"] - tensors["vlm_base"], "donor": tensors["donor"] - tensors["donor_base"]}
+def task_vectors(tensors: Mapping[str, Tensor], *, reuse: bool = False) -> dict[str, Tensor]:
+    """{"vlm": vlm − vlm_base, "donor": donor − donor_base}; new tensors, or the thread's memory (`reuse`)."""
+    import torch
+
+    own, donor = scratch(tensors["vlm"], "own", "donor") if reuse else (None, None)
+    return {
+        "vlm": torch.sub(tensors["vlm"], tensors["vlm_base"], out=own),
+        "donor": torch.sub(tensors["donor"], tensors["donor_base"], out=donor),
+    }
 
 
 def weights_for(weights: Pair, context: TensorContext) -> tuple[float, float]:
@@ -114,32 +122,41 @@ def weights_for(weights: Pair, context: TensorContext) -> tuple[float, float]:
 
 
 def trim_below(tau: Tensor, least: float) -> Tensor:
-    """τ where |τ| ≥ least, else 0; a float32 threshold."""
+    """τ where |τ| ≥ least, else 0, in place; a float32 threshold."""
     import torch
 
     if least <= 0:
         return tau
     under = torch.nextafter(torch.tensor(least), torch.tensor(0.0))  # hardshrink keeps what is above its bound
-    return torch.nn.functional.hardshrink(tau, float(under))
+    return torch.ops.aten.hardshrink.out(tau, float(under), out=tau)
 
 
 def merge_signs(
     own: Tensor, donor: Tensor, weights: tuple[float, float], election: Election, combine: Combine
 ) -> Tensor:
-    """Elect a sign per entry and merge the entries that have it; float32 in any one shape, a new tensor.
+    """Elect a sign per entry and merge the entries that have it; float32 in any one shape.
 
-    All steps are float arithmetic: in torch, booleans cost five times as much.
+    Uses up `own` and `donor`; the result is the thread's memory until the next call. All steps are float arithmetic:
+    in torch, booleans cost five times as much.
     """
     import torch
 
-    vote = own * weights[0] + donor * weights[1] if election == "weighted" else own + donor
+    vote, count, other = scratch(own, "vote", "count", "other")
+    if election == "weighted":
+        torch.mul(own, weights[0], out=vote).add_(donor, alpha=weights[1])
+    else:
+        torch.add(own, donor, out=vote)
     vote.sign_()
-    agree, agrees = own.sign().mul_(vote).clamp_(min=0), donor.sign().mul_(vote).clamp_(min=0)  # 1 or 0
-    total = (own * agree).mul_(weights[0]).add_(donor * agrees, alpha=weights[1])
+    own.mul_(vote).clamp_(min=0)  # the magnitude where the sign is the elected one, else 0
+    donor.mul_(vote).clamp_(min=0)
+    if combine != "sum":
+        torch.sign(own, out=count)
+        torch.sign(donor, out=other)
+    total = own.mul_(weights[0]).add_(donor, alpha=weights[1]).mul_(vote)
     if combine == "sum":
         return total
     if combine == "mean":
-        return total.div_(agree.add_(agrees).clamp_(min=1))
-    divisor = agree.mul_(weights[0]).add_(agrees, alpha=weights[1])
-    none = torch.lt(divisor.abs(), 1e-8, out=vote)
+        return total.div_(count.add_(other).clamp_(min=1))
+    divisor = count.mul_(weights[0]).add_(other, alpha=weights[1])
+    none = torch.lt(torch.abs(divisor, out=other), 1e-8, out=vote)
     return total.div_(divisor.add_(none))
