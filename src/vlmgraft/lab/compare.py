@@ -140,10 +140,12 @@ class Comparison:
     def controlled(self) -> Distiller:
         """The same distiller with other held-out prompts, of the validation split: those a budget is controlled on."""
         twin = copy.copy(self.distiller)
-        twin.held_out_targets = twin.teacher_targets(
-            _asked(self._exam(self.seed + 1, "validation", self.sizes.control // 4))
-        )
+        twin.held_out_targets = self.validation_targets(self.seed + 1)
         return twin
+
+    def validation_targets(self, seed: int) -> Targets:
+        """The VLM's answers to as many validation prompts as control takes."""
+        return self.distiller.teacher_targets(_asked(self._exam(seed, "validation", self.sizes.control // 4)))
 
     @cached_property
     def donor_questions(self) -> tuple[Question, ...]:

@@ -30,14 +30,14 @@ from vlmgraft.lab import world
 from vlmgraft.lab.compare import LEARNING_RATE, Comparison, Point, Sizes
 from vlmgraft.lab.exam import Exam, Marks, draw_exam
 from vlmgraft.methods.frism import fold
-from vlmgraft.records import append_row, read_rows
+from vlmgraft.records import append_row, read_rows, write_rows
 from vlmgraft.spectral.factors import Factors
 from vlmgraft.spectral.gates import Gates
 from vlmgraft.training.curvature import Curvature, estimate_curvature
 from vlmgraft.training.distill import Distiller
 from vlmgraft.training.targets import Targets
 
-FULL = Sizes(held_out=768, control=768)
+FULL = Sizes(held_out=1152, control=384)
 QUICK = Sizes(12, 4, 12, 4, calibration=48, held_out=24, control=24, donor=8, steps=3)
 SCALE = 1.0
 """λ of every row with gates: the whole task vector is what fully open gates inject."""
@@ -104,6 +104,11 @@ class Bench:
         shown = draw_exam(0, "test", dict.fromkeys(world.TRANSFER, count), glyphs=self.comparison.glyphs)
         return shown, draw_exam(0, "test", dict.fromkeys(TRANSFER_TEXT, count), as_image=False)
 
+    @cached_property
+    def fresh(self) -> Targets:
+        """Validation prompts that no budget is controlled on, with the same handwriting as those."""
+        return self.comparison.validation_targets(self.comparison.seed + 2)
+
     def distiller(self, factors: Mapping[str, Factors] | None = None) -> Distiller:
         """The distiller whose budgets are controlled on validation prompts, over all or other (truncated) factors."""
         twin = copy.copy(self.comparison.controlled)
@@ -142,6 +147,7 @@ class Bench:
         row: Row = {"right": _bits(comparison.mark(comparison.test, weights))}
         row["kl"] = comparison.distiller.keep_kl(weights)
         row["control_kl"] = comparison.controlled.keep_kl(weights)
+        row["fresh_kl"] = comparison.distiller.keep_kl(weights, self.fresh)
         if transfer:
             shown, told = (comparison.mark(exam, weights) for exam in self.transfer)
             row |= {"transfer": _bits(shown), "transfer_text": _bits(told)}
@@ -161,6 +167,8 @@ class Bench:
         rows = list(read_rows(path)) if path.is_file() else []
         if rows and rows[0]["about"] != about:
             raise RecipeError(f"{path}: holds rows of {rows[0]['about']}, not of {about}; choose another file")
+        if rows and not path.read_text(encoding="utf-8").endswith("\n"):
+            write_rows(path, rows)  # the last line was cut short
         if not rows:
             path.parent.mkdir(parents=True, exist_ok=True)
             append_row(path, {"about": about, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")})

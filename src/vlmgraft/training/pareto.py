@@ -1,7 +1,9 @@
 """The front of drift against injected energy, in one run: gates for a row of budgets, each warm-started.
 
-From the largest budget to the smallest: tightening closes open gates, whose gradients are alive, while a gate that is
-closed has next to none and would not open again (METHODS.md, 2).
+A neighbour's gates are not at the next budget, and gates near 0 or 1 have next to no gradient (METHODS.md, 2): trained
+on as they are, they never get there. So the warm start is the neighbour's logits, kept within reach of training
+and all moved by one constant, found by bisection, such that the drift is at the new budget before the first step; and
+what the control of α is still off by after the last step is taken away in the same manner.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from vlmgraft.training.targets import Targets
 
 REACH = 3.0
 """Logits of a warm start are kept within ±3: σ' is 0.045 there, so that every gate can still move."""
+SHIFT_LIMIT, BISECTIONS = 12.0, 10
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ def pareto_front(
     report: Callable[[FrontPoint], None] | None = None,
     **settings: Any,
 ) -> tuple[FrontPoint, ...]:
-    """Gates at every budget, by one distiller, in ascending order of the budget.
+    """Gates at every budget, by one distiller, from the largest budget to the smallest; given in ascending order.
 
     donor: targets for donor matching, else the energy term. first_steps: of the largest budget; steps: of the others,
     which start from their neighbour's gates. settings: other fields of `Training`, such as learning_rate and seed.
@@ -52,7 +55,7 @@ def pareto_front(
     points: list[FrontPoint] = []
     inject = "energy" if donor is None else "donor"
     for budget in sorted(set(budgets), reverse=True):
-        start: Gates | float = within_reach(points[-1].gates) if points else 0.0
+        start: Gates | float = moved_to(distiller, within_reach(points[-1].gates), budget) if points else 0.0
         gates = distiller.learn(
             scale,
             donor=donor,
@@ -62,6 +65,7 @@ def pareto_front(
             steps=steps if points else first_steps,
             **settings,
         )
+        gates = moved_to(distiller, gates, budget)
         points.append(FrontPoint(budget, gates.settings["held_out_kl"], gates.settings["energy"], gates))
         if report is not None:
             report(points[-1])
@@ -71,3 +75,24 @@ def pareto_front(
 def within_reach(gates: Gates, limit: float = REACH) -> Gates:
     """The same gates with logits kept within ±limit, as a start that training can move."""
     return replace(gates, logits={name: value.clamp(-limit, limit) for name, value in gates.logits.items()})
+
+
+def moved_to(distiller: Distiller, gates: Gates, budget: float) -> Gates:
+    """All logits moved by the same constant within ±12, such that the held-out drift is the largest within the budget.
+
+    The settings' `held_out_kl` and `energy` are those of the moved gates.
+    """
+
+    def moved(by: float) -> Gates:
+        return replace(gates, logits={name: value + by for name, value in gates.logits.items()})
+
+    low, high, reached = -SHIFT_LIMIT, SHIFT_LIMIT, 0.0
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        kl = distiller.keep_kl(moved(middle))
+        low, high, reached = (middle, high, kl) if kl <= budget else (low, middle, reached)
+    result, factors = moved(low), distiller.factors
+    injected = sum(float((result.open(name) * factors[name].s.cpu()).square().sum()) for name in result.logits)
+    whole = sum(float(factors[name].s.square().sum()) for name in result.logits)
+    settings = {**gates.settings, "held_out_kl": reached, "energy": injected / max(whole, 1e-30)}
+    return replace(result, settings=settings)
