@@ -258,14 +258,17 @@ def _decompose(
     from vlmgraft.learning import gated_method
     from vlmgraft.spectral.decompose import decompose as decompose_into
     from vlmgraft.spectral.donors import donor_folder, open_store
+    from vlmgraft.training.processes import barrier, process_group
 
     rank: Any = gated_method(recipe).rank
     out.parent.mkdir(parents=True, exist_ok=True)
     gpu = torch.cuda.is_available()
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if gpu else "cpu"
     options: dict[str, Any] = {"resume": resume, "train_copy": gpu, "device": device, "progress": progress}
-    for number, alignment in enumerate(alignments):
-        decompose_into(alignment, donor_folder(out, number), rank, **options)
+    with process_group():  # under torchrun every process has its share, and leaves when all are done
+        for number, alignment in enumerate(alignments):
+            decompose_into(alignment, donor_folder(out, number), rank, **options)
+        barrier()
     return open_store(out)
 
 

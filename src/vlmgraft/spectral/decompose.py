@@ -41,7 +41,7 @@ def decompose(
     with TaskVectors(alignment) as taus:
         digests = {name: f"{taus.digest(name)}-{_rank_label(rank)}" for name in taus.names}
         todo = [name for name in taus.names if not _fits(store, name, digests[name], train_copy)]
-        if todo and not resume and store.folder.exists() and any(store.folder.iterdir()):
+        if todo and not resume and _holds_others(store, todo):
             raise OutputError(
                 f"{out}: holds factors of other inputs or is unfinished: {len(todo)} of {len(digests)} matrices "
                 f"differ, first {todo[0]}; resume to redo what differs, or choose another folder"
@@ -110,6 +110,16 @@ def _my_share(names: list[str], costs: list[float]) -> list[str]:
 def _fits(store: FactorStore, name: str, digest: str, train_copy: bool) -> bool:
     header = store.header(name)
     return header is not None and header["digest"] == digest and (header["train_copy"] == "yes" or not train_copy)
+
+
+def _holds_others(store: FactorStore, todo: Sequence[str]) -> bool:
+    """Whether the folder holds anything at all; under torchrun, files of matrices that do not fit: another process may
+    have begun with its share."""
+    if not store.folder.exists():
+        return False
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return any(store.header(name) is not None for name in todo)
+    return any(store.folder.iterdir())
 
 
 def _rank_label(rank: Rank) -> str:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 
 T = TypeVar("T")
+
+PATIENCE = timedelta(hours=2)
+"""How long processes wait for each other: answers of the teacher differ in length."""
 
 
 def process() -> tuple[int, int]:
@@ -56,7 +60,7 @@ def process_group() -> Iterator[None]:
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield
     finally:
