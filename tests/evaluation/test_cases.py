@@ -26,7 +26,7 @@ def test_verdict(case: dict[str, Any]) -> None:
 
 
 def test_hostile_outputs_are_read_in_linear_time() -> None:
-    """Processor time, not wall time, so that a busy machine is no failure; the regular expressions are what is tried."""
+    """Processor time, so that a busy machine is no failure; what is tried is that no regular expression runs away."""
     pieces = ("\\boxed{", "Answer: ", "(", "A or ", "the answer is ", "1,", "**", "$", "not ", "=", "<think>", "is 1 ")
     for piece in pieces:
         for choices in ((), ("red", "green")):

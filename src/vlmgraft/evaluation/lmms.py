@@ -29,9 +29,8 @@ INSTALL = (
     "lmms-eval is not installed. Give it an environment of its own, `python -m venv lmms && lmms/bin/pip install "
     f"lmms-eval`, and name its Python: `export {PYTHON}=lmms/bin/python`"
 )
-_NOT_METRICS = frozenset(
-    "doc_id doc doc_hash target input arguments resps filtered_resps token_counts input_media submission".split()
-)
+_LOGGED = ("doc_id", "doc", "doc_hash", "target", "input", "arguments", "input_media")
+_NOT_METRICS = frozenset((*_LOGGED, "resps", "filtered_resps", "token_counts", "submission"))
 _SCORES = ("score", "acc", "acc_score", "accuracy", "correct", "exact_match")
 _DATED = re.compile(r"^\d+_\d+_samples_|^samples_")
 

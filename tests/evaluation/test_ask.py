@@ -1,0 +1,181 @@
+"""Asking: every item once, whatever happens; bad items and failing models are counted, never lost."""
+
+from __future__ import annotations
+
+import json
+import random
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from vlmgraft.errors import VlmgraftError
+from vlmgraft.evaluation.ask import ask
+from vlmgraft.evaluation.images import MAX_PIXELS, open_image
+from vlmgraft.evaluation.items import Item, Suite
+from vlmgraft.evaluation.run_records import append_records, drop_partial_line, load_records
+from vlmgraft.evaluation.summary import count, summarise
+
+
+def test_every_item_is_asked_once_in_batches_and_comes_back_in_order(scripted: Any, sums: Any, adds: Any) -> None:
+    engine = scripted(adds)
+    records = ask(engine, sums(23), batch_size=5)
+    assert [record.id for record in records] == [str(n) for n in range(23)]
+    assert sorted(engine.asked) == sorted(f"what is {n} + {n} ?" for n in range(23)) and max(engine.batches) == 5
+    assert [record.score for record in records] == [float(n % 5 != 0) for n in range(23)]
+    first = records[1]
+    assert (first.answer, first.expected, first.verdict, first.tokens) == ("2", ("2",), "right", 7)
+    assert first.prompt == "what is 1 + 1 ?" and first.output.startswith("<think>")
+
+
+def test_out_of_memory_halves_the_batch_and_all_are_answered(scripted: Any, sums: Any, adds: Any) -> None:
+    engine = scripted(adds, room=3)
+    assert ask(engine, sums(24), batch_size=8) == ask(scripted(adds), sums(24), batch_size=8)
+    assert max(engine.batches) <= 3 and len(engine.asked) == 24
+
+
+def test_one_item_that_fails_is_found_and_counts_as_wrong(scripted: Any, sums: Any, adds: Any) -> None:
+    def say(question: Any) -> str:
+        if question.question == "what is 7 + 7 ?":
+            raise ValueError("aspect ratio must be smaller than 200")
+        return str(adds(question))
+
+    records = ask(scripted(say), sums(12), batch_size=6)
+    failed = records[7]
+    assert (failed.state, failed.score, failed.fault) == ("failed", 0.0, "aspect ratio must be smaller than 200")
+    assert sum(record.state == "scored" for record in records) == 11
+
+
+def test_when_nothing_works_the_run_stops_early(scripted: Any, sums: Any) -> None:
+    def say(question: Any) -> str:
+        raise RuntimeError("device-side assert")
+
+    with pytest.raises(VlmgraftError, match=r"first 16 questions all failed.*device-side assert"):
+        ask(scripted(say), sums(40), batch_size=8)
+
+
+def test_a_silent_model_is_wrong_and_shown(scripted: Any, sums: Any) -> None:
+    counts = count(ask(scripted(lambda question: ""), sums(4)))
+    assert (counts.right, counts.empty, counts.not_found, counts.scored) == (0, 4, 4, 4)
+
+
+def test_a_loop_is_noticed_and_a_missing_answer_stays_unscored(scripted: Any) -> None:
+    items = (Item("a", "q"), Item("b", "q", answers=("1",)))
+    records = ask(scripted(lambda question: "again and " * 30), Suite("s", items))
+    assert [record.verdict for record in records] == ["unscored", "wrong"]
+    assert all(record.repeated for record in records)
+
+
+def bomb(path: Path, side: int) -> None:
+    """A PNG whose header promises side × side pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> dict[str, Path]:
+    """A good picture and every kind of bad one."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
+    whole = (tmp_path / "good.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[:40])
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "nothing.png").write_bytes(b"")
+    (tmp_path / "folder.png").mkdir()
+    bomb(tmp_path / "bomb.png", 60_000)
+    bomb(tmp_path / "large.png", 11_000)
+    return {path.stem: path for path in tmp_path.glob("*.png")} | {"gone": tmp_path / "gone.png"}
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("gone", "missing"),
+        ("cut", "corrupt"),
+        ("text", "corrupt"),
+        ("nothing", "corrupt"),
+        ("folder", "corrupt"),
+        ("bomb", "enormous"),
+        ("large", "enormous"),
+    ],
+)
+def test_bad_pictures_are_counted_and_the_rest_goes_on(
+    scripted: Any, pictures: dict[str, Path], name: str, fault: str
+) -> None:
+    items = [Item(key, "what?", (path,), ("x",)) for key, path in pictures.items() if key in ("good", name)]
+    records = {record.id: record for record in ask(scripted(lambda question: "x"), Suite("s", tuple(items)))}
+    assert records["good"].verdict == "right"
+    bad = records[name]
+    assert (bad.state, bad.score) == ("not asked", None) and fault in bad.fault and pictures[name].name in bad.fault
+    summary = summarise(list(records.values()))
+    assert summary.counts.not_asked == 1 and list(summary.faults.values()) == [1]
+    assert summary.tasks[0].score is not None and summary.tasks[0].score.mean == 1
+
+
+def test_a_picture_is_measured_before_it_is_decoded(pictures: dict[str, Path]) -> None:
+    assert MAX_PIXELS < 11_000**2
+    assert [open_image(source).size for source in (pictures["good"], pictures["good"].read_bytes())] == [(8, 8)] * 2
+
+
+def test_an_empty_question_is_not_asked(scripted: Any) -> None:
+    engine = scripted(lambda question: "x")
+    (record,) = ask(engine, Suite("s", (Item("a", "  ", answers=("x",)),), suffix="Answer."))
+    assert record.state == "not asked" and "empty" in record.fault and not engine.asked
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_killed_at_any_byte_and_resumed_gives_the_same(
+    scripted: Any, sums: Any, adds: Any, tmp_path: Path, seed: int
+) -> None:
+    suite, log = sums(40), tmp_path / "records.jsonl"
+    whole = ask(scripted(adds), suite, batch_size=7, log=log)
+    data = log.read_bytes()
+    left = random.Random(seed).randrange(len(data))
+    log.write_bytes(data[:left])
+    drop_partial_line(log)
+    kept = load_records(log)
+    engine = scripted(adds)
+    again = ask(engine, suite, batch_size=7, done=kept, log=log)
+    assert again == whole and summarise(again) == summarise(whole)
+    assert len(engine.asked) == 40 - len(kept) == 40 - data[:left].count(b"\n")
+    assert {record.id for record in load_records(log)} == {item.id for item in suite.items}
+
+
+def test_records_survive_the_file(scripted: Any, sums: Any, adds: Any, tmp_path: Path) -> None:
+    records = ask(scripted(adds), sums(3))
+    append_records(tmp_path / "r.jsonl", records)
+    assert load_records(tmp_path / "r.jsonl") == records
+    assert all(json.loads(line)["state"] == "scored" for line in (tmp_path / "r.jsonl").read_text().splitlines())
+
+
+def test_sampling_is_seeded_by_run_and_items(sums: Any) -> None:
+    seeds: list[int] = []
+
+    class Noted:
+        name = "noted"
+
+        def answer(self, questions: Any, seed: int) -> Any:
+            seeds.append(seed)
+            raise ValueError
+
+    def drawn(seed: int) -> list[int]:
+        seeds.clear()
+        ask(Noted(), sums(2), batch_size=1, seed=seed)
+        return list(seeds)
+
+    assert drawn(0) == drawn(0) != drawn(1) and len(set(drawn(0))) == 2
+
+
+def test_progress_reaches_the_end(scripted: Any, sums: Any, adds: Callable[..., str]) -> None:
+    seen: list[tuple[int, int]] = []
+    ask(scripted(adds), sums(9), batch_size=4, progress=lambda done, total, what: seen.append((done, total)))
+    assert seen[-1] == (9, 9)
