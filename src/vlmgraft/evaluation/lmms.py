@@ -1,7 +1,8 @@
 """The bridge to lmms-eval: run that harness on a folder, and read its sample logs as our records.
 
-The harness wants an environment of its own (it brings 7 GB). It is looked for in this environment, then in the one
-whose Python the variable VLMGRAFT_LMMS_PYTHON names.
+The harness wants an environment of its own (it brings 7 GB): VLMGRAFT_LMMS_PYTHON names its Python; without it, this
+environment is looked through. VLMGRAFT_LMMS_ARGS is written behind the harness's command line, where it can add options
+or replace ours (`--model`, `--model_args`, `--include_path`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -27,8 +29,20 @@ from vlmgraft.evaluation.values import yes_or_no
 PYTHON = "VLMGRAFT_LMMS_PYTHON"
 INSTALL = (
     "lmms-eval is not installed. Give it an environment of its own, `python -m venv lmms && lmms/bin/pip install "
-    f"lmms-eval`, and name its Python: `export {PYTHON}=lmms/bin/python`"
+    f"lmms-eval decord`, and name its Python: `export {PYTHON}=lmms/bin/python`"
 )
+ARGUMENTS = "VLMGRAFT_LMMS_ARGS"
+_MODELS = {
+    "gemma3": "gemma3",
+    "idefics2": "idefics2",
+    "internvl": "internvl_hf",
+    "llava": "llava_hf",
+    "llava_next": "llava_hf",
+    "qwen2_5_vl": "qwen2_5_vl",
+    "qwen2_vl": "qwen2_vl",
+    "qwen3_vl": "qwen3_vl",
+}
+"""model_type → the name of the model in lmms-eval 0.7.3."""
 _LOGGED = ("doc_id", "doc", "doc_hash", "target", "input", "arguments", "input_media")
 _NOT_METRICS = frozenset((*_LOGGED, "resps", "filtered_resps", "token_counts", "submission"))
 _SCORES = ("score", "acc", "acc_score", "accuracy", "correct", "exact_match")
@@ -75,15 +89,33 @@ def harness_python() -> str:
 def harness_command(
     python: str, model: str | Path, tasks: str, logs: Path, *, limit: int | None, batch_size: int, seed: int
 ) -> list[str]:
-    """The command line of the harness: its generic transformers model on the folder, samples logged."""
-    extra = os.environ.get("VLMGRAFT_LMMS_ARGS", "")
-    arguments = [python, "-m", "lmms_eval", "--model", "huggingface"]
-    arguments += ["--model_args", ",".join(filter(None, [f"pretrained={model}", extra]))]
-    arguments += ["--tasks", tasks, "--batch_size", str(batch_size), "--seed", str(seed)]
-    arguments += ["--log_samples", "--output_path", str(logs)]
-    if include := os.environ.get("VLMGRAFT_LMMS_TASKS"):
-        arguments += ["--include_path", include]
-    return [*arguments, *(["--limit", str(limit)] if limit else [])]
+    """The command line of the harness, with samples logged."""
+    device = "" if _has_gpu() else ",device=cpu,device_map=cpu"
+    command = [
+        python,
+        "-m",
+        "lmms_eval",
+        "--model",
+        _harness_model(model),
+        "--model_args",
+        f"pretrained={model}{device}",
+    ]
+    command += ["--tasks", tasks, "--batch_size", str(batch_size), "--seed", str(seed)]
+    command += ["--log_samples", "--output_path", str(logs), *(["--limit", str(limit)] if limit else [])]
+    return command + shlex.split(os.environ.get(ARGUMENTS, ""))
+
+
+def _harness_model(model: str | Path) -> str:
+    """The harness's name for a folder's kind of model; its generic one where it has none."""
+    config = Path(model) / "config.json"
+    kind = json.loads(config.read_text(encoding="utf-8")).get("model_type") if config.is_file() else None
+    return _MODELS.get(str(kind), "huggingface")
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return bool(torch.cuda.is_available())
 
 
 def sample_files(logs: Path) -> list[Path]:

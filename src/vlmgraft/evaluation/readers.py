@@ -89,7 +89,7 @@ def _item(row: Row, at: int, task: str, preset: Preset, folder: Path | None) -> 
         images=images,
         answers=_answers(_first(row, columns.answers)),
         choices=choices,
-        task=str(row["task"]) if preset is LOCAL and row.get("task") else task,
+        task=str(row["task"]) if not preset.source and row.get("task") else task,
         kind=_kind(_first(row, columns.kind), preset),
         metric=_metric(row, preset),
         precision=_precision(_first(row, columns.precision)),
@@ -158,7 +158,7 @@ def _kind(value: Any, preset: Preset) -> Any:
 
 
 def _metric(row: Row, preset: Preset) -> str:
-    named = row.get("metric") if preset is LOCAL else None
+    named = None if preset.source else row.get("metric")
     return str(named) if named in METRICS else preset.metric
 
 

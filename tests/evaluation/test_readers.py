@@ -1,0 +1,251 @@
+"""Readers: rows of our own in each published layout; files of every kind; bad rows become counted items."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset, DatasetDict, Features, Value
+from datasets import Image as Picture
+from PIL import Image
+
+from vlmgraft.errors import DataError
+from vlmgraft.evaluation.ask import ask
+from vlmgraft.evaluation.images import open_image
+from vlmgraft.evaluation.items import Item, merge_suites
+from vlmgraft.evaluation.presets import PRESETS
+from vlmgraft.evaluation.readers import load_suite
+from vlmgraft.evaluation.summary import summarise
+
+LAYOUTS: dict[str, list[dict[str, Any]]] = json.loads(Path(__file__).with_name("layouts.json").read_text("utf-8"))
+RIGHT = {
+    "mathvista": ["4", "B", "0.46"],
+    "mathverse": ["B", "The answer is 12 cm."],
+    "mathvision": ["(C)", "\\boxed{13}"],
+    "wemath": ["B", "C. 16 cm^2", "16 cm²"],
+    "logicvista": ["D", "A and C"],
+    "mmmu": ["the second", "x = 7"],
+    "mmstar": ["D"],
+    "dynamath": ["7/2", "5.0"],
+    "pope": ["Yes.", "No, there is no boat."],
+    "vizwiz": ["A cup", "unanswerable"],
+    "textvqa": ["Dakota"],
+    "chartqa": ["3", "27"],
+    "ocrbench": ["It says centre.", "\\frac{1}{2}"],
+    "realworldqa": ["B", "two"],
+    "hallusionbench": ["yes", "no"],
+}
+"""Answers that a careful person counts as right, in words that the layouts do not use."""
+
+
+def picture(colour: str = "red") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_layout(name: str, folder: Path) -> Path:
+    """The rows as a JSON-lines file, the pictures as files beside it."""
+    (folder / "p.png").write_bytes(picture())
+    rows = [{key: "p.png" if value == "@" else value for key, value in row.items()} for row in LAYOUTS[name]]
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+def test_every_preset_has_rows_and_every_benchmark_a_preset() -> None:
+    named = "mathvista mathverse mathvision wemath logicvista mmmu mmstar dynamath pope vizwiz textvqa chartqa ocrbench"
+    assert set(PRESETS) == {*named.split(), "realworldqa", "hallusionbench"} == set(LAYOUTS) == set(RIGHT)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_layout_is_read_asked_and_scored(name: str, tmp_path: Path, scripted: Any) -> None:
+    suite = load_suite(f"{name}:{write_layout(name, tmp_path)}")
+    assert len(suite.items) == len(LAYOUTS[name]) and not suite.duplicates
+    assert all(item.kind == PRESETS[name].kind and item.answers and not item.fault for item in suite.items)
+    assert all(item.images and open_image(item.images[0]).size == (8, 8) for item in suite.items)
+    answers = iter(RIGHT[name])
+    said = {item.id: next(answers) for item in suite.items}
+    order = {item.question: item.id for item in suite.items}
+
+    def right(question: Any) -> str:
+        ids = [key for text, key in order.items() if question.question.startswith(text)]
+        return said[ids[0]] if len(order) == len(said) else said.pop(next(iter(said)))
+
+    records = ask(scripted(right), suite, batch_size=1)
+    found = summarise(records)
+    assert found.tasks[0].score is not None and found.tasks[0].score.mean == pytest.approx(
+        1, abs=0.51 * (name == "vizwiz")
+    )
+    wrong = summarise(ask(scripted(lambda question: "99 violets"), suite))
+    assert wrong.tasks[0].score is not None and wrong.tasks[0].score.mean == 0
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_layout_is_the_same_in_parquet(name: str, tmp_path: Path) -> None:
+    """As the hub keeps them: pictures as bytes inside the file."""
+    plain = load_suite(f"{name}:{write_layout(name, tmp_path)}")
+    rows = LAYOUTS[name]
+    columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}
+    pictured = [key for key, values in columns.items() if "@" in values]
+    for key in pictured:
+        columns[key] = [{"bytes": picture(), "path": None} if value == "@" else None for value in columns[key]]
+    if name in ("vizwiz", "logicvista", "chartqa"):  # rows of two releases, which no one file holds together
+        columns = {key: values[:1] for key, values in columns.items() if values[0] is not None}
+    data = Dataset.from_dict(columns)
+    for key in set(pictured) & set(columns):
+        data = data.cast_column(key, Picture())
+    data.to_parquet(tmp_path / "rows.parquet")
+    stored = load_suite(f"{name}:{tmp_path / 'rows.parquet'}")
+    for item, other in zip(stored.items, plain.items, strict=False):
+        assert (item.question, item.answers, item.choices, item.id) == (
+            other.question,
+            other.answers,
+            other.choices,
+            other.id,
+        )
+        assert len(item.images) == len(other.images) and open_image(item.images[0]).size == (8, 8)
+
+
+def test_choices_groups_and_precision_of_the_layouts(tmp_path: Path) -> None:
+    def items(name: str) -> tuple[Item, ...]:
+        return load_suite(f"{name}:{write_layout(name, tmp_path)}").items
+
+    assert items("wemath")[0].choices == ("3 cm", "4 cm", "5 cm", "No correct answer")
+    assert {item.group for item in items("wemath")} == {"w1"} and items("wemath")[2].part == "2steps_multi"
+    assert items("mathvista")[2].precision == 1 and items("mathvista")[0].choices == ()
+    assert len(items("mmmu")[0].images) == 2 and items("mmmu")[0].choices == ("the first", "the second", "neither")
+    assert items("mmmu")[1].choices == ()
+    assert [item.id for item in items("dynamath")] == ["1/sample_variant1", "1/sample_variant2"]
+    figures = [item.group for item in items("hallusionbench")]
+    assert figures == ["VD/illusion/0/0|VD/illusion/0/0", "VD/illusion/0/0|VD/illusion/0/1"]
+    assert items("vizwiz")[1].answers == ("unanswerable", "red")
+
+
+ROWS = [
+    {"question": "one?", "answer": 1},
+    {"question": "two?", "answer": None},
+    {"question": ""},
+    {"answer": "x"},
+    {"question": 5, "answer": "x"},
+    {"question": "lost picture?", "image": "gone.png", "answer": "x"},
+    {"question": "odd picture?", "image": 7, "answer": "x"},
+    {"question": "twice?", "id": "a", "answer": "x"},
+    {"question": "twice again?", "id": "a", "answer": "x"},
+    {
+        "question": "which?",
+        "choices": ["x", "y"],
+        "answer": "B",
+        "kind": "perception",
+        "task": "picks",
+        "metric": "auto",
+    },
+]
+
+
+def test_bad_rows_are_kept_counted_and_shown(tmp_path: Path, scripted: Any) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in ROWS))
+    suite = load_suite(path)
+    assert suite.duplicates == 1 and [item.id for item in suite.items][7:9] == ["a", "a#2"]
+    found = summarise(ask(scripted(lambda question: "x"), suite), duplicates=suite.duplicates)
+    assert (found.counts.items, found.counts.scored, found.counts.unscored, found.counts.not_asked) == (10, 4, 1, 5)
+    assert {fault.split(":")[0] for fault in found.faults} >= {"the question is empty", "no picture"}
+    assert [task.task for task in found.tasks] == ["mine", "picks"]
+
+
+def test_every_kind_of_file_holds_the_same_rows(tmp_path: Path) -> None:
+    rows = [{"question": f"q{n}?", "answer": str(n), "image": "p.png"} for n in range(3)]
+    (tmp_path / "p.png").write_bytes(picture())
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    (tmp_path / "b.json").write_text(json.dumps(rows))
+    (tmp_path / "c.json").write_text(json.dumps({str(n): row for n, row in enumerate(rows)}))
+    Dataset.from_list(rows).to_parquet(tmp_path / "d.parquet")
+    data = Dataset.from_list([{**row, "image": {"bytes": picture(), "path": None}} for row in rows])
+    data = data.cast(Features({"question": Value("string"), "answer": Value("string"), "image": Picture()}))
+    DatasetDict({"test": data, "other": data.select([0])}).save_to_disk(tmp_path / "saved")
+    (tmp_path / "parts").mkdir()
+    data.select([0, 1]).to_parquet(tmp_path / "parts" / "test-0.parquet")
+    data.select([2]).to_parquet(tmp_path / "parts" / "test-1.parquet")
+    for name in ("a.jsonl", "b.json", "c.json", "d.parquet", "parts", "saved"):
+        suite = load_suite(tmp_path / name, split="test" if name == "saved" else None)
+        assert [(item.question, item.answers) for item in suite.items] == [(f"q{n}?", (str(n),)) for n in range(3)], (
+            name
+        )
+        assert all(open_image(item.images[0]).size == (8, 8) for item in suite.items), name
+
+
+def test_a_column_map_names_other_columns(tmp_path: Path) -> None:
+    (tmp_path / "p.png").write_bytes(picture())
+    row = {"frage": "was?", "loesung": "rot", "bild": "p.png", "satz": 3, "teil": "b"}
+    (tmp_path / "q.jsonl").write_text(json.dumps(row))
+    columns = {"question": "frage", "answers": "loesung", "images": "bild", "id": "satz+teil"}
+    (item,) = load_suite(tmp_path / "q.jsonl", columns=columns).items
+    assert (item.question, item.answers, item.id) == ("was?", ("rot",), "3/b") and len(item.images) == 1
+
+
+def test_pictures_as_base64_are_read(tmp_path: Path) -> None:
+    row = {"question": "q?", "image": base64.b64encode(picture()).decode()}
+    (tmp_path / "q.jsonl").write_text(json.dumps(row))
+    assert open_image(load_suite(tmp_path / "q.jsonl").items[0].images[0]).size == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("none.jsonl", None, "no such file"),
+        ("x.jsonl", "{", "line 1: not JSON"),
+        ("x.jsonl", "[1]", "line 1: must be a JSON object"),
+        ("x.json", "3", "list of objects"),
+        ("x.jsonl", "\n", "holds no row"),
+        ("x.jsonl", '{"frage": 1}', "no column question; it has frage.*--column question=query"),
+        ("x.parquet", "no parquet", "no parquet file"),
+        ("x.csv", "a,b", "cannot be read; give .jsonl"),
+    ],
+)
+def test_sources_that_cannot_be_read_are_named(tmp_path: Path, name: str, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=message):
+        load_suite(tmp_path / name)
+
+
+def test_unknown_fields_of_a_column_map_and_missing_splits_are_named(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"question": "q"}')
+    with pytest.raises(DataError, match=r"unknown field 'picture'; it has question, images"):
+        load_suite(tmp_path / "x.jsonl", columns={"picture": "p"})
+    data = Dataset.from_list([{"question": "q"}])
+    DatasetDict({"a": data, "b": data}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match="splits, a, b, with --split"):
+        load_suite(tmp_path / "saved")
+
+
+def test_all_splits_are_read_as_variants(tmp_path: Path) -> None:
+    rows = [{key: value for key, value in LAYOUTS["dynamath"][0].items() if key not in ("decoded_image", "variant")}]
+    parts = {f"sample_variant{n}": Dataset.from_list(rows) for n in (1, 2, 3)}
+    DatasetDict(parts).save_to_disk(tmp_path / "dynamath")
+    suite = load_suite(f"dynamath:{tmp_path / 'dynamath'}", split="all")
+    assert [item.id for item in suite.items] == [f"1/sample_variant{n}" for n in (1, 2, 3)]
+    assert {item.group for item in suite.items} == {"1"}
+
+
+def test_turned_options_are_right_together_only(tmp_path: Path, scripted: Any) -> None:
+    rows = [{"question": f"{n}?", "choices": ["red", "blue", "green"], "answer": "B"} for n in "pq"]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    suite = load_suite(tmp_path / "q.jsonl", turn_options=True)
+    assert len(suite.items) == 6 and [item.answers[0] for item in suite.items[:3]] == ["B", "A", "C"]
+    knows = summarise(ask(scripted(lambda question: "blue"), suite)).tasks[0]
+    guesses = summarise(ask(scripted(lambda question: "B"), suite)).tasks[0]
+    assert knows.score is not None and knows.score.mean == 1 and knows.measure == "all rotations right"
+    assert guesses.score is not None and guesses.score.mean == 0
+    assert guesses.others["item accuracy"] == pytest.approx(1 / 3)
+
+
+def test_several_suites_become_one_with_unique_ids(sums: Any) -> None:
+    one, other = sums(2), sums(3)
+    both = merge_suites([one, other])
+    assert len({item.id for item in both.items}) == 5 and both.duplicates == 2
