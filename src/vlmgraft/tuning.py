@@ -19,14 +19,14 @@ import torch
 from vlmgraft import __version__
 from vlmgraft.alignment import Alignment, align
 from vlmgraft.card import side_files
-from vlmgraft.checkpoint.index import Checkpoint, open_checkpoint
+from vlmgraft.checkpoint.index import INDEX, Checkpoint, open_checkpoint
 from vlmgraft.checkpoint.reader import TORCH_DTYPES, Reader
 from vlmgraft.checkpoint.shards import TensorSpec
 from vlmgraft.checkpoint.writer import Writer, refuse_output
 from vlmgraft.errors import OutputError, RecipeError
 from vlmgraft.hf.models import load_processor, load_vlm
 from vlmgraft.recipe.tune import TuneRecipe, dump_tune_recipe, load_tune_recipe, save_tune_recipe
-from vlmgraft.records import write_json, write_rows, write_text
+from vlmgraft.records import read_rows, write_json, write_rows, write_text
 from vlmgraft.spectral.factors import FactorStore
 from vlmgraft.training.drift_callback import LOG, DriftCallback
 from vlmgraft.training.prior import PushRule
@@ -73,13 +73,17 @@ def tune(
     validation = load_traces(data.validation, columns=data.columns) if data.validation else None
     prior = _prior(recipe, vlm)
     checkpoint = _last_checkpoint(recipe, work, resume, main=arguments.process_index == 0)
-    model, processor = load_vlm(vlm.path, getattr(torch, recipe.dtype)), load_processor(vlm.path)
+    whole = checkpoint is not None and _has_weights(checkpoint)
+    source = checkpoint if checkpoint is not None and whole else vlm.path
+    model, processor = load_vlm(source, getattr(torch, recipe.dtype)), load_processor(vlm.path)
     added = add_tokens(model, processor, data.add_tokens) if data.add_tokens else 0
     if recipe.freeze_vision:
         freeze_vision(model)
     drift = DriftCallback(prior, when=recipe.prior.when, log=work / LOG) if prior else None
     lora = _lora(recipe, model, added)
     trainer = build_trainer(model, processor, train, arguments, validation=validation, drift=drift, lora=lora)
+    if whole:
+        trainer._load_from_checkpoint = lambda *_, **__: None  # it would look for module names, and find none
     trainer.train(resume_from_checkpoint=checkpoint)
     verdicts = drift.bound.verdicts if drift is not None and drift.bound is not None else ()
     log = tuple(trainer.state.log_history)
@@ -117,12 +121,30 @@ def _last_checkpoint(recipe: TuneRecipe, work: Path, resume: bool, *, main: bool
         if load_tune_recipe(note) != recipe:
             raise OutputError(f"{work}: was left by another recipe; remove it, or run without --resume")
         folder = work / "trainer"
-        return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        if found is not None and main:
+            _forget_later(work / LOG, int(found.rsplit("-", 1)[1]))
+        return found
     if main:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         save_tune_recipe(recipe, note)
     return None
+
+
+def _has_weights(checkpoint: str) -> bool:
+    """Whether a checkpoint holds the whole model under its names on disk, which are not the module's names.
+
+    transformers 5.23 resumes by module names alone: of a VLM whose names differ it finds nothing, warns, and goes on
+    from the weights it has. So they are loaded from there in the first place; adapters and FSDP states are left to it.
+    """
+    return any((Path(checkpoint) / name).is_file() for name in ("model.safetensors", INDEX))
+
+
+def _forget_later(log: Path, step: int) -> None:
+    """Drop the rows of steps that will be made again."""
+    if log.is_file():
+        write_rows(log, [row for row in read_rows(log) if row["step"] <= step])
 
 
 def _lora(recipe: TuneRecipe, model: Any, added: int) -> Any:

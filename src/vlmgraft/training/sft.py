@@ -72,10 +72,13 @@ def add_tokens(model: Any, processor: Any, tokens: Sequence[str]) -> int:
     The new rows start at the mean of the others (transformers' own rule). Gives the number of tokens that were new.
     """
     tokenizer = tokenizer_of(processor)
-    added = int(tokenizer.add_tokens(list(tokens)))
-    if added and len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer))
-    return added
+    new = [token for token in tokens if token not in tokenizer.get_vocab()]
+    if new:
+        tokenizer.add_tokens(new)
+        needed = 1 + max(tokenizer.get_vocab().values())
+        if needed > model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(needed)
+    return len(new)
 
 
 def freeze_vision(model: Any) -> None:

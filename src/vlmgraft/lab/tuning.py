@@ -1,0 +1,219 @@
+"""Fine-tuning on the lab: with and without DRIFT's prior, at equal data and steps, chosen on validation.
+
+Every arm learns the same few image sums with a chain of thought, for the same number of steps in the same order. What
+is chosen (learning rate of plain fine-tuning, strength of a push) is chosen on the validation exam as in `compare.py`:
+the best reasoning within a point of the VLM's perception. Candidates and test rows are JSON lines; what a file holds
+already is not made again.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vlmgraft.alignment import Alignment, align
+from vlmgraft.checkpoint.index import open_checkpoint
+from vlmgraft.hf.models import match_linears
+from vlmgraft.lab import world
+from vlmgraft.lab.compare import PERCEPTION_SLACK, Comparison
+from vlmgraft.lab.exam import Marks
+from vlmgraft.records import append_row, read_rows
+from vlmgraft.spectral.delta import TaskVectors
+from vlmgraft.spectral.factors import Factors, factorize
+from vlmgraft.spectral.gates import Gates
+from vlmgraft.training.drift_callback import DriftCallback
+from vlmgraft.training.prior import PushRule
+from vlmgraft.training.prior_delta import Prior, filtered_prior, make_prior
+from vlmgraft.training.sft import build_trainer, freeze_vision, trainer_arguments
+from vlmgraft.training.sft_data import Trace, Traces
+
+TRACES, STEPS, BATCH = 64, 64, 8
+RATES = (5e-5, 1e-4, 2e-4, 4e-4)
+"""Learning rates of plain fine-tuning; every other arm takes the one chosen for it."""
+STRENGTHS: Mapping[str, tuple[float, ...]] = {
+    "adaptive": (0.1, 0.3, 1.0),
+    "grad_norm": (0.05, 0.15, 0.5),
+    "absolute": (0.003, 0.01, 0.03),
+}
+FRISM = (1.0, 0.1)
+"""λ and α of the gates (energy term) that filter a prior, and of the merge that is fine-tuned afterwards."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row: how gradients are pushed (mode none: not at all), over which modules, and where training starts."""
+
+    name: str
+    mode: str = "none"
+    modules: tuple[str, ...] = ("attention",)
+    minus: str = "vlm"
+    filtered: bool = False
+    start: str = "vlm"
+
+
+BOTH = ("attention", "mlp")
+ARMS = (
+    Arm("SFT"),
+    *(Arm(f"DRIFT {mode}, attention", mode) for mode in ("absolute", "grad_norm", "adaptive")),
+    *(Arm(f"DRIFT {mode}, attention + mlp", mode, BOTH) for mode in ("absolute", "grad_norm", "adaptive")),
+    Arm("DRIFT adaptive, attention + mlp, Δ minus base", "adaptive", BOTH, "base"),
+    Arm("DRIFT adaptive, filtered by FRISM's gates", "adaptive", BOTH, "base", filtered=True),
+    Arm("FRISM, then SFT", start="frism"),
+)
+
+
+@dataclass
+class Study:
+    """One trio: its comparison (exams, drift), its traces, and the rows that `out` holds.
+
+    seed: of exams, traces and training order; the trio is what it is.
+    """
+
+    trio: Path
+    out: Path
+    seed: int = 0
+    traces_count: int = TRACES
+    steps: int = STEPS
+    arms: tuple[Arm, ...] = ARMS
+    report: Any = print
+    alignment: Alignment = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.alignment = self._align(BOTH)
+
+    def run(self) -> list[dict[str, Any]]:
+        """Make the rows that are missing and give all test rows."""
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        for name, model in (("VLM", lambda: self.comparison.vlm), ("FRISM", lambda: self.start("frism"))):
+            self._once(name, {}, lambda model=model: self._test(model()))  # type: ignore[misc]
+        for arm in self.arms:
+            setting = self.choose(arm)
+            self._once(arm.name, setting, lambda arm=arm, setting=setting: self._test(self.tuned(arm, **setting)))  # type: ignore[misc]
+        return [row for row in read_rows(self.out) if row["split"] == "test"]
+
+    def choose(self, arm: Arm) -> dict[str, float]:
+        """The arm's setting with the best validation marks."""
+        if arm.mode == "none":
+            settings = [{"learning_rate": rate, "strength": 0.0} for rate in RATES]
+        else:
+            rate = self.choose(self.arms[0])["learning_rate"]
+            settings = [{"learning_rate": rate, "strength": strength} for strength in STRENGTHS[arm.mode]]
+        sight = self._once("VLM", {}, lambda: self._validate(self.comparison.vlm), "validation")["perception"]["mean"]
+        scored = []
+        for setting in settings:
+            row = self._once(
+                arm.name,
+                setting,
+                lambda setting=setting: self._validate(self.tuned(arm, **setting)),
+                "validation",  # type: ignore[misc]
+            )
+            seen, solved = row["perception"]["mean"], row["reasoning"]["mean"]
+            qualifies = seen >= sight - PERCEPTION_SLACK
+            scored.append(((qualifies, solved if qualifies else seen), setting))
+        return max(scored, key=lambda pair: pair[0])[1]
+
+    def tuned(self, arm: Arm, learning_rate: float, strength: float) -> Any:
+        """A copy of the arm's starting model, fine-tuned."""
+        model = self.start(arm.start)
+        freeze_vision(model)
+        drift = None
+        if arm.mode != "none":
+            drift = DriftCallback(self.prior(arm, strength))
+        fine_tune(model, self.comparison.processor, self.traces, self.steps, learning_rate, self.seed, drift)
+        return model.eval()
+
+    def prior(self, arm: Arm, strength: float) -> Prior:
+        """The arm's prior."""
+        rule = PushRule(arm.mode, strength)  # type: ignore[arg-type]
+        if arm.filtered:
+            return filtered_prior(self.alignment, self.factors, self.gates, rule)
+        return make_prior(self._align(arm.modules), rule, minus=arm.minus)  # type: ignore[arg-type]
+
+    def start(self, name: str) -> Any:
+        """A fresh copy of the VLM, or of the VLM with FRISM's gates folded in."""
+        model = copy.deepcopy(self.comparison.vlm)
+        if name == "frism":
+            for tensor, linear in match_linears(model, self.factors).items():
+                factor = self.factors[tensor]
+                linear.weight.data += factor.update(self.gates.spectrum(tensor, factor.s))
+        return model
+
+    @cached_property
+    def comparison(self) -> Comparison:
+        """Exams, teacher's answers and drift."""
+        return Comparison(self.trio, self.alignment, self.factors, self.seed, report=self.report)
+
+    @cached_property
+    def factors(self) -> dict[str, Factors]:
+        """Of the donor's task vector."""
+        with TaskVectors(self.alignment) as taus:
+            return {name: factorize(taus.load(name), name, taus.role(name)) for name in taus.names}
+
+    @cached_property
+    def gates(self) -> Gates:
+        """FRISM's, with the published energy term."""
+        return self.comparison.gates("energy", *FRISM)
+
+    @cached_property
+    def traces(self) -> Traces:
+        """Image sums of the training split, worked out."""
+        rng = np.random.default_rng([self.seed, 41])
+        traces = []
+        for _ in range(self.traces_count):
+            item = world.draw_item(rng, "sum")
+            if item.scene is None:
+                raise AssertionError("a sum without a scene")
+            parts = ({"type": "image"}, {"type": "text", "text": item.question})
+            prompt = ({"role": "user", "content": list(parts)},)
+            traces.append(Trace(prompt, item.answer, (world.render(rng, item.scene, "train"),)))
+        return Traces(tuple(traces), "lab sums")
+
+    def _align(self, modules: tuple[str, ...]) -> Alignment:
+        return align(*(open_checkpoint(self.trio / name) for name in ("vlm", "donor", "base")), modules=modules)
+
+    def _once(self, name: str, setting: Mapping[str, float], make: Any, split: str = "test") -> dict[str, Any]:
+        """The row of this name, setting and split, made now if the file does not hold it."""
+        label = f"{split} {name} {dict(setting)}"
+        for row in read_rows(self.out) if self.out.is_file() else ():
+            if f"{row['split']} {row['method']} {row['setting']}" == label:
+                return row
+        row = {"split": split, "method": name, "setting": dict(setting), "seed": self.seed, **make()}
+        append_row(self.out, row)
+        figures = f"reasoning {100 * row['reasoning']['mean']:.1f}, perception {100 * row['perception']['mean']:.1f}"
+        self.report(f"{label}: {figures}")
+        return row
+
+    def _validate(self, model: Any) -> dict[str, Any]:
+        return _figures(self.comparison.validation.mark(model, self.comparison.processor))
+
+    def _test(self, model: Any) -> dict[str, Any]:
+        marks = self.comparison.test.mark(model, self.comparison.processor)
+        right = {task: np.asarray(values).astype(int).tolist() for task, values in marks.right.items()}
+        return {**_figures(marks), "kl": self.comparison.distiller.keep_kl(model), "right": right}
+
+
+def _figures(marks: Marks) -> dict[str, Any]:
+    return {"reasoning": asdict(marks.reasoning), "perception": asdict(marks.perception)}
+
+
+def fine_tune(
+    model: Any, processor: Any, traces: Traces, steps: int, learning_rate: float, seed: int, drift: DriftCallback | None
+) -> None:
+    """Train a model in place with the command's own trainer and its defaults, on the CPU, without checkpoints."""
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        settings = {"max_steps": steps, "learning_rate": learning_rate, "seed": seed, "save_strategy": "no"}
+        quiet = {"disable_tqdm": True, "use_cpu": True, "logging_steps": steps, "per_device_train_batch_size": BATCH}
+        arguments = trainer_arguments(Path(folder), {**settings, **quiet})
+        trainer = build_trainer(model, processor, traces, arguments, drift=drift)
+        torch.manual_seed(seed)
+        trainer.train()

@@ -1,0 +1,116 @@
+"""What the trainer learns from: the labels are the answer and nothing else; options and tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vlmgraft.errors import AlignmentError, DataError, RecipeError
+from vlmgraft.hf.models import load_processor, load_vlm
+from vlmgraft.training.sft import add_tokens, build_trainer, freeze_vision, lora_config, trainer_arguments
+from vlmgraft.training.sft_data import Trace, Traces
+
+QUIET = {"use_cpu": True, "save_strategy": "no", "disable_tqdm": True, "max_steps": 2}
+
+
+def picture(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (16, 128, 3), dtype=np.uint8))
+
+
+def trace(answer: str, question: str = "list all colours", images: int = 1, seed: int = 0) -> Trace:
+    parts = [{"type": "image"}] * images + [{"type": "text", "text": question}]
+    return Trace(({"role": "user", "content": parts},), answer, tuple(picture(seed + n) for n in range(images)))
+
+
+@pytest.fixture
+def processor(trio: Path) -> Any:
+    return load_processor(trio / "vlm")
+
+
+@pytest.fixture
+def model(trio: Path) -> Any:
+    return load_vlm(trio / "vlm", torch.float32)
+
+
+def built(model: Any, processor: Any, tmp_path: Path, *traces: Trace, **options: Any) -> Any:
+    arguments = trainer_arguments(tmp_path, QUIET)
+    return build_trainer(model, processor, Traces(traces, "here"), arguments, **options)
+
+
+def test_only_the_answer_is_learned_in_a_mixed_batch(model: Any, processor: Any, tmp_path: Path) -> None:
+    answers = ["<think> 4 + 5 = 9 </think> 9", "red", "1 2 3"]
+    traces = [
+        trace(answers[0], "what is the sum of all digits ?"),
+        trace(answers[1], images=2),
+        trace(answers[2], images=0),
+    ]
+    trainer = built(model, processor, tmp_path, *traces)
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(3)])
+    for row, answer in enumerate(answers):
+        learned = batch["labels"][row][batch["labels"][row] != -100]
+        assert processor.tokenizer.decode(learned) == f"{answer} <|im_end|>"
+        assert learned.equal(batch["input_ids"][row][batch["labels"][row] != -100])
+    assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
+    assert trainer.train().training_loss > 0
+
+
+def test_earlier_answers_are_not_learned(model: Any, processor: Any, tmp_path: Path) -> None:
+    first = trace("red", images=1)
+    turns = (
+        *first.prompt,
+        {"role": "assistant", "content": [{"type": "text", "text": "blue"}]},
+        *trace("", images=0).prompt,
+    )
+    trainer = built(model, processor, tmp_path, Trace(turns, "red", first.images))
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    blue = processor.tokenizer.convert_tokens_to_ids("blue")
+    assert blue in batch["input_ids"] and blue not in batch["labels"]
+
+
+def test_the_vision_tower_is_frozen_and_lora_stays_in_the_text_model(
+    model: Any, processor: Any, tmp_path: Path
+) -> None:
+    freeze_vision(model)
+    trained = {name for name, value in model.named_parameters() if value.requires_grad}
+    assert "lm_head.weight" in trained and not any("visual" in name for name in trained)
+    trainer = built(model, processor, tmp_path, trace("red"), lora=lora_config({"r": 2}, model))
+    adapted = {name for name, value in trainer.model.named_parameters() if value.requires_grad}
+    assert len(adapted) == 2 * 7 * 4 and all("language_model.layers" in name for name in adapted)
+    with pytest.raises(RecipeError, match=r"lora: .*rank_of"):
+        lora_config({"rank_of": 3}, model)
+
+
+def test_arguments_are_the_trainers(tmp_path: Path) -> None:
+    arguments = trainer_arguments(tmp_path, {"epochs": 2, "use_cpu": True, "learning_rate": 1e-3})
+    assert arguments.num_train_epochs == 2 and arguments.learning_rate == 1e-3 and arguments.max_length is None
+    for given, said in (
+        ({"learning_rat": 1}, r"train\.learning_rat: .*did you mean 'learning_rate'"),
+        ({"output_dir": "x"}, r"train\.output_dir: is set by the command"),
+        ({"save_strategy": "sometimes"}, "train: .*sometimes"),
+    ):
+        with pytest.raises(RecipeError, match=said):
+            trainer_arguments(tmp_path, given)
+
+
+def test_new_tokens_grow_the_vocabulary_on_request_only(model: Any, processor: Any, tmp_path: Path) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    assert add_tokens(model, processor, ["<think>", "</think>"]) == 0  # the lab has them
+    assert model.get_input_embeddings().weight.shape[0] == rows
+    assert add_tokens(model, processor, ["<plan>", "</plan>"]) == 2
+    assert model.get_input_embeddings().weight.shape[0] == model.lm_head.weight.shape[0] == rows + 2
+    assert processor.tokenizer("<plan> 1").input_ids[0] == rows
+
+
+def test_what_cannot_be_learned_is_named(model: Any, processor: Any, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"row 1: \d+ tokens, the model reads 256"):
+        built(model, processor, tmp_path, trace(" ".join(["1 +"] * 200)))
+    processor.tokenizer.add_tokens(["<plan>"])
+    with pytest.raises(AlignmentError, match="the processor has token"):
+        built(model, processor, tmp_path, trace("<plan> 1"))
+    with pytest.raises(Exception, match="tokenizer but no processor"):
+        built(model, processor.tokenizer, tmp_path, trace("red"))
