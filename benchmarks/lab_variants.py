@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 
 EXPERIMENTS = ("table", "questions", "rank", "weight", "spectra", "front")
-BUDGETS = (0.003, 0.01)
+BUDGETS = (0.003,)
 
 
 def main() -> None:

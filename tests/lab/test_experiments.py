@@ -12,6 +12,7 @@ import torch
 from vlmgraft.errors import CheckpointError, RecipeError
 from vlmgraft.lab.experiments import QUICK, Bench, Job, point_of, truncated
 from vlmgraft.lab.experiments_jobs import EXPERIMENTS, SPECTRA
+from vlmgraft.lab.world import PERCEPTION
 from vlmgraft.records import read_rows
 from vlmgraft.spectral.gates import constant_gates
 
@@ -60,6 +61,15 @@ def test_drift_is_controlled_and_reported_on_different_prompts(bench: Bench) -> 
 def _pixels(targets: Any) -> list[Any]:
     return [batch.inputs["pixel_values"].reshape(len(batch.predicts), -1).numpy()[row]
             for batch in targets.batches for row in range(len(batch.predicts))]  # fmt: skip
+
+
+def test_a_row_tells_the_drift_and_its_tail(bench: Bench) -> None:
+    weights = bench.comparison.task_arithmetic(1.0)
+    row = bench.measure(weights, notes={"scale": 1.0})
+    assert row["kl"] == pytest.approx(bench.comparison.distiller.keep_kl(weights), rel=1e-5)
+    assert 0.01 < row["kl_worst_share"] <= 1 and row["notes"] == {"scale": 1.0}
+    assert {task: len(bits) for task, bits in row["right"].items()} == {"sum": 12, **dict.fromkeys(PERCEPTION, 4)}
+    assert bench.measure(None)["kl"] == pytest.approx(0, abs=1e-7)
 
 
 def test_rows_are_kept_and_not_made_again(bench: Bench, tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ class Bench:
     @cached_property
     def transfer(self) -> tuple[Exam, Exam]:
         """Tasks that are not the tested sum: shown as images, and told in text (with sums for comparison)."""
-        count = max(8, self.sizes.sums // 4)
+        count = max(8, self.sizes.sums // 8)
         shown = draw_exam(0, "test", dict.fromkeys(world.TRANSFER, count), glyphs=self.comparison.glyphs)
         return shown, draw_exam(0, "test", dict.fromkeys(TRANSFER_TEXT, count), as_image=False)
 
@@ -145,13 +145,22 @@ class Bench:
         """The row of these matrices (None: the VLM): right or wrong per item, drift on test and on control prompts."""
         comparison = self.comparison
         row: Row = {"right": _bits(comparison.mark(comparison.test, weights))}
-        row["kl"] = comparison.distiller.keep_kl(weights)
+        row["kl"], row["kl_worst_share"] = self._drift(weights)
         row["control_kl"] = comparison.controlled.keep_kl(weights)
         row["fresh_kl"] = comparison.distiller.keep_kl(weights, self.fresh)
         if transfer:
             shown, told = (comparison.mark(exam, weights) for exam in self.transfer)
             row |= {"transfer": _bits(shown), "transfer_text": _bits(told)}
         return row | {"notes": dict(notes or {})}
+
+    def _drift(self, weights: Matrices | None) -> tuple[float, float]:
+        """Drift on the test prompts, and the share of it that the worst hundredth of the tokens makes."""
+        distiller = self.comparison.distiller
+        assert distiller.held_out_targets is not None
+        with torch.no_grad(), distiller.applied(weights or {}) as model:
+            kl = torch.cat([batch.kl(model) for batch in distiller.held_out_targets.batches]).double()
+        worst = kl.topk(max(1, len(kl) // 100)).values.sum() / kl.sum().clamp_min(1e-30)
+        return float(kl.mean()), float(worst)
 
     def donor_row(self) -> Row:
         """What the donor itself can do, told in text."""
