@@ -47,7 +47,8 @@ class Choice:
 
 @dataclass(frozen=True)
 class Section:
-    """id: of the anchor. topic: a few words for the navigation. title: the finding. text: paragraphs, HTML."""
+    """id: of the anchor. topic: a few words for the navigation. title: the finding. text: paragraphs.
+    extra: HTML after the figures."""
 
     id: str
     topic: str
@@ -68,7 +69,7 @@ def topic(text: str, run: Any, place: int) -> str:
 def render_section(section: Section) -> str:
     """The section as HTML."""
     body = [f'<p class="kicker">{escape(section.topic)}</p><h2>{escape(section.title)}</h2>']
-    body += [f"<p>{paragraph}</p>" for paragraph in section.text]
+    body += [f"<p>{escape(paragraph)}</p>" for paragraph in section.text]
     body += [_choice(section.id, choice) for choice in section.choices]
     if section.figures:
         kind = "figures one" if section.wide else "figures"

@@ -91,7 +91,9 @@ def span(values: Sequence[float], *, pad: float = 0.05, log: bool = False) -> tu
 
 
 def label(x: float, y: float, text: str, kind: str = "", anchor: str = "start", turn: bool = False) -> str:
-    """A text; `kind` is its CSS class; `turn` reads upwards."""
+    """A text, if there is one; `kind` is its CSS class; `turn` reads upwards."""
+    if not text:
+        return ""
     turned = f' transform="rotate(-90 {coordinate(x)} {coordinate(y)})"' if turn else ""
     named = f' class="{kind}"' if kind else ""
     place = f'x="{coordinate(x)}" y="{coordinate(y)}"'

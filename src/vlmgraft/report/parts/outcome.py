@@ -28,13 +28,13 @@ def _receipt(folder: Path, receipt: Mapping[str, Any], place: int) -> Section:
     tensors = receipt["tensors"]
     counts = Counter(tensor["verdict"] for tensor in tensors)
     merged = [tensor for tensor in tensors if tensor["verdict"] == "merged"]
-    versions = ", ".join(f"{escape(name)} {escape(version)}" for name, version in receipt["versions"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in receipt["versions"].items())
     text = [
-        f"Method {escape(receipt['method'])}: {counts['merged']} of {len(tensors)} tensors merged, "
+        f"Method {receipt['method']}: {counts['merged']} of {len(tensors)} tensors merged, "
         f"{counts['excluded']} left out by the recipe, {counts['kept']} kept as they were (vision tower, projector and "
         f"what the donor does not have). It took {number(receipt['seconds'], 2)} s and "
         f"{receipt['peak_memory'] / 1e9:.1f} GB at most. {versions}.",
-        *(escape(note) for note in receipt.get("notes", [])),
+        *receipt.get("notes", []),
     ]
     known = [(tensor, place_of(tensor["name"])) for tensor in merged if tensor.get("task_vector")]
     shares = {(at[1], at[0]): tensor["added"] / tensor["task_vector"] for tensor, at in known if at}
@@ -138,5 +138,5 @@ def recipes(found: Collected) -> list[Section]:
         head = f"<h3>{escape(folder.name)}/recipe.yaml</h3><p>{button}</p>"
         blocks.append(f"{head}<pre id='recipe-{place}'>{escape(text.strip())}</pre>")
     title = "This recipe replays the merge" if len(blocks) == 1 else "These recipes replay the merges"
-    said = ["<code>vlmgraft merge recipe.yaml --out merged</code>"]
-    return [Section("recipe", "recipe", title, said, extra="".join(blocks))]
+    command = "<p><code>vlmgraft merge recipe.yaml --out merged</code></p>"
+    return [Section("recipe", "recipe", title, extra=command + "".join(blocks))]

@@ -9,7 +9,7 @@ from typing import Any
 from vlmgraft.report.charts import Axes, Dot, Heat, Series, heat_map, legend, line_chart
 from vlmgraft.report.collect import Collected, Run
 from vlmgraft.report.sections import Figure, Section, Table, topic
-from vlmgraft.report.svg import escape, number, sentence
+from vlmgraft.report.svg import number, sentence
 
 Row = Mapping[str, Any]
 LEVELS = {
@@ -28,7 +28,7 @@ def safety(found: Collected) -> list[Section]:
 def _section(run: Run, inspection: dict[str, Any] | None, place: int) -> Section:
     verdict = (inspection or {}).get("verdict")
     title = LEVELS[verdict["level"]] if verdict else "How far donor and VLM have moved"
-    text = [escape(sentence(verdict["reason"]))] if verdict else []
+    text = [sentence(verdict["reason"])] if verdict else []
     text.append(
         "τ is what the donor's tuning changed, τ_vlm what the VLM's did. A task vector that is short beside the "
         "weights, and not opposed to the VLM's own, can be added without harm (DRIFT, arXiv 2510.15050). Called safe: "
@@ -48,7 +48,7 @@ def _section(run: Run, inspection: dict[str, Any] | None, place: int) -> Section
     tables = [table, *_more(inspection or {})]
     name = f"safety-{place}" if place else "safety"
     if inspection and inspection.get("base"):
-        text.append(escape(sentence(_names(inspection["base"], inspection.get("bases", [])))))
+        text.append(sentence(_names(inspection["base"], inspection.get("bases", []))))
     if inspection is not None and not inspection.get("differences"):
         text.append("Heads, rotary settings, biases and vocabulary of all models agree.")
     return Section(name, topic("is merging safe", run, place), title, text, figures, tables)

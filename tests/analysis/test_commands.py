@@ -1,0 +1,130 @@
+"""The commands on the lab, end to end and small: rows, tables, JSON, resuming, refusals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from vlmgraft.lab.exam import draw_exam
+from vlmgraft.lab.tour import save_questions
+from vlmgraft.records import read_rows, write_rows
+from vlmgraft.studies.sweep import _own_grids
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def recipe(trio: Path, tmp_path: Path) -> Callable[..., Path]:
+    def write(file: str, **method: Any) -> Path:
+        places = {"vlm": "vlm", "donor": "donor", "donor_base": "base"}
+        path = tmp_path / f"{file}.yaml"
+        path.write_text(yaml.safe_dump({**{key: str(trio / one) for key, one in places.items()}, "method": method}))
+        return path
+
+    return write
+
+
+def test_knockout_of_one_layer(vlmgraft: Run, trio: Path, tmp_path: Path) -> None:
+    asked = ("knockout", trio / "vlm", "--samples", "8", "--layers", "3", "--part", "mlp", "--mode", "zero", "--quiet")
+    ran = vlmgraft(*asked, "--out", tmp_path / "k", "--json")
+    rows = json.loads(ran.out)
+    assert ran.code == 0 and [row["mode"] for row in rows] == ["intact", "zero"]
+    assert rows == list(read_rows(tmp_path / "k" / "knockout.jsonl"))
+    assert vlmgraft(*asked, "--out", tmp_path / "k").code == 2
+    ran = vlmgraft(*asked, "--out", tmp_path / "k", "--resume")
+    assert ran.code == 0 and "mlp, layer 3" in ran.out
+
+
+def test_sweep_overlays_methods_and_leaves_out_what_a_method_has_not(
+    vlmgraft: Run, recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    files = recipe("ta", name="task_arithmetic"), recipe("star", name="spectral", rule="star")
+    asked = ("sweep", *files, "--grid", "method.scale=0.5,1", "--grid", "method.eta=0.9", "--samples", "8")
+    ran = vlmgraft(*asked, "--out", tmp_path / "s", "--quiet", "--json")
+    rows = json.loads(ran.out)
+    assert ran.code == 0, ran.err
+    assert [(row["method"], row["setting"]) for row in rows] == [
+        ("VLM", ""),
+        ("task_arithmetic", "λ 0.5"),
+        ("task_arithmetic", "λ 1"),
+        ("spectral", "λ 0.5, eta 0.9"),
+        ("spectral", "λ 1, eta 0.9"),
+    ]
+    assert rows[0]["kl"] == 0 and 0 < rows[1]["kl"] < rows[2]["kl"]
+    assert set(json.loads((tmp_path / "s" / "sweep.recipes.json").read_text())) == {row["id"] for row in rows[1:]}
+    assert "*" in vlmgraft(*asked, "--out", tmp_path / "s", "--quiet", "--resume").out
+
+
+def test_a_grid_of_one_recipe_replaces_the_general_one() -> None:
+    grids = ["method.scale=0,1", "ties:method.scale=2", "ties:method.density=0.5"]
+    assert _own_grids("ties", grids) == ["method.scale=2", "method.density=0.5"]
+    assert _own_grids("ta", grids) == ["method.scale=0,1"]
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ("method.typo=1", "no recipe"),
+        ("method.scale=x:y", "scale"),
+        ("vlm=/tmp,/", "different VLMs"),
+        ("nobody:method.scale=1", "no recipe nobody"),
+    ],
+)
+def test_a_grid_that_cannot_be_is_refused_before_a_model_is_loaded(
+    vlmgraft: Run, recipe: Callable[..., Path], tmp_path: Path, grid: str, message: str
+) -> None:
+    ran = vlmgraft("sweep", recipe("ta", name="task_arithmetic"), "--grid", grid, "--out", tmp_path / "s", "--quiet")
+    assert ran.code == 2 and message in ran.err and not (tmp_path / "s").exists()
+
+
+def test_gates_are_learned_on_the_loaded_model(vlmgraft: Run, recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """FRISM over α and curvature gates in one sweep: more injection drifts more."""
+    save_questions(draw_exam(0, "calibration", {"colour": 8, "read": 8}).questions, tmp_path / "c.jsonl")
+    calibration = {"data": str(tmp_path / "c.jsonl"), "samples": 16, "held_out": 0, "max_new_tokens": 8}
+    frism = recipe("f", name="frism", steps=6, learning_rate=0.2, calibration={**calibration, "batch_size": 16})
+    ran = vlmgraft(
+        "sweep", frism, "--grid", "method.inject_weight=0.0001,10", "--samples", "4", "--out", tmp_path / "s",
+        "--quiet", "--json",
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    rows = json.loads(ran.out)
+    assert [row["setting"] for row in rows[1:]] == ["α 0.0001", "α 10"] and 0 < rows[1]["kl"] < rows[2]["kl"]
+
+
+def test_ranks(vlmgraft: Run, recipe: Callable[..., Path], tmp_path: Path) -> None:
+    asked = ("ranks", recipe("ta", name="task_arithmetic"), "--bands", "2", "--scale", "1", "--samples", "4")
+    ran = vlmgraft(*asked, "--by", "energy", "--out", tmp_path / "r", "--quiet")
+    assert ran.code == 0 and "2 of 2" in ran.out
+    assert len(list(read_rows(tmp_path / "r" / "ranks.jsonl"))) == 4
+
+
+def test_inspect_reads_weights_only_when_asked(vlmgraft: Run, trio: Path, tmp_path: Path) -> None:
+    sides = ("inspect", "--vlm", trio / "vlm", "--donor", trio / "donor", "--donor-base", trio / "base")
+    assert "28 merged" in vlmgraft(*sides).out
+    assert "need --distances" in vlmgraft(*sides, "--spectra").err
+    ran = vlmgraft(*sides, "--distances", "--spectra", "--quiet", "--out", tmp_path / "i")
+    assert ran.code == 0 and "verdict: risky" in ran.out
+    assert len(list(read_rows(tmp_path / "i" / "spectra.jsonl"))) == 28
+    found = json.loads(vlmgraft(*sides, "--distances", "--quiet", "--json").out)
+    assert found["verdict"]["level"] == "risky" and len(found["distances"]) == 8
+
+
+def test_a_question_file_is_asked_by_category(vlmgraft: Run, trio: Path, tmp_path: Path) -> None:
+    exam = draw_exam(0, "validation", {"sum": 3, "colour": 3})
+    save_questions(exam.questions, tmp_path / "q.jsonl")
+    rows = list(read_rows(tmp_path / "q.jsonl"))
+    for row, item, question in zip(rows, exam.items, exam.questions, strict=True):
+        row |= {"category": item.task, "answer": question.answer}
+    write_rows(tmp_path / "q.jsonl", rows)
+    asked = ("knockout", trio / "vlm", "--data", tmp_path / "q.jsonl", "--mode", "mean", "--part", "mlp")
+    asked = (*asked, "--layers", "0", "--max-new-tokens", "28", "--quiet", "--json", "--out", tmp_path / "k")
+    assert "name some of them" in vlmgraft(*asked).err
+    found = json.loads(vlmgraft(*asked, "--reasoning", "sum").out)
+    assert set(found[0]["tasks"]) == {"sum", "colour"} and found[0]["tasks"]["colour"] == 1
+    write_rows(tmp_path / "q.jsonl", [{"question": "what?"}])
+    assert 'needs "answer"' in vlmgraft(*asked).err

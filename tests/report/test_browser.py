@@ -1,0 +1,122 @@
+"""The page in headless Chromium: no error, plots drawn, filters and hover work, at two widths and in both themes.
+
+Needs Playwright (`pip install playwright`) and a Chromium: Debian's package, or `playwright install chromium`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+playwright = pytest.importorskip("playwright.sync_api")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    path = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+    with playwright.sync_playwright() as driver:
+        try:
+            found = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        except playwright.Error as error:
+            pytest.skip(f"no Chromium here: {str(error).splitlines()[0]}")
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def opened(browser: Any, page: Path) -> Iterator[Any]:
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, offline=True)
+    tab = context.new_page()
+    tab.troubles = []
+    tab.on("console", lambda message: tab.troubles.append(message.text))
+    tab.on("pageerror", lambda error: tab.troubles.append(str(error)))
+    tab.on("request", lambda request: tab.troubles.append(request.url) if request.url.startswith("http") else None)
+    tab.goto(page.as_uri())
+    yield tab
+    assert tab.troubles == []
+    context.close()
+
+
+def test_pictures_are_drawn(opened: Any) -> None:
+    sizes = opened.evaluate(
+        "[...document.querySelectorAll('figure svg[role=img]')].filter(s => s.checkVisibility())"
+        ".map(s => [s.getBoundingClientRect().width, s.getBoundingClientRect().height])"
+    )
+    assert len(sizes) >= 12 and all(width > 200 and height > 60 for width, height in sizes)
+    fills = opened.evaluate("[...new Set([...document.querySelectorAll('.cell')].map(c => getComputedStyle(c).fill))]")
+    assert len(fills) > 5 and not any("black" in fill or fill == "rgb(0, 0, 0)" for fill in fills)
+
+
+def test_no_picture_and_no_text_leaves_its_frame(opened: Any) -> None:
+    for width in (1280, 390):
+        opened.set_viewport_size({"width": width, "height": 900})
+        assert opened.evaluate("document.documentElement.scrollWidth") <= width
+        outside = opened.evaluate(
+            "[...document.querySelectorAll('figure svg[role=img] text')].filter(t => t.checkVisibility()).filter(t => {"
+            " const a = t.getBoundingClientRect(), b = t.closest('svg').getBoundingClientRect();"
+            " return a.left < b.left - 3 || a.right > b.right + 3 || a.bottom > b.bottom + 3;"
+            "}).map(t => t.textContent)"
+        )
+        assert outside == []
+
+
+def test_filters_hide_series_rows_and_legend(opened: Any) -> None:
+    section = opened.locator("#tradeoff")
+    mine = section.locator('[data-method="task arithmetic"]')
+    assert mine.count() == 6  # in two pictures and two legends, and two rows
+    section.get_by_role("checkbox", name="task arithmetic").uncheck()
+    assert all(not one.is_visible() for one in mine.all())
+    assert section.locator('g[data-method="VLM"]').first.is_visible()
+    section.get_by_role("checkbox", name="task arithmetic").check()
+    assert mine.first.is_visible()
+
+
+def test_filters_of_several_keys_work_together(opened: Any) -> None:
+    section = opened.locator("#layers")
+    shown = lambda: [one for one in section.locator("figure").all() if one.is_visible()]  # noqa: E731
+    assert len(shown()) == 6
+    section.get_by_role("checkbox", name="perception").uncheck()
+    assert len(shown()) == 3
+    section.get_by_role("checkbox", name="the VLM").uncheck()
+    assert len(shown()) == 2
+    section.get_by_role("checkbox", name="merge only this").uncheck()
+    assert len(shown()) == 1
+
+
+def test_the_pointer_and_the_keyboard_read_numbers(opened: Any) -> None:
+    tip = opened.locator("#tip")
+    assert not tip.is_visible()
+    opened.locator('#tradeoff g[data-method="VLM"] .mark').first.hover()
+    assert tip.is_visible() and "VLM, reasoning 50.0 %, perception 99.0 %" in tip.inner_text()
+    opened.locator("h1").hover()
+    assert not tip.is_visible()
+    opened.locator("#layers .cell").first.focus()
+    assert "layer 0" in tip.inner_text()
+    opened.keyboard.press("Escape")
+    assert not tip.is_visible()
+
+
+def test_numbers_can_be_downloaded(opened: Any, tmp_path: Path) -> None:
+    details = opened.locator("#tradeoff details")
+    details.locator("summary").click()
+    with opened.expect_download() as download:
+        details.get_by_text("CSV").click()
+    download.value.save_as(tmp_path / "points.csv")
+    assert (tmp_path / "points.csv").read_text().startswith("method,setting")
+
+
+def test_light_and_dark(opened: Any) -> None:
+    colour = lambda: opened.evaluate("getComputedStyle(document.body).backgroundColor")  # noqa: E731
+    before = colour()
+    opened.locator("#theme").click()
+    after = colour()
+    assert before != after
+    opened.locator("#theme").click()
+    assert colour() == before
+    opened.emulate_media(media="print", color_scheme="dark")
+    assert colour() == "rgb(255, 255, 255)" and not opened.locator("nav").is_visible()

@@ -1,0 +1,193 @@
+"""The page holds every section, its numbers, nothing from elsewhere, and is made without torch."""
+
+from __future__ import annotations
+
+import base64
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_runs import POINTS, estimate, point
+
+from vlmgraft.errors import CheckpointError, InputError, OutputError
+from vlmgraft.records import write_rows
+from vlmgraft.report import page as page_module
+from vlmgraft.report.collect import collect, place_of, read_gates
+from vlmgraft.report.page import report
+from vlmgraft.report.parts.layers import centre
+from vlmgraft.report.parts.tradeoff import best, finding
+
+SECTIONS = ("tradeoff", "answers", "safety", "spectra", "directions", "gates", "layers", "receipt", "recipe")
+VOID = {"meta", "link", "input", "img", "br"}
+
+
+class Checker(HTMLParser):
+    """Every tag is closed in order; ids are unique; texts by tag."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.text = ""
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        found = dict(attrs)
+        self.ids += [found["id"]] if "id" in found else []
+        self.links += [found[key] for key in ("src", "href", "action") if found.get(key)]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: Any) -> None:
+        self.links += [dict(attrs)[key] for key in ("src", "href") if key in dict(attrs)]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes <{self.open[-1:]}>"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def checked(text: str) -> Checker:
+    checker = Checker()
+    checker.feed(text)
+    checker.close()
+    return checker
+
+
+def test_every_section_is_there_and_well_formed(page: Path) -> None:
+    found = checked(page.read_text())
+    assert found.open == [] and len(found.ids) == len(set(found.ids))
+    assert all(section in found.ids for section in SECTIONS)
+    assert page.stat().st_size < 3_000_000
+
+
+def test_nothing_is_fetched(page: Path) -> None:
+    text = page.read_text()
+    assert all(link.startswith(("#", "data:")) for link in checked(text).links)
+    assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest|import\(", text)
+
+
+def test_titles_say_the_finding(page: Path) -> None:
+    text = checked(page.read_text()).text
+    for said in (
+        "At unchanged perception, FRISM <b> reasons best: 78 % against the VLM's 50 %",
+        "Merging is risky here",
+        "reasoning sits later than perception: centre of loss at layer 1.7 against 0.67",
+        "Band 1 of 2 carries the most reasoning by itself: 70 % at λ 1",
+        "The merge changed 1 of 2 tensors and took 50 % of the task vector's length",
+        "VLM 0 right, merged 2 right",
+        "8 directions per matrix hold 90 % of its energy",
+        "Large directions open",
+    ):
+        assert said in text, said
+
+
+def test_texts_from_runs_are_escaped(page: Path) -> None:
+    text = page.read_text()
+    assert "<script>alert" not in text and "FRISM <b>" not in text
+    assert "&lt;/pre&gt;&lt;script&gt;alert(1)" in text
+
+
+def test_every_picture_has_its_numbers(page: Path) -> None:
+    """Per section with a figure at least one table, its CSV with full precision."""
+    text = page.read_text()
+    for section in re.findall(r"<section id=\"[\w-]+\">.*?</section>", text, re.S):
+        if "<figure" in section:
+            assert "<table>" in section and "data:text/csv" in section
+    found = re.search(r'download="points of sweep.csv" href="data:text/csv;base64,([^"]+)"', text)
+    assert found is not None
+    lines = base64.b64decode(found[1]).decode().splitlines()
+    assert lines[0].startswith("method,setting,reasoning %") and len(lines) == 1 + len(POINTS)
+    assert lines[2].startswith("task arithmetic,λ 0.5,70.0,67.0,73.0,97.0,94.0,100.0,0.01,False")
+
+
+def test_torch_is_not_loaded(runs: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from vlmgraft.report.page import report; "
+        f"report([{str(runs)!r}], {str(tmp_path / 'r.html')!r}); "
+        "bad = {'torch', 'transformers', 'matplotlib'} & set(sys.modules); assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert (tmp_path / "r.html").is_file()
+
+
+def test_gates_are_read_as_torch_reads_them(runs: Path) -> None:
+    import torch
+
+    from vlmgraft.spectral.gates import load_gates
+
+    found, gates = read_gates(runs / "work" / "gates"), load_gates(runs / "work" / "gates")
+    s = torch.linspace(1, 0.1, 32)
+    for row in found.matrices:
+        opened = gates.open(row["name"])
+        assert row["open"] == pytest.approx(float(opened.mean()))
+        assert row["injected"] == pytest.approx(float((opened * s).square().sum() / s.square().sum()), rel=1e-5)
+        assert row["by_rank"][0] == pytest.approx(float(opened[:2].mean()))
+    assert sum(found.histogram) == 6 * 32
+    assert {(row["layer"], row["projection"]) for row in found.matrices} == {
+        (layer, name) for layer in range(3) for name in ("q_proj", "up_proj")
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("model.language_model.layers.3.self_attn.q_proj.weight", (3, "q_proj")),
+        ("layers.12.mlp.experts.gate_up_proj", (12, "gate_up_proj")),
+        ("lm_head.weight", None),
+    ],
+)
+def test_places(name: str, place: tuple[int, str] | None) -> None:
+    assert place_of(name) == place
+
+
+def test_a_part_alone_makes_a_page(tmp_path: Path) -> None:
+    """The demo's rows and nothing else: one section, no empty ones."""
+    write_rows(tmp_path / "results.jsonl", POINTS)
+    text = report([tmp_path], tmp_path / "r.html").read_text()
+    assert re.findall(r"<section id=\"([\w-]+)\"", text) == ["tradeoff"]
+
+
+def test_what_cannot_be_reported_is_said(tmp_path: Path, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="no such folder"):
+        collect([tmp_path / "gone"])
+    with pytest.raises(InputError, match="holds none of the files"):
+        collect([tmp_path])
+    copy = shutil.copytree(runs / "work" / "gates", tmp_path / "gates")
+    (copy / "gates.safetensors").write_bytes(b"short")
+    with pytest.raises(CheckpointError, match="not a complete gates folder"):
+        collect([tmp_path])
+    monkeypatch.setattr(page_module, "MAX_BYTES", 1000)
+    with pytest.raises(OutputError, match="fewer folders"):
+        report([runs], tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_the_command_writes_the_page(vlmgraft: Callable[..., Any], runs: Path, tmp_path: Path) -> None:
+    ran = vlmgraft("report", runs, "--out", tmp_path / "page" / "r.html", "--title", "Mine & yours")
+    assert ran.code == 0 and "<h1>Mine &amp; yours</h1>" in (tmp_path / "page" / "r.html").read_text()
+    assert vlmgraft("report", tmp_path / "none").code == 2
+
+
+def test_the_best_point_keeps_its_sight() -> None:
+    top = best(POINTS)
+    assert top is not None and top["method"] == "FRISM <b>"
+    assert finding(POINTS[:1]) == "No point reasons better than the VLM and still sees as well"
+    assert "every point" in finding([point("ties", 1, 0.5, 0.5, 0.1)])
+
+
+def test_the_centre_is_where_the_loss_is() -> None:
+    cells = [
+        {"model": "m", "mode": "zero", "part": "both", "layer": layer, "reasoning_change": estimate(-loss)}
+        for layer, loss in enumerate((0.0, 0.1, 0.3))
+    ]
+    assert centre(cells, "m", "zero", "reasoning") == pytest.approx((0.1 + 0.6) / 0.4)
+    assert centre(cells[:1], "m", "zero", "reasoning") is None
