@@ -92,7 +92,8 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
                 append_row(self.log_file, {"step": state.global_step, "tensor": name, **row})
         averages = {key: round(fmean(values), 6) for key, values in means.items()}
         logs.update(averages)
-        state.log_history[-1].update(averages)
+        if state.log_history:  # the trainer has put a copy there before it asked
+            state.log_history[-1].update(averages)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the model as it was found."""
