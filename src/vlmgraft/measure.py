@@ -36,7 +36,7 @@ Data = str | Path | Suite
 class Asking:
     """How a model is asked.
 
-    max_new_tokens: None is what the data needs. suffix: below every question; None is the data's own. temperature 0
+    max_new_tokens: None is what the data needs, at most half of what the model reads. suffix: below every question; None is the data's own. temperature 0
     is greedy. device: None is the first GPU, or the CPU. limit: the first so many rows of each source. columns, split,
     config: see `evaluation.readers.load_suite`. circular: every rotation of lettered choices.
     """
@@ -83,29 +83,25 @@ def evaluate(
     out, options = Path(out), _asking(asking)
     sources = [data] if isinstance(data, str | Path | Suite) else list(data)
     harness = [str(source)[len("lmms:") :] for source in sources if str(source).startswith("lmms:")]
+    if any(not tasks.strip(", ") for tasks in harness):
+        raise InputError("--data lmms: names no task; write lmms:mathvista_testmini,pope")
     if harness and len(harness) < len(sources):
         raise InputError("--data lmms:… cannot be mixed with other data; run it in a folder of its own, then `compare`")
     suite = None if harness else _suite(sources, options)
     said = {"model": str(model), "weights": _fingerprint(model), "data": [str(_name(source)) for source in sources]}
     settings = said | {"asking": asdict(options), "items": suite.digest if suite else None}
-    _begin(out, settings, resume, model)
+    _check(out, settings, resume, model)
     if suite is None:
-        from vlmgraft.evaluation.lmms import run_lmms
-
-        records = run_lmms(
-            model, ",".join(harness), out, limit=options.limit, batch_size=options.batch_size, seed=options.seed
-        )
-        return _finish(out, records, 0, options.seed)
+        return _finish(out, _harness(model, ",".join(harness), out, settings, options), 0, options.seed)
     known = {item.id: item.key for item in suite.items}
     done = [record for record in _found(out) if known.get(record.id) == record.key]
     if len(done) < len(suite.items):
         from vlmgraft.evaluation.ask import ask
 
         engine = _engine(model, suite, options)
-        log = out / RECORDS
-        done = ask(
-            engine, suite, batch_size=options.batch_size, seed=options.seed, done=done, log=log, progress=progress
-        )
+        _start(out, settings)
+        more: dict[str, Any] = {"log": out / RECORDS, "progress": progress, "seed": options.seed}
+        done = ask(engine, suite, batch_size=options.batch_size, done=done, **more)
     order = {item.id: at for at, item in enumerate(suite.items)}
     return _finish(out, sorted(done, key=lambda record: order[record.id]), suite.duplicates, options.seed)
 
@@ -219,23 +215,39 @@ def _engine(model: str | Path, suite: Suite, options: Asking) -> Any:
         loaded = load_vlm(model, options.dtype, device)
     except CheckpointError:
         loaded = load_text_model(model, options.dtype, device)
+    context = getattr(loaded.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if options.max_new_tokens is None and context:
+        sampling = replace(sampling, max_new_tokens=min(limit, context // 2))
     return TransformersEngine(loaded, processor, sampling)
 
 
-def _begin(out: Path, settings: dict[str, Any], resume: bool, model: str | Path) -> None:
-    """Make the folder, or check that it was begun with the same settings."""
-    settings = json.loads(json.dumps(settings))
-    if resume and (out / RUN).is_file():
-        before = json.loads((out / RUN).read_text(encoding="utf-8"))
-        changed = [name for name in settings if before.get(name) != settings[name]]
-        if changed:
-            now, then = ({name: found.get(name) for name in changed} for found in (settings, before))
-            raise OutputError(f"{out}: was begun with other settings, {then}, not {now}; use them, or another folder")
-        if (out / RECORDS).is_file():
-            drop_partial_line(out / RECORDS)
-        return
-    if not (resume and out.is_dir() and not any(out.iterdir())):
+def _harness(model: str | Path, tasks: str, out: Path, settings: dict[str, Any], options: Asking) -> list[Record]:
+    from vlmgraft.evaluation.lmms import harness_python, run_lmms
+
+    python = harness_python()
+    _start(out, settings)
+    return run_lmms(python, model, tasks, out, limit=options.limit, batch_size=options.batch_size, seed=options.seed)
+
+
+def _check(out: Path, settings: dict[str, Any], resume: bool, model: str | Path) -> None:
+    """Refuse a folder that exists; with `resume`, one that was begun with other settings."""
+    if not resume or not out.exists():
         refuse_output(out, [Path(model)])
+        return
+    if not (out / RUN).is_file():
+        if any(out.iterdir()):
+            raise OutputError(f"{out}: holds no {RUN}, so there is nothing to resume; choose another folder")
+        return
+    before, now = json.loads((out / RUN).read_text(encoding="utf-8")), json.loads(json.dumps(settings))
+    changed = [name for name in now if before.get(name) != now[name]]
+    if changed:
+        one, other = ({name: found.get(name) for name in changed} for found in (before, now))
+        raise OutputError(f"{out}: was begun with other settings, {one}, not {other}; use them, or another folder")
+    if (out / RECORDS).is_file():
+        drop_partial_line(out / RECORDS)
+
+
+def _start(out: Path, settings: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / RUN, settings)
 
