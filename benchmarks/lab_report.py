@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from lab_rows import ARITHMETIC, Items, Row, Trio, over_seeds, read_trio, signed
+from lab_budgets import control, fronts, scatter
+from lab_rows import ARITHMETIC, Items, Row, Trio, has_budget, over_seeds, read_trio, signed
 
 from vlmgraft.evaluation.intervals import bootstrap
 from vlmgraft.lab.experiments import point_of
@@ -50,7 +50,7 @@ def write_report(folder: Path) -> None:
     trios = [read_trio(file) for file in sorted(folder.glob("variants-*.jsonl"))]
     if not trios:
         raise SystemExit(f"{folder}: no variants-*.jsonl; run `python benchmarks/lab_variants.py all --out …` first")
-    budgets = sorted({row["setting"]["budget"] for trio in trios for row in trio.rows.values() if _whole(row)})
+    budgets = sorted({row["setting"]["budget"] for trio in trios for row in trio.rows.values() if has_budget(row)})
     data: dict[str, Any] = {"heads": [trio.head for trio in trios]}
     parts = [_heading(trios)]
     for budget in budgets:
@@ -71,13 +71,9 @@ def write_report(folder: Path) -> None:
     weights = [(f"FRISM (energy), α {w:g}", "FRISM (energy)", {"inject_weight": w}) for w in ENERGY_WEIGHTS]
     weights += [(f"{DONOR}, α {w:g}", DONOR, {"inject_weight": w}) for w in DONOR_WEIGHTS]
     parts.append(_section(data, trios, "Weight of the injection term", weights))
-    parts += [_control(data, trios), _fronts(data, trios)]
+    parts += [control(data, trios), scatter(data, trios), fronts(data, trios)]
     write_text(folder / "variants.md", "\n\n".join(part for part in parts if part) + "\n")
     write_json(folder / "variants.json", data)
-
-
-def _whole(row: Row) -> bool:
-    return "budget" in row["setting"]
 
 
 def _kind(kind: str, budget: float) -> dict[str, Any]:
@@ -203,50 +199,3 @@ def _transfer(data: dict[str, Any], trios: Sequence[Trio], budget: float) -> str
 def _share(row: Row, key: str, task: str) -> float:
     bits = row[key][task]
     return 100 * bits.count("1") / len(bits)
-
-
-def _control(data: dict[str, Any], trios: Sequence[Trio]) -> str:
-    """How far learned gates end from their budget, on the control prompts and on fresh ones; few directions apart,
-    which may not reach it."""
-    lines = []
-    for trio in trios:
-        rows = [row for row in trio.rows.values() if _whole(row) and "inject_weight" in row["notes"]]
-        rows = [row for row in rows if "rank" not in row["setting"]]
-        if not rows:
-            continue
-        ratios = {
-            key: np.array([row[key] / row["setting"]["budget"] for row in rows])
-            for key in ("control_kl", "fresh_kl", "kl")
-        }
-        data.setdefault("control", {})[str(trio.seed)] = {key: value.tolist() for key, value in ratios.items()}
-        cells = [
-            f"{value.mean():.3f} | {value.min():.3f} to {value.max():.3f} | {int((abs(value - 1) <= 0.1).sum())}"
-            for value in ratios.values()
-        ]
-        lines.append(f"| {trio.seed} | {len(rows)} | {' | '.join(cells)} |")
-    if not lines:
-        return ""
-    head = ["seed", "trainings"]
-    for prompts in ("control prompts", "fresh prompts, same hands", "test prompts, other hands"):
-        head += [f"drift ÷ budget, {prompts}", "range", "within 10 %"]
-    return "\n".join(["## Where a budget ends", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head), *lines])
-
-
-def _fronts(data: dict[str, Any], trios: Sequence[Trio]) -> str:
-    """Drift against injected energy, per seed and injection term."""
-    lines = []
-    for trio in trios:
-        for row in trio.rows.values():
-            if row["method"] != "front":
-                continue
-            points = row["notes"]["front"]
-            data.setdefault("fronts", []).append(
-                {"seed": trio.seed, "inject": row["setting"]["inject"], "points": points}
-            )
-            cells = [f"{p['fresh_kl'] / p['budget']:.2f} / {100 * p['energy']:.1f} %" for p in points]
-            lines.append(f"| {trio.seed}, {row['setting']['inject']} | {' | '.join(cells)} |")
-            head = [f"{p['budget']:g}" for p in points]
-    if not lines:
-        return ""
-    title = "## The front in one run\n\nDrift on fresh prompts ÷ budget / share of the task vector's energy, by budget:"
-    return "\n".join([title, "", f"| seed, injection | {' | '.join(head)} |", "|" + "---|" * (len(head) + 1), *lines])

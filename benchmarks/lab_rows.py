@@ -58,6 +58,11 @@ def signed(estimate: Estimate) -> str:
     return f"{100 * estimate.mean:+.1f} [{100 * estimate.low:+.1f}, {100 * estimate.high:+.1f}]"
 
 
+def has_budget(row: Row) -> bool:
+    """Whether it is an exam at a budget."""
+    return "budget" in row["setting"] and "right" in row
+
+
 def over_seeds(values: Sequence[Items | None]) -> tuple[str, dict[str, Any] | None]:
     """Mean over seeds with an interval over items and one over seeds; nothing unless every seed has a value."""
     arrays = [value for value in values if value is not None]

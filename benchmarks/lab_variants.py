@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-EXPERIMENTS = ("table", "questions", "rank", "weight", "spectra", "front")
+EXPERIMENTS = ("table", "questions", "rank", "weight", "spectra", "front", "scatter")
 BUDGETS = (0.003,)
 
 

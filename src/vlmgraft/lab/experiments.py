@@ -162,6 +162,21 @@ class Bench:
         worst = kl.topk(max(1, len(kl) // 100)).values.sum() / kl.sum().clamp_min(1e-30)
         return float(kl.mean()), float(worst)
 
+    def scatter(self, weights: Matrices) -> Row:
+        """How drift differs from prompt to prompt: `relative_sd` is the standard deviation over the mean, so that a
+        mean over n prompts has a relative standard error of relative_sd / √n."""
+        distiller = self.comparison.distiller
+        assert distiller.held_out_targets is not None
+        prompts = []
+        with torch.no_grad(), distiller.applied(weights) as model:
+            for batch in distiller.held_out_targets.batches:
+                rows = batch.predicts.nonzero()[:, 0]  # every answer token's prompt
+                prompts.append(torch.zeros(len(batch.predicts)).index_add(0, rows, batch.kl(model)))
+        kl = torch.cat(prompts).double()
+        worst = kl.topk(max(1, len(kl) // 100)).values.sum() / kl.sum()
+        figures = {"prompts": len(kl), "relative_sd": float(kl.std() / kl.mean()), "worst_share": float(worst)}
+        return {"notes": figures}
+
     def donor_row(self) -> Row:
         """What the donor itself can do, told in text."""
         processor = load_processor(self.trio / "donor")

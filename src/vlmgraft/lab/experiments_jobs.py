@@ -6,6 +6,7 @@ Every setting is fixed beforehand or chosen on validation questions; test questi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -141,12 +142,22 @@ FRONT = (0.001, 0.002, 0.004, 0.008, 0.016)
 def front(bench: Bench, budgets: Sequence[float]) -> list[Job]:
     """Both fronts of drift against injected energy, each in one run with warm starts."""
     return [
-        Job("front", {"inject": inject, "budgets": list(FRONT)}, lambda inject=inject: _front(bench, inject))
+        Job("front", {"inject": inject, "budgets": list(FRONT)}, partial(_front, bench, inject))
         for inject in ("energy", "donor")
     ]
 
 
-EXPERIMENTS = {each.__name__: each for each in (table, questions, rank, weight, spectra, front)}
+def scatter(bench: Bench, budgets: Sequence[float]) -> list[Job]:
+    """How unevenly drift is spread over prompts, for untrained merges at every budget."""
+    factors = bench.comparison.factors
+
+    def row(budget: float) -> Row:
+        return bench.scatter(bench.at_budget({name: f.update() for name, f in factors.items()}, budget)[0])
+
+    return [Job("scatter", {"budget": budget}, partial(row, budget)) for budget in budgets]
+
+
+EXPERIMENTS = {each.__name__: each for each in (table, questions, rank, weight, spectra, front, scatter)}
 
 
 def _job(bench: Bench, method: str, setting: Mapping[str, Any], make: Maker, transfer: bool = False) -> Job:
@@ -203,24 +214,19 @@ def _notes(gates: Gates) -> dict[str, Any]:
 
 
 def _all_weights(bench: Bench, budget: float) -> Row:
-    """Started where gates start, at task arithmetic with λ/2; the learning rate is chosen on validation reasoning."""
-    comparison, best = bench.comparison, None
+    """Started where gates start, at task arithmetic with λ/2; the learning rate is chosen on validation sums."""
+    comparison = bench.comparison
+    scored = []
     for rate in ALL_WEIGHTS_RATES:
-        trained = learn_weights(
-            bench.distiller(),
-            bench.donor,
-            comparison.task_arithmetic(SCALE / 2),
-            kl_budget=budget,
-            steps=bench.sizes.steps,
-            learning_rate=rate,
-        )
-        within = trained.settings["held_out_kl"] <= 1.25 * budget
-        score = (within, comparison.mark(comparison.validation, dict(trained.weights)).reasoning.mean)
-        if best is None or score > best[0]:
-            best = (score, trained, rate)
-    assert best is not None
-    notes = {"learning_rate": best[2], "inject_weight": best[1].settings["inject_weight"]}
-    return bench.measure(dict(best[1].weights), notes=notes)
+        settings: dict[str, Any] = {"kl_budget": budget, "steps": bench.sizes.steps, "learning_rate": rate}
+        start = comparison.task_arithmetic(SCALE / 2)
+        trained = learn_weights(bench.distiller(), bench.donor, start, **settings)
+        met = trained.settings["held_out_kl"] <= 1.25 * budget
+        solved = comparison.mark(comparison.validation, dict(trained.weights)).reasoning.mean
+        scored.append(((met, solved), trained, rate))
+    _, best, rate = max(scored, key=lambda each: each[0])
+    notes = {"learning_rate": rate, "inject_weight": best.settings["inject_weight"]}
+    return bench.measure(dict(best.weights), notes=notes)
 
 
 def _front(bench: Bench, inject: str) -> Row:
