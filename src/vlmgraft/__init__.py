@@ -17,16 +17,33 @@ if TYPE_CHECKING:
     from vlmgraft.measure import compare, evaluate
     from vlmgraft.pipeline import decompose, export, gates, inspect, merge
     from vlmgraft.recipe import load_recipe
+    from vlmgraft.training.drift_callback import DriftCallback
+    from vlmgraft.training.prior_delta import load_prior
     from vlmgraft.tuning import tune
 
 __version__ = "0.1.0.dev0"
-__all__ = ["compare", "decompose", "demo", "evaluate", "export", "gates", "inspect", "load_recipe", "merge", "tune"]
+__all__ = [
+    "DriftCallback",
+    "compare",
+    "decompose",
+    "demo",
+    "evaluate",
+    "export",
+    "gates",
+    "inspect",
+    "load_prior",
+    "load_recipe",
+    "merge",
+    "tune",
+]
 
 _HOME = {
     "compare": "vlmgraft.measure",
     "evaluate": "vlmgraft.measure",
     "demo": "vlmgraft.lab.demo",
     "load_recipe": "vlmgraft.recipe",
+    "DriftCallback": "vlmgraft.training.drift_callback",
+    "load_prior": "vlmgraft.training.prior_delta",
     "tune": "vlmgraft.tuning",
 }
 

@@ -160,10 +160,10 @@ def _lora(recipe: TuneRecipe, model: Any, added: int) -> Any:
 
 def _save(trainer: Any, recipe: TuneRecipe, folder: Path) -> None:
     """The trained weights as the trainer saves them; every process takes part."""
-    if recipe.merge_adapter:
-        trainer.model.merge_and_unload().save_pretrained(folder)
-    else:
+    if not recipe.merge_adapter:
         trainer.save_model(str(folder))
+    elif trainer.is_world_process_zero():
+        trainer.model.merge_and_unload().save_pretrained(folder)
 
 
 def _publish(recipe: TuneRecipe, vlm: Checkpoint, work: Path, tuned: Tuned, processor: Any) -> None:

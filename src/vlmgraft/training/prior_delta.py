@@ -5,7 +5,7 @@ One tensor of each checkpoint is in memory at a time; what stays is Δ itself, i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vlmgraft.alignment import AlignedTensor, Alignment, assemble
+from vlmgraft.alignment import AlignedTensor, Alignment, align, assemble
+from vlmgraft.checkpoint.index import open_checkpoint
 from vlmgraft.checkpoint.reader import Reader
 from vlmgraft.errors import AlignmentError, CheckpointError, WeightsError
 from vlmgraft.spectral.factors import Factors, FactorStore
 from vlmgraft.spectral.gates import Gates, load_gates
-from vlmgraft.training.prior import PushRule
+from vlmgraft.training.prior import Mode, PushRule, Schedule
 
 Minus = Literal["vlm", "base"]
 Store = Literal["device", "cpu"]
@@ -62,6 +63,29 @@ class Prior:
     deltas: Mapping[str, Delta]
     verdicts: tuple[Verdict, ...]
     store: Store = "device"
+
+
+def load_prior(
+    vlm: str | Path,
+    donor: str | Path,
+    donor_base: str | Path | None = None,
+    *,
+    modules: Sequence[str] = ("attention",),
+    layers: str | int | Sequence[int] = "all",
+    mode: Mode = "adaptive",
+    strength: float = 1.0,
+    schedule: Schedule = "constant",
+    minus: Minus = "vlm",
+    store: Store = "device",
+) -> Prior:
+    """The prior of two or three folders or hub ids, for `DriftCallback` or `bind_prior`; raises as `make_prior`.
+
+    modules, layers: groups or patterns, and ranges, as in every recipe.
+    """
+    rule = PushRule(mode, strength, schedule)
+    base = open_checkpoint(donor_base) if donor_base else None
+    alignment = align(open_checkpoint(vlm), open_checkpoint(donor), base, modules=modules, layers=layers)
+    return make_prior(alignment, rule, minus=minus, store=store)
 
 
 def make_prior(
