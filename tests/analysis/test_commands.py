@@ -123,8 +123,24 @@ def test_a_question_file_is_asked_by_category(vlmgraft: Run, trio: Path, tmp_pat
     write_rows(tmp_path / "q.jsonl", rows)
     asked = ("knockout", trio / "vlm", "--data", tmp_path / "q.jsonl", "--mode", "mean", "--part", "mlp")
     asked = (*asked, "--layers", "0", "--max-new-tokens", "28", "--quiet", "--json", "--out", tmp_path / "k")
-    assert "name some of them" in vlmgraft(*asked).err
+    assert "both are needed" in vlmgraft(*asked).err
     found = json.loads(vlmgraft(*asked, "--reasoning", "sum").out)
-    assert set(found[0]["tasks"]) == {"sum", "colour"} and found[0]["tasks"]["colour"] == 1
-    write_rows(tmp_path / "q.jsonl", [{"question": "what?"}])
-    assert 'needs "answer"' in vlmgraft(*asked).err
+    assert set(found[0]["tasks"]) == {"reasoning: sum", "perception: colour"}
+    assert found[0]["tasks"]["perception: colour"] == 1
+    write_rows(tmp_path / "q.jsonl", [{**row, "image": "gone.png"} for row in rows])
+    ran = vlmgraft(*asked, "--reasoning", "sum", "--out", tmp_path / "other")
+    assert ran.code == 2 and "gone.png" in ran.err
+
+
+def test_rows_say_their_kind_and_may_come_from_several_files(vlmgraft: Run, trio: Path, tmp_path: Path) -> None:
+    for task, kind in (("sum", "reasoning"), ("colour", "perception")):
+        exam = draw_exam(0, "validation", {task: 2})  # type: ignore[dict-item]
+        save_questions(exam.questions, tmp_path / f"{task}.jsonl")
+        rows = list(read_rows(tmp_path / f"{task}.jsonl"))
+        answered = [{**row, "kind": kind, "answer": q.answer} for row, q in zip(rows, exam.questions, strict=True)]
+        write_rows(tmp_path / f"{task}.jsonl", answered)
+    files = ("--data", tmp_path / "sum.jsonl", "--data", tmp_path / "colour.jsonl", "--max-new-tokens", "28")
+    asked = ("knockout", trio / "vlm", *files, "--mode", "zero", "--part", "mlp", "--layers", "0", "--quiet", "--json")
+    found = json.loads(vlmgraft(*asked, "--out", tmp_path / "k").out)
+    assert set(found[0]["tasks"]) == {"reasoning: sum", "perception: colour"}
+    assert found[0]["tasks"]["perception: colour"] == 1

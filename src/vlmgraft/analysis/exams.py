@@ -1,68 +1,81 @@
-"""An exam from a question file: every line with an answer, its `category` saying what it tests."""
+"""An exam from what `vlmgraft evaluate` reads, files, data sets and benchmarks, asked of a model in memory."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from vlmgraft.analysis.scores import Right
 from vlmgraft.errors import DataError
-from vlmgraft.evaluation.answers import final_answer, same_answer
-from vlmgraft.hf.data import Question, generate, load_questions
+from vlmgraft.evaluation.ask import ask
+from vlmgraft.evaluation.engine import Sampling, TransformersEngine
+from vlmgraft.evaluation.images import open_image
+from vlmgraft.evaluation.items import Item, Suite, with_suffix
+from vlmgraft.hf.data import Question
+
+RIGHT = 0.5
+"""An item whose score is partial, as in VQA, counts as right from here on."""
 
 
-class FileExam:
-    """Greedy answers to the questions of a JSON-lines file, compared with its `answer`s (see `evaluation/answers.py`).
+class SuiteExam:
+    """Greedy answers to a suite, scored item by item by the suite's own metrics; a task is a category of one kind.
 
-    reasoning: the categories that count as reasoning; all others are perception. None: one named "reasoning".
+    reasoning: the categories or tasks that count as reasoning, all others are perception; None: as the items' `kind`
+    says. Items without a reference answer are left out.
 
     Raises:
-        DataError: a question has no answer or no category, or one of the two kinds is empty.
+        DataError: an item cannot be asked, or there is no reasoning or no perception among them.
     """
 
     def __init__(
         self,
-        path: str | Path,
+        suite: Suite,
         processor: Any,
         *,
         reasoning: Sequence[str] | None = None,
-        limit: int | None = None,
-        max_new_tokens: int = 512,
+        max_new_tokens: int | None = None,
         batch_size: int = 16,
     ) -> None:
-        self.questions = load_questions(path, limit=limit)
-        self.processor, self.max_new_tokens, self.batch_size = processor, max_new_tokens, batch_size
-        for number, question in enumerate(self.questions, start=1):
-            if question.answer is None or question.category is None:
-                raise DataError(f'{path}, question {number}: an exam needs "answer" and "category" in every line')
-        found = list(dict.fromkeys(str(question.category) for question in self.questions))
-        wanted = ["reasoning"] if reasoning is None else list(reasoning)
-        self.reasoning: Sequence[str] = [task for task in found if task in wanted]
-        self.perception: Sequence[str] = [task for task in found if task not in wanted]
+        self.processor, self.batch_size = processor, batch_size
+        self.sampling = Sampling(max_new_tokens or suite.max_new_tokens)
+        kinds = {item.id: _kind(item, reasoning) for item in suite.items if item.answers}
+        items = tuple(item for item in suite.items if kinds.get(item.id) in ("reasoning", "perception"))
+        faulty = next((item for item in items if item.fault), None)
+        if faulty is not None:
+            raise DataError(f"{suite.name}, item {faulty.id}: {faulty.fault}; an analysis asks every item, so mend it")
+        self.suite = Suite(suite.name, items, suite.suffix, suite.max_new_tokens)
+        self.tasks = {item.id: f"{kinds[item.id]}: {item.category or item.task}" for item in items}
+        found = list(dict.fromkeys(self.tasks.values()))
+        self.reasoning: Sequence[str] = [task for task in found if task.startswith("reasoning:")]
+        self.perception: Sequence[str] = [task for task in found if task.startswith("perception:")]
         if not self.reasoning or not self.perception:
+            names = sorted({item.category or item.task for item in suite.items})
             raise DataError(
-                f"{path}: categories {', '.join(found)}, of which {', '.join(self.reasoning) or 'none'} count as "
-                "reasoning; name some of them, and leave some for perception (--reasoning CATEGORY)"
+                f"{suite.name}: {len(self.reasoning)} tasks of reasoning and {len(self.perception)} of perception; "
+                f"both are needed. Give data of both kinds, or say which of {', '.join(names[:12])} count as reasoning "
+                "(--reasoning CATEGORY)"
             )
-        digest = hashlib.sha256(repr([(q.prompt, q.answer, len(q.images)) for q in self.questions]).encode())
-        self.label = f"{path}: {len(self.questions)} questions, {digest.hexdigest()[:12]}, reasoning {wanted}"
+        self.label = f"{suite.name}: {len(items)} items, {self.suite.digest}, reasoning {list(reasoning or [])}"
 
     def __call__(self, model: Any) -> Right:
-        """Right or wrong per question, by category."""
-        said = generate(model, self.processor, self.questions, self.max_new_tokens, self.batch_size)
+        """Right or wrong per item, by task."""
+        engine = TransformersEngine(model, self.processor, self.sampling)
         right: dict[str, list[bool]] = {}
-        for question, text in zip(self.questions, said, strict=True):
-            right.setdefault(str(question.category), []).append(_right(question, text))
+        for record in ask(engine, self.suite, batch_size=self.batch_size):
+            right.setdefault(self.tasks[record.id], []).append((record.score or 0.0) >= RIGHT)
         return right
 
+    def prompts(self, count: int) -> list[Question]:
+        """The first questions as they are asked, without answers."""
+        return [
+            Question(
+                with_suffix(item.question, self.suite.suffix), tuple(map(open_image, item.images)), choices=item.choices
+            )
+            for item in self.suite.items[:count]
+        ]
 
-def _right(question: Question, said: str) -> bool:
-    """Whether the final answer is the expected one; for choices, its letter or its text."""
-    final, expected = final_answer(said), str(question.answer)
-    if same_answer(final, expected):
-        return True
-    letters = {chr(ord("A") + place): choice for place, choice in enumerate(question.choices)}
-    named = next((letter for letter in letters if same_answer(final, letter)), None)
-    return named is not None and same_answer(letters[named], expected)
+
+def _kind(item: Item, reasoning: Sequence[str] | None) -> str:
+    if reasoning is None:
+        return item.kind
+    return "reasoning" if item.category in reasoning or item.task in reasoning else "perception"

@@ -21,13 +21,16 @@ from vlmgraft.cli.tables import (
     sweep_table,
 )
 
-Data = Annotated[str, typer.Option("--data", help="lab, or a question file with answer and category in every line")]
+Data = Annotated[
+    list[str] | None,
+    typer.Option("--data", help="lab, or what `evaluate` reads: question file, data set, benchmark; repeatable"),
+]
 Reasoning = Annotated[
-    list[str] | None, typer.Option("--reasoning", help="a category of the file that counts as reasoning; repeatable")
+    list[str] | None, typer.Option("--reasoning", help="a category or task that counts as reasoning; repeatable")
 ]
 Samples = Annotated[int | None, typer.Option("--samples", help="ask at most so many questions (of the lab: sums)")]
 Drift = Annotated[str | None, typer.Option("--drift", help="question file on which the KL from the VLM is measured")]
-Tokens = Annotated[int, typer.Option("--max-new-tokens", help="length of an answer")]
+Tokens = Annotated[int | None, typer.Option("--max-new-tokens", help="length of an answer; default: the data's")]
 Batch = Annotated[int, typer.Option("--batch-size", help="questions at a time")]
 Split = Annotated[str, typer.Option("--split", help="of the lab: validation or test")]
 Seed = Annotated[int, typer.Option("--seed", help="of the lab's questions")]
@@ -91,7 +94,7 @@ def inspect(
 def knockout(
     model: Annotated[str, typer.Argument(help="merged folder, or any supported VLM")],
     out: Folder,
-    data: Data = "lab",
+    data: Data = None,
     vlm: Annotated[str | None, typer.Option(help="the VLM it was merged from; default: its recipe.yaml's")] = None,
     alone: Annotated[bool, typer.Option("--alone", help="this model by itself, no VLM beside it")] = False,
     layers: Annotated[str, typer.Option(help="all, a number, or a range such as 0-5")] = "all",
@@ -99,7 +102,7 @@ def knockout(
     mode: Annotated[list[str] | None, typer.Option(help="constant, zero, mean, restore or only; repeatable")] = None,
     reasoning: Reasoning = None,
     samples: Samples = None,
-    max_new_tokens: Tokens = 512,
+    max_new_tokens: Tokens = None,
     batch_size: Batch = 16,
     split: Split = "validation",
     seed: Seed = 0,
@@ -122,7 +125,7 @@ def knockout(
 def ranks(
     recipe: RecipeArgument,
     out: Folder,
-    data: Data = "lab",
+    data: Data = None,
     overrides: Set = None,
     bands: Annotated[int, typer.Option(help="how many")] = 4,
     scale: Annotated[str, typer.Option(help="values of λ: start:stop:step, or a,b,c")] = "0.5,1,2,3,4,6",
@@ -130,7 +133,7 @@ def ranks(
     reasoning: Reasoning = None,
     samples: Samples = None,
     drift: Drift = None,
-    max_new_tokens: Tokens = 512,
+    max_new_tokens: Tokens = None,
     batch_size: Batch = 16,
     split: Split = "validation",
     seed: Seed = 0,
@@ -168,11 +171,11 @@ def sweep(
     grid: Annotated[
         list[str] | None, typer.Option("--grid", help="[recipe:]key=start:stop:step or …=a,b,c; repeatable")
     ] = None,
-    data: Data = "lab",
+    data: Data = None,
     reasoning: Reasoning = None,
     samples: Samples = None,
     drift: Drift = None,
-    max_new_tokens: Tokens = 512,
+    max_new_tokens: Tokens = None,
     batch_size: Batch = 16,
     split: Split = "validation",
     seed: Seed = 0,
@@ -190,11 +193,11 @@ def sweep(
 
 
 def _asked(
-    source: str,
+    data: list[str] | None,
     reasoning: list[str] | None,
     samples: int | None,
     drift: str | None,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     batch_size: int,
     split: str,
     seed: int,
@@ -205,7 +208,7 @@ def _asked(
     if split not in ("validation", "test"):
         raise RecipeError(f"--split {split!r}: write validation or test")
     wanted = tuple(reasoning) if reasoning else None
-    return Asked(source, wanted, samples, drift, max_new_tokens, batch_size, split, seed)
+    return Asked(tuple(data or ["lab"]), wanted, samples, drift, max_new_tokens, batch_size, split, seed)
 
 
 def _named(recipes: list[Path]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 from vlmgraft import pipeline, studies
 from vlmgraft.checkpoint.writer import refuse_output
 from vlmgraft.errors import CheckpointError
-from vlmgraft.evaluation.answers import final_answer, same_answer
+from vlmgraft.evaluation.answers import final_answer, judge
 from vlmgraft.hf.data import Question
 from vlmgraft.hf.models import load_processor, load_vlm
 from vlmgraft.lab import compare, trio_path, world
@@ -146,4 +146,4 @@ def _models(out: Path, trio: Path) -> Mapping[str, Path]:
 
 
 def _right(said: str, expected: str) -> bool:
-    return same_answer(final_answer(said), final_answer(expected))
+    return judge(said, final_answer(expected)).score == 1

@@ -191,6 +191,7 @@ def _cell(
     )
     if heat.written and width >= 24:
         text = heat.written.format(value).replace("-", "−")
+        text = text.lstrip("+−") if not text.strip("+−0.") else text
         kind = "in strong" if abs(share) > 0.75 else "in"
         made += label(x + width / 2, y + height / 2 + 4, text, kind, "middle")
     return made

@@ -46,7 +46,7 @@ def knockout(
     exam = asked.exam(processor)
     with ExitStack() as stack:
         weights = stack.enter_context(StoredWeights(checkpoint)) if checkpoint else None
-        prompts = asked.prompts(exam) if "mean" in modes else []
+        prompts = exam.prompts(128) if "mean" in modes else []
         cells = Knockout(loaded, processor, exam, vlm=weights, prompts=prompts)
         return cells.run(
             out,

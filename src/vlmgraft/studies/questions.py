@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from vlmgraft.analysis.exams import FileExam
-from vlmgraft.analysis.scores import Exam
+from vlmgraft.analysis.exams import SuiteExam
 from vlmgraft.errors import DataError
-from vlmgraft.hf.data import Question, load_questions
+from vlmgraft.evaluation.items import merge_suites
+from vlmgraft.evaluation.readers import load_suite
+from vlmgraft.hf.data import load_questions
 from vlmgraft.hf.models import load_processor, load_vlm
 from vlmgraft.lab.asked import LabExam
 from vlmgraft.lab.exam import MAX_NEW_TOKENS
@@ -23,45 +24,42 @@ LAB = "lab"
 
 @dataclass(frozen=True)
 class Asked:
-    """source: `lab`, or a question file whose lines have `answer` and `category`. reasoning: the categories of the file
-    that count as reasoning, all others are perception. samples: at most so many questions, of the lab so many sums and
-    a quarter of it per kind of perception. drift: a question file on whose answers the KL from the VLM is measured; the
-    lab has its own. split, seed: of the lab.
+    """data: `lab`, or what `vlmgraft evaluate` reads: question files, data sets, benchmarks (`mathvista`, `pope`);
+    several together. reasoning: categories or tasks that count as reasoning, all others are perception; None: as the
+    data says. samples: the first so many rows of each, of the lab so many sums and a quarter of it per kind of
+    perception. drift: a question file on whose answers the KL from the VLM is measured; the lab has its own.
+    split, seed: of the lab.
     """
 
-    source: str = LAB
+    data: tuple[str, ...] = (LAB,)
     reasoning: tuple[str, ...] | None = None
     samples: int | None = None
     drift: str | None = None
-    max_new_tokens: int = 512
+    max_new_tokens: int | None = None
     batch_size: int = 16
     split: Any = "validation"
     seed: int = 0
 
-    def exam(self, processor: Any) -> Exam:
+    def exam(self, processor: Any) -> LabExam | SuiteExam:
         """The questions, read and checked; raises DataError."""
-        if self.source == LAB:
+        if self.data == (LAB,):
             sums = self.samples or 200
             return LabExam(processor, split=self.split, seed=self.seed, sums=sums, each=max(1, sums // 4))
-        return FileExam(
-            self.source,
+        suites = [load_suite(source, limit=self.samples) for source in self.data]
+        return SuiteExam(
+            merge_suites(suites),
             processor,
             reasoning=self.reasoning,
-            limit=self.samples,
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
         )
-
-    def prompts(self, exam: Any, count: int = 128) -> list[Question]:
-        """Unlabelled prompts to average over: of the lab's calibration split, or the file's own questions."""
-        return exam.prompts(count) if isinstance(exam, LabExam) else list(exam.questions[:count])
 
     def drift_from(self, model: Any, processor: Any, exam: Any) -> Callable[[Any], float] | None:
         """A function that measures a model's KL from this one, in nats per token; None without questions for it."""
         if isinstance(exam, LabExam):
             asked, length, size = exam.drifting(), MAX_NEW_TOKENS, 48
         elif self.drift is not None:
-            asked, length, size = load_questions(self.drift), min(64, self.max_new_tokens), self.batch_size
+            asked, length, size = load_questions(self.drift), 64, self.batch_size
         else:
             return None
         own = (model, processor)

@@ -90,7 +90,7 @@ def _histogram(run: GatedRun) -> Figure:
         for place, value in enumerate(run.histogram)
     ]
     return Figure(
-        "Most gates by opening", bar_chart("histogram of gates", bars, "σ(g): 0 closed, 1 open", "% of gates")
+        "Gates by how far they are open", bar_chart("histogram of gates", bars, "σ(g): 0 closed, 1 open", "% of gates")
     )
 
 

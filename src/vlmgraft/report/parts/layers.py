@@ -139,8 +139,10 @@ def _text(cells: Sequence[Row], intact: Sequence[Row]) -> list[str]:
     for model in dict.fromkeys(row["model"] for row in cells if row["mode"] == mode):
         own = [row for row in cells if row["model"] == model and row["mode"] == mode]
         said.append(
-            f"With a block knocked out ({MODES[mode]}), {NAMES[model]} surely loses reasoning in layers "
-            f"{_lost(own, 'reasoning')}, perception in layers {_lost(own, 'perception')}."
+            f"With a block knocked out ({MODES[mode]}), {NAMES[model]} loses reasoning beyond chance in layers "
+            f"{_lost(own, 'reasoning')} and perception in layers {_lost(own, 'perception')}; the centre of loss is at "
+            f"layer {number(centre(cells, model, mode, 'reasoning'), 2)} and "
+            f"{number(centre(cells, model, mode, 'perception'), 2)}."
         )
     only = [row for row in cells if row["mode"] == "only" and row["part"] == "both"] or [
         row for row in cells if row["mode"] == "only"
