@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vlmgraft.evaluation.options import letters, pick, pick_several
+from vlmgraft.evaluation.options import letters, pick, pick_several, pick_text
 from vlmgraft.evaluation.quantities import read_quantity
 from vlmgraft.evaluation.text import LONGEST, key, plain, unwrap
 from vlmgraft.evaluation.values import same_answer, same_value, yes_or_no
@@ -42,7 +42,8 @@ _SENTENCE = re.compile(
 _END = re.compile(r"(?<!\bapprox)[.!?](?:\s|$)|;|\s[—–]\s|,?\s+(?:because|since|so that|as it|which)\b", re.IGNORECASE)
 _HOPE = re.compile(r"[.\s]*I hope (?:it|this) is correct\.?\s*$", re.IGNORECASE)
 _LAST_WORDS = re.compile(
-    r".*(?:\b(?:is|are|was|were|equals|gives|get|got|says|reads|shows)\b|=|≈|:)\s*(.+)$", re.DOTALL
+    r".*(?:\b(?:it|that|this)'s\b|\b(?:is|are|was|were|equals|gives|get|got|says|reads|shows)\b|=|≈|:)\s*(.+)$",
+    re.DOTALL | re.IGNORECASE,
 )
 _DENIAL = re.compile(r"\b(?:not|never|no longer|isn't|aren't|wasn't|cannot|can't|neither)\b|n't\b", re.IGNORECASE)
 _NOT_THAT = re.compile(
@@ -51,6 +52,8 @@ _NOT_THAT = re.compile(
     re.IGNORECASE,
 )
 _SINGLE_NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?!\w|\.\d)%?")
+_BULLET = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s+")
+_THEREFORE = re.compile(r"\b(?:so|thus|hence|therefore)\b,?", re.IGNORECASE)
 _UNSURE = re.compile(r"\b(?:or|than|between|least|most|maybe|perhaps|could|might|may|either)\b", re.IGNORECASE)
 
 
@@ -173,17 +176,18 @@ def _candidates(said: str) -> list[str]:
     last = _NOT_THAT.sub("", lines[-1]) if len(lines[-1].split()) > 2 else lines[-1]
     clause = _first_clause(last)
     sentence = [part for part in re.split(r"(?<=[.!?])\s+", last) if part.strip()][-1:]
-    readings = [said if len(lines) == 1 else lines[-1], last, clause, *sentence]
-    for reading in (clause, *sentence):
-        words = _LAST_WORDS.match(reading)
+    conclusion = _THEREFORE.split(clause)[-1]
+    readings = [lines[-1], last, clause, *sentence, conclusion]
+    if 1 < len(lines) <= 20 and all(len(line.split()) <= 6 for line in lines):
+        readings.append(", ".join(_BULLET.sub("", line) for line in lines))
+    for reading in dict.fromkeys((clause, conclusion, *sentence)):
         if _DENIAL.search(reading) or _UNSURE.search(reading) or read_quantity(reading) is not None:
             continue
+        words, numbers = _LAST_WORDS.match(reading), list(_SINGLE_NUMBER.finditer(plain(reading)))
         if words:
             readings.append(words[1])
-            continue
-        numbers = _SINGLE_NUMBER.findall(plain(reading))
-        if len(numbers) == 1:
-            readings.append(numbers[0])
+        if len(numbers) == 1 and (not words or numbers[0].start() == 0):
+            readings.append(numbers[0].group())
     return list(dict.fromkeys(reading.strip() for reading in readings if reading.strip()))
 
 
@@ -198,7 +202,9 @@ def _judge_option(said: str, how: str, expected: str, choices: Sequence[str]) ->
     if len(wanted) > 1:
         several = pick_several(said, choices)
         return Verdict(", ".join(sorted(several)) or said, float(several == wanted), bool(several), how)
-    found = pick(said, choices)
+    found = pick(said, choices) or next(
+        (letter for each in _candidates(said) if (letter := pick_text(each, choices))), None
+    )
     return Verdict(found or said, float(found is not None and {found} == wanted), found is not None, how)
 
 

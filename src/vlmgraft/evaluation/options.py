@@ -17,12 +17,15 @@ _NAMED = re.compile(rf"\b{_WORD}s?\s*(?:is|are|:)?\s*[(\[]?([A-Z])\b[)\]]?", re.
 _BRACKETED = re.compile(r"[(\[]([A-Z])[)\]]")
 _LIST_ITEM = re.compile(r"(?:^|[\s(])[(\[]?([A-Z])[.):\]]\s+\S")
 _CHOSEN = re.compile(
+    r"\b(?i:hence|so|thus|therefore),?\s+[(\[]?([A-Z])[)\]]?(?=[.,!\s]*$)|"
     r"\b(?:choose|pick|select|go with|going with|mark)\s+(?:option\s+)?[(\[]?([A-Z])\b"
     r"|(?<![\w'-])[(\[]?([A-Z])[)\]]?\s+(?:is|must be|would be|seems)\s+(?:the\s+)?(?:correct|right|true|answer|best)\b"
 )
 _STANDING = re.compile(r"(?<![\w'-])(?:([B-Z])|(A)(?!\s+(?!is|because|as|since|or|and)[a-z]))(?![\w'-])")
 _CLAUSE = re.compile(r"\b(?:because|since|as|while|whereas|but|not)\b|[.;\n](?:\s|$)")
-_DENIED = re.compile(r"\b(?:not|isn't|neither|nor|rather than|instead of|except|wrong|incorrect)\b", re.IGNORECASE)
+_DENIED = re.compile(
+    r"\b(?:not|isn't|can't|cannot|neither|nor|rather than|instead of|except|wrong|incorrect)\b", re.IGNORECASE
+)
 _SEVERAL = re.compile(r"[A-Za-z](?:\s*(?:,|;|&|/|\band\b|，|、)\s*(?:and\s+)?[A-Za-z])+|[A-Z]{2,8}")
 
 
@@ -41,7 +44,7 @@ def pick(said: str, choices: Sequence[str], count: int | None = None) -> str | N
     said = unwrap(said)
     if len(said.strip("()[]. :*")) == 1:
         said = said.translate(_LOOKALIKES)
-    exact = _by_text(said, choices, allowed)
+    exact = pick_text(said, choices)
     if exact is not None and len(said) > 1:
         return exact
     for pattern in (_ONLY, _LEADING):
@@ -55,7 +58,7 @@ def pick(said: str, choices: Sequence[str], count: int | None = None) -> str | N
     affirmed = " ".join(part for part in re.split(r"(?<=[.;\n])\s|\bbut\b|,", said) if not _DENIED.search(part))
     named = chosen or _letters_by(_NAMED, affirmed, allowed) or _letters_by(_BRACKETED, affirmed, allowed)
     if named:
-        return None if len(named) > 1 or _hedged(said, allowed) else named.pop()
+        return None if len(named) > 1 or _hedged(affirmed, allowed) else named.pop()
     text = _inside(affirmed, choices, allowed)
     standing = _letters_by(_STANDING, affirmed, allowed)
     if text is not None:
@@ -86,8 +89,9 @@ def _hedged(said: str, allowed: str) -> bool:
     return bool(found and found[1] in allowed and found[2] in allowed and found[1] != found[2])
 
 
-def _by_text(said: str, choices: Sequence[str], allowed: str) -> str | None:
-    """The one choice whose text, or whose number, the answer is."""
+def pick_text(said: str, choices: Sequence[str]) -> str | None:
+    """The letter of the one choice whose text, or whose number, the answer is."""
+    allowed = letters(len(choices))
     same = [letter for letter, choice in zip(allowed, choices, strict=False) if key(choice) == key(said) != ""]
     if not same:
         value = read_quantity(said)

@@ -155,7 +155,7 @@ def _value(found: re.Match[str]) -> tuple[Fraction | None, int | None]:
 
 def _unit(rest: str) -> str | None:
     """What stands behind a number, if it is a unit or a noun or two; None when it says something else."""
-    rest = rest.strip().rstrip(EDGES).casefold()
+    rest = re.sub(r"\s+\^", "^", rest.strip().rstrip(EDGES).casefold())
     rest = re.sub(r"\s*\(.*\)$", "", rest)
     if rest in ("", "%", "°", "percent", "per cent", "percentage points"):
         return "%" if rest[:3] in ("%", "per") else rest

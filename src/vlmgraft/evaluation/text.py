@@ -7,7 +7,7 @@ import unicodedata
 
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 _RAISED_RUN = re.compile(r"(?<=[\w)\]}°'′])[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+")
-_NARROW_THOUSANDS = re.compile(r"(?<=\d)(?:[\u00a0\u2009\u202f]|\\,|\{,\}|\\ |\\!)(?=\d{3}(?!\d))")
+_NARROW_THOUSANDS = re.compile(r"(?<=\d)(?:[\u00a0\u2009\u202f]|,?\\[,!]|\{,\}|\\ )(?=\d{3}(?!\d))")
 _DASHES = re.compile(r"[\u2010-\u2015\u2212\ufe63\uff0d]")
 _FONT = re.compile(
     r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|mathsf|bold|bm|rm|bf|mbox|operatorname)\s*\{([^{}]*)\}"

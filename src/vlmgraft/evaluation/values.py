@@ -10,6 +10,11 @@ from vlmgraft.evaluation.quantities import Quantity, read_quantity, same_quantit
 from vlmgraft.evaluation.text import key, unwrap
 
 _ARTICLE = re.compile(r"^(?:a|an|the)\s+")
+_STATES = re.compile(
+    r"\b(?:there (?:is|are)|it (?:is|does)|i (?:can )?see|the image (?:shows|contains)|they are|"
+    r"(?:is|are) (?:visible|present|shown))\b"
+)
+_VERB = re.compile(r"\b(?:is|are|does|do|isn't|aren't|doesn't|don't)\b")
 _LISTING = re.compile(r"\s*(?:,\s*(?:and|or)\s|;|\n|\band\b|\bor\b|&|、|，|,(?!\d{3}(?!\d))|(?<=\d),(?=\s))\s*")
 _SYMBOLS = re.compile(r"\\[a-zA-Z]+|[\^_=+*/()<>≤≥√π∞|{}-]|\d")
 _FUNCTIONS = re.compile(r"\\[a-zA-Z]+|\b(?:sin|cos|tan|sec|csc|cot|log|ln|exp|sqrt|pi|max|min|mod)\b")
@@ -55,17 +60,10 @@ def yes_or_no(said: str) -> bool | None:
         return stances == {"yes"}
     if stances:
         return None
-    denied = re.search(
-        r"\b(?:there (?:is|are)|it (?:is|does)|i (?:can )?see|the image (?:shows|contains)|they are)\b", text
-    )
-    if denied is None:
-        return (
-            False
-            if re.search(r"\b(?:not|no|none)\b|n't\b", text)
-            and re.search(r"\b(?:is|are|does|do|isn't|aren't|doesn't|don't)", text)
-            else None
-        )
-    return not re.search(r"\b(?:not|no|none|neither|without)\b|n't\b", text)
+    denied = bool(re.search(r"\b(?:not|no|none|neither|without)\b|n't\b", text))
+    if _STATES.search(text) or (denied and (_VERB.search(text) or len(text.split()) <= 3)):
+        return not denied
+    return None
 
 
 def _items(text: str) -> tuple[list[str], bool] | None:
