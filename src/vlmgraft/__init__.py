@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from vlmgraft.measure import compare, evaluate
     from vlmgraft.pipeline import decompose, export, gates, inspect, merge
     from vlmgraft.recipe import load_recipe
+    from vlmgraft.report.page import write_report
+    from vlmgraft.studies import inspect_weights, knockout, ranks, sweep
     from vlmgraft.training.drift_callback import DriftCallback
     from vlmgraft.training.prior_delta import load_prior
     from vlmgraft.tuning import tune
@@ -31,10 +33,15 @@ __all__ = [
     "export",
     "gates",
     "inspect",
+    "inspect_weights",
+    "knockout",
     "load_prior",
     "load_recipe",
     "merge",
+    "ranks",
+    "sweep",
     "tune",
+    "write_report",
 ]
 
 _HOME = {
@@ -42,6 +49,11 @@ _HOME = {
     "evaluate": "vlmgraft.measure",
     "demo": "vlmgraft.lab.demo",
     "load_recipe": "vlmgraft.recipe",
+    "inspect_weights": "vlmgraft.studies",
+    "knockout": "vlmgraft.studies",
+    "ranks": "vlmgraft.studies",
+    "sweep": "vlmgraft.studies",
+    "write_report": "vlmgraft.report.page",
     "DriftCallback": "vlmgraft.training.drift_callback",
     "load_prior": "vlmgraft.training.prior_delta",
     "tune": "vlmgraft.tuning",

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from report_runs import write_runs
 
-from vlmgraft.report.page import report
+from vlmgraft.report.page import write_report
 
 
 @pytest.fixture(scope="session")
@@ -21,4 +21,4 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def page(runs: Path) -> Path:
-    return report([runs], runs.parent / "report.html")
+    return write_report([runs], runs.parent / "report.html")

@@ -19,7 +19,7 @@ from vlmgraft.errors import CheckpointError, InputError, OutputError
 from vlmgraft.records import write_rows
 from vlmgraft.report import page as page_module
 from vlmgraft.report.collect import collect, place_of, read_gates
-from vlmgraft.report.page import report
+from vlmgraft.report.page import write_report
 from vlmgraft.report.parts.layers import centre
 from vlmgraft.report.parts.tradeoff import best, finding
 
@@ -111,8 +111,8 @@ def test_every_picture_has_its_numbers(page: Path) -> None:
 
 def test_torch_is_not_loaded(runs: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from vlmgraft.report.page import report; "
-        f"report([{str(runs)!r}], {str(tmp_path / 'r.html')!r}); "
+        "import sys; from vlmgraft.report.page import write_report; "
+        f"write_report([{str(runs)!r}], {str(tmp_path / 'r.html')!r}); "
         "bad = {'torch', 'transformers', 'matplotlib'} & set(sys.modules); assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -152,7 +152,7 @@ def test_places(name: str, place: tuple[int, str] | None) -> None:
 def test_a_part_alone_makes_a_page(tmp_path: Path) -> None:
     """The demo's rows and nothing else: one section, no empty ones."""
     write_rows(tmp_path / "results.jsonl", POINTS)
-    text = report([tmp_path], tmp_path / "r.html").read_text()
+    text = write_report([tmp_path], tmp_path / "r.html").read_text()
     assert re.findall(r"<section id=\"([\w-]+)\"", text) == ["tradeoff"]
 
 
@@ -167,7 +167,7 @@ def test_what_cannot_be_reported_is_said(tmp_path: Path, runs: Path, monkeypatch
         collect([tmp_path])
     monkeypatch.setattr(page_module, "MAX_BYTES", 1000)
     with pytest.raises(OutputError, match="fewer folders"):
-        report([runs], tmp_path / "r.html")
+        write_report([runs], tmp_path / "r.html")
     assert not (tmp_path / "r.html").exists()
 
 

@@ -17,7 +17,7 @@ def report(
     title: Annotated[str, typer.Option(help="of the page")] = "What was grafted, and what carries it",
 ) -> None:
     """One self-contained HTML page from run folders: trade-offs, layers, directions, gates, answers, recipe."""
-    from vlmgraft.report.page import report as write
+    from vlmgraft.report.page import write_report as write
 
     path = write(folders, out, title)
     typer.echo(f"{path}: {path.stat().st_size:,} bytes")

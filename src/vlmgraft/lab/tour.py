@@ -76,7 +76,7 @@ def tour(
     studies.ranks(chosen, out / "ranks", asked, by="energy", resume=resume)
     say("injected the directions band by band")
     _answers(out, trio, seed)
-    path = page.report([out], out / "report.html")
+    path = page.write_report([out], out / "report.html")
     say(f"wrote {path}")
     return path
 

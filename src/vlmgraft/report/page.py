@@ -21,7 +21,7 @@ MAX_BYTES = 3_000_000
 HERE = Path(__file__).parent
 
 
-def report(
+def write_report(
     folders: Sequence[str | Path], out: str | Path, title: str = "What was grafted, and what carries it"
 ) -> Path:
     """Write the page `out` from everything that is in the run folders, and give its path.
