@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,6 +135,27 @@ def test_new_tokens_are_published(recipe: Any, trio: Path, tmp_path: Path) -> No
     model, processor = load_vlm(tmp_path / "out", torch.float32), load_processor(tmp_path / "out")
     assert model.lm_head.weight.shape[0] == len(world.vocabulary()) + 1
     assert processor.tokenizer("<plan>").input_ids == [len(world.vocabulary())]
+
+
+@pytest.mark.slow
+def test_two_processes_tune_like_one(recipe: Any, tmp_path: Path) -> None:
+    settings = {**recipe, "train": recipe["train"] | {"optim": "sgd", "learning_rate": 0.05, "max_steps": 2}}
+    vg.tune(settings, tmp_path / "one")
+    settings["train"]["per_device_train_batch_size"] = 1
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    code = "from vlmgraft.cli import main; main()"
+    (tmp_path / "run.py").write_text(code)
+    command = [*launch, "run.py", "tune", "recipe.yaml", "--out", "two"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name, value in one.items():  # bfloat16 on disk
+        assert torch.allclose(value.float(), two[name].float(), rtol=1e-2, atol=1e-4), name
+    assert not list(tmp_path.glob(".two*"))
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from vlmgraft.checkpoint.index import INDEX, Checkpoint, open_checkpoint
 from vlmgraft.checkpoint.reader import TORCH_DTYPES, Reader
 from vlmgraft.checkpoint.shards import TensorSpec
 from vlmgraft.checkpoint.writer import Writer, refuse_output
-from vlmgraft.errors import OutputError, RecipeError
+from vlmgraft.errors import NumericalError, OutputError, RecipeError
 from vlmgraft.hf.models import load_processor, load_vlm
 from vlmgraft.recipe.tune import TuneRecipe, dump_tune_recipe, load_tune_recipe, save_tune_recipe
 from vlmgraft.records import read_rows, write_json, write_rows, write_text
@@ -218,7 +218,13 @@ def _write(writer: Writer, vlm: Checkpoint, made: Checkpoint) -> None:
                 tensor = after.tensor(embeddings)
             else:
                 tensor = before.tensor(name)
-            writer.write(name, tensor.to(TORCH_DTYPES[info.dtype]))
+            cast = tensor.to(TORCH_DTYPES[info.dtype])
+            if not torch.isfinite(cast).all():
+                raise NumericalError(
+                    f"{name}: NaN or infinity in {info.dtype} after training; nothing was published, lower the learning "
+                    "rate and start again"
+                )
+            writer.write(name, cast)
 
 
 def _receipt(recipe: TuneRecipe, tuned: Tuned) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from vlmgraft.spectral.gates import constant_gates
 from vlmgraft.training.drift import Bound, bind_prior
 from vlmgraft.training.drift_targets import LowRank
 from vlmgraft.training.prior import Mode, PushRule, pushed
-from vlmgraft.training.prior_delta import Prior, filtered_prior, make_prior
+from vlmgraft.training.prior_delta import Delta, Prior, filtered_prior, make_prior
 
 MODULES = ("attention", "norm")
 Q0 = "model.layers.0.self_attn.q_proj.weight"
@@ -187,6 +187,17 @@ def test_lora_elsewhere_and_variants_are_named(trio: Path, model: Any) -> None:
     assert verdicts[Q0].verdict == "pushed"
     with pytest.raises(RecipeError, match="DoRA"):
         bind_prior(prior, lora(load_vlm(trio / "vlm", torch.float32), use_dora=True))
+
+
+def test_a_head_that_an_adapter_saves_whole(model: Any) -> None:
+    tuned = lora(model, modules_to_save=["lm_head"])
+    value = torch.ones_like(model.lm_head.weight)
+    delta = Delta("lm_head.weight", "lm_head.weight", "head", value, float(value.norm()), 0.0, 1.0)
+    bound = bind_prior(Prior(PushRule("absolute", 0.5), {"lm_head.weight": delta}, ()), tuned)
+    with_gradients(tuned)
+    before = tuned.lm_head.modules_to_save.default.weight.grad.clone()
+    bound.push()
+    assert torch.allclose(tuned.lm_head.modules_to_save.default.weight.grad, before - 0.5, atol=1e-5)
 
 
 def test_a_prior_behind_gates(trio: Path, tmp_path: Path) -> None:

@@ -42,7 +42,8 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def __init__(self, prior: Prior, *, when: Literal["step", "backward"] = "step", log: Path | None = None) -> None:
         if when not in ("step", "backward"):
             raise RecipeError(f"prior.when: {when!r} is neither step nor backward")
-        self.prior, self.when, self.log_file = prior, when, log
+        self.prior, self.when, self._log = prior, when, log
+        self.log_file: Path | None = None
         self.bound: Bound | None = None
         self._handles: list[Any] = []
         self._progress, self._queued, self._pushed = 0.0, False, False
@@ -55,7 +56,7 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._optimizer = kwargs["optimizer"]
         self.bound = bind_prior(self.prior, kwargs["model"])
         self._write = state.is_world_process_zero
-        self.log_file = self.log_file or Path(args.output_dir) / LOG
+        self.log_file = self._log or Path(args.output_dir) / LOG
         if self.when == "backward":
             self._handles = hook_backward(self.bound, lambda: (self._progress, self._loss_scale()))
             return

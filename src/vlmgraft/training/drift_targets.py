@@ -14,7 +14,9 @@ from vlmgraft.training.prior_delta import Delta, Store
 
 Pieces = list[tuple[Tensor, Tensor]]
 
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:base_layer|_checkpoint_wrapped_module|_orig_mod|_fsdp_wrapped_module)\.")
+_WRAPPERS = re.compile(
+    r"(?:^|(?<=\.))(?:base_layer|modules_to_save\.[^.]+|_checkpoint_wrapped_module|_orig_mod|_fsdp_wrapped_module)\."
+)
 
 
 class Dense:
