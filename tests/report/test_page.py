@@ -16,7 +16,7 @@ import pytest
 from report_runs import POINTS, estimate, point
 
 from vlmgraft.errors import CheckpointError, InputError, OutputError
-from vlmgraft.records import write_rows
+from vlmgraft.records import write_json, write_rows
 from vlmgraft.report import page as page_module
 from vlmgraft.report.collect import collect, place_of, read_gates
 from vlmgraft.report.page import write_report
@@ -154,6 +154,43 @@ def test_a_part_alone_makes_a_page(tmp_path: Path) -> None:
     write_rows(tmp_path / "results.jsonl", POINTS)
     text = write_report([tmp_path], tmp_path / "r.html").read_text()
     assert re.findall(r"<section id=\"([\w-]+)\"", text) == ["tradeoff"]
+
+
+def evaluation(folder: Path, model: str, right: int) -> None:
+    folder.mkdir(parents=True)
+    averages = {kind: estimate(right / 4) for kind in ("reasoning", "perception")}
+    write_json(folder / "summary.json", {"averages": averages})
+    write_json(folder / "run.json", {"model": f"/models/{model}"})
+    rows = [
+        {
+            "id": f"{task}/{place}",
+            "key": "k",
+            "task": task,
+            "kind": kind,
+            "prompt": f"{task}?",
+            "expected": ["4", "four"],
+        }
+        | {"output": "said", "score": float(place < right)}
+        for task, kind in (("sums", "reasoning"), ("looks", "perception"))
+        for place in range(4)
+    ]
+    write_rows(folder / "records.jsonl", rows)
+
+
+def test_evaluations_are_compared(tmp_path: Path) -> None:
+    evaluation(tmp_path / "a", "base", 1)
+    evaluation(tmp_path / "b", "merged", 3)
+    write_json(tmp_path / "summary.json", ["not an evaluation"])
+    found = collect([tmp_path])
+    assert [(row["method"], row["reasoning"]["mean"]) for row in found.points[0].rows] == [
+        ("base", 0.25),
+        ("merged", 0.75),
+    ]
+    answers = found.answers[0].rows
+    assert [row["task"] for row in answers[:4]] == ["sums", "looks", "sums", "looks"] and len(answers) == 8
+    assert [one["right"] for one in answers[2]["answers"]] == [False, True] and answers[0]["expected"] == "4, four"
+    text = write_report([tmp_path], tmp_path / "r.html").read_text()
+    assert "8 questions answered side by side: base 2 right, merged 6 right" in text
 
 
 def test_what_cannot_be_reported_is_said(tmp_path: Path, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

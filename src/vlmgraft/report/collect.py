@@ -8,6 +8,7 @@
 | gates.json, gates.safetensors, training.jsonl | gates, merge --workdir, demo |
 | receipt.json, recipe.yaml | merge |
 | answers.jsonl | lab report: the same questions to several models |
+| summary.json with records.jsonl and run.json | evaluate |
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import numpy as np
 
 from vlmgraft.errors import CheckpointError, InputError
 from vlmgraft.records import read_rows
+from vlmgraft.report.evaluations import Evaluation, evaluation_points, read_evaluation, side_by_side
 
 Rows = list[dict[str, Any]]
 BINS = 16
@@ -73,6 +75,7 @@ class Collected:
     receipts: list[tuple[Path, dict[str, Any]]] = field(default_factory=list)
     recipes: list[tuple[Path, str]] = field(default_factory=list)
     answers: list[Run] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
 
     @property
     def empty(self) -> bool:
@@ -92,10 +95,18 @@ def collect(folders: Sequence[str | Path]) -> Collected:
             raise InputError(f"{folder}: no such folder; give folders that vlmgraft wrote")
         for path in _files(folder, DEPTH):
             _READERS[path.name](found, path)
+    _join_evaluations(found)
     if found.empty:
         names = ", ".join(sorted(_READERS))
         raise InputError(f"{', '.join(map(str, folders))}: holds none of the files a report is made of ({names})")
     return found
+
+
+def _join_evaluations(found: Collected) -> None:
+    """Evaluations of several models are one picture and one list of answers."""
+    for place, rows in (("points", evaluation_points(found.evaluations)), ("answers", side_by_side(found.evaluations))):
+        if rows:
+            getattr(found, place).append(Run(found.evaluations[0].folder.parent, rows))
 
 
 def _files(folder: Path, depth: int) -> Iterator[Path]:
@@ -127,6 +138,12 @@ def _recipe(found: Collected, path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     if text not in [other for _, other in found.recipes]:
         found.recipes.append((path.parent, text))
+
+
+def _summary(found: Collected, path: Path) -> None:
+    evaluation = read_evaluation(path.parent)
+    if evaluation is not None:
+        found.evaluations.append(evaluation)
 
 
 def _gates(found: Collected, path: Path) -> None:
@@ -197,4 +214,5 @@ _READERS: Mapping[str, Callable[[Collected, Path], None]] = {
     "recipe.yaml": _recipe,
     "gates.json": _gates,
     "answers.jsonl": _rows_into("answers"),
+    "summary.json": _summary,
 }

@@ -84,7 +84,7 @@ def _answers(run: Run, place: int) -> Section:
         f"{model} {count} right" for model, count in right.items()
     )
     note = " Some images were left out to keep the page small." if budget <= 0 else ""
-    text = ["The first questions of the test split, not picked." + note]
+    text = ["The first questions of every task, not picked." + note]
     table = Table(
         "answers",
         ("task", "question", "expected", *models),

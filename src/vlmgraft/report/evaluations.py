@@ -1,0 +1,68 @@
+"""Folders of `vlmgraft evaluate` as rows of a report: a point per model, and the same questions side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any
+
+from vlmgraft.records import read_rows
+
+Rows = list[dict[str, Any]]
+SHOWN = 24
+QUESTION_LENGTH = 600
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One folder: the model's name, the averages by kind, and a row per item."""
+
+    folder: Path
+    model: str
+    averages: dict[str, Any]
+    records: Rows
+
+
+def read_evaluation(folder: Path) -> Evaluation | None:
+    """The evaluation in a folder; None when it holds something else under these names."""
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    records, run = folder / "records.jsonl", folder / "run.json"
+    if not isinstance(summary, dict) or "averages" not in summary or not records.is_file():
+        return None
+    asked = json.loads(run.read_text(encoding="utf-8")) if run.is_file() else {}
+    name = Path(str(asked.get("model", folder.name))).name
+    return Evaluation(folder, name, summary["averages"], list(read_rows(records)))
+
+
+def evaluation_points(found: Sequence[Evaluation]) -> Rows:
+    """A point for every model that has both kinds of tasks."""
+    return [
+        {"method": one.model, "setting": "", "order": 0, "kl": None}
+        | {kind: one.averages[kind] for kind in ("reasoning", "perception")}
+        for one in found
+        if {"reasoning", "perception"} <= set(one.averages)
+    ]
+
+
+def side_by_side(found: Sequence[Evaluation]) -> Rows:
+    """The first questions of every task that all models were asked, as `answers.jsonl` has them, without images."""
+    if len(found) < 2:
+        return []
+    by_model = [{(row["id"], row["key"]): row for row in one.records if row.get("score") is not None} for one in found]
+    tasks: dict[str, Rows] = {}
+    for key, row in by_model[0].items():
+        if all(key in other for other in by_model[1:]):
+            answers = [
+                {"model": one.model, "said": rows[key]["output"], "right": rows[key]["score"] == 1}
+                for one, rows in zip(found, by_model, strict=True)
+            ]
+            question = row["prompt"][-QUESTION_LENGTH:]
+            told = {"task": row["task"], "kind": row["kind"], "question": question}
+            tasks.setdefault(row["task"], []).append(
+                {**told, "expected": ", ".join(row["expected"]), "image": None, "answers": answers}
+            )
+    turns = chain.from_iterable(zip_longest(*tasks.values()))
+    return [row for row in turns if row is not None][:SHOWN]
