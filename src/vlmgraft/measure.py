@@ -6,21 +6,19 @@ A folder of an evaluation holds `run.json` (what was asked of whom), `records.js
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmgraft.checkpoint.writer import refuse_output
-from vlmgraft.errors import CheckpointError, DataError, InputError, OutputError
+from vlmgraft.errors import CheckpointError, DataError, InputError
+from vlmgraft.evaluation import folder
 from vlmgraft.evaluation.items import Suite, merge_suites
 from vlmgraft.evaluation.paired import Paired, compare_records
 from vlmgraft.evaluation.readers import load_suite
-from vlmgraft.evaluation.run_records import Record, drop_partial_line, load_records, save_records
-from vlmgraft.evaluation.summary import Summary, summarise
-from vlmgraft.evaluation.tables import comparison_table, summary_table
+from vlmgraft.evaluation.run_records import Record, load_records
+from vlmgraft.evaluation.summary import Summary
+from vlmgraft.evaluation.tables import comparison_table
 from vlmgraft.records import write_json, write_text
 
 if TYPE_CHECKING:
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
 
     Progress = Callable[[int, int, str], None]
 
-RECORDS, RUN, SUMMARY, TABLE = "records.jsonl", "run.json", "summary.json", "summary.md"
 Data = str | Path | Suite
 
 
@@ -36,9 +33,10 @@ Data = str | Path | Suite
 class Asking:
     """How a model is asked.
 
-    max_new_tokens: None is what the data needs, at most half of what the model reads. suffix: below every question; None is the data's own. temperature 0
-    is greedy. device: None is the first GPU, or the CPU. limit: the first so many rows of each source. columns, split,
-    config: see `evaluation.readers.load_suite`. circular: every rotation of lettered choices.
+    max_new_tokens: None is what the data needs, at most half of what the model reads. suffix: below every question;
+    None is the data's own. temperature 0 is greedy. device: None is the first GPU, or the CPU. limit: the first so many
+    rows of each source. columns, split, config: see `evaluation.readers.load_suite`. circular: every rotation of
+    lettered choices.
     """
 
     batch_size: int = 32
@@ -88,22 +86,26 @@ def evaluate(
     if harness and len(harness) < len(sources):
         raise InputError("--data lmms:… cannot be mixed with other data; run it in a folder of its own, then `compare`")
     suite = None if harness else _suite(sources, options)
-    said = {"model": str(model), "weights": _fingerprint(model), "data": [str(_name(source)) for source in sources]}
+    said = {
+        "model": str(model),
+        "weights": folder.fingerprint(model),
+        "data": [str(_name(source)) for source in sources],
+    }
     settings = said | {"asking": asdict(options), "items": suite.digest if suite else None}
-    _check(out, settings, resume, model)
+    folder.check(out, settings, resume, model)
     if suite is None:
-        return _finish(out, _harness(model, ",".join(harness), out, settings, options), 0, options.seed)
+        return folder.finish(out, _harness(model, ",".join(harness), out, settings, options), 0, options.seed)
     known = {item.id: item.key for item in suite.items}
-    done = [record for record in _found(out) if known.get(record.id) == record.key]
+    done = [record for record in folder.found(out) if known.get(record.id) == record.key]
     if len(done) < len(suite.items):
         from vlmgraft.evaluation.ask import ask
 
         engine = _engine(model, suite, options)
-        _start(out, settings)
-        more: dict[str, Any] = {"log": out / RECORDS, "progress": progress, "seed": options.seed}
+        folder.start(out, settings)
+        more: dict[str, Any] = {"log": out / folder.RECORDS, "progress": progress, "seed": options.seed}
         done = ask(engine, suite, batch_size=options.batch_size, done=done, **more)
     order = {item.id: at for at, item in enumerate(suite.items)}
-    return _finish(out, sorted(done, key=lambda record: order[record.id]), suite.duplicates, options.seed)
+    return folder.finish(out, sorted(done, key=lambda record: order[record.id]), suite.duplicates, options.seed)
 
 
 def compare(
@@ -127,21 +129,22 @@ def compare(
     """
     runs = []
     for side, model in (("first", first), ("second", second)):
-        if (Path(model) / RECORDS).is_file():
+        if (Path(model) / folder.RECORDS).is_file():
             runs.append(Path(model))
             continue
         if data is None or out is None:
             raise DataError(
-                f"{model}: holds no {RECORDS}; give a folder of `vlmgraft evaluate`, or a model with --data and --out"
+                f"{model}: holds no {folder.RECORDS}; give a folder of `vlmgraft evaluate`, "
+                "or a model with --data and --out"
             )
         place = Path(out) / side
-        if not (resume and (place / SUMMARY).is_file()):
+        if not (resume and (place / folder.SUMMARY).is_file()):
             place.parent.mkdir(parents=True, exist_ok=True)
             evaluate(model, data, place, resume=resume, progress=progress, **asking)
         runs.append(place)
     names = _names(first, second)
     found = compare_records(
-        load_records(runs[0] / RECORDS), load_records(runs[1] / RECORDS), names, _asking(asking).seed
+        load_records(runs[0] / folder.RECORDS), load_records(runs[1] / folder.RECORDS), names, _asking(asking).seed
     )
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
@@ -225,59 +228,8 @@ def _harness(model: str | Path, tasks: str, out: Path, settings: dict[str, Any],
     from vlmgraft.evaluation.lmms import harness_python, run_lmms
 
     python = harness_python()
-    _start(out, settings)
+    folder.start(out, settings)
     return run_lmms(python, model, tasks, out, limit=options.limit, batch_size=options.batch_size, seed=options.seed)
-
-
-def _check(out: Path, settings: dict[str, Any], resume: bool, model: str | Path) -> None:
-    """Refuse a folder that exists; with `resume`, one that was begun with other settings."""
-    if not resume or not out.exists():
-        refuse_output(out, [Path(model)])
-        return
-    if not (out / RUN).is_file():
-        if any(out.iterdir()):
-            raise OutputError(f"{out}: holds no {RUN}, so there is nothing to resume; choose another folder")
-        return
-    before, now = json.loads((out / RUN).read_text(encoding="utf-8")), json.loads(json.dumps(settings))
-    changed = [name for name in now if before.get(name) != now[name]]
-    if changed:
-        one, other = ({name: found.get(name) for name in changed} for found in (before, now))
-        raise OutputError(f"{out}: was begun with other settings, {one}, not {other}; use them, or another folder")
-    if (out / RECORDS).is_file():
-        drop_partial_line(out / RECORDS)
-
-
-def _start(out: Path, settings: dict[str, Any]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / RUN, settings)
-
-
-def _found(out: Path) -> list[Record]:
-    return load_records(out / RECORDS) if (out / RECORDS).is_file() else []
-
-
-def _finish(out: Path, records: Sequence[Record], duplicates: int, seed: int) -> Summary:
-    summary = summarise(records, duplicates=duplicates, seed=seed)
-    save_records(out / RECORDS, records)
-    write_text(out / TABLE, summary_table(summary))
-    write_json(out / SUMMARY, summary.as_json())
-    return summary
-
-
-def _fingerprint(model: str | Path) -> str | None:
-    """A digest of a local folder's weight files (names, sizes, both ends); None for a hub id."""
-    files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
-    if not files:
-        return None
-    digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
-        with file.open("rb") as opened:
-            digest.update(opened.read(1 << 16))
-            opened.seek(max(0, size - (1 << 16)))
-            digest.update(opened.read())
-    return digest.hexdigest()[:16]
 
 
 def _names(first: str | Path, second: str | Path) -> tuple[str, str]:

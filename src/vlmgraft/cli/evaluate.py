@@ -82,8 +82,10 @@ def compare(
     resume: Resume = False,
     batch_size: BatchSize = 32,
     max_new_tokens: MaxNewTokens = None,
+    suffix: Suffix = None,
     seed: Seed = 0,
     device: Device = None,
+    dtype: Dtype = "auto",
     limit: Limit = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -93,7 +95,8 @@ def compare(
     from vlmgraft.evaluation.tables import comparison_table
 
     options: dict[str, Any] = {
-        "batch_size": batch_size, "max_new_tokens": max_new_tokens, "seed": seed, "device": device, "limit": limit,
+        "batch_size": batch_size, "max_new_tokens": max_new_tokens, "suffix": suffix, "seed": seed, "device": device,
+        "dtype": dtype, "limit": limit,
     }  # fmt: skip
     with progress_bar(quiet) as progress:
         found = measure.compare(first, second, data=data, out=out, resume=resume, progress=progress, **options)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vlmgraft.errors import DataError
-from vlmgraft.evaluation.answers import Verdict, repeats
+from vlmgraft.evaluation.answers import Verdict, read_final, repeats
 from vlmgraft.evaluation.items import Item
 from vlmgraft.evaluation.metrics import METRICS
 from vlmgraft.records import as_dict, write_rows
@@ -68,7 +68,11 @@ class Record:
 
 def record_of(item: Item, prompt: str, output: str, *, tokens: int, prompt_tokens: int, cut: bool) -> Record:
     """The record of an answered item, judged by the item's metric."""
-    judged = METRICS[item.metric](output, item.expected) if item.answers else Verdict("", 0.0, bool(output), "none")
+    if item.answers:
+        judged = METRICS[item.metric](output, item.expected)
+    else:
+        said, how = read_final(output)
+        judged = Verdict(said, 0.0, bool(said), how)
     return _record(
         item,
         state="scored" if item.answers else "unscored",

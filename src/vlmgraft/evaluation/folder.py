@@ -1,0 +1,82 @@
+"""The folder of an evaluation: what was asked of whom (run.json), records, summary."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vlmgraft.errors import OutputError
+from vlmgraft.evaluation.run_records import Record, drop_partial_line, load_records, save_records
+from vlmgraft.evaluation.summary import Summary, summarise
+from vlmgraft.evaluation.tables import summary_table
+from vlmgraft.records import write_json, write_text
+
+RECORDS, RUN, SUMMARY, TABLE = "records.jsonl", "run.json", "summary.json", "summary.md"
+
+
+def check(out: Path, settings: dict[str, Any], resume: bool, model: str | Path) -> None:
+    """Refuse a folder that exists; with `resume`, one that was begun with other settings.
+
+    Batch size and device may change, so that a run which ended for want of memory can go on elsewhere.
+    """
+    from vlmgraft.checkpoint.writer import refuse_output
+
+    if not resume or not out.exists():
+        refuse_output(out, [Path(model)])
+        return
+    if not (out / RUN).is_file():
+        if any(out.iterdir()):
+            raise OutputError(f"{out}: holds no {RUN}, so there is nothing to resume; choose another folder")
+        return
+    before, now = (_kept(found) for found in (json.loads((out / RUN).read_text(encoding="utf-8")), settings))
+    changed = [name for name in now if before.get(name) != now[name]]
+    if changed:
+        one, other = ({name: found.get(name) for name in changed} for found in (before, now))
+        raise OutputError(f"{out}: was begun with other settings, {one}, not {other}; use them, or another folder")
+    if (out / RECORDS).is_file():
+        drop_partial_line(out / RECORDS)
+
+
+def _kept(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a resumed run must share, as JSON values."""
+    asking = {name: value for name, value in settings["asking"].items() if name not in ("batch_size", "device")}
+    return json.loads(json.dumps({**settings, "asking": asking}))
+
+
+def start(out: Path, settings: dict[str, Any]) -> None:
+    """Make the folder and write what is about to be asked."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / RUN, settings)
+
+
+def found(out: Path) -> list[Record]:
+    """The records that are there."""
+    return load_records(out / RECORDS) if (out / RECORDS).is_file() else []
+
+
+def finish(out: Path, records: Sequence[Record], duplicates: int, seed: int) -> Summary:
+    """Write the records in order, and their summary."""
+    summary = summarise(records, duplicates=duplicates, seed=seed)
+    save_records(out / RECORDS, records)
+    write_text(out / TABLE, summary_table(summary))
+    write_json(out / SUMMARY, summary.as_json())
+    return summary
+
+
+def fingerprint(model: str | Path) -> str | None:
+    """A digest of a local folder's weight files (names, sizes, both ends); None for a hub id."""
+    files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as opened:
+            digest.update(opened.read(1 << 16))
+            opened.seek(max(0, size - (1 << 16)))
+            digest.update(opened.read())
+    return digest.hexdigest()[:16]
