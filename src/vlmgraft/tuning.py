@@ -221,8 +221,8 @@ def _write(writer: Writer, vlm: Checkpoint, made: Checkpoint) -> None:
             cast = tensor.to(TORCH_DTYPES[info.dtype])
             if not torch.isfinite(cast).all():
                 raise NumericalError(
-                    f"{name}: NaN or infinity in {info.dtype} after training; nothing was published, lower the learning "
-                    "rate and start again"
+                    f"{name}: NaN or infinity in {info.dtype} after training; nothing was published: lower the "
+                    "learning rate and start again"
                 )
             writer.write(name, cast)
 

@@ -185,6 +185,8 @@ def test_lora_elsewhere_and_variants_are_named(trio: Path, model: Any) -> None:
     verdicts = {verdict.name: verdict for verdict in bind_prior(prior, tuned).verdicts}
     assert "frozen" in verdicts["model.layers.0.self_attn.o_proj.weight"].reason
     assert verdicts[Q0].verdict == "pushed"
+    with pytest.raises(RecipeError, match=r"prior\.rescale: .* adapter"):
+        bind_prior(exact(trio, PushRule("absolute", rescale=True)), tuned)
     with pytest.raises(RecipeError, match="DoRA"):
         bind_prior(prior, lora(load_vlm(trio / "vlm", torch.float32), use_dora=True))
 

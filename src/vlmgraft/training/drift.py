@@ -155,6 +155,8 @@ def bind_prior(prior: Prior, model: Any) -> Bound:
         elif parameter.requires_grad:
             targets.append(Dense(delta, parameter, prior.store))
         elif delta.role in adapters:
+            if prior.rule.rescale:
+                raise RecipeError(f"prior.rescale: {delta.name} is trained by an adapter, which has no norm of its own")
             targets.append(LowRank(delta, adapters[delta.role], prior.store))
         else:
             verdicts[delta.name] = Verdict(delta.name, "kept", "it is frozen: neither it nor an adapter is trained")
