@@ -7,11 +7,26 @@ so a reader never sees half a file; `append_row` is for logs that must survive a
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+
+@contextmanager
+def collection_paused() -> Iterator[None]:
+    """No garbage collection inside: making 100,000 rows at once, none of them garbage, takes half as long again with
+    it. For work of seconds."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 def as_dict(row: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from vlmgraft.alignment.families import find_family
 from vlmgraft.alignment.layouts import Source
@@ -19,13 +19,13 @@ from vlmgraft.alignment.select import select_layers, select_modules
 from vlmgraft.alignment.structure import locate
 from vlmgraft.alignment.view import Group, Held, TextView, find_place, text_view
 from vlmgraft.errors import AlignmentError
+from vlmgraft.records import collection_paused
 
 if TYPE_CHECKING:
     from vlmgraft.checkpoint.index import Checkpoint
 
 
-@dataclass(frozen=True)
-class AlignedTensor:
+class AlignedTensor(NamedTuple):
     """One tensor of the VLM: what happens to it, why, and where the others keep their side of it.
 
     `name` is the name on disk, `role` the name inside the text model (None outside it). The sources are None unless the
@@ -62,6 +62,7 @@ class Alignment:
         return tuple(tensor for tensor in self.tensors if tensor.verdict == "merged")
 
 
+@collection_paused()
 def align(
     vlm: Checkpoint,
     donor: Checkpoint,

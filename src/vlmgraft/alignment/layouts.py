@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from vlmgraft.errors import AlignmentError
 
@@ -66,8 +66,7 @@ class Layout:
 WHOLE = Layout()
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """Tensors on disk (`names`, in one checkpoint) that give one tensor of the VLM's shape by way of `layout`."""
 
     names: tuple[str, ...]

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TypedDict
 
-from vlmgraft.alignment.layouts import WHOLE, Layout, Pick, Source, part_shapes
+from vlmgraft.alignment.layouts import WHOLE, WHOLE_FORM, Layout, Pick, Source, part_shapes
 from vlmgraft.alignment.view import Held, TextView
 from vlmgraft.errors import AlignmentError
 
@@ -97,6 +97,11 @@ def _shared_rows(pairing: Pairing, held: Held, shape: tuple[int, ...]) -> int:
 def _find(view: TextView, held: Held, pairing: Pairing, key: str, rows: int | None) -> Source | None:
     """The source of `held` in `view`, or None where it has none and may have none."""
     ours = pairing.text.checkpoint.tensors[held.name]
+    if held.form is WHOLE_FORM and rows is None and held.role in view.parts:  # the usual case, told quickly
+        same = view.parts[held.role][0]
+        info = view.checkpoint.tensors[same.name]
+        if same.form is WHOLE_FORM and info.shape == ours.shape and info.dtype == ours.dtype:
+            return Source((same.name,), WHOLE)
     names: dict[str, int] = {}
     picks: list[Pick] = []
     shapes = part_shapes(held.form, ours.shape)

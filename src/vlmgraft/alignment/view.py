@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from vlmgraft.alignment.families import RENAMES, TEXT_PLACES, Place, find_family, text_config, text_type
 from vlmgraft.alignment.layouts import WHOLE_FORM, Form
@@ -27,8 +28,7 @@ _ANY_LAYER = re.compile(r"(.*?)layers\.(\d+)\.")
 _ROUTERS = ("mlp.gate.", "mlp.router.", "mlp.shared_expert_gate.")
 
 
-@dataclass(frozen=True)
-class Held:
+class Held(NamedTuple):
     """One tensor of a text model: its name on disk, its role and layer, and the parts that `form` says it holds."""
 
     name: str
@@ -57,9 +57,40 @@ class TextView:
         return str(self.checkpoint.path)
 
 
+def known_as(name: str, place: Place) -> tuple[str, int | None, Group] | None:
+    """(role, layer, group) of a name on disk under `place`, or None when it is outside the text model."""
+    if name.startswith(place.head + "."):
+        role = "lm_head." + name[len(place.head) + 1 :]
+        return role, None, _group(role)
+    if not name.startswith(place.body):
+        return None
+    inside = name[len(place.body) :]
+    match = _IN_LAYER.match(inside) or _IN_LAYER.match(_renamed(inside))
+    if match:
+        role, group = _inside_layer(match[2])
+        return f"layers.{match[1]}.{role}", int(match[1]), group
+    role = _renamed(inside)
+    return (role, None, _group(role)) if role in ("embed_tokens.weight", "norm.weight") else None
+
+
+@lru_cache(maxsize=1 << 14)  # layers repeat each other, and a mixture of experts has 50,000 tensors
+def _inside_layer(inside: str) -> tuple[str, Group]:
+    role = _renamed(inside)
+    return role, _group(role)
+
+
+def _renamed(inside: str) -> str:
+    for theirs, ours in RENAMES:
+        inside = inside.replace(theirs, ours)
+    return inside
+
+
 def group_of(role: str) -> Group:
     """The module group of a role, as recipes name them."""
-    inside = role.split(".", 2)[2] if role.startswith("layers.") else role
+    return _group(role.split(".", 2)[2] if role.startswith("layers.") else role)
+
+
+def _group(inside: str) -> Group:
     if inside.startswith("embed_tokens"):
         return "embeddings"
     if inside.startswith("lm_head"):
@@ -75,21 +106,10 @@ def group_of(role: str) -> Group:
     return "attention" if inside.startswith("self_attn.") and inside.endswith(".weight") else "other"
 
 
-def role_of(name: str, place: Place) -> str | None:
-    """The role of a name on disk under `place`, or None when it is outside the text model."""
-    if name.startswith(place.head + "."):
-        return "lm_head." + name[len(place.head) + 1 :]
-    if not name.startswith(place.body):
-        return None
-    inside = name[len(place.body) :]
-    for theirs, ours in RENAMES:
-        inside = inside.replace(theirs, ours)
-    return inside if inside in ("embed_tokens.weight", "norm.weight") or _IN_LAYER.match(inside) else None
-
-
 def find_place(checkpoint: Checkpoint, places: tuple[Place, ...]) -> Place | None:
     """The first of `places` whose layer 0 is on disk, preferring one whose head is there too."""
-    bodies = {match[1] for name in checkpoint.tensors if (match := _ANY_LAYER.match(name)) and match[2] == "0"}
+    names = (name for name in checkpoint.tensors if "layers.0." in name)
+    bodies = {match[1] for name in names if (match := _ANY_LAYER.match(name)) and match[2] == "0"}
     found = [place for place in places if place.body in bodies]
     same = [place for place in found if place.body == found[0].body and f"{place.head}.weight" in checkpoint.tensors]
     return next(iter(same or found), None)
@@ -112,13 +132,11 @@ def text_view(checkpoint: Checkpoint, place: Place | None = None) -> TextView:
     held: dict[str, Held] = {}
     parts: dict[str, tuple[Held, int]] = {}
     for name in checkpoint.tensors:
-        role = role_of(name, place)
-        if role is None:
+        known = known_as(name, place)
+        if known is None:
             continue
-        match = _IN_LAYER.match(role)
-        form, inside = _form_of(checkpoint, name, role)
-        item = Held(name, role, int(match[1]) if match else None, group_of(role), form, inside)
-        held[name] = item
+        form, inside = _form_of(checkpoint, name, known[0])
+        held[name] = item = Held(name, *known, form, inside)
         for position, part in enumerate(inside):
             parts[part] = (item, position)
     numbers = {item.layer for item in held.values() if item.layer is not None}

@@ -11,9 +11,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vlmgraft.errors import CheckpointError
+from vlmgraft.records import collection_paused
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -42,8 +43,7 @@ ITEM_SIZES: Mapping[str, int] = {
 """Bytes per element of each safetensors dtype that is read; dtypes below one byte are refused."""
 
 
-@dataclass(frozen=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """One tensor on disk. dtype: safetensors code such as "BF16". begin: absolute byte offset in `file`."""
 
     name: str
@@ -74,6 +74,7 @@ class Checkpoint:
         return sum(info.nbytes for info in self.tensors.values())
 
 
+@collection_paused()
 def open_checkpoint(source: str | Path) -> Checkpoint:
     """Index a local folder, or download a hub id (`organisation/name`, optionally `@revision`) and index that.
 
@@ -95,8 +96,9 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     files, weight_map = _shards(folder)
     found: dict[str, TensorInfo] = {}
     for file in files:
+        shard = file.name
         for name, info in read_header(file).items():
-            if weight_map.get(name, file.name) != file.name:
+            if weight_map.get(name, shard) != shard:
                 continue  # the index gives this name to another shard: that one counts
             if name in found:
                 raise CheckpointError(f"{name}: in {found[name].file.name} and in {file.name} of {folder}; keep one")
@@ -166,7 +168,8 @@ def _entry(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
         raise CheckpointError(f"{file}: {name} has no proper dtype, shape and data_offsets: {entry!r:.120}") from None
     if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
         raise CheckpointError(f"{file}: {name} has dtype {dtype!r}; known are {', '.join(ITEM_SIZES)}")
-    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+    numbers = (*shape, begin, end)
+    if {*map(type, numbers)} != {int} or min(numbers) < 0:
         raise CheckpointError(f"{file}: {name} has shape {list(shape)} and offsets [{begin}, {end}]")
     nbytes = math.prod(shape) * ITEM_SIZES[dtype]
     if end - begin != nbytes:
@@ -182,8 +185,10 @@ def _shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
         weight_map = _load_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{folder / INDEX}: has no weight_map")
-        for name, shard in weight_map.items():
-            if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", "..") or "\\" in shard:
+        if not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise CheckpointError(f"{folder / INDEX}: its weight_map gives a tensor something that is no file name")
+        for shard, name in {shard: name for name, shard in weight_map.items()}.items():
+            if Path(shard).name != shard or shard in ("", "..") or "\\" in shard:
                 raise CheckpointError(f"{folder / INDEX}: {name} is in {shard!r}; only plain file names are followed")
         files = tuple(folder / shard for shard in sorted(set(weight_map.values())))
         for file in files:

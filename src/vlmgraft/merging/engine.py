@@ -2,8 +2,9 @@
 
 Element methods run over chunks of 262,144 elements: they stay in the cache, and are long enough that threads seldom
 wait for the interpreter. Arithmetic is float32, the cast to the VLM's dtype rounds to nearest even. Tensors that are
-kept or excluded are copied byte for byte, and so is a chunk that the method gives back unchanged. A large tensor is shared among threads; its norms are summed chunk by chunk in order, so that the
-receipt, like the weights, does not depend on the number of threads.
+kept or excluded are copied byte for byte, and so is a chunk that the method gives back unchanged. A large tensor is
+shared among threads; its norms are summed chunk by chunk in order, so that the receipt, like the weights, does not
+depend on the number of threads.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from vlmgraft.errors import AlignmentError
 if TYPE_CHECKING:
     from vlmgraft.alignment import AlignedTensor, Alignment
     from vlmgraft.methods.base import Method
+from vlmgraft.records import collection_paused
 
 CHUNK = 1 << 18
 """Elements per piece: four float32 pieces stay in a core's cache, whole tensors take ten times as long an element."""
@@ -46,6 +47,7 @@ class MergePlan:
     memory: int
 
 
+@collection_paused()
 def plan_merge(
     alignment: Alignment, method: Method, shard_size: int = 5 * 10**9, *, threads: int = 2, rate: int = ASSUMED_RATE
 ) -> MergePlan:
