@@ -12,9 +12,12 @@ models on this machine, one matrix at a time.
 from __future__ import annotations
 
 import argparse
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -66,9 +69,17 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--ranks", type=int, nargs="*", default=[64, 256])
+    parser.add_argument("--out", type=Path, help="write the table there too")
     arguments = parser.parse_args()
-    print(f"{arguments.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"{'shape':>14} {'rank':>6} {'gesdd s':>9} {'ours s':>9} {'ratio':>6} {'error':>9} {'kept':>7} route")
+    lines: list[str] = []
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+        lines.append(line)
+
+    say(f"python benchmarks/svd.py {shlex.join(sys.argv[1:])}")
+    say(f"{arguments.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    say(f"{'shape':>14} {'rank':>6} {'gesdd s':>9} {'ours s':>9} {'ratio':>6} {'error':>9} {'kept':>7} route")
     per_cost = []
     for shape in shapes(arguments.model):
         tau = task_vector(shape, arguments.device)
@@ -79,14 +90,16 @@ def main() -> None:
             own = seconds(lambda t=tau, r=rank: decompose_matrix(t, r), arguments.device, arguments.repeats)
             if rank == "full":
                 per_cost.append((matrix_cost(shape), own))
-            print(
+            say(
                 f"{shape[0]:>6} × {shape[1]:<5} {rank:>6} {base:9.2f} {own:9.2f} {own / base:6.2f} "
                 f"{found.error:9.1e} {found.kept:7.4f} {found.route}"
             )
     rate = sum(own for _, own in per_cost) / sum(cost for cost, _ in per_cost)
     for model in ("3B", "7B", "32B"):
         total = sum(count * matrix_cost(shape) * rate for shape, count in shapes(model).items())
-        print(f"predicted, {model}, full rank: {total / 60:.0f} minutes on this device")
+        say(f"predicted, {model}, full rank: {total / 60:.0f} minutes on this device")
+    if arguments.out:
+        arguments.out.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
