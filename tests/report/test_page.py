@@ -85,7 +85,7 @@ def test_titles_say_the_finding(page: Path) -> None:
         "The merge changed 1 of 2 tensors and took 50 % of the task vector's length",
         "VLM 0 right, merged 2 right",
         "8 directions per matrix hold 90 % of its energy",
-        "Large directions open",
+        "The largest directions open (mean 0.88), the smallest go either way (mean 0.51)",
     ):
         assert said in text, said
 
@@ -131,6 +131,7 @@ def test_gates_are_read_as_torch_reads_them(runs: Path) -> None:
         assert row["open"] == pytest.approx(float(opened.mean()))
         assert row["injected"] == pytest.approx(float((opened * s).square().sum() / s.square().sum()), rel=1e-5)
         assert row["by_rank"][0] == pytest.approx(float(opened[:2].mean()))
+        assert row["spread"][0] == pytest.approx(float(opened[:2].std(correction=0)), rel=1e-3)
     assert sum(found.histogram) == 6 * 32
     assert {(row["layer"], row["projection"]) for row in found.matrices} == {
         (layer, name) for layer in range(3) for name in ("q_proj", "up_proj")

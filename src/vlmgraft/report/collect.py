@@ -50,8 +50,9 @@ class Run:
 class GatedRun:
     """One gates folder: its settings, its training log, and per matrix how far its gates are open.
 
-    matrices: rows with layer, projection, directions, mean openness, openness by sixteenth of the directions (largest
-    singular values first) and, where the factors lie beside the gates, the share of the matrix's energy injected.
+    matrices: rows with layer, projection, directions, mean openness, its mean and standard deviation by sixteenth of
+    the directions (largest singular values first) and, where the factors lie beside the gates, the share of the
+    matrix's energy injected.
     """
 
     folder: Path
@@ -176,6 +177,7 @@ def read_gates(folder: Path) -> GatedRun:
 def _matrix(name: str, opened: np.ndarray, factors: Path) -> dict[str, Any]:
     place = place_of(name)
     flat = opened.ravel()
+    parts = np.array_split(flat, BINS)
     row: dict[str, Any] = {
         "name": name,
         "layer": place[0] if place else None,
@@ -183,7 +185,8 @@ def _matrix(name: str, opened: np.ndarray, factors: Path) -> dict[str, Any]:
         "directions": int(flat.size),
         "open": float(flat.mean()),
         "above_half": float((flat > 0.5).mean()),
-        "by_rank": [float(part.mean()) if part.size else None for part in np.array_split(flat, BINS)],
+        "by_rank": [float(part.mean()) if part.size else None for part in parts],
+        "spread": [float(part.std()) if part.size else None for part in parts],
         "injected": None,
     }
     s = _singular_values(factors)

@@ -43,8 +43,8 @@ def _section(run: GatedRun, place: int) -> Section:
     )
 
 
-def _mean(rows: Sequence[Row], bin_: int) -> float | None:
-    values = [row["by_rank"][bin_] for row in rows if row["by_rank"][bin_] is not None]
+def _mean(rows: Sequence[Row], bin_: int, key: str = "by_rank") -> float | None:
+    values = [row[key][bin_] for row in rows if row[key][bin_] is not None]
     return sum(values) / len(values) if values else None
 
 
@@ -59,7 +59,7 @@ def _by_rank(values: list[list[float | None]], layers: Sequence[int]) -> Figure:
         0.5,
         written=None,
     )
-    note = "0.5 is where training starts: blue was opened, orange was closed, pale was left alone"
+    note = "means; 0.5 is where training starts: blue was opened, orange was closed"
     return Figure("How far gates are open, by layer and rank", heat_map("gates by layer and rank", heat), note)
 
 
@@ -118,12 +118,9 @@ def _title(run: GatedRun) -> str:
     first, last = (_mean(rows, bin_) for bin_ in (0, BINS - 1))
     if first is None or last is None:
         return f"{100 * opened:.0f} % of the gates were opened"
-    lead = "open" if first > 0.55 else "close" if first < 0.45 else "divide"
-    return (
-        f"Large directions {lead} (mean {first:.2f}), the smallest stay where they began ({last:.2f})"
-        if abs(last - 0.5) < 0.1
-        else f"Mean opening {first:.2f} for the largest directions, {last:.2f} for the smallest"
-    )
+    lead = "open" if first > 0.55 else "close" if first < 0.45 else "are divided"
+    rest = "go either way" if abs(last - 0.5) < 0.05 else "open" if last > 0.5 else "close"
+    return f"The largest directions {lead} (mean {first:.2f}), the smallest {rest} (mean {last:.2f})"
 
 
 def _text(run: GatedRun) -> list[str]:
@@ -142,8 +139,9 @@ def _text(run: GatedRun) -> list[str]:
         )
     said.append(
         "A gate opens where what it brings outweighs the drift it causes on the VLM's own answers, and closes where it "
-        "does not. Small singular values change little either way, so their gates get no push and stay half open."
+        "does not."
     )
+    said += _spread(run)
     if energy is not None:
         said.append(f"All gates together inject {100 * energy:.1f} % of the task vector's energy.")
     rows = [row for row in run.matrices if row["layer"] is not None and row["injected"] is not None]
@@ -154,6 +152,19 @@ def _text(run: GatedRun) -> list[str]:
             f"least in {low['projection']} of layer {low['layer']} ({100 * low['injected']:.0f} %)."
         )
     return said
+
+
+def _spread(run: GatedRun) -> list[str]:
+    """How far gates of large and of small directions scatter: a mean of one half may hide gates at both ends."""
+    rows = [row for row in run.matrices if row["layer"] is not None]
+    first, last = (_mean(rows, bin_, "spread") for bin_ in (0, BINS - 1))
+    if first is None or last is None:
+        return []
+    return [
+        f"Within a matrix the gates of the largest sixteenth of directions scatter by {first:.2f} (standard "
+        f"deviation), those of the smallest by {last:.2f}. The optimiser moves every gate at about the same pace, "
+        "however small its singular value; what the small ones do matters little, because they carry little energy."
+    ]
 
 
 def _matrices(run: GatedRun) -> Table:
