@@ -1,11 +1,12 @@
 """Fine-tuning with and without DRIFT's prior on the lab, over base seeds that were named beforehand: 0, 1 and 2.
 
-    python benchmarks/lab_drift.py --trios TRIO0 TRIO1 TRIO2 --out benchmarks/results/lab     about ten minutes a trio
+    python benchmarks/lab_drift.py --trios embedded TRIO1 TRIO2 --out benchmarks/results/lab
     python benchmarks/lab_drift.py --summarise benchmarks/results/lab/drift-*.jsonl
 
-The first trio may be `embedded`. Rows go to OUT/drift-N.jsonl; what a file holds is not made again. The table has one
-row per arm: the means over trios, and in brackets what the arm is above plain fine-tuning, paired by item, with a 95 %
-bootstrap interval over items within each trio.
+TRIO1 and TRIO2 are folders of `vlmgraft lab train --seed N`. Learning rate and strengths are chosen on the validation
+split of the first trio and carried over to the others. Rows go to OUT/drift-N.jsonl; what a file holds is not made
+again: about seven minutes of one core for the first trio, two for each other. `--summarise` prints the marks per trio,
+and what each arm is above plain fine-tuning, paired by item over all trios, with 95 % bootstrap intervals over items.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from vlmgraft.records import read_rows
 BASELINE = "SFT"
 
 
-def run(trio: Path, out: Path, seed: int) -> None:
-    """Make the rows of one trio."""
+def run(trio: Path, out: Path, seed: int, carried: Path | None) -> None:
+    """Make the rows of one trio, with the settings of `carried` if that is given."""
     import torch
     from transformers.utils.logging import disable_progress_bar
 
@@ -32,7 +33,7 @@ def run(trio: Path, out: Path, seed: int) -> None:
 
     disable_progress_bar()
     torch.set_num_threads(1)
-    Study(trio, out, report=lambda text: print(f"trio {seed}: {text}", flush=True)).run()
+    Study(trio, out, carried=carried, report=lambda text: print(f"trio {seed}: {text}", flush=True)).run()
 
 
 def tests(files: list[Path]) -> list[dict[str, dict]]:
@@ -98,7 +99,8 @@ def main() -> None:
         numbers = arguments.numbers or range(len(arguments.trios))
         for number, trio in zip(numbers, arguments.trios, strict=True):
             files.append(arguments.out / f"drift-{number}.jsonl")
-            run(trio_path() if trio == "embedded" else Path(trio), files[-1], number)
+            carried = files[0] if len(files) > 1 else None
+            run(trio_path() if trio == "embedded" else Path(trio), files[-1], number, carried)
     print(summary(files))
     print(f"Python {platform.python_version()}, {platform.processor() or platform.machine()}")
 

@@ -24,7 +24,7 @@ from vlmgraft.alignment import Alignment, align
 from vlmgraft.checkpoint.index import open_checkpoint
 from vlmgraft.hf.models import match_linears
 from vlmgraft.lab import world
-from vlmgraft.lab.compare import PERCEPTION_SLACK, Comparison
+from vlmgraft.lab.compare import PERCEPTION_SLACK, Comparison, Sizes
 from vlmgraft.lab.exam import Marks
 from vlmgraft.records import append_row, read_rows
 from vlmgraft.spectral.delta import TaskVectors
@@ -75,7 +75,8 @@ ARMS = (
 class Study:
     """One trio: its comparison (exams, drift), its traces, and the rows that `out` holds.
 
-    seed: of exams, traces and training order; the trio is what it is.
+    seed: of exams, traces and training order; the trio is what it is. carried: rows of another trio, whose settings
+    are taken over: what was chosen on its validation split is tested here.
     """
 
     trio: Path
@@ -83,7 +84,9 @@ class Study:
     seed: int = 0
     traces_count: int = TRACES
     steps: int = STEPS
+    carried: Path | None = None
     arms: tuple[Arm, ...] = ARMS
+    sizes: Sizes = field(default_factory=Sizes)
     report: Any = print
     alignment: Alignment = field(init=False)
 
@@ -98,10 +101,12 @@ class Study:
         for arm in self.arms:
             setting = self.choose(arm)
             self._once(arm.name, setting, lambda arm=arm, setting=setting: self._test(self.tuned(arm, **setting)))  # type: ignore[misc]
-        return [row for row in read_rows(self.out) if row["split"] == "test"]
+        return list(_tests(self.out).values())
 
     def choose(self, arm: Arm) -> dict[str, float]:
-        """The arm's setting with the best validation marks."""
+        """The arm's setting with the best validation marks, or the one that is carried over."""
+        if self.carried is not None:
+            return _tests(self.carried)[arm.name]["setting"]
         if arm.mode == "none":
             settings = [{"learning_rate": rate, "strength": 0.0} for rate in RATES]
         else:
@@ -150,7 +155,7 @@ class Study:
     @cached_property
     def comparison(self) -> Comparison:
         """Exams, teacher's answers and drift."""
-        return Comparison(self.trio, self.alignment, self.factors, self.seed, report=self.report)
+        return Comparison(self.trio, self.alignment, self.factors, self.seed, report=self.report, sizes=self.sizes)
 
     @cached_property
     def factors(self) -> dict[str, Factors]:
@@ -199,6 +204,11 @@ class Study:
         marks = self.comparison.test.mark(model, self.comparison.processor)
         right = {task: np.asarray(values).astype(int).tolist() for task, values in marks.right.items()}
         return {**_figures(marks), "kl": self.comparison.distiller.keep_kl(model), "right": right}
+
+
+def _tests(file: Path) -> dict[str, dict[str, Any]]:
+    """Test rows by method."""
+    return {row["method"]: row for row in read_rows(file) if row["split"] == "test"}
 
 
 def _figures(marks: Marks) -> dict[str, Any]:
