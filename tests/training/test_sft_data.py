@@ -128,6 +128,14 @@ def test_bad_rows_are_named(folder: Path, row: Any, said: str) -> None:
     assert "traces.jsonl" in str(caught.value) and " 2" in str(caught.value)
 
 
+def test_a_list_in_one_file(folder: Path) -> None:
+    (folder / "all.json").write_text(json.dumps([{"question": "q", "answer": "a"}] * 2))
+    assert len(load_traces(folder / "all.json").traces) == 2
+    (folder / "all.json").write_text("[1,")
+    with pytest.raises(DataError, match="not JSON"):
+        load_traces(folder / "all.json")
+
+
 def test_no_file_and_no_rows(folder: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         load_traces(folder / "none.jsonl")

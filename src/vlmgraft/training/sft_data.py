@@ -6,8 +6,8 @@ A row is one of
     {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}], "images": ["a.png"]}
     {"conversations": [{"from": "human", "value": "<image>…"}, {"from": "gpt", "value": "…"}], "images": […]}
 
-in a JSON-lines file (images are paths relative to it), a parquet file, or a dataset of the hub (`name`, `name:split`).
-What is learned is the last assistant turn; earlier ones are context. Images stand where a part {"type": "image"} or
+in a file of JSON lines or a JSON list (images are paths relative to it), a parquet file, or a dataset of the hub
+(`name`, `name:split`). What is learned is the last assistant turn; earlier ones are context. Images stand where a part {"type": "image"} or
 "<image>" in a text says, else in front of the first user turn.
 """
 
@@ -123,7 +123,15 @@ def _rows(source: str | Path) -> tuple[Iterator[Any], Path]:
 
 
 def _json_lines(path: Path) -> Iterator[Any]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    """The rows of a file of JSON lines, or of one that is a single JSON list."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json" and text.lstrip().startswith("["):
+        try:
+            yield from json.loads(text)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}: not JSON ({error})") from None
+        return
+    for number, line in enumerate(text.splitlines(), start=1):
         if line.strip():
             try:
                 yield json.loads(line)
