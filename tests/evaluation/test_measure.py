@@ -74,6 +74,7 @@ def test_the_folder_holds_what_was_asked_and_found(whole: Path) -> None:
     assert "1 ids stood twice" in table and "gone.png: missing" in table and "| colour | perception |" in table
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_as_if_nothing_had_happened(
     trio: Path, questions: Path, whole: Path, tmp_path: Path
 ) -> None:

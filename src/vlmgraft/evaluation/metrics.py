@@ -17,6 +17,7 @@ from vlmgraft.evaluation.text import key, plain
 from vlmgraft.evaluation.values import same_answer, same_value, yes_or_no
 
 _WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+_CONTRACTED = re.compile(r"^(ai|are|ca|could|did|does|do|had|has|have|is|might|must|need|should|was|were|wo|would)nt$")
 _DIGITS = {"none": "0", **{word: str(number) for number, word in enumerate(_WORDS)}}
 
 
@@ -58,12 +59,19 @@ def vqa(output: str, expected: Expected) -> Verdict:
 
 
 def vqa_form(text: str) -> str:
-    """The form in which VQA compares: lower case, no punctuation, number words as digits, no articles."""
-    words = re.sub(r"(?<=\d),(?=\d{3})", "", plain(text).casefold().replace("\n", " ").strip())
-    words = re.sub(r"(?<!\d)\.|\.(?!\d)", " ", words)
-    words = re.sub(r"[^\w\s.'%$€£:/-]", " ", words)
-    kept = [_DIGITS.get(word, word) for word in words.split() if word not in ("a", "an", "the")]
-    return " ".join(word.strip("-:/'") or word for word in kept)
+    """The form in which the VQA server compares: lower case, number words as digits, no articles, no punctuation.
+
+    A mark beside a space is dropped, one inside a word becomes a space; if a comma groups digits anywhere, all marks
+    are dropped. Full stops go unless a digit follows.
+    """
+    text = " ".join(plain(text).casefold().split())
+    grouped = re.search(r"\d,\d", text)
+    for mark in ';/[]"{}()=+\\_-><@`,?!':
+        beside = f"{mark} " in text or f" {mark}" in text
+        text = text.replace(mark, "" if beside or grouped else " ")
+    words = re.sub(r"\.(?!\d)", "", text).split()
+    words = [_CONTRACTED.sub(r"\1n't", _DIGITS.get(word, word)) for word in words]
+    return " ".join(word for word in words if word not in ("a", "an", "the"))
 
 
 def relaxed(output: str, expected: Expected) -> Verdict:
