@@ -51,14 +51,14 @@ def tensors(value: Any) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("backend", ["factored", "rebuilt"])
-def test_the_count_is_what_a_run_keeps(distiller: Distiller, backend: str, checkpointing: bool) -> None:
+def test_the_count_is_what_a_run_keeps(distiller: Distiller, backend: Any, checkpointing: bool) -> None:
     shapes = Shapes.of(distiller.model.config)
     tokens = distiller.targets.batches[0].tokens()
     given: dict[str, Any] = {"tokens": tokens, "width": 4, "checkpointing": checkpointing}
-    expected = memory_of(shapes, **given, rebuilt=backend == "rebuilt").activations
+    expected = memory_of(shapes, **given, backend=backend).activations
     measured = kept(distiller, backend, checkpointing)
     if checkpointing:  # the layer that is run again keeps nothing yet, and the first one's input was there before
-        whole = memory_of(shapes, **{**given, "checkpointing": False}, rebuilt=backend == "rebuilt").activations
+        whole = memory_of(shapes, **{**given, "checkpointing": False}, backend=backend).activations
         expected -= whole // shapes.layers + 4 * tokens * shapes.hidden
     assert measured == pytest.approx(expected, rel=0.08)
 
@@ -75,6 +75,7 @@ def test_sharding_and_rank_save_what_they_should(distiller: Distiller) -> None:
     one, eight = (memory_of(shapes, gpus=gpus) for gpus in (1, 8))
     assert one.gathered == 0 < eight.gathered and eight.gates == one.gates
     assert eight.factors == one.factors // 8 and eight.activations == one.activations
+    assert memory_of(shapes, tokens=64).activations == memory_of(shapes, tokens=64, backend="factored").activations
     low = memory_of(shapes, rank=16)
     assert low.factors < one.factors / 4 and low.activations < one.activations
     assert isinstance(one, Memory) and one.total == sum(vars(one).values())

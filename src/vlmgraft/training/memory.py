@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 import torch
 
-from vlmgraft.hf.models import text_linears
+from vlmgraft.hf.models import text_linears, text_model
+from vlmgraft.training.projections import Backend, choose_backend
 
 Rank = int | Literal["full"]
 
@@ -48,7 +49,7 @@ class Shapes:
         text = config.get_text_config(decoder=True)
         linears = text_linears(model)
         first = [(name.split(".")[-2], *one.weight.shape) for name, one in linears.items() if ".0." in name[:9]]
-        inside = {id(one) for module in _decoder_layers(model) for one in module.parameters()}
+        inside = {id(one) for module in text_model(model).layers for one in module.parameters()}
         whole = sum(one.numel() for one in model.parameters())
         layered = sum(one.numel() for one in model.parameters() if id(one) in inside)
         return cls(
@@ -91,48 +92,51 @@ def memory_of(
     answer_tokens: int = 512,
     gpus: int = 1,
     checkpointing: bool = False,
-    rebuilt: bool = False,
+    backend: Backend = "auto",
     width: int = 2,
 ) -> Memory:
     """Memory of one training step, in bytes on one of `gpus` GPUs.
 
     tokens: of a batch on one GPU, images and padding included; answer_tokens: those that count. rank: directions per
-    matrix. rebuilt: the merged-weight backend (it keeps a merged copy of every matrix between the passes). width: bytes
-    of a weight or activation, 2 in bfloat16.
+    matrix. backend: as `choose_backend` takes them for these tokens, or one for all. width: bytes of a weight or
+    activation, 2 in bfloat16.
     """
     ranks = [min(out, inner) if rank == "full" else min(rank, out, inner) for _, out, inner in shapes.projections]
     per_layer = sum(r * (out + inner) for r, (_, out, inner) in zip(ranks, shapes.projections, strict=True))
     layer_bytes = width * (shapes.layer_parameters + per_layer)
-    layer = tokens * _kept_per_token(shapes, ranks, width, rebuilt)
-    if rebuilt:
-        layer += width * sum(out * inner for _, out, inner in shapes.projections)
-    first = 0 if checkpointing else tokens * (4 * shapes.hidden + 4)  # nothing below the first gate needs a gradient
-    kept = layer + shapes.layers * tokens * width * shapes.hidden if checkpointing else shapes.layers * layer
-    last_norm = tokens * (4 * shapes.hidden + 4)
+    layer = _kept_per_layer(shapes, ranks, tokens, backend, width)
+    norm = tokens * (4 * shapes.hidden + 4)  # the last one's; the first one's is not kept: no gradient goes below it
+    kept = layer + shapes.layers * tokens * width * shapes.hidden + norm if checkpointing else shapes.layers * layer
     return Memory(
         weights=width * (shapes.layers * shapes.layer_parameters // gpus + shapes.other_parameters),
         factors=width * shapes.layers * per_layer // gpus,
         gathered=0 if gpus == 1 else 2 * layer_bytes,
         gates=GATE_BYTES * shapes.layers * sum(ranks),
-        activations=kept - first + last_norm,
+        activations=kept,
         logits=LOGIT_BYTES * answer_tokens * shapes.vocabulary,
     )
 
 
-def _kept_per_token(shapes: Shapes, ranks: Sequence[int], width: int, rebuilt: bool) -> int:
-    """Bytes that autograd keeps per token in one decoder layer, weights aside."""
+_INPUTS = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "gate_proj": "feed", "up_proj": "feed"}
+"""Projections that read the same tensor."""
+
+
+def _kept_per_layer(shapes: Shapes, ranks: Sequence[int], tokens: int, backend: Backend, width: int) -> int:
+    """Bytes that autograd keeps for one decoder layer, frozen weights and factors aside."""
     queries, keys, feed = shapes.width("q_proj"), shapes.width("k_proj"), shapes.width("gate_proj")
     norms = 2 * (4 * shapes.hidden + 4)  # float32 inputs, and one over their root mean square
     attention = width * (2 * queries + 2 * keys) + 4 * shapes.heads  # q, k, v, output; log-sum-exp
     rotation = 2 * width * queries // shapes.heads  # cosines and sines
-    projections = width * (2 * shapes.hidden + queries + feed if rebuilt else sum(ranks))
-    return norms + attention + rotation + projections + 3 * width * feed  # gate, silu(gate), up
-
-
-def _decoder_layers(model: Any) -> Sequence[torch.nn.Module]:
-    from vlmgraft.hf.models import text_model
-
-    return list(text_model(model).layers)
+    inner, inputs, merged = 0, {}, 0
+    for rank, (name, out, width_in) in zip(ranks, shapes.projections, strict=True):
+        if choose_backend(tokens, (out, width_in), rank, backend) == "factored":
+            inner += rank
+        else:
+            inputs[_INPUTS.get(name, name)] = width_in
+            merged += out * width_in
+    projections = width * (inner + sum(inputs.values()))
+    per_token = norms + attention + rotation + projections + 3 * width * feed  # gate, silu(gate), up
+    return tokens * per_token + width * merged
 
 
 def table(name: str, shapes: Shapes, ranks: Sequence[Rank], tokens: int, gpus: int) -> list[str]:
