@@ -11,6 +11,7 @@ headers with `json.loads` and nothing else.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import statistics
@@ -66,6 +67,7 @@ def measure(folder: Path, repeats: int) -> dict[str, float]:
     """Median seconds by phase."""
     runs: dict[str, list[float]] = {}
     for _ in range(repeats):
+        gc.collect()  # what the turn before left
         times = [time.perf_counter()]
         floor(folder)
         times.append(time.perf_counter())
@@ -79,6 +81,7 @@ def measure(folder: Path, repeats: int) -> dict[str, float]:
         for phase, begin, end in zip(phases, times, times[1:], strict=False):
             runs.setdefault(phase, []).append(end - begin)
         runs.setdefault("open + align + plan", []).append(times[-1] - times[1])
+        del opened, alignment
     return {phase: statistics.median(seconds) for phase, seconds in runs.items()}
 
 

@@ -61,6 +61,13 @@ def test_dare_options() -> None:
     assert any("seed" in note for note in notes)
 
 
+def test_dare_linear_divides_by_all_weights_when_it_normalises() -> None:
+    recipe, _ = translate(mergekit("dare_linear", 1.0, 0.25, parameters={"density": 0.4, "normalize": True}))
+    assert recipe["method"]["weights"] == [0.8, 0.2]
+    recipe, _ = translate(mergekit("dare_linear", 1.0, 0.25, parameters={"density": 0.4}))
+    assert recipe["method"]["weights"] == [1.0, 0.25]
+
+
 def test_the_vlm_is_told_by_its_config_and_the_base_may_be_listed(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_vl"}))
     models = [

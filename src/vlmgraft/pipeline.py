@@ -138,6 +138,7 @@ def merge(
         )
     alignments = pairs(recipe)
     alignment = alignments[0]
+    check_numbers(recipe.method, alignment)
     sources = (alignment.vlm, alignment.donor, alignment.donor_base, alignment.vlm_base)
     refuse_output(out, [source.path for source in sources if source is not None])
     work = Path(workdir) if workdir else out.with_name(f".{out.name}.work")

@@ -59,7 +59,7 @@ class TextView:
 
 def known_as(name: str, place: Place) -> tuple[str, int | None, Group] | None:
     """(role, layer, group) of a name on disk under `place`, or None when it is outside the text model."""
-    if name.startswith(place.head + "."):
+    if name.startswith(place.head) and name[len(place.head) :][:1] == ".":
         role = "lm_head." + name[len(place.head) + 1 :]
         return role, None, _group(role)
     if not name.startswith(place.body):
@@ -160,6 +160,8 @@ def _tied(checkpoint: Checkpoint, place: Place) -> bool:
 
 def _form_of(checkpoint: Checkpoint, name: str, role: str) -> tuple[Form, tuple[str, ...]]:
     """The form of a tensor and the roles of its parts."""
+    if "qkv" not in role and ".experts." not in role:
+        return WHOLE_FORM, (role,)
     shape = checkpoint.tensors[name].shape
     if ".self_attn.wqkv." in role:
         form = Form("wqkv", heads=_head_layout(checkpoint, name))

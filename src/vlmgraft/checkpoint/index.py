@@ -168,10 +168,12 @@ def _entry(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
         raise CheckpointError(f"{file}: {name} has no proper dtype, shape and data_offsets: {entry!r:.120}") from None
     if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
         raise CheckpointError(f"{file}: {name} has dtype {dtype!r}; known are {', '.join(ITEM_SIZES)}")
-    numbers = (*shape, begin, end)
-    if {*map(type, numbers)} != {int} or min(numbers) < 0:
-        raise CheckpointError(f"{file}: {name} has shape {list(shape)} and offsets [{begin}, {end}]")
-    nbytes = math.prod(shape) * ITEM_SIZES[dtype]
+    nbytes = ITEM_SIZES[dtype]
+    for number in (begin, end, *shape):
+        if type(number) is not int or number < 0:
+            raise CheckpointError(f"{file}: {name} has shape {list(shape)} and offsets [{begin}, {end}]")
+    for number in shape:
+        nbytes *= number
     if end - begin != nbytes:
         raise CheckpointError(f"{file}: {name} is {dtype} {list(shape)}, {nbytes} bytes, but spans {end - begin}")
     return TensorInfo(name, dtype, shape, file, start + begin, nbytes)

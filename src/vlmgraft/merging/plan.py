@@ -98,7 +98,10 @@ def sources_of(tensor: AlignedTensor) -> dict[str, Source]:
 
 def lines_up(tensor: AlignedTensor) -> bool:
     """Whether all sources have the VLM's element order on disk (rows that one lacks apart), so that chunks line up."""
-    return all(source.layout.kind in ("whole", "rows") for source in sources_of(tensor).values())
+    return all(
+        source is None or source.layout.kind in ("whole", "rows")
+        for source in (tensor.donor, tensor.donor_base, tensor.vlm_base)
+    )
 
 
 def streamed(tensor: AlignedTensor, method: Method) -> bool:
@@ -109,9 +112,14 @@ def streamed(tensor: AlignedTensor, method: Method) -> bool:
 def _bytes_read(alignment: Alignment, tensor: AlignedTensor) -> int:
     """Bytes of a merged tensor in all checkpoints."""
     total = alignment.vlm.tensors[tensor.name].nbytes
-    for key, source in sources_of(tensor).items():
-        checkpoint = getattr(alignment, key)
-        total += sum(checkpoint.tensors[name].nbytes for name in source.names)
+    for checkpoint, source in (
+        (alignment.donor, tensor.donor),
+        (alignment.donor_base, tensor.donor_base),
+        (alignment.vlm_base, tensor.vlm_base),
+    ):
+        if checkpoint is not None and source is not None:
+            for name in source.names:
+                total += checkpoint.tensors[name].nbytes
     return total
 
 

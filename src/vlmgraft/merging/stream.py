@@ -25,7 +25,7 @@ from vlmgraft.merging.engine import Merger
 from vlmgraft.merging.passes import MergedPasses
 from vlmgraft.merging.pieces import Inputs, Lane
 from vlmgraft.merging.plan import check_needs, sources_of
-from vlmgraft.methods.base import Method
+from vlmgraft.methods.base import Method, check_numbers
 from vlmgraft.records import write_json
 
 Progress = Callable[[int, int, str], None]
@@ -75,6 +75,7 @@ def merge_tensors(
     """
     began = time.perf_counter()
     check_needs(alignment, method)
+    check_numbers(method, alignment)
     sources = {key: getattr(alignment, key) for key in ("vlm", "donor", "donor_base", "vlm_base")}
     opened = {key: checkpoint for key, checkpoint in sources.items() if checkpoint is not None}
     refuse_output(Path(out), [checkpoint.path for checkpoint in opened.values()])

@@ -97,6 +97,8 @@ def _options(name: str, weights: list[float], densities: list[Any], shared: Mapp
     if name == "dare_ties":
         combine = "weighted_mean" if shared.get("normalize", False) else "sum"
         options |= {"election": "weighted", "combine": combine}
+    elif shared.get("normalize") and abs(sum(weights)) > 1e-8:  # dare_linear: no sign decides who shares
+        options["weights"] = [weight / sum(weights) for weight in weights]
     if "rescale" in shared:
         options["rescale"] = bool(shared["rescale"])
     return options
