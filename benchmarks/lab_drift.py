@@ -3,10 +3,11 @@
     python benchmarks/lab_drift.py --trios embedded TRIO1 TRIO2 --out benchmarks/results/lab
     python benchmarks/lab_drift.py --summarise benchmarks/results/lab/drift-*.jsonl
 
-TRIO1 and TRIO2 are folders of `vlmgraft lab train --seed N`. Learning rate and strengths are chosen on the validation
-split of the first trio and carried over to the others. Rows go to OUT/drift-N.jsonl; what a file holds is not made
-again: about seven minutes of one core for the first trio, two for each other. `--summarise` prints the marks per trio,
-and what each arm is above plain fine-tuning, paired by item over all trios, with 95 % bootstrap intervals over items.
+TRIO1 and TRIO2 are folders of `vlmgraft lab train --seed N`. Strengths are chosen on the validation split of the first
+trio and carried over to the others; the learning rate of plain fine-tuning, which every arm uses, on each trio's own.
+Rows go to OUT/drift-N.jsonl; what a file holds is not made again: about seven minutes of one core for the first trio,
+three for each other. `--summarise` prints the marks per trio, and what each arm is above plain fine-tuning, paired by
+item over all trios, with 95 % bootstrap intervals over items.
 """
 
 from __future__ import annotations

@@ -53,8 +53,9 @@ def test_choices_keep_perception_on_validation(trio: Path, tmp_path: Path) -> No
     write_rows(tmp_path / "rows.jsonl", rows)
     study = Study(trio, tmp_path / "rows.jsonl", report=lambda text: None)
     assert study.choose(ARMS[0]) == {"learning_rate": 1e-4, "strength": 0.0}
-    other = Study(trio, tmp_path / "other.jsonl", carried=tmp_path / "rows.jsonl")
-    assert other.choose(ARMS[0]) == {"learning_rate": 1e-4, "strength": 0.0}
+    write_rows(tmp_path / "first.jsonl", [row(ARMS[1].name, "test", 0.5, 0.9, learning_rate=3e-4, strength=0.3)])
+    other = Study(trio, tmp_path / "rows.jsonl", carried=tmp_path / "first.jsonl")
+    assert other.choose(ARMS[1]) == {"learning_rate": 1e-4, "strength": 0.3}
 
 
 @pytest.mark.slow

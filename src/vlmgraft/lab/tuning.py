@@ -75,8 +75,9 @@ ARMS = (
 class Study:
     """One trio: its comparison (exams, drift), its traces, and the rows that `out` holds.
 
-    seed: of exams, traces and training order; the trio is what it is. carried: rows of another trio, whose settings
-    are taken over: what was chosen on its validation split is tested here.
+    seed: of exams, traces and training order; the trio is what it is. carried: rows of another trio, whose strengths
+    are taken over as they were chosen on its validation split; only the learning rate of plain fine-tuning is chosen
+    anew, and used by every arm.
     """
 
     trio: Path
@@ -104,9 +105,10 @@ class Study:
         return list(_tests(self.out).values())
 
     def choose(self, arm: Arm) -> dict[str, float]:
-        """The arm's setting with the best validation marks, or the one that is carried over."""
-        if self.carried is not None:
-            return _tests(self.carried)[arm.name]["setting"]
+        """The arm's setting with the best validation marks; its strength may be carried over."""
+        if self.carried is not None and arm != self.arms[0]:
+            strength = _tests(self.carried)[arm.name]["setting"]["strength"]
+            return {**self.choose(self.arms[0]), "strength": strength}
         if arm.mode == "none":
             settings = [{"learning_rate": rate, "strength": 0.0} for rate in RATES]
         else:

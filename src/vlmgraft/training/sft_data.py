@@ -7,8 +7,8 @@ A row is one of
     {"conversations": [{"from": "human", "value": "<image>…"}, {"from": "gpt", "value": "…"}], "images": […]}
 
 in a file of JSON lines or a JSON list (images are paths relative to it), a parquet file, or a dataset of the hub
-(`name`, `name:split`). What is learned is the last assistant turn; earlier ones are context. Images stand where a part {"type": "image"} or
-"<image>" in a text says, else in front of the first user turn.
+(`name`, `name:split`). What is learned is the last assistant turn; earlier ones are context. Images stand where a part
+{"type": "image"} or "<image>" in a text says, else in front of the first user turn.
 """
 
 from __future__ import annotations
