@@ -13,7 +13,7 @@ import yaml
 from vlmgraft.lab.exam import draw_exam
 from vlmgraft.lab.tour import save_questions
 from vlmgraft.records import read_rows, write_rows
-from vlmgraft.studies.sweep import _own_grids
+from vlmgraft.studies.grids import _own_grids
 
 Run = Callable[..., Any]
 

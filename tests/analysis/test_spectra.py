@@ -87,7 +87,7 @@ def test_a_config_that_differs_is_named(trio: Path, tmp_path: Path, field: str, 
 def test_the_nearest_base_is_the_donors(trio: Path, alignment: Alignment) -> None:
     """The base against the VLM's own text weights in its place: the donor was tuned from the former."""
     wrong = replace(alignment, donor_base=alignment.donor, tensors=tuple(
-        replace(tensor, donor_base=tensor.donor) for tensor in alignment.tensors
+        tensor._replace(donor_base=tensor.donor) for tensor in alignment.tensors
     ))  # fmt: skip
     found = compare_bases({"itself": wrong, "base": alignment})
     assert [one.base for one in found] == ["itself", "base"] and found[0].donor_ratio == 0

@@ -59,7 +59,7 @@ def measure_spectra(
     matrices = tuple(one for one in alignment.merged if len(alignment.vlm.tensors[one.name].shape) == 2)
     kept = {one.name for one in matrices}
     tensors = tuple(
-        one if one.verdict != "merged" or one.name in kept else replace(one, verdict="excluded")
+        one if one.verdict != "merged" or one.name in kept else one._replace(verdict="excluded")
         for one in alignment.tensors
     )
     with TaskVectors(replace(alignment, tensors=tensors)) as taus:

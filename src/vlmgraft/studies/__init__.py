@@ -1,9 +1,9 @@
 """The functions behind `inspect --distances`, `knockout`, `ranks` and `sweep`: recipes in, folders of rows out."""
 
+from vlmgraft.studies.bands import ranks
+from vlmgraft.studies.grids import sweep
 from vlmgraft.studies.inspection import Inspection, inspect_weights
-from vlmgraft.studies.knockout import knockout
+from vlmgraft.studies.layers import knockout
 from vlmgraft.studies.questions import Asked
-from vlmgraft.studies.ranks import ranks
-from vlmgraft.studies.sweep import sweep
 
 __all__ = ["Asked", "Inspection", "inspect_weights", "knockout", "ranks", "sweep"]
