@@ -60,7 +60,7 @@ def test_choices_keep_perception_on_validation(trio: Path, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_a_small_study_goes_on_where_it_stopped(trio: Path, tmp_path: Path) -> None:
-    arms = (ARMS[0], Arm("filtered", "adaptive", ("attention",), "base", filtered=True), ARMS[-1])
+    arms = (ARMS[0], Arm("filtered", "adaptive", ("attention",), "base", filtered=True, strength=1.0), ARMS[9])
     first = Study(trio, tmp_path / "rows.jsonl", traces_count=4, steps=1, arms=arms[:1], sizes=SMALL)
     first.run()
     before = list(read_rows(tmp_path / "rows.jsonl"))

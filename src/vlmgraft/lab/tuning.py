@@ -13,7 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,10 @@ FRISM = (1.0, 0.1)
 
 @dataclass(frozen=True)
 class Arm:
-    """One row: how gradients are pushed (mode none: not at all), over which modules, and where training starts."""
+    """One row: how gradients are pushed (mode none: not at all), over which modules, and where training starts.
+
+    strength: not chosen but given, for a comparison at equal strength.
+    """
 
     name: str
     mode: str = "none"
@@ -58,6 +61,7 @@ class Arm:
     minus: str = "vlm"
     filtered: bool = False
     start: str = "vlm"
+    strength: float | None = None
 
 
 BOTH = ("attention", "mlp")
@@ -68,6 +72,8 @@ ARMS = (
     Arm("DRIFT adaptive, attention + mlp, Δ minus base", "adaptive", BOTH, "base"),
     Arm("DRIFT adaptive, filtered by FRISM's gates", "adaptive", BOTH, "base", filtered=True),
     Arm("FRISM, then SFT", start="frism"),
+    Arm("for comparison, a = 1: Δ minus VLM", "adaptive", BOTH, strength=1.0),
+    Arm("for comparison, a = 1: Δ minus base", "adaptive", BOTH, "base", strength=1.0),
 )
 
 
@@ -97,15 +103,17 @@ class Study:
     def run(self) -> list[dict[str, Any]]:
         """Make the rows that are missing and give all test rows."""
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        for name, model in (("VLM", lambda: self.comparison.vlm), ("FRISM", lambda: self.start("frism"))):
-            self._once(name, {}, lambda model=model: self._test(model()))  # type: ignore[misc]
+        self._once("VLM", {}, lambda: self._test(self.comparison.vlm))
+        self._once("FRISM", {}, lambda: self._test(self.start("frism")))
         for arm in self.arms:
             setting = self.choose(arm)
-            self._once(arm.name, setting, lambda arm=arm, setting=setting: self._test(self.tuned(arm, **setting)))  # type: ignore[misc]
+            self._once(arm.name, setting, partial(self._tuned_and, self._test, arm, setting))
         return list(_tests(self.out).values())
 
     def choose(self, arm: Arm) -> dict[str, float]:
         """The arm's setting with the best validation marks; its strength may be carried over."""
+        if arm.strength is not None:
+            return {**self.choose(self.arms[0]), "strength": arm.strength}
         if self.carried is not None and arm != self.arms[0]:
             strength = _tests(self.carried)[arm.name]["setting"]["strength"]
             return {**self.choose(self.arms[0]), "strength": strength}
@@ -117,12 +125,8 @@ class Study:
         sight = self._once("VLM", {}, lambda: self._validate(self.comparison.vlm), "validation")["perception"]["mean"]
         scored = []
         for setting in settings:
-            row = self._once(
-                arm.name,
-                setting,
-                lambda setting=setting: self._validate(self.tuned(arm, **setting)),
-                "validation",  # type: ignore[misc]
-            )
+            make = partial(self._tuned_and, self._validate, arm, setting)
+            row = self._once(arm.name, setting, make, "validation")
             seen, solved = row["perception"]["mean"], row["reasoning"]["mean"]
             qualifies = seen >= sight - PERCEPTION_SLACK
             scored.append(((qualifies, solved if qualifies else seen), setting))
@@ -198,6 +202,9 @@ class Study:
         figures = f"reasoning {100 * row['reasoning']['mean']:.1f}, perception {100 * row['perception']['mean']:.1f}"
         self.report(f"{label}: {figures}")
         return row
+
+    def _tuned_and(self, measure: Any, arm: Arm, setting: Mapping[str, float]) -> dict[str, Any]:
+        return measure(self.tuned(arm, **setting))
 
     def _validate(self, model: Any) -> dict[str, Any]:
         return _figures(self.comparison.validation.mark(model, self.comparison.processor))
