@@ -19,7 +19,9 @@ from vlmgraft.evaluation.images import open_image
 from vlmgraft.evaluation.items import Item, merge_suites
 from vlmgraft.evaluation.presets import PRESETS
 from vlmgraft.evaluation.readers import load_suite
+from vlmgraft.evaluation.run_records import load_records
 from vlmgraft.evaluation.summary import summarise
+from vlmgraft.evaluation.tables import summary_table
 
 LAYOUTS: dict[str, list[dict[str, Any]]] = json.loads(Path(__file__).with_name("layouts.json").read_text("utf-8"))
 RIGHT = {
@@ -249,3 +251,41 @@ def test_several_suites_become_one_with_unique_ids(sums: Any) -> None:
     one, other = sums(2), sums(3)
     both = merge_suites([one, other])
     assert len({item.id for item in both.items}) == 5 and both.duplicates == 2
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "right"),
+    [
+        (["x", "y"], 1, "B"),  # a place, as ScienceQA and AI2D give it
+        (["1", "0"], 1, "A"),  # a choice's own text comes first
+        ({"A": "x", "B": "y"}, "y", "B"),
+        ("['x', 'y']", "B", "y"),
+        (["x", "y"], "z", "z"),  # none of the choices: whoever says it all the same is right
+        (None, "['7', 'seven']", "seven"),
+        (None, "[1, 2]", "1, 2"),
+    ],
+)
+def test_answers_in_many_forms(tmp_path: Path, scripted: Any, choices: Any, answer: Any, right: str) -> None:
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question": "q?", "choices": choices, "answer": answer}))
+    suite = load_suite(tmp_path / "q.jsonl")
+    assert ask(scripted(lambda question: right), suite)[0].score == 1
+    assert ask(scripted(lambda question: "C or 5"), suite)[0].score == 0
+
+
+def test_texts_that_no_file_can_hold_and_line_ends_inside_texts_survive(tmp_path: Path, scripted: Any) -> None:
+    row = {
+        "question": "half \ud800 a pair?",
+        "answer": "\ud800",
+        "id": "\udfff",
+        "choices": ["\ud800", "b"],
+        "task": "a\nb|c",
+    }
+    (tmp_path / "q.jsonl").write_text(json.dumps(row))
+    records = ask(
+        scripted(lambda question: "a\u2028b\x85c\n\nd"), load_suite(tmp_path / "q.jsonl"), log=tmp_path / "r.jsonl"
+    )
+    assert sorted(load_records(tmp_path / "r.jsonl"), key=lambda record: record.id) == sorted(
+        records, key=lambda record: record.id
+    )
+    assert records[0].output == "a\u2028b\x85c\n\nd"
+    assert summary_table(summarise(records)).splitlines()[2].startswith("| a b/c | other |")

@@ -199,6 +199,9 @@ def _worked_out(said: str) -> list[str]:
 
 def _judge_option(said: str, how: str, expected: str, choices: Sequence[str]) -> Verdict:
     wanted = expected_letters(expected, choices)
+    if not wanted:  # the reference is none of the choices
+        right = any(same_value(each, expected) for each in _candidates(said))
+        return Verdict(said, float(right), bool(said), how)
     if len(wanted) > 1:
         several = pick_several(said, choices)
         return Verdict(", ".join(sorted(several)) or said, float(several == wanted), bool(several), how)

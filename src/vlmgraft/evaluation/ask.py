@@ -81,10 +81,13 @@ class _Run:
     def _ask(self, ready: Sequence[tuple[Item, Question]]) -> None:
         items = [item for item, _ in ready]
         seed = zlib.crc32(repr((self.seed, [item.id for item in items])).encode())
+        fault = ""
         try:
             answers = self.engine.answer([question for _, question in ready], seed)
-        except FAILURES as error:
-            self._failed(ready, error)
+        except FAILURES as error:  # left before trying again: a traceback holds the tensors that did not fit
+            fault = str(error) or repr(error)
+        if fault:
+            self._failed(ready, fault)
             return
         self.answered = True
         self._keep(
@@ -96,18 +99,18 @@ class _Run:
             ]
         )
 
-    def _failed(self, ready: Sequence[tuple[Item, Question]], error: Exception) -> None:
+    def _failed(self, ready: Sequence[tuple[Item, Question]], fault: str) -> None:
         if len(ready) > 1:
             half = len(ready) // 2
-            if "out of memory" in str(error):
+            if "out of memory" in fault:
                 self.batch_size = max(1, min(self.batch_size, half))
             self._ask(ready[:half])
             self._ask(ready[half:])
             return
         self.failed += 1
         if self.failed >= GIVE_UP and not self.answered:
-            raise VlmgraftError(f"the first {self.failed} questions all failed, the last with: {error}") from error
-        self._keep([fault_record(ready[0][0], str(error)[:500], failed=True)])
+            raise VlmgraftError(f"the first {self.failed} questions all failed, the last with: {fault}")
+        self._keep([fault_record(ready[0][0], fault[:500], failed=True)])
 
     def _keep(self, records: Sequence[Record]) -> None:
         if records and self.log is not None:

@@ -24,6 +24,7 @@ from vlmgraft.evaluation.items import Item
 from vlmgraft.evaluation.metrics import METRICS
 from vlmgraft.evaluation.presets import PRESETS
 from vlmgraft.evaluation.run_records import Record, fault_record, record_of
+from vlmgraft.evaluation.text import storable
 from vlmgraft.evaluation.values import yes_or_no
 
 PYTHON = "VLMGRAFT_LMMS_PYTHON"
@@ -137,7 +138,9 @@ def task_of(file: Path) -> str:
 def read_samples(file: Path) -> list[Record]:
     """The records of one sample log; raises DataError naming file and line."""
     records = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line:
+            continue
         try:
             row = json.loads(line)
             records.append(translate(row, task_of(file)))
@@ -190,7 +193,7 @@ def _score(row: dict[str, Any]) -> tuple[str, float | None]:
 def _text(value: Any) -> str:
     while isinstance(value, list | tuple):
         value = value[0] if value else ""
-    return str(value)
+    return storable(str(value))
 
 
 def _tokens(counts: Any) -> int:

@@ -16,8 +16,10 @@ from PIL import Image
 from vlmgraft.errors import DataError
 from vlmgraft.evaluation.items import ImageSource, Item, Suite, circular, unique
 from vlmgraft.evaluation.metrics import METRICS
+from vlmgraft.evaluation.options import letters
 from vlmgraft.evaluation.presets import PRESETS, Columns, Preset
 from vlmgraft.evaluation.sources import Row, read_rows
+from vlmgraft.evaluation.text import storable
 
 _LETTERED = re.compile(
     r"(?:^|[;\n]|\s)\s*\(?([A-H])[.:)]\s*(.*?)(?=\s*;?\s*(?:\s\(?[A-H][.:)]|[;\n]\s*\(?[A-H][.:)])|\s*;?\s*$)",
@@ -85,11 +87,11 @@ def _item(row: Row, at: int, task: str, preset: Preset, folder: Path | None) -> 
     category = _first(row, columns.category)
     return Item(
         id=_joined(row, columns.id) or str(at),
-        question=question if isinstance(question, str) else "",
+        question=storable(question) if isinstance(question, str) else "",
         images=images,
-        answers=_answers(_first(row, columns.answers)),
+        answers=_answers(_first(row, columns.answers), choices),
         choices=choices,
-        task=str(row["task"]) if not preset.source and row.get("task") else task,
+        task=storable(str(row["task"])) if not preset.source and row.get("task") else task,
         kind=_kind(_first(row, columns.kind), preset),
         metric=_metric(row, preset),
         precision=_precision(_first(row, columns.precision)),
@@ -116,35 +118,47 @@ def _joined(row: Row, names: Sequence[str]) -> str:
     for name in names:
         value = row.get(name.rstrip("|"))
         if value is not None:
-            told += ("" if not told or told.endswith("|") else "/") + str(value)
+            told += ("" if not told or told.endswith("|") else "/") + storable(str(value))
         told += "|" if name.endswith("|") else ""
     return told
 
 
-def _answers(value: Any) -> tuple[str, ...]:
-    """References: a value, a list of values, or of objects with "answer" (VizWiz); none of them is the empty text."""
-    listed = value if isinstance(value, list | tuple) else [value]
+def _answers(value: Any, choices: Sequence[str]) -> tuple[str, ...]:
+    """References: a value, a list of values, or of objects with "answer" (VizWiz), or the text form of a list of texts
+    (MMMU); none of them is the empty text. A whole number that is none of the choices is a place among them, from 0."""
+    listed = value if isinstance(value, list | tuple) else _listed(value) or [value]
     told = [each.get("answer") if isinstance(each, dict) else each for each in listed]
-    return tuple(_number(each) for each in told if each is not None and str(each).strip())
+    found = tuple(_number(each) for each in told if each is not None and str(each).strip())
+    if choices and isinstance(value, int) and str(value) not in choices and 0 <= value < len(choices):
+        return (letters(len(choices))[value],)
+    return found
+
+
+def _listed(value: Any) -> list[str] | None:
+    """The list that a text such as "['7', 'seven']" writes; None for other texts, also lists of numbers."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("['", '["')):
+        return None
+    try:
+        found = ast.literal_eval(value.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+    return found if isinstance(found, list) and all(isinstance(each, str) for each in found) else None
 
 
 def _number(value: Any) -> str:
-    return str(int(value)) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else str(value)
+    whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
+    return storable(str(int(value) if whole else value))
 
 
 def _choices(value: Any) -> tuple[str, ...]:
     """A list of texts; the text form of such a list (MMMU); or lettered texts in a row (WeMath: "A. 3; B. 4")."""
     if isinstance(value, str):
-        try:
-            parsed = ast.literal_eval(value) if value.lstrip().startswith("[") else None
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            parsed = None
-        value = parsed if isinstance(parsed, list) else _lettered(value)
+        value = _listed(value) or _lettered(value)
     if isinstance(value, dict):
         value = list(value.values())
     if not isinstance(value, list | tuple):
         return ()
-    return tuple(str(choice) for choice in value if choice is not None) if len(value) > 1 else ()
+    return tuple(storable(str(choice)) for choice in value if choice is not None) if len(value) > 1 else ()
 
 
 def _lettered(text: str) -> list[str]:

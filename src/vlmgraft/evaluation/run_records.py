@@ -13,6 +13,7 @@ from vlmgraft.errors import DataError
 from vlmgraft.evaluation.answers import Verdict, read_final, repeats
 from vlmgraft.evaluation.items import Item
 from vlmgraft.evaluation.metrics import METRICS
+from vlmgraft.evaluation.text import storable
 from vlmgraft.records import as_dict, write_rows
 
 State = Literal["scored", "unscored", "failed", "not asked"]
@@ -101,7 +102,9 @@ def fault_record(item: Item, fault: str, *, failed: bool) -> Record:
 def _record(item: Item, **found: Any) -> Record:
     same = {name: getattr(item, name) for name in ("id", "key", "task", "kind", "metric", "category", "choices")}
     grouped = {"group": item.group, "part": item.part, "pairing": item.pairing}
-    return Record(**{**same, **grouped, "images": len(item.images), "expected": item.answers, **found})
+    told: dict[str, Any] = {**same, **grouped, "images": len(item.images), "expected": item.answers, **found}
+    told |= {name: storable(value) for name, value in told.items() if isinstance(value, str)}
+    return Record(**told)
 
 
 def append_records(path: Path, records: Sequence[Record]) -> None:

@@ -21,7 +21,7 @@ def summary_table(summary: Summary) -> str:
     if summary.duplicates:
         notes.append(f"- {summary.duplicates} ids stood twice; the later ones were renamed")
     shown = list(summary.faults.items())[:5]
-    notes += [f"- {number} × {fault}" for fault, number in shown]
+    notes += [f"- {number} × {' '.join(fault.split())}" for fault, number in shown]
     if len(summary.faults) > len(shown):
         notes.append(f"- and {len(summary.faults) - len(shown)} other faults, in records.jsonl")
     return "\n".join([*lines, "", *notes]).rstrip() + "\n"
@@ -65,4 +65,4 @@ def signed(difference: Estimate) -> str:
 
 
 def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+    return f"| {' | '.join(' '.join(cell.replace('|', '/').split()) for cell in cells)} |"

@@ -77,3 +77,8 @@ def _closes_at_end(text: str) -> bool:
         if depth == 0:
             return at == len(text) - 1
     return False
+
+
+def storable(text: str) -> str:
+    """The text with halves of surrogate pairs, which no file can hold, replaced by "?"."""
+    return text.encode("utf-8", "replace").decode("utf-8")
