@@ -22,8 +22,9 @@ from vlmgraft.hf.models import load_processor, load_text_model, load_vlm
 from vlmgraft.methods.curvature import Curvature
 from vlmgraft.methods.frism import Frism
 from vlmgraft.recipe import Recipe
+from vlmgraft.spectral.decompose import check_store, decompose
 from vlmgraft.spectral.delta import checkpoint_digest
-from vlmgraft.spectral.donors import JoinedStore
+from vlmgraft.spectral.donors import JoinedStore, donor_folder, open_store
 from vlmgraft.spectral.factors import FactorStore
 from vlmgraft.spectral.gates import Gates, load_gates
 from vlmgraft.training.cache import questions_digest
@@ -101,6 +102,28 @@ def check_questions(recipe: Recipe, alignments: Sequence[Alignment]) -> None:
             check_lengths(config, processor, asked, longest)
             path = alignment.donor.path
             check_lengths(AutoConfig.from_pretrained(path), load_processor(path), asked, longest)
+
+
+def factors_for(
+    recipe: Recipe, alignments: Sequence[Alignment], out: Path, *, resume: bool, progress: Progress | None
+) -> Store:
+    """Factors of every donor under `out`, as `decompose` makes them; on a GPU, with the copies that training reads."""
+    rank: Any = gated_method(recipe).rank
+    out.parent.mkdir(parents=True, exist_ok=True)
+    device = local_device()
+    options: dict[str, Any] = {"resume": resume, "train_copy": device.type == "cuda", "device": device}
+    with process_group():  # under torchrun every process has its share, and leaves when all are done
+        for number, alignment in enumerate(alignments):
+            decompose(alignment, donor_folder(out, number), rank, progress=progress, **options)
+        barrier()
+    return open_store(out)
+
+
+def check_factors(recipe: Recipe, alignments: Sequence[Alignment], folder: Path) -> None:
+    """Raise CheckpointError unless the folder holds the factors of this recipe, of every donor."""
+    rank: Any = gated_method(recipe).rank
+    for number, alignment in enumerate(alignments):
+        check_store(alignment, FactorStore(donor_folder(folder, number)), rank)
 
 
 def gates_for(

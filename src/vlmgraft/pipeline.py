@@ -171,11 +171,13 @@ def _bound(recipe: Recipe, alignments: Sequence[Alignment], work: Path, progress
     """The recipe's method, ready to merge: with factors and gates if it has them."""
     if getattr(recipe.method, "bind", None) is None:
         return recipe.method
-    from vlmgraft.learning import check_inputs, gates_for
+    from vlmgraft.learning import check_inputs, factors_for, gates_for
+    from vlmgraft.spectral.donors import open_store
 
     check_inputs(recipe, alignments)
-    store = _decompose(recipe, alignments, work / "factors", resume=True, progress=progress)
-    return recipe.method.bind(store, gates_for(recipe, alignments, _for_training(store), work / "gates", progress))
+    store = factors_for(recipe, alignments, work / "factors", resume=True, progress=progress)
+    light = open_store(work / "factors", training=True)
+    return recipe.method.bind(store, gates_for(recipe, alignments, light, work / "gates", progress))
 
 
 def decompose(
@@ -187,8 +189,10 @@ def decompose(
     progress: Progress | None = None,
 ) -> FactorStore | JoinedStore:
     """SVD of the donor's task vector into a factor store at `out`, one file per matrix; further donors' beside it."""
+    from vlmgraft.learning import factors_for
+
     recipe = read_recipe(recipe, overrides)
-    return _decompose(recipe, pairs(recipe), Path(out), resume=resume, progress=progress)
+    return factors_for(recipe, pairs(recipe), Path(out), resume=resume, progress=progress)
 
 
 def gates(
@@ -200,19 +204,15 @@ def gates(
     progress: Progress | None = None,
 ) -> Gates:
     """FRISM's second stage on a factor store; writes the gates folder `out`."""
-    from vlmgraft.learning import check_questions, gated_method, gates_for
-    from vlmgraft.spectral.decompose import check_store
-    from vlmgraft.spectral.donors import donor_folder, open_store
-    from vlmgraft.spectral.factors import FactorStore
+    from vlmgraft.learning import check_factors, check_questions, gates_for
+    from vlmgraft.spectral.donors import open_store
     from vlmgraft.spectral.gates import unfinished
 
     recipe = read_recipe(recipe, overrides)
-    rank: Any = gated_method(recipe).rank
     if Path(out).exists() and not unfinished(Path(out)):
         raise OutputError(f"{out}: exists already; name another folder, or remove it first")
     alignments = pairs(recipe)
-    for number, alignment in enumerate(alignments):
-        check_store(alignment, FactorStore(donor_folder(Path(factors), number)), rank)
+    check_factors(recipe, alignments, Path(factors))
     check_questions(recipe, alignments)
     return gates_for(recipe, alignments, open_store(factors, training=True), Path(out), progress)
 
@@ -248,34 +248,3 @@ def export(
     from vlmgraft.spectral.gates import load_gates
 
     return asdict(export_lora(vlm, open_store(factors), load_gates(source), out, rank))
-
-
-def _decompose(
-    recipe: Recipe, alignments: Sequence[Alignment], out: Path, *, resume: bool, progress: Progress | None
-) -> FactorStore | JoinedStore:
-    """Factors of every donor under `out`; on a GPU, with the copies that training reads."""
-    import torch
-
-    from vlmgraft.learning import gated_method
-    from vlmgraft.spectral.decompose import decompose as decompose_into
-    from vlmgraft.spectral.donors import donor_folder, open_store
-    from vlmgraft.training.processes import barrier, process_group
-
-    rank: Any = gated_method(recipe).rank
-    out.parent.mkdir(parents=True, exist_ok=True)
-    gpu = torch.cuda.is_available()
-    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if gpu else "cpu"
-    options: dict[str, Any] = {"resume": resume, "train_copy": gpu, "device": device, "progress": progress}
-    with process_group():  # under torchrun every process has its share, and leaves when all are done
-        for number, alignment in enumerate(alignments):
-            decompose_into(alignment, donor_folder(out, number), rank, **options)
-        barrier()
-    return open_store(out)
-
-
-def _for_training(store: FactorStore | JoinedStore) -> FactorStore | JoinedStore:
-    """The same factors, the bfloat16 copies where there are some."""
-    from vlmgraft.spectral.donors import JoinedStore, open_store
-
-    first = store.stores[0] if isinstance(store, JoinedStore) else store
-    return open_store(first.folder, training=True)

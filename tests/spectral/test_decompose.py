@@ -100,6 +100,7 @@ def test_changed_inputs_and_another_rank_are_noticed(folders: Path, tmp_path: Pa
         decompose(aligned(root), out, rank=4)
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_whole_files_only(folders: Path, tmp_path: Path) -> None:
     script = (
         "import os, signal, sys; sys.path.insert(0, sys.argv[3]); from test_decompose_run import aligned; "

@@ -87,6 +87,39 @@ def test_identities(backend: str) -> None:
     assert layer(x).equal(linear(x))
 
 
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.sampled_from(sorted(TOLERANCE, key=str)),
+    st.sampled_from(sorted(BACKENDS)),
+    st.integers(0, 9999),
+)
+def test_identities_hold_at_every_rank_dtype_and_backend(
+    out: int, inner: int, rank: int, dtype: torch.dtype, backend: str, seed: int
+) -> None:
+    """Closed gates are the frozen layer bit for bit; open ones add λ times what the truncation kept of τ."""
+    generator = torch.Generator().manual_seed(seed)
+    linear = nn.Linear(inner, out).to(dtype)
+    with torch.no_grad():
+        linear.weight.copy_(torch.randn(out, inner, generator=generator))
+    factors = factorize(torch.randn(out, inner, generator=generator), "w", "w", min(rank, out, inner))
+    layer = GatedLinear(linear, factors, backend)  # type: ignore[arg-type]
+    x = torch.randn(2, 3, inner, generator=generator).to(dtype)
+    layer.spectrum = 0.8 * torch.full_like(factors.s, float("-inf")).sigmoid() * factors.s
+    assert layer(x).equal(linear(x))
+    for logit, share in ((0.0, 0.5), (float("inf"), 1.0)):
+        layer.spectrum = 0.8 * torch.full_like(factors.s, logit).sigmoid() * factors.s
+        whole = linear.weight.double() + 0.8 * share * factors.update().double()
+        expected = x.double() @ whole.T + linear.bias.double()
+        size = float((x.double().abs() @ whole.detach().abs().T).max()) + 1
+        assert float((layer(x).double() - expected).abs().max()) <= TOLERANCE[dtype] * size
+
+
 def test_full_rank_drops_nothing_and_the_control_keeps_the_spectrum() -> None:
     _, tau, factors = make_layer()
     assert torch.allclose(factors.update(), tau, atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,8 +27,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 
 @contextmanager
 def progress_bar(quiet: bool) -> Iterator[Callable[[int, int, str], None] | None]:
-    """A progress bar on standard error, one line per kind of work."""
-    if quiet:
+    """A progress bar on standard error, one line per kind of work; under torchrun, of the first process."""
+    if quiet or os.environ.get("RANK", "0") != "0":
         yield None
         return
     from rich.console import Console

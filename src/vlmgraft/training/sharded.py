@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
+from vlmgraft.errors import RecipeError
 from vlmgraft.hf.models import ExpertStack, Projection, text_model
 from vlmgraft.spectral.factors import Factors
 from vlmgraft.training.gated import GatedLayers, swap_in
@@ -25,8 +27,10 @@ def gate_and_shard(
     """Swap gated layers in and shard, one decoder layer after the other, so that only one layer's factors are whole.
 
     For good: a sharded model is not put back. Every process of the group calls this with the same arguments and a
-    whole copy of the model on its device.
+    whole copy of the model on its device. Raises RecipeError when torch is too old to leave parameters out.
     """
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 7):
+        raise RecipeError(f"gates of several processes need torch 2.7 or newer, this is {torch.__version__}")
     from torch.distributed.fsdp import fully_shard
 
     for parameter in model.parameters():
