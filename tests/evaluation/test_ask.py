@@ -17,7 +17,7 @@ from vlmgraft.errors import VlmgraftError
 from vlmgraft.evaluation.ask import ask
 from vlmgraft.evaluation.images import MAX_PIXELS, open_image
 from vlmgraft.evaluation.items import Item, Suite
-from vlmgraft.evaluation.run_records import append_records, drop_partial_line, load_records
+from vlmgraft.evaluation.run_records import append_records, drop_partial_line, load_records, record_of
 from vlmgraft.evaluation.summary import count, summarise
 
 
@@ -179,3 +179,21 @@ def test_progress_reaches_the_end(scripted: Any, sums: Any, adds: Callable[..., 
     seen: list[tuple[int, int]] = []
     ask(scripted(adds), sums(9), batch_size=4, progress=lambda done, total, what: seen.append((done, total)))
     assert seen[-1] == (9, 9)
+
+
+@pytest.mark.parametrize(
+    ("output", "more", "score"),
+    [
+        ("4 + 5 = 9 ; 9 + 6 = 1", {}, 0.0),  # it may have gone on as 15
+        ("Answer: 1", {}, 0.0),
+        ("Answer: 1\nTo see why, add the digits, of which the first is", {}, 1.0),
+        ("\\boxed{1} because", {}, 1.0),
+        ("B. The second, because", {"choices": ("x", "1")}, 1.0),
+        ("1", {"metric": "exact"}, 1.0),
+    ],
+)
+def test_an_answer_that_the_limit_may_have_cut_does_not_count(output: str, more: dict[str, Any], score: float) -> None:
+    item = Item("a", "q", answers=("1",), **more)
+    found = record_of(item, "q", output, tokens=9, prompt_tokens=1, cut=True)
+    assert (found.score, found.found) == (score, score == 1)
+    assert record_of(item, "q", output, tokens=9, prompt_tokens=1, cut=False).score == 1.0

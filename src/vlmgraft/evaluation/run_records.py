@@ -14,6 +14,7 @@ from vlmgraft.evaluation.answers import Verdict, read_final, repeats
 from vlmgraft.evaluation.items import Item
 from vlmgraft.evaluation.metrics import METRICS
 from vlmgraft.evaluation.text import storable
+from vlmgraft.evaluation.values import yes_or_no
 from vlmgraft.records import as_dict, write_rows
 
 State = Literal["scored", "unscored", "failed", "not asked"]
@@ -71,6 +72,8 @@ def record_of(item: Item, prompt: str, output: str, *, tokens: int, prompt_token
     """The record of an answered item, judged by the item's metric."""
     if item.answers:
         judged = METRICS[item.metric](output, item.expected)
+        if cut and _unfinished(item, output):
+            judged = Verdict("", 0.0, False, "none")
     else:
         said, how = read_final(output)
         judged = Verdict(said, 0.0, bool(said), how)
@@ -88,6 +91,14 @@ def record_of(item: Item, prompt: str, output: str, *, tokens: int, prompt_token
         found=judged.found,
         repeated=repeats(output),
     )
+
+
+def _unfinished(item: Item, output: str) -> bool:
+    """Whether the limit may have cut the answer itself: a number or a text of one's own at the very end, without a box
+    or tag that closes. "1" may have gone on as "15"; a chosen letter, and yes or no, stand where they are."""
+    said, how = read_final(output)
+    stands = item.metric != "auto" or item.choices or how in ("box", "tag")
+    return not stands and yes_or_no(said) is None and output.rstrip().endswith(said)
 
 
 def fault_record(item: Item, fault: str, *, failed: bool) -> Record:
