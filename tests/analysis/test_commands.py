@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -112,6 +113,16 @@ def test_inspect_reads_weights_only_when_asked(vlmgraft: Run, trio: Path, tmp_pa
     assert len(list(read_rows(tmp_path / "i" / "spectra.jsonl"))) == 28
     found = json.loads(vlmgraft(*sides, "--distances", "--quiet", "--json").out)
     assert found["verdict"]["level"] == "risky" and len(found["distances"]) == 8
+
+
+def test_inspect_says_what_the_models_do_not_share(vlmgraft: Run, trio: Path, tmp_path: Path) -> None:
+    other = copytree(trio / "donor", tmp_path / "donor")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "num_key_value_heads": 4}))
+    sides = ("inspect", "--vlm", trio / "vlm", "--donor", other)
+    assert "harmful: num_key_value_heads is 2 in the VLM, 4 in donor" in vlmgraft(*sides).out
+    found = json.loads(vlmgraft(*sides, "--json").out)
+    assert found["merged"] == 28 and found["differences"][0]["field"] == "num_key_value_heads"
 
 
 def test_a_question_file_is_asked_by_category(vlmgraft: Run, trio: Path, tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from vlmgraft.alignment import Alignment
 from vlmgraft.analysis.merged import Rebuilder
-from vlmgraft.analysis.ranks import band_of, measure_ranks, peaks, rank_cells
+from vlmgraft.analysis.ranks import _band_only, band_of, measure_ranks, peaks, rank_cells
 from vlmgraft.errors import RecipeError
-from vlmgraft.spectral.factors import Factors
+from vlmgraft.spectral.factors import Factors, factorize
+from vlmgraft.studies.gates import truncated
 
 SPECTRA = st.lists(st.floats(0.001, 10), min_size=1, max_size=40).map(lambda s: torch.tensor(sorted(s, reverse=True)))
 
@@ -66,6 +67,24 @@ def test_a_band_is_injected_alone_and_all_of_them_are_the_task_vector(
             vlm_model, again, rebuilder, tmp_path, {}, bands=3, scales=(2.0,), drift=drift, resume=True
         )
     assert same == rows and again.calls == 0
+
+
+def test_every_expert_of_a_stack_has_its_own_band() -> None:
+    stack = torch.stack([torch.logspace(0, -decay, 12) for decay in (0, 3)])
+    cell = {"band": 0, "of": 3, "by": "energy"}
+    kept = _band_only(stack, cell)
+    assert [int((row != 0).sum()) for row in kept] == [4, 1]
+    assert torch.equal(kept[1], _band_only(stack[1], cell))
+
+
+@pytest.mark.parametrize("rank", ["full", 3, {"energy": 0.8}])
+def test_truncated_factors_are_those_of_a_truncated_decomposition(rank: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((8, 6), (3, 8, 6)):
+        tau = torch.randn(shape, generator=generator) * torch.logspace(0, -1, 6)
+        mine, theirs = truncated(factorize(tau, "t", "t"), rank), factorize(tau, "t", "t", rank)
+        assert mine.s.shape == theirs.s.shape
+        torch.testing.assert_close(mine.update(), theirs.update(), rtol=1e-3, atol=1e-4)
 
 
 def test_peaks_are_the_best_reasoning_of_each_band() -> None:

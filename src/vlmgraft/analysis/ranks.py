@@ -88,9 +88,12 @@ def measure_ranks(
     return list(log.measure(rank_cells(bands, scales, by), measure, progress))
 
 
-def _band_only(s: Float[Tensor, " r"], cell: Mapping[str, Any]) -> Tensor:
+def _band_only(s: Float[Tensor, "*experts r"], cell: Mapping[str, Any]) -> Tensor:
+    """The spectrum with zeros outside the band; of fused experts each has its own band."""
     if cell["band"] is None:
         return s
+    if s.ndim > 1:
+        return torch.stack([_band_only(one, cell) for one in s])
     kept = torch.zeros_like(s)
     inside = band_of(s, cell["band"], cell["of"], cell["by"])
     kept[inside] = s[inside]

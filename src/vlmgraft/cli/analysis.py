@@ -58,7 +58,6 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """What pairs with what, from headers alone; --distances reads the weights too."""
-    from vlmgraft import pipeline
     from vlmgraft.errors import RecipeError
     from vlmgraft.recipe import load_recipe
 
@@ -71,7 +70,7 @@ def inspect(
     if not distances:
         if spectra or out or len(bases) > 1:
             raise RecipeError("inspect: --spectra, --out and several --donor-base need --distances")
-        show_plan(pipeline.inspect(loaded), as_json)
+        _show_headers(loaded, as_json)
         return
     from vlmgraft.studies import inspect_weights
 
@@ -88,6 +87,22 @@ def inspect(
         show_table("differences", ("field", "checkpoint", "VLM", "theirs", "weight", "meaning"), rows)
     typer.echo(f"base: {found.base}")
     typer.echo(f"verdict: {found.verdict.level}: {found.verdict.reason}")
+
+
+def _show_headers(recipe: Any, as_json: bool) -> None:
+    """The plan, and what configs and headers say the models do not share."""
+    from vlmgraft import pipeline
+    from vlmgraft.analysis.differences import differences
+
+    alignment = pipeline.pair(recipe, headers_only=True)
+    plan, found = pipeline.plan(recipe, alignment), differences(alignment)
+    if as_json:
+        rows = [dataclasses.asdict(one) for one in found]
+        typer.echo(json.dumps({**dataclasses.asdict(plan), "differences": rows}))
+        return
+    show_plan(plan, as_json)
+    for one in found:
+        typer.echo(f"{one.weight}: {one.field} is {one.vlm} in the VLM, {one.theirs} in {one.other}: {one.meaning}")
 
 
 @app.command()

@@ -177,7 +177,7 @@ def read_gates(folder: Path) -> GatedRun:
 def _matrix(name: str, opened: np.ndarray, factors: Path) -> dict[str, Any]:
     place = place_of(name)
     flat = opened.ravel()
-    parts = np.array_split(flat, BINS)
+    parts = np.array_split(opened, BINS, axis=-1)
     row: dict[str, Any] = {
         "name": name,
         "layer": place[0] if place else None,

@@ -74,5 +74,6 @@ def truncated(factors: Factors, rank: Any) -> Factors:
     """The first directions of full factors, as a decomposition to `rank` gives them."""
     if rank == "full":
         return factors
-    count = rank if isinstance(rank, int) else rank_for_energy(factors.s, rank["energy"])
-    return replace(factors, U=factors.U[:, :count], s=factors.s[:count], Vh=factors.Vh[:count])
+    spectra = factors.s.reshape(-1, factors.s.shape[-1])
+    count = rank if isinstance(rank, int) else max(rank_for_energy(s, rank["energy"]) for s in spectra)
+    return replace(factors, U=factors.U[..., :count], s=factors.s[..., :count], Vh=factors.Vh[..., :count, :])
