@@ -162,8 +162,9 @@ def _asking(given: Mapping[str, Any]) -> Asking:
         value = getattr(options, name)
         if value is not None and value < least:
             raise InputError(f"{name} {value}: must be at least {least}")
-    if options.engine not in ("transformers", "vllm"):
-        raise InputError(f"engine {options.engine!r}: write transformers or vllm")
+    for name, known in (("engine", ("transformers", "vllm")), ("dtype", ("auto", "float32", "bfloat16", "float16"))):
+        if getattr(options, name) not in known:
+            raise InputError(f"{name} {getattr(options, name)!r}: write {' or '.join(known)}")
     return options
 
 
@@ -214,6 +215,10 @@ def _engine(model: str | Path, suite: Suite, options: Asking) -> Any:
         dtype = {} if options.dtype == "auto" else {"dtype": options.dtype}
         return VllmEngine(model, processor, sampling, seed=options.seed, **dtype)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {device!r}: cannot be used ({str(error)[:120]}); write cpu, or another") from error
     try:
         loaded = load_vlm(model, options.dtype, device)
     except CheckpointError:

@@ -124,6 +124,8 @@ def test_resuming_with_other_settings_or_data_is_refused(
         ({"model": "nowhere"}, CheckpointError, "nowhere"),
         ({"batch_size": 0}, InputError, "batch_size 0: must be at least 1"),
         ({"engine": "magic"}, InputError, "write transformers or vllm"),
+        ({"dtype": "float33"}, InputError, "dtype 'float33': write auto or float32"),
+        ({"device": "warp:9"}, InputError, "device 'warp:9': cannot be used"),
         ({"data": "lab:x"}, DataError, "lab:SEED"),
         ({"colour": 1}, TypeError, "unknown option colour"),
     ],

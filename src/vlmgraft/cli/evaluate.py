@@ -23,7 +23,7 @@ TopP = Annotated[float, typer.Option("--top-p", help="nucleus, when sampling")]
 Seed = Annotated[int, typer.Option(help="of sampling and of the bootstrap")]
 Engine = Annotated[str, typer.Option(help="transformers or vllm")]
 Device = Annotated[str | None, typer.Option(help="such as cuda:1 [default: the first GPU, or the CPU]")]
-Dtype = Annotated[str, typer.Option(help="such as bfloat16 [default: the checkpoint's]")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16; auto is the checkpoint's")]
 Limit = Annotated[int | None, typer.Option(help="the first so many rows of each source")]
 Column = Annotated[
     list[str] | None, typer.Option("--column", help="field=column: question, images, answers, choices, …")
@@ -98,7 +98,7 @@ def compare(
         "batch_size": batch_size, "max_new_tokens": max_new_tokens, "suffix": suffix, "seed": seed, "device": device,
         "dtype": dtype, "limit": limit,
     }  # fmt: skip
-    with progress_bar(quiet) as progress:
+    with progress_bar(quiet or not data) as progress:
         found = measure.compare(first, second, data=data, out=out, resume=resume, progress=progress, **options)
     typer.echo(json.dumps(found.as_json()) if as_json else comparison_table(found), nl=as_json)
 
