@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import vlmgraft as vg
 from vlmgraft.errors import AlignmentError, OutputError, RecipeError
@@ -58,7 +59,8 @@ def test_a_finished_folder(recipe: Any, trio: Path, tmp_path: Path, vlmgraft: Ca
     assert receipt["steps"] == 3 and len(receipt["prior"]) == len(before)
     rows = list(read_rows(tmp_path / "out" / "drift.jsonl"))
     assert {row["step"] for row in rows} == {1, 2, 3} and all(row["push"] <= 2 for row in rows)
-    assert list(tmp_path.joinpath("out", "runs").rglob("*tfevents*"))
+    (events,) = tmp_path.joinpath("out", "runs").rglob("*tfevents*")
+    assert {"train/loss", "train/drift_cos_attention"} <= set(EventAccumulator(str(events)).Reload().Tags()["scalars"])
     for file in ("config.json", "chat_template.jinja", "tokenizer.json", "processor_config.json"):
         assert (tmp_path / "out" / file).read_bytes() == (trio / "vlm" / file).read_bytes()
     replayed = load_tune_recipe(tmp_path / "out" / "recipe.yaml")
