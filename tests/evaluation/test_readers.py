@@ -289,3 +289,22 @@ def test_texts_that_no_file_can_hold_and_line_ends_inside_texts_survive(tmp_path
     )
     assert records[0].output == "a\u2028b\x85c\n\nd"
     assert summary_table(summarise(records)).splitlines()[2].startswith("| a b/c | other |")
+
+
+def test_several_pictures_in_one_column_and_rows_picked_out_of_order(tmp_path: Path) -> None:
+    colours = [["red", "blue"], [], ["green"]]
+    rows = [
+        {"question": f"q{n}?", "images": [{"bytes": picture(name), "path": None} for name in names]}
+        for n, names in enumerate(colours)
+    ]
+    features = Features({"question": Value("string"), "images": [Picture()]})
+    Dataset.from_list(rows, features=features).to_parquet(tmp_path / "q.parquet")
+    Dataset.from_list(rows, features=features).select([2, 0]).save_to_disk(tmp_path / "saved")
+
+    def shown(source: Path) -> list[list[tuple[int, ...]]]:
+        items = load_suite(source).items
+        return [[open_image(image).getpixel((0, 0)) for image in item.images] for item in items]  # type: ignore[misc]
+
+    red, blue, green = (255, 0, 0), (0, 0, 255), (0, 128, 0)
+    assert shown(tmp_path / "q.parquet") == [[red, blue], [], [green]]
+    assert shown(tmp_path / "saved") == [[green], [red, blue]]

@@ -215,10 +215,7 @@ def _source(value: Any, folder: Path | None) -> ImageSource | None:
 
 def _later(fetch: Callable[[], Any], folder: Path | None) -> Callable[[], Any]:
     def load() -> Any:
-        value = fetch()
-        if isinstance(value, list):
-            value = value[0] if value else None
-        source = _source(value, folder)
+        source = _source(fetch(), folder)
         if source is None or (callable(source) and not isinstance(source, Image.Image)):
             raise DataError("the data holds no picture here")
         return source

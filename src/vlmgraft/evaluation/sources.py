@@ -6,7 +6,7 @@ Pictures inside parquet files and data sets stay there until they are asked for.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +116,12 @@ def _split_of(found: Any, split: str | None, where: object) -> Any:
 
 
 def _lazy(data: Any) -> list[Row]:
-    """Rows of a data set; in place of a picture a function that fetches its bytes."""
+    """Rows of a data set; in place of a picture a function that fetches its bytes, in place of a list of them a list."""
     from datasets import Image
     from datasets import Sequence as Listed
 
+    if getattr(data, "_indices", None) is not None:
+        data = data.flatten_indices()
     pictures = []
     for column, feature in list(data.features.items()):
         inner = getattr(feature, "feature", None)
@@ -127,15 +129,15 @@ def _lazy(data: Any) -> list[Row]:
             data = data.cast_column(column, Image(decode=False))
         elif isinstance(inner, Image):
             data = data.cast_column(column, Listed(Image(decode=False)))
-        elif not _holds_bytes(feature):
+        elif not (_holds_bytes(feature) or _holds_bytes(inner)):
             continue
         pictures.append(column)
     told = data.remove_columns(pictures)
-    present = {column: _present(data, column) for column in pictures}
+    shown = {column: _handles(data, column) for column in pictures}
     rows: list[Row] = []
     for number in range(len(data)):
-        shown = {column: _fetch(data, number, column) for column in pictures if present[column][number]}
-        rows.append({**told[number], **shown})
+        there = {column: handles[number] for column, handles in shown.items() if handles[number] is not None}
+        rows.append({**told[number], **there})
     return rows
 
 
@@ -143,9 +145,17 @@ def _holds_bytes(feature: Any) -> bool:
     return isinstance(feature, dict) and "bytes" in feature
 
 
-def _present(data: Any, column: str) -> Sequence[bool]:
-    return [bool(valid) for chunk in data.data.column(column).chunks for valid in chunk.is_valid().to_pylist()]
+def _handles(data: Any, column: str) -> list[Any]:
+    """Per row: a function that fetches the picture, a list of such functions, or None where there is none."""
+    from pyarrow import compute, types  # type: ignore[import-untyped]
+
+    table = data.data.column(column)
+    if types.is_list(table.type) or types.is_large_list(table.type):
+        lengths = compute.list_value_length(table).to_pylist()
+        return [[_fetch(data, row, column, at) for at in range(length or 0)] for row, length in enumerate(lengths)]
+    valid = compute.is_valid(table).to_pylist()
+    return [_fetch(data, row, column) if there else None for row, there in enumerate(valid)]
 
 
-def _fetch(data: Any, number: int, column: str) -> Callable[[], Any]:
-    return lambda: data[number][column]
+def _fetch(data: Any, row: int, column: str, at: int | None = None) -> Callable[[], Any]:
+    return lambda: data[row][column] if at is None else data[row][column][at]
