@@ -116,7 +116,7 @@ def _split_of(found: Any, split: str | None, where: object) -> Any:
 
 
 def _lazy(data: Any) -> list[Row]:
-    """Rows of a data set; in place of a picture a function that fetches its bytes, in place of a list of them a list."""
+    """Rows of a data set, with functions that fetch the bytes in place of pictures."""
     from datasets import Image
     from datasets import Sequence as Listed
 
