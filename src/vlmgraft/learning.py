@@ -30,7 +30,7 @@ from vlmgraft.spectral.gates import Gates, load_gates
 from vlmgraft.training.cache import questions_digest
 from vlmgraft.training.curvature import curvature_gates, estimate_curvature
 from vlmgraft.training.distill import Distiller
-from vlmgraft.training.processes import barrier, local_device, process, process_group
+from vlmgraft.training.processes import barrier, join_group, local_device, process
 from vlmgraft.training.targets import join_targets
 
 Progress = Callable[[int, int, str], None]
@@ -112,10 +112,10 @@ def factors_for(
     out.parent.mkdir(parents=True, exist_ok=True)
     device = local_device()
     options: dict[str, Any] = {"resume": resume, "train_copy": device.type == "cuda", "device": device}
-    with process_group():  # under torchrun every process has its share, and leaves when all are done
-        for number, alignment in enumerate(alignments):
-            decompose(alignment, donor_folder(out, number), rank, progress=progress, **options)
-        barrier()
+    join_group()
+    for number, alignment in enumerate(alignments):
+        decompose(alignment, donor_folder(out, number), rank, progress=progress, **options)
+    barrier()  # every process has done its share
     return open_store(out)
 
 
@@ -134,22 +134,22 @@ def gates_for(
     Beside `out`, `out.teacher` keeps the teacher's answers and log-probabilities, a batch at a time, and `out.state`
     the training, every few steps: what was interrupted goes on from them. alignments: one per donor.
     """
-    with process_group():
-        rank = process()[0]
-        wanted = _wanted(recipe, alignments)
-        if (out / "gates.json").is_file():
-            found = load_gates(out)
-            if found.factors == store.digest and found.settings.get("from") == wanted:
-                return found
-        barrier()
-        state = out.with_name(out.name + ".state")
-        learned = _learn(recipe, alignments, store, out, progress if rank == 0 else None)
-        gates = replace(learned, settings={**learned.settings, "from": wanted}, factors=store.digest)
-        if rank == 0:
-            gates.save(out)
-            for file in (state, *state.parent.glob(f".{state.name}.*.tmp")):
-                file.unlink(missing_ok=True)
-        barrier()
+    join_group()
+    rank = process()[0]
+    wanted = _wanted(recipe, alignments)
+    if (out / "gates.json").is_file():
+        found = load_gates(out)
+        if found.factors == store.digest and found.settings.get("from") == wanted:
+            return found
+    barrier()
+    state = out.with_name(out.name + ".state")
+    learned = _learn(recipe, alignments, store, out, progress if rank == 0 else None)
+    gates = replace(learned, settings={**learned.settings, "from": wanted}, factors=store.digest)
+    if rank == 0:
+        gates.save(out)
+        for file in (state, *state.parent.glob(f".{state.name}.*.tmp")):
+            file.unlink(missing_ok=True)
+    barrier()
     return gates
 
 

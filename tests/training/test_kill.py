@@ -123,6 +123,6 @@ def test_two_kills(recipe: dict[str, Any], whole: tuple[Path, float], tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_many_kills(recipe: dict[str, Any], whole: tuple[Path, float], tmp_path: Path, seed: int) -> None:
     assert check(recipe, whole, tmp_path, seed, kills=6) >= 2, "children were killed before they were done"

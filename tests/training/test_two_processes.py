@@ -29,25 +29,39 @@ sys.path.insert(0, sys.argv[1])
 import conftest as shared
 from vlmgraft.lab.models import build_processor, build_vlm
 from vlmgraft.training.distill import Distiller
-from vlmgraft.training.processes import process, process_group
+from vlmgraft.training.processes import join_group, process
 torch.set_num_threads(1)
 out, options = Path(sys.argv[2]), json.loads(sys.argv[3])
-with process_group():
-    vlm = build_vlm(0).eval()
-    for name, sharded in (("replicated", False), ("sharded", True)):
-        cache = out / "teacher" if sharded else None
-        distiller = Distiller(vlm, build_processor(), shared.random_factors(vlm), shared._image_questions(24),
-                              shared._image_questions(12, first=1000), max_new_tokens=6, batch_size=12,
-                              cache=cache, sharded=sharded)
-        gates = distiller.learn(**options)
-        drift = distiller.keep_kl(gates)
-        held = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in vlm.parameters())
-        if process()[0] == 0:
-            gates.save(out / name)
-            (out / f"{name}.json").write_text(json.dumps({"drift": drift, "held": held}))
-    again = distiller.learn(**{**options, "gradient_checkpointing": True})
+join_group()
+vlm = build_vlm(0).eval()
+for name, sharded in (("replicated", False), ("sharded", True)):
+    cache = out / "teacher" if sharded else None
+    distiller = Distiller(vlm, build_processor(), shared.random_factors(vlm), shared._image_questions(24),
+                          shared._image_questions(12, first=1000), max_new_tokens=6, batch_size=12,
+                          cache=cache, sharded=sharded)
+    gates = distiller.learn(**options)
+    drift = distiller.keep_kl(gates)
+    held = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in vlm.parameters())
     if process()[0] == 0:
-        again.save(out / "checkpointed")
+        gates.save(out / name)
+        (out / f"{name}.json").write_text(json.dumps({"drift": drift, "held": held}))
+again = distiller.learn(**{**options, "gradient_checkpointing": True})
+if process()[0] == 0:
+    again.save(out / "checkpointed")
+"""
+
+COMMANDS = """
+import sys
+from vlmgraft.cli import main
+recipe, work = sys.argv[1:]
+for line in (["decompose", recipe, "--out", work + "/factors"],
+             ["gates", recipe, "--factors", work + "/factors", "--out", work + "/gates"]):
+    sys.argv = ["vlmgraft", *line]
+    try:
+        main()
+    except SystemExit as stop:
+        if stop.code:
+            raise
 """
 
 
@@ -93,11 +107,8 @@ def test_the_command_under_torchrun(trio: Path, image_calibration: Path, tmp_pat
     recipe = {**places, "method": {**method, "calibration": calibration}, "layers": "0-1"}
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
     work = tmp_path / "work"
-    (script := tmp_path / "run.py").write_text("from vlmgraft.cli import main\nmain()\n")
-    start = [str(script)]
-    launch([*start, "decompose", str(tmp_path / "recipe.yaml"), "--out", str(work / "factors"), "--quiet"])
-    launch([*start, "gates", str(tmp_path / "recipe.yaml"), "--factors", str(work / "factors"), "--out",
-            str(work / "gates"), "--quiet"])  # fmt: skip
+    (script := tmp_path / "run.py").write_text(COMMANDS)
+    launch([str(script), str(tmp_path / "recipe.yaml"), str(work)])
     made = {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
     assert not [path for path in made if path.name.endswith(".tmp") or path.name.endswith(".state")]
     vg.merge(recipe, tmp_path / "merged", workdir=work)

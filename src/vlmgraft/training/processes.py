@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
@@ -48,20 +48,15 @@ def local_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-@contextmanager
-def process_group() -> Iterator[None]:
+def join_group() -> None:
     """Join the group that `torchrun` or `accelerate launch` describes in the environment; nothing without one.
 
-    NCCL between GPUs, gloo between CPUs. A group that exists already is left alone.
+    NCCL between GPUs, gloo between CPUs. The group stays until the process ends: what is called next uses it too.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or process()[1] > 1:
-        yield
         return
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
+    atexit.register(torch.distributed.destroy_process_group)
