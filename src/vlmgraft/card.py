@@ -110,6 +110,7 @@ def _refuse_unfinished(folder: Path) -> None:
 def _metadata(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The card's YAML header. Only hub ids are named as base models: a local path means nothing to others."""
     models = [recipe.get(key) for key in ("vlm", "donor", "donor_base", "vlm_base")]
+    models += [one for further in recipe.get("more_donors", ()) for one in further.values()]
     bases = list(dict.fromkeys(name for model in models if model and (name := _hub_name(str(model)))))
     relation = {"base_model": bases, "base_model_relation": "merge"} if bases else {}
     tags = ["vlmgraft", "merge", "model-merging", recipe["method"]["name"]]

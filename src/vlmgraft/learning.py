@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from vlmgraft.alignment import Alignment
 from vlmgraft.checkpoint.reader import Reader
 from vlmgraft.errors import RecipeError, WeightsError
 from vlmgraft.hf.data import Question, check_lengths, load_questions
-from vlmgraft.hf.models import load_processor, load_text_model, load_vlm
+from vlmgraft.hf.models import load_config, load_processor, load_text_model, load_vlm
 from vlmgraft.methods.curvature import Curvature
 from vlmgraft.methods.frism import Frism
 from vlmgraft.recipe import Recipe
@@ -95,13 +94,13 @@ def check_questions(recipe: Recipe, alignments: Sequence[Alignment]) -> None:
         raise RecipeError(f"{stacks[0]}: curvature does not see into fused experts; use frism, or leave mlp out")
     learned, held_out, text = read_questions(recipe)
     longest = method.calibration.max_new_tokens
-    config, processor = AutoConfig.from_pretrained(vlm.path), load_processor(vlm.path)
+    config, processor = load_config(vlm.path), load_processor(vlm.path)
     check_lengths(config, processor, [*learned, *held_out], longest)
     for alignment, asked in zip(alignments, text, strict=False):
         if asked:
             check_lengths(config, processor, asked, longest)
             path = alignment.donor.path
-            check_lengths(AutoConfig.from_pretrained(path), load_processor(path), asked, longest)
+            check_lengths(load_config(path), load_processor(path), asked, longest)
 
 
 def factors_for(

@@ -121,6 +121,14 @@ def test_lists_of_donors_that_do_not_pair_are_refused(trio: Path, second: Path, 
         vg.load_recipe(plain)
 
 
+def test_a_model_that_transformers_does_not_know_is_named(trio: Path, image_calibration: Path, tmp_path: Path) -> None:
+    shutil.copytree(trio / "vlm", tmp_path / "vlm")
+    config = json.loads((tmp_path / "vlm" / "config.json").read_text())
+    (tmp_path / "vlm" / "config.json").write_text(json.dumps({**config, "model_type": "unheard_of"}))
+    recipe = {**recipe_of(trio, image_calibration), "vlm": str(tmp_path / "vlm")}
+    refuse(recipe, tmp_path, CheckpointError, "config.json is not one that transformers reads")
+
+
 def refuse(recipe: dict[str, Any], tmp_path: Path, kind: type[VlmgraftError], message: str) -> None:
     """A merge is refused with this message, and leaves nothing behind."""
     before = {path.name for path in tmp_path.iterdir()}

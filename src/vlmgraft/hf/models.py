@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -36,6 +37,14 @@ def load_vlm(path: str | Path, dtype: torch.dtype | str = "auto", device: torch.
 def load_text_model(path: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu") -> Any:
     """The text LLM of a folder or hub id, in evaluation mode; raises CheckpointError."""
     return _load(AutoModelForCausalLM, path, dtype, device)
+
+
+def load_config(path: str | Path) -> Any:
+    """The transformers config of a folder or hub id; raises CheckpointError."""
+    try:
+        return AutoConfig.from_pretrained(_source(path))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: its config.json is not one that transformers reads ({error})") from error
 
 
 def load_processor(path: str | Path) -> Any:
