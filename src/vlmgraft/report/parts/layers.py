@@ -126,7 +126,8 @@ def _text(cells: Sequence[Row], intact: Sequence[Row]) -> list[str]:
     said = [
         "Each cell changes one block of the model in memory and asks the same questions again. Bring Reason to Vision "
         "(arXiv 2505.05464) found perception in early layers, reasoning in middle and late ones, and reasoning "
-        "everywhere after merging. Whether that holds here can be read from the maps."
+        "everywhere after merging. Whether that holds here can be read from the maps. Reasoning about an image needs "
+        "sight: a layer that perception cannot do without takes reasoning with it."
     ]
     levels = [
         f"{NAMES[row['model']]} {100 * row['reasoning']['mean']:.1f} % reasoning, "
