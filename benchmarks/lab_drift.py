@@ -56,7 +56,7 @@ def summary(files: list[Path]) -> str:
     lines = [f"| reasoning / perception / KL | {' | '.join(names)} | setting |", "|" + "---|" * (len(files) + 2)]
     for method in tables[0]:
         rows = [table.get(method) for table in tables]
-        lines.append(f"| {method} | {' | '.join(map(_cell, rows))} | {'; '.join(_setting(row) for row in rows)} |")
+        lines.append(f"| {method} | {' | '.join(map(_cell, rows))} | {'; '.join(filter(None, map(_setting, rows)))} |")
     lines += ["", "| points above SFT, all trios, paired by item | reasoning | perception |", "|---|---|---|"]
     for method in tables[0]:
         complete = [table for table in tables if method in table and BASELINE in table]

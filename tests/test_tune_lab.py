@@ -44,6 +44,14 @@ def test_the_table_has_marks_and_paired_differences(tmp_path: Path) -> None:
     assert "| +15.0 [" in difference and "| -10.0 [" in difference
 
 
+def test_the_committed_rows_give_the_table() -> None:
+    files = sorted((SCRIPT.parent / "results" / "lab").glob("drift-*.jsonl"))
+    assert len(files) == 3
+    shown = subprocess.run([sys.executable, SCRIPT, "--summarise", *files], capture_output=True, text=True, check=True)
+    rows = [line for line in shown.stdout.splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 * (len(ARMS) + 3) - 1  # VLM and FRISM beside the arms, two headers, no SFT above itself
+
+
 def test_choices_keep_perception_on_validation(trio: Path, tmp_path: Path) -> None:
     """The best reasoning within a point of the VLM's perception; and settings are carried over to another trio."""
     rates = {5e-5: (0.4, 0.9), 1e-4: (0.5, 0.9), 2e-4: (0.6, 0.8), 4e-4: (0.9, 0.5)}
