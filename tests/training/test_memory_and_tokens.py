@@ -11,7 +11,7 @@ import torch
 from vlmgraft.errors import DataError, VlmgraftError
 from vlmgraft.hf.data import Question
 from vlmgraft.hf.models import text_model
-from vlmgraft.training import run, targets, teacher
+from vlmgraft.training import distribution, run, targets
 from vlmgraft.training.distill import Distiller
 from vlmgraft.training.teacher import pack
 
@@ -88,11 +88,19 @@ def test_all_text_tokens_count_but_images_and_padding_do_not(distiller: Distille
         small(distiller, tokens="prompt")
 
 
-def test_logits_in_pieces_give_the_same_gates(distiller: Distiller, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = distiller.learn(steps=3, inject_weight=0.1)
+@pytest.mark.parametrize("vocabulary", [10, 4096])
+def test_logits_in_pieces_give_the_same_targets_and_gates(
+    distiller: Distiller, vocabulary: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distribution, "FULL_VOCABULARY", vocabulary)  # likeliest tokens and a rest, or all
+    whole = small(distiller)
     monkeypatch.setattr(targets, "HEAD_ROWS", 7)
-    pieces = distiller.learn(steps=3, inject_weight=0.1)
-    assert torch.allclose(all_logits(pieces), all_logits(whole), atol=1e-5)
+    pieces = small(distiller)
+    for one, other in zip(whole.targets.batches, pieces.targets.batches, strict=True):
+        assert torch.allclose(one.target.log_p, other.target.log_p, atol=1e-5)
+        assert (one.target.ids is None) == (other.target.ids is None) == (vocabulary == 4096)
+    gates = [each.learn(steps=3, inject_weight=0.1) for each in (whole, pieces)]
+    assert torch.allclose(*map(all_logits, gates), atol=1e-4)
 
 
 def test_batches_by_length_pad_least_and_cover_everything() -> None:
@@ -126,6 +134,6 @@ def test_out_of_memory_says_what_to_lower(distiller: Distiller, where: str, monk
     if where == "answers":
         monkeypatch.setattr(type(distiller.model), "generate", full)
     else:
-        monkeypatch.setattr(teacher.Distribution, "of", full)
+        monkeypatch.setattr(distribution.Distribution, "of", full)
     with pytest.raises(VlmgraftError, match="lower batch_size or max_new_tokens"):
         small(distiller)

@@ -48,15 +48,28 @@ class TargetBatch:
         target = self.target.to(model.device)
         if self.captured is None or len(target.log_p) <= HEAD_ROWS:
             return target.kl(self.logits(model))
-        hidden = replay_hidden(model, moved(self.captured, model.device))[self.predicts.to(model.device)]
         head = output_head(model)
 
         def piece(rows: Tensor, start: int) -> Tensor:
             return target.rows(start, start + len(rows)).kl(head(rows))
 
-        starts = range(0, len(hidden), HEAD_ROWS)
-        kept = [checkpoint(piece, hidden[at : at + HEAD_ROWS], at, use_reentrant=False) for at in starts]
+        pieces = self._hidden(model).split(HEAD_ROWS)
+        kept = [checkpoint(piece, rows, at * HEAD_ROWS, use_reentrant=False) for at, rows in enumerate(pieces)]
         return torch.cat(kept)
+
+    def distribution(self, model: Any) -> Distribution:
+        """The model's own distributions at the tokens that count: the target, when it is the teacher."""
+        if self.captured is None or int(self.predicts.sum()) <= HEAD_ROWS:
+            return Distribution.of(self.logits(model))
+        head = output_head(model)
+        parts = [Distribution.of(head(rows)) for rows in self._hidden(model).split(HEAD_ROWS)]
+        ids = [part.ids for part in parts if part.ids is not None]
+        return Distribution(torch.cat([part.log_p for part in parts]), torch.cat(ids) if ids else None)
+
+    def _hidden(self, model: Any) -> Float[Tensor, "N hidden"]:
+        """Hidden states at the tokens that count, of a captured batch."""
+        assert self.captured is not None
+        return replay_hidden(model, moved(self.captured, model.device))[self.predicts.to(model.device)]
 
     def tokens(self) -> int:
         """How many tokens the student reads, padding included."""

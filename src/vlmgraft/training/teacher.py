@@ -79,7 +79,7 @@ def build_targets(
 
     def log_probabilities(index: int) -> Unit:
         with out_of_memory("reading the teacher's answers", "lower batch_size or max_new_tokens"):
-            target = Distribution.of(reading.batch(index, replayed=reading is learning).logits(teacher[0]))
+            target = reading.batch(index, replayed=reading is learning).distribution(teacher[0])
         return {"log_p": target.log_p} | ({} if target.ids is None else {"ids": target.ids.int()})
 
     kind = "targets-" + digest(packing, seed, tokens, TOP_K, FULL_VOCABULARY, sorted(placeholders))[:8]
