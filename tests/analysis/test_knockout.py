@@ -10,7 +10,7 @@ import pytest
 from analysis_tools import LogitExam, bits, same_bits
 
 from vlmgraft.alignment import Alignment
-from vlmgraft.analysis.knockout import Knockout, centre, knockout_cells, profile
+from vlmgraft.analysis.knockout import Knockout, knockout_cells
 from vlmgraft.analysis.merged import Rebuilder
 from vlmgraft.analysis.swap import StoredWeights, swapped, text_parameters
 from vlmgraft.checkpoint.index import open_checkpoint
@@ -109,14 +109,3 @@ def test_refused_before_the_first_cell(vlm_model: Any, processor: Any, tmp_path:
     with pytest.raises(RecipeError, match="layers 0 to 3"):
         cells.run(tmp_path, {}, modes=("zero",), layers=[7])
     assert exam.calls == 0 and not any(tmp_path.iterdir())
-
-
-def test_profile_and_centre() -> None:
-    rows = [
-        {"model": "VLM", "part": "both", "mode": "zero", "layer": layer, "reasoning_change": {"mean": -0.1 * layer}}
-        for layer in (2, 0, 1, 3)
-    ]
-    changes = profile(rows, "VLM", "both", "zero", "reasoning")
-    assert changes == pytest.approx([0.0, -0.1, -0.2, -0.3])
-    assert centre(changes) == pytest.approx((1 + 4 + 9) / 6)
-    assert centre([0.1, 0.0]) is None

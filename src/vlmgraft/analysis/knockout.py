@@ -123,15 +123,3 @@ class Knockout:
         if model not in self._means:
             self._means[model] = self.blocks.means(self.processor, self.prompts)
         return self._means[model]
-
-
-def profile(rows: Iterable[Mapping[str, Any]], model: str, part: Part, mode: Mode, kind: str) -> list[float]:
-    """The change of `kind` ("reasoning" or "perception") per layer, in order; accuracies in [0, 1]."""
-    chosen = [row for row in rows if (row["model"], row["part"], row["mode"]) == (model, part, mode)]
-    return [row[f"{kind}_change"]["mean"] for row in sorted(chosen, key=lambda row: row["layer"])]
-
-
-def centre(changes: Sequence[float]) -> float | None:
-    """Where the loss sits: Σ layer · loss / Σ loss, in layers; gains count as no loss. None when nothing is lost."""
-    losses = [max(0.0, -one) for one in changes]
-    return sum(layer * loss for layer, loss in enumerate(losses)) / sum(losses) if sum(losses) > 0 else None

@@ -18,7 +18,6 @@ class Dot:
     x: float
     y: float
     tip: str
-    text: str = ""
     x_range: tuple[float, float] | None = None
     y_range: tuple[float, float] | None = None
     ring: bool = False
@@ -93,8 +92,6 @@ def _series(one: Series, place: int, x: Scale, y: Scale) -> str:
         if dot.ring:
             body.append(f'<circle class="ring" cx="{coordinate(at[0])}" cy="{coordinate(at[1])}" r="8"/>')
         body.append(_mark(MARKS[place % len(MARKS)], *at, dot.tip))
-        if dot.text:
-            body.append(label(at[0] + 7, at[1] - 6, dot.text, "point"))
     return f'<g class="series s{place % SERIES}"{data}>{"".join(body)}</g>'
 
 

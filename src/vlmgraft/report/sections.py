@@ -58,7 +58,6 @@ class Section:
     tables: Sequence[Table] = ()
     choices: Sequence[Choice] = ()
     extra: str = ""
-    wide: bool = False
 
 
 def topic(text: str, run: Any, place: int) -> str:
@@ -72,8 +71,7 @@ def render_section(section: Section) -> str:
     body += [f"<p>{escape(paragraph)}</p>" for paragraph in section.text]
     body += [_choice(section.id, choice) for choice in section.choices]
     if section.figures:
-        kind = "figures one" if section.wide else "figures"
-        body.append(f'<div class="{kind}">{"".join(map(_figure, section.figures))}</div>')
+        body.append(f'<div class="figures">{"".join(map(_figure, section.figures))}</div>')
     body.append(section.extra)
     body += [_table(table) for table in section.tables if table.rows]
     return f'<section id="{section.id}">{"".join(body)}</section>'

@@ -92,7 +92,7 @@ def _series(method: str, rows: Sequence[Row], front: Sequence[bool]) -> Series:
     dots = []
     for row, on in own:
         (x, *x_range), (y, *y_range) = _percent(row["perception"]), _percent(row["reasoning"])
-        dots.append(Dot(x, y, _tip(row), "", (x_range[0], x_range[1]), (y_range[0], y_range[1]), on))
+        dots.append(Dot(x, y, _tip(row), (x_range[0], x_range[1]), (y_range[0], y_range[1]), on))
     return Series(method, tuple(dots), data={"method": method})
 
 
