@@ -69,10 +69,10 @@ def test_choices_keep_perception_on_validation(trio: Path, tmp_path: Path) -> No
 @pytest.mark.slow
 def test_a_small_study_goes_on_where_it_stopped(trio: Path, tmp_path: Path) -> None:
     arms = (ARMS[0], Arm("filtered", "adaptive", ("attention",), "base", filtered=True, strength=1.0), ARMS[9])
-    first = Study(trio, tmp_path / "rows.jsonl", traces_count=4, steps=1, arms=arms[:1], sizes=SMALL)
+    first = Study(trio, tmp_path / "rows.jsonl", traces_count=4, steps=3, arms=arms[:1], sizes=SMALL)
     first.run()
     before = list(read_rows(tmp_path / "rows.jsonl"))
-    rows = Study(trio, tmp_path / "rows.jsonl", traces_count=4, steps=1, arms=arms, sizes=SMALL).run()
+    rows = Study(trio, tmp_path / "rows.jsonl", traces_count=4, steps=3, arms=arms, sizes=SMALL).run()
     assert [entry["method"] for entry in rows] == ["VLM", "FRISM", *(arm.name for arm in arms)]
     after = list(read_rows(tmp_path / "rows.jsonl"))
     assert after[: len(before)] == before and len({json.dumps(entry) for entry in after}) == len(after)
