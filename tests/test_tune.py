@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import vlmgraft as vg
-from vlmgraft.errors import AlignmentError, OutputError, RecipeError
+from vlmgraft import tuning
+from vlmgraft.checkpoint.index import open_checkpoint
+from vlmgraft.errors import AlignmentError, CheckpointError, OutputError, RecipeError
 from vlmgraft.hf.models import load_processor, load_vlm
 from vlmgraft.lab import world
 from vlmgraft.lab.exam import draw_exam
 from vlmgraft.recipe.tune import dump_tune_recipe, load_tune_recipe
 from vlmgraft.records import read_rows, write_rows
+from vlmgraft.spectral.gates import constant_gates
 
 STEPS = {"max_steps": 3, "learning_rate": 1e-3, "per_device_train_batch_size": 2, "use_cpu": True, "logging_steps": 1}
 Q0 = "model.layers.0.self_attn.q_proj.weight"
@@ -109,6 +113,20 @@ def test_an_interrupted_run_goes_on(recipe: Any, tmp_path: Path, monkeypatch: py
     assert all(one[name].equal(other[name]) for name in one)
     rows = list(read_rows(tmp_path / "parts" / "drift.jsonl"))
     assert [row["step"] for row in rows if row["tensor"] == Q0] == [1, 2, 3]
+
+
+def test_the_recipe_filters_by_a_gates_folder(recipe: Any, tmp_path: Path) -> None:
+    places = {key: recipe[key] for key in ("vlm", "donor", "donor_base")}
+    store = vg.decompose({**places, "method": "frism", "modules": ["*.q_proj.weight"]}, tmp_path / "factors")
+    gates = constant_gates({name: len(store[name].s) for name in store}, 0.0, 1.0)
+    replace(gates, factors=store.digest).save(tmp_path / "gates")
+    read = load_tune_recipe({**recipe, "prior": {"gates": str(tmp_path / "gates"), "schedule": "linear"}})
+    prior = tuning._prior(read, open_checkpoint(recipe["vlm"]))
+    assert prior is not None and set(prior.deltas) == set(store) and prior.rule.schedule == "linear"
+    half = store[Q0].update() / 2
+    assert (prior.deltas[Q0].value.float() - half).norm() < 1e-2 * half.norm()
+    with pytest.raises(CheckpointError, match="not a complete gates folder"):
+        vg.tune({**recipe, "prior": {"gates": str(tmp_path / "none")}}, tmp_path / "out")
 
 
 @pytest.mark.parametrize("merged", [False, True])
