@@ -85,3 +85,8 @@ def test_a_sweep_marks_its_front_and_goes_on(vlm_model: Any, alignment: Any, tmp
     assert [{**row, "front": None} for row in rows[:3]] == [{**row, "front": None} for row in first]
     best = max(rows, key=lambda row: (row["reasoning"]["mean"], row["perception"]["mean"]))
     assert best["front"] and any(row["front"] for row in rows)
+
+
+def test_settings_are_said_in_words() -> None:
+    point = Point("p", "m", {"method.rank": {"energy": 0.5}, "method.scale": 0.25, "modules": "mlp"}, dict)
+    assert point.cell["setting"] == "rank energy 0.5, λ 0.25, modules mlp" and point.cell["order"] == 0.25

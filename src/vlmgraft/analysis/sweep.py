@@ -88,4 +88,6 @@ def _short(key: str) -> str:
 
 
 def _said(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return " ".join(f"{key} {_said(inner)}" for key, inner in value.items())
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -8,6 +8,9 @@ from typing import Any
 
 import typer
 
+WIDTH = 140
+"""Of tables that go into a file or a pipe."""
+
 
 def show_rows(rows: Iterable[Any]) -> None:
     """One JSON document: the list of rows."""
@@ -24,7 +27,8 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]
         table.add_column(column, justify="right" if place else "left", overflow="fold")
     for row in rows:
         table.add_row(*(said(value) for value in row))
-    Console().print(table)
+    console = Console()
+    (console if console.is_terminal else Console(width=WIDTH)).print(table)
 
 
 def said(value: Any) -> str:
