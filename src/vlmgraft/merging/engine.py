@@ -26,6 +26,7 @@ from vlmgraft.merging.passes import in_order
 from vlmgraft.merging.pieces import Inputs, Lane, Pieces, chunks_of, squared_norm
 from vlmgraft.merging.plan import CHUNK, streamed
 from vlmgraft.methods.base import Method, TensorContext
+from vlmgraft.methods.scratch import reused
 
 RANGE = 16 * CHUNK
 """Elements per task: small enough to share a tensor between threads, large enough that handing out costs nothing."""
@@ -89,7 +90,8 @@ class Merger:
             if self.method.granularity == "tensor":
                 return task, self._matrix(task.tensor, lane)
             pieces = chunks_of(self.inputs, task.tensor, task.start, task.stop, lane)
-            return task, [self._chunk(task.tensor, context, raw, chunk, lane) for context, raw, chunk in pieces]
+            with reused():
+                return task, [self._chunk(task.tensor, context, raw, chunk, lane) for context, raw, chunk in pieces]
         finally:
             self.inputs.lanes.put(lane)
 

@@ -14,6 +14,7 @@ from vlmgraft.alignment import AlignedTensor
 from vlmgraft.merging.pieces import WIDE, Inputs, chunks_of
 from vlmgraft.merging.plan import CHUNK, lines_up
 from vlmgraft.methods.base import TensorContext
+from vlmgraft.methods.scratch import reused
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -65,7 +66,8 @@ class MergedPasses:
                 made = []
                 for context, _, pieces in chunks_of(self.inputs, tensor, start, stop, lane, sample):
                     self.inputs.check(tensor, pieces)
-                    made.append((context, function(pieces, context)))
+                    with reused():
+                        made.append((context, function(pieces, context)))
                 return made
             finally:
                 self.inputs.lanes.put(lane)

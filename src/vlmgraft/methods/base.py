@@ -87,7 +87,8 @@ class Method(Protocol):
     def combine(self, tensors: Mapping[str, Tensor], context: TensorContext) -> Tensor:
         """The merged piece in float32 from float32 pieces of "vlm", "donor" and what `needs` names.
 
-        Inputs are not changed and not kept: a merge uses their memory again. A result that is the VLM's piece is that
+        Inputs are not changed and not kept: a merge uses their memory again, and the result's too where it comes from
+        `scratch`, which an "element" method should take all its memory from. A result that is the VLM's piece is that
         very object, so that its bits survive. Called from several threads.
         """
 

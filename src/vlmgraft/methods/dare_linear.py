@@ -47,6 +47,6 @@ class DareLinear:
         density = number_for(self.density, context, "density")
         weights = weights_for(self.weights, context)
         scale = number_for(self.scale, context, "scale")
-        taus = task_vectors(tensors, reuse=True)
+        taus = task_vectors(tensors)
         own, donor = (drop(tau, self.seed, key, context, density, self.rescale) for key, tau in taus.items())
-        return tensors["vlm_base"].add(own.mul_(weights[0]).add_(donor, alpha=weights[1]), alpha=scale)
+        return own.mul_(weights[0]).add_(donor, alpha=weights[1]).mul_(scale).add_(tensors["vlm_base"])

@@ -68,7 +68,7 @@ class DroppedTies:
         recipe = self.recipe
         density = number_for(recipe.density, context, "density")
         weights = weights_for(recipe.weights, context)
-        taus = task_vectors(tensors, reuse=True)
+        taus = task_vectors(tensors)
         own, donor = (drop(tau, recipe.seed, key, context, density, recipe.rescale) for key, tau in taus.items())
         merged = merge_signs(own, donor, weights, recipe.election, recipe.combine)
-        return tensors["vlm_base"].add(merged, alpha=number_for(recipe.scale, context, "scale"))
+        return merged.mul_(number_for(recipe.scale, context, "scale")).add_(tensors["vlm_base"])

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from vlmgraft.methods.base import Number, TensorContext, check_range, number_for
+from vlmgraft.methods.scratch import scratch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,4 +33,9 @@ class Linear:
     def combine(self, tensors: Mapping[str, Tensor], context: TensorContext) -> Tensor:
         """a·vlm + (1 − a)·donor."""
         weight = number_for(self.vlm_weight, context, "vlm_weight")
-        return tensors["vlm"] if weight == 1 else tensors["donor"].lerp(tensors["vlm"], weight)
+        if weight == 1:
+            return tensors["vlm"]
+        import torch
+
+        (merged,) = scratch(tensors["vlm"], "merged")
+        return torch.lerp(tensors["donor"], tensors["vlm"], weight, out=merged)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from vlmgraft.methods.base import DEFAULT_MODULES, Number, TensorContext, check_range, number_for
+from vlmgraft.methods.scratch import scratch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +30,10 @@ class TaskArithmetic:
     def combine(self, tensors: Mapping[str, Tensor], context: TensorContext) -> Tensor:
         """vlm + λ·(donor − donor_base)."""
         scale = number_for(self.scale, context, "scale")
-        return (
-            tensors["vlm"] if scale == 0 else tensors["vlm"].add(tensors["donor"] - tensors["donor_base"], alpha=scale)
-        )
+        if scale == 0:
+            return tensors["vlm"]
+        import torch
+
+        (merged,) = scratch(tensors["vlm"], "merged")
+        torch.sub(tensors["donor"], tensors["donor_base"], out=merged)
+        return torch.add(tensors["vlm"], merged, alpha=scale, out=merged)

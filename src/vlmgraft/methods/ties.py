@@ -25,7 +25,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from vlmgraft.errors import RecipeError
@@ -77,8 +76,7 @@ class Ties:
         def density(context: TensorContext) -> float:
             return number_for(self.density, context, "density")
 
-        taus = partial(task_vectors, reuse=True)
-        return TrimmedTies(self, find_thresholds(passes, taus, self.unit, density))
+        return TrimmedTies(self, find_thresholds(passes, task_vectors, self.unit, density))
 
     def unit(self, context: TensorContext) -> str:
         """What shares a threshold with this tensor."""
@@ -100,16 +98,16 @@ class TrimmedTies:
     def combine(self, tensors: Mapping[str, Tensor], context: TensorContext) -> Tensor:
         """vlm_base + λ·(the merged task vector)."""
         recipe, least = self.recipe, self.thresholds[self.recipe.unit(context)]
-        own, donor = (trim_below(tau, least[key]) for key, tau in task_vectors(tensors, reuse=True).items())
+        own, donor = (trim_below(tau, least[key]) for key, tau in task_vectors(tensors).items())
         merged = merge_signs(own, donor, weights_for(recipe.weights, context), recipe.election, recipe.combine)
-        return tensors["vlm_base"].add(merged, alpha=number_for(recipe.scale, context, "scale"))
+        return merged.mul_(number_for(recipe.scale, context, "scale")).add_(tensors["vlm_base"])
 
 
-def task_vectors(tensors: Mapping[str, Tensor], *, reuse: bool = False) -> dict[str, Tensor]:
-    """{"vlm": vlm − vlm_base, "donor": donor − donor_base}; new tensors, or the thread's memory (`reuse`)."""
+def task_vectors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """{"vlm": vlm − vlm_base, "donor": donor − donor_base} in memory by `scratch`."""
     import torch
 
-    own, donor = scratch(tensors["vlm"], "own", "donor") if reuse else (None, None)
+    own, donor = scratch(tensors["vlm"], "own", "donor")
     return {
         "vlm": torch.sub(tensors["vlm"], tensors["vlm_base"], out=own),
         "donor": torch.sub(tensors["donor"], tensors["donor_base"], out=donor),
@@ -136,8 +134,8 @@ def merge_signs(
 ) -> Tensor:
     """Elect a sign per entry and merge the entries that have it; float32 in any one shape.
 
-    Uses up `own` and `donor`; the result is the thread's memory until the next call. All steps are float arithmetic:
-    in torch, booleans cost five times as much.
+    Uses up `own` and `donor`, one of which is the result. All steps are float arithmetic: in torch, booleans cost five
+    times as much.
     """
     import torch
 
