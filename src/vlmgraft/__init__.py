@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vlmgraft.checkpoint.verify import verify
     from vlmgraft.lab.demo import demo
     from vlmgraft.measure import compare, evaluate
     from vlmgraft.pipeline import decompose, export, gates, inspect, merge
@@ -41,6 +42,7 @@ __all__ = [
     "ranks",
     "sweep",
     "tune",
+    "verify",
     "write_report",
 ]
 
@@ -57,6 +59,7 @@ _HOME = {
     "DriftCallback": "vlmgraft.training.drift_callback",
     "load_prior": "vlmgraft.training.prior_delta",
     "tune": "vlmgraft.tuning",
+    "verify": "vlmgraft.checkpoint.verify",
 }
 
 

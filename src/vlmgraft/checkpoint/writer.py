@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vlmgraft.checkpoint.digests import BLOCK, RECEIPT, FileReceipt, block_digests, joined, whole_file
 from vlmgraft.checkpoint.index import INDEX
 from vlmgraft.checkpoint.reader import TORCH_DTYPES, as_bytes
 from vlmgraft.checkpoint.shards import Shard, TensorSpec, plan_shards
@@ -64,6 +65,7 @@ class Writer:
         self.shards = plan_shards(tensors, shard_size)
         self.folder = self.out.with_name(f".{self.out.name}.partial-{resume or os.getpid()}")
         self.done: dict[str, dict[str, Any]] = {}
+        self._digests: dict[str, dict[int, bytes]] = {}
         self._overwrite, self._resume = overwrite, resume
         self._handles: dict[str, int] = {}
         self._lock = -1
@@ -115,12 +117,35 @@ class Writer:
         shard, begin, spec = self._places[name]
         if offset < 0 or offset + len(data) > spec.nbytes:
             raise ValueError(f"{name}: bytes {offset} to {offset + len(data)} of {spec.nbytes}")
+        if offset % BLOCK == 0:
+            found = self._digests.setdefault(name, {})
+            for number, digest in enumerate(block_digests(data), offset // BLOCK):
+                found[number] = digest
         done = 0
         while done < len(data):
             try:
                 done += os.pwrite(self._handles[shard], data[done:], begin + offset + done)
             except OSError as error:
                 raise OutputError(f"{self.folder / shard}: cannot be written ({error.strerror})") from None
+
+    def digest(self, name: str) -> str:
+        """The digest of a tensor that this process wrote, in pieces that begin and end with blocks."""
+        found = self._digests.pop(name, {})
+        if sorted(found) != list(range(-(-self._places[name][2].nbytes // BLOCK))):
+            raise ValueError(f"{name}: not written in whole blocks of {BLOCK} bytes")
+        return joined(found[number] for number in sorted(found))
+
+    def files(self) -> tuple[FileReceipt, ...]:
+        """The index and the other files of the folder with their digests; of a shard, that of its header."""
+        self._write_index()
+        shards = [
+            FileReceipt(
+                s.name, s.size, len(s.header), joined(block_digests(s.header)), tuple(t.name for t in s.tensors)
+            )
+            for s in self.shards
+        ]
+        others = {path.name for path in self.folder.iterdir()} - {s.name for s in self.shards} - {JOURNAL, RECEIPT}
+        return (*shards, *(whole_file(self.folder / name) for name in sorted(others)))
 
     def finish(self, name: str, facts: Mapping[str, Any]) -> None:
         """Record that a tensor is complete, with JSON values about it; survives an interruption of this process."""
@@ -144,10 +169,7 @@ class Writer:
         """Flush everything to disk, write the index, and give the folder its name."""
         for handle in self._handles.values():
             os.fsync(handle)
-        if len(self.shards) > 1:
-            weight_map = {tensor.name: shard.name for shard in self.shards for tensor in shard.tensors}
-            total = sum(tensor.nbytes for shard in self.shards for tensor in shard.tensors)
-            write_json(self.folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        self._write_index()
         (self.folder / JOURNAL).unlink(missing_ok=True)
         os.fsync(self._lock)
         try:
@@ -158,6 +180,12 @@ class Writer:
             self.folder.rename(self.out)
         except OSError as error:
             raise OutputError(f"{self.out}: cannot be published ({error.strerror})") from None
+
+    def _write_index(self) -> None:
+        if len(self.shards) > 1:
+            weight_map = {tensor.name: shard.name for shard in self.shards for tensor in shard.tensors}
+            total = sum(tensor.nbytes for shard in self.shards for tensor in shard.tensors)
+            write_json(self.folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
     def _close(self, *, keep: bool) -> None:
         for handle in self._handles.values():
@@ -174,7 +202,7 @@ class Writer:
         if self._resume is None:
             return
         journal = self.folder / JOURNAL
-        head = {"boot": _boot_id(), "shards": [[shard.name, shard.size] for shard in self.shards]}
+        head = {"boot": _boot_id(), "block": BLOCK, "shards": [[shard.name, shard.size] for shard in self.shards]}
         rows = list(read_rows(journal)) if journal.exists() else []
         if rows and rows[0] == head and all((self.folder / s.name).is_file() for s in self.shards):
             self.done = {row.pop("name"): row for row in rows[1:]}

@@ -58,7 +58,7 @@ class Merger:
             added += (one for one, _ in squares)
             moved += (other for _, other in squares)
             if task.last:
-                facts: dict[str, Any] = {}
+                facts: dict[str, Any] = {"digest": self.writer.digest(task.tensor.name)}
                 if self._merges(task.tensor):
                     facts["added"] = math.sqrt(math.fsum(added))
                     facts["task_vector"] = math.sqrt(math.fsum(moved)) if task.tensor.donor_base else None

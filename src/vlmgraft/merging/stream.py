@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ import torch
 
 from vlmgraft import __version__
 from vlmgraft.alignment import AlignedTensor, Alignment
+from vlmgraft.checkpoint.digests import RECEIPT, FileReceipt, seal
+from vlmgraft.checkpoint.index import TensorInfo
 from vlmgraft.checkpoint.reader import Reader
 from vlmgraft.checkpoint.shards import TensorSpec
 from vlmgraft.checkpoint.writer import Writer, refuse_output
@@ -33,19 +35,23 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class TensorReceipt:
-    """One tensor. added: Frobenius norm of (merged − VLM) before the cast; task_vector: of donor − base."""
+    """One tensor. added: Frobenius norm of (merged − VLM) before the cast; task_vector: of donor − base. digest: of its
+    bytes (see checkpoint/digests.py)."""
 
     name: str
     verdict: str
     reason: str
     sources: dict[str, list[str]]
+    dtype: str
+    shape: list[int]
+    digest: str
     added: float = 0.0
     task_vector: float | None = None
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a merge did. peak_memory: of the whole process, bytes. Written as receipt.json."""
+    """What a merge did. peak_memory: of the whole process, bytes. digest: of the receipt. Written as receipt.json."""
 
     method: str
     tensors: tuple[TensorReceipt, ...]
@@ -53,6 +59,8 @@ class Receipt:
     versions: dict[str, str]
     seconds: float
     peak_memory: int
+    files: tuple[FileReceipt, ...]
+    digest: str = ""
 
 
 def merge_tensors(
@@ -95,7 +103,7 @@ def merge_tensors(
         for name in merger.run(pool, threads):
             if progress is not None:
                 progress(len(writer.done), len(specs), name)
-        rows = tuple(_row(tensor, writer.done[tensor.name]) for tensor in alignment.tensors)
+        rows = tuple(_row(tensor, inputs.info(tensor), writer.done[tensor.name]) for tensor in alignment.tensors)
         if "donor_base" in opened and not any(row.task_vector for row in rows):
             raise AlignmentError(f"the task vector is zero: {alignment.donor.path} and its base hold the same weights")
         for file in extra_files:
@@ -103,8 +111,10 @@ def merge_tensors(
         versions = {"vlmgraft": __version__, "torch": torch.__version__}
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         notes = (*alignment.notes, *getattr(method, "notes", tuple)())
-        receipt = Receipt(method.name, rows, notes, versions, time.perf_counter() - began, peak)
-        write_json(writer.folder / "receipt.json", asdict(receipt))
+        files = writer.files()
+        receipt = Receipt(method.name, rows, notes, versions, time.perf_counter() - began, peak, files)
+        receipt = replace(receipt, digest=seal(asdict(receipt)))
+        write_json(writer.folder / RECEIPT, asdict(receipt))
     return receipt
 
 
@@ -115,9 +125,11 @@ def _key(alignment: Alignment, method: Method, shard_size: int) -> str:
     return hashlib.sha256(repr((method, times, opened, alignment.tensors, shard_size)).encode()).hexdigest()[:16]
 
 
-def _row(tensor: AlignedTensor, facts: dict[str, Any]) -> TensorReceipt:
+def _row(tensor: AlignedTensor, info: TensorInfo, facts: dict[str, Any]) -> TensorReceipt:
     names = {key: list(source.names) for key, source in sources_of(tensor).items()}
-    return TensorReceipt(tensor.name, tensor.verdict, tensor.reason, names, **facts)
+    return TensorReceipt(
+        tensor.name, tensor.verdict, tensor.reason, names, dtype=info.dtype, shape=list(info.shape), **facts
+    )
 
 
 @contextmanager

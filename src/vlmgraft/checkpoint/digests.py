@@ -1,0 +1,74 @@
+"""Digests that tell a damaged file from a whole one, cheap enough to take of every byte that is written.
+
+A digest is the XXH3-128 of the XXH3-128s of consecutive blocks of 256 KiB, so that threads may write the blocks of one
+tensor in any order. It finds accidents: flipped bits, lost writes, files that were edited. It is no signature: who
+changes the weights on purpose can change the receipt as well. A cryptographic hash would add nothing to that here and
+costs 40 times as much: on one core of the machine of the benchmarks, SHA-256 takes 1.5 GB/s, which is a seventh of the
+time of a merge, XXH3 70 GB/s in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from vlmgraft.records import json_text
+
+BLOCK = 1 << 18
+"""Bytes of a block."""
+READ = 16 * BLOCK
+RECEIPT = "receipt.json"
+
+
+@dataclass(frozen=True)
+class FileReceipt:
+    """One file of a folder. digest: of its first `digested` bytes; after those a shard holds the bytes of `tensors`."""
+
+    name: str
+    size: int
+    digested: int
+    digest: str
+    tensors: tuple[str, ...] = ()
+
+
+def block_digests(data: memoryview | bytes) -> list[bytes]:
+    """One digest for each block; the last block may be short."""
+    return [xxhash.xxh3_128_digest(data[at : at + BLOCK]) for at in range(0, len(data), BLOCK)]
+
+
+def joined(digests: Iterable[bytes]) -> str:
+    """The digest, in hexadecimal, of what has these blocks."""
+    return str(xxhash.xxh3_128_hexdigest(b"".join(digests)))
+
+
+def range_digest(path: Path, begin: int, size: int) -> str:
+    """The digest of `size` bytes of a file from `begin` on, or of fewer where the file ends; raises OSError."""
+    found: list[bytes] = []
+    buffer = memoryview(bytearray(min(size, READ)))
+    with path.open("rb", buffering=0) as file:
+        file.seek(begin)
+        while size:
+            filled = 0
+            while filled < min(size, READ):
+                count = file.readinto(buffer[filled : min(size, READ)])
+                if not count:
+                    return joined([*found, *block_digests(buffer[:filled])])
+                filled += count
+            found += block_digests(buffer[:filled])
+            size -= filled
+    return joined(found)
+
+
+def whole_file(path: Path) -> FileReceipt:
+    """The receipt of a file whose every byte is digested."""
+    size = path.stat().st_size
+    return FileReceipt(path.name, size, size, range_digest(path, 0, size))
+
+
+def seal(document: dict[str, Any]) -> str:
+    """The digest of a JSON document as `write_json` writes it, its own key "digest" left empty."""
+    return joined(block_digests(json_text({**document, "digest": ""}).encode()))
