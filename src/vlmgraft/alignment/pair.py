@@ -76,7 +76,8 @@ def pair_tensor(pairing: Pairing, held: Held) -> tuple[str, Sources | None]:
             extras.append(f"{key} ties its head to its embeddings")
     if rows is not None and any(source.layout.kind == "rows" for source in found.values()):  # type: ignore[attr-defined]
         extras.append(f"the vocabularies share the first {rows} of {info.shape[0]} rows; the others stay as they are")
-    return "; ".join([f"language model, {held.group}", *extras]), found
+    reason = f"language model, {held.group}"
+    return "; ".join([reason, *extras]) if extras else reason, found
 
 
 def _role(view: TextView, role: str) -> str:
@@ -97,11 +98,12 @@ def _shared_rows(pairing: Pairing, held: Held, shape: tuple[int, ...]) -> int:
 def _find(view: TextView, held: Held, pairing: Pairing, key: str, rows: int | None) -> Source | None:
     """The source of `held` in `view`, or None where it has none and may have none."""
     ours = pairing.text.checkpoint.tensors[held.name]
-    if held.form is WHOLE_FORM and rows is None and held.role in view.parts:  # the usual case, told quickly
-        same = view.parts[held.role][0]
-        info = view.checkpoint.tensors[same.name]
-        if same.form is WHOLE_FORM and info.shape == ours.shape and info.dtype == ours.dtype:
-            return Source((same.name,), WHOLE)
+    if rows is None and held.form is WHOLE_FORM:  # the usual case, told quickly
+        same = view.parts.get(held.role)
+        if same is not None and same[0].form is WHOLE_FORM:
+            info = view.checkpoint.tensors[same[0].name]
+            if info.shape == ours.shape and info.dtype == ours.dtype:
+                return Source((same[0].name,), WHOLE)
     names: dict[str, int] = {}
     picks: list[Pick] = []
     shapes = part_shapes(held.form, ours.shape)

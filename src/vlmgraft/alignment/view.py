@@ -131,11 +131,16 @@ def text_view(checkpoint: Checkpoint, place: Place | None = None) -> TextView:
         )
     held: dict[str, Held] = {}
     parts: dict[str, tuple[Held, int]] = {}
-    for name in checkpoint.tensors:
+    for name, info in checkpoint.tensors.items():
         known = known_as(name, place)
         if known is None:
             continue
-        form, inside = _form_of(checkpoint, name, known[0])
+        role = known[0]
+        if len(info.shape) < 3 and "wqkv" not in role:  # a tensor of one part, as nearly all are
+            held[name] = item = Held(name, *known, WHOLE_FORM, (role,))
+            parts[role] = (item, 0)
+            continue
+        form, inside = _form_of(checkpoint, name, role)
         held[name] = item = Held(name, *known, form, inside)
         for position, part in enumerate(inside):
             parts[part] = (item, position)
@@ -160,8 +165,6 @@ def _tied(checkpoint: Checkpoint, place: Place) -> bool:
 
 def _form_of(checkpoint: Checkpoint, name: str, role: str) -> tuple[Form, tuple[str, ...]]:
     """The form of a tensor and the roles of its parts."""
-    if "qkv" not in role and ".experts." not in role:
-        return WHOLE_FORM, (role,)
     shape = checkpoint.tensors[name].shape
     if ".self_attn.wqkv." in role:
         form = Form("wqkv", heads=_head_layout(checkpoint, name))
