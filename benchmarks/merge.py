@@ -281,6 +281,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="one repeat at 2 MB")
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
+    parser.add_argument("--cases", nargs="+", help="what runs at the first size; cp and task_arithmetic among it")
     parser.add_argument("--grow", nargs="+", default=["task_arithmetic"], help="what runs at the later sizes")
     parser.add_argument("--mergekit", type=Path, help="mergekit-yaml, where it is installed")
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -293,6 +294,7 @@ def main() -> None:
         os.environ["MERGEKIT"] = str(options.mergekit)
     first = ["cp", "cp+fsync", *([*OPTIONS][:2] if options.quick else OPTIONS), "whole tensors", "whole tensors+fsync"]
     first += ["mergekit"] if options.mergekit else []
+    first = options.cases or first
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for number, size in enumerate(sizes):
