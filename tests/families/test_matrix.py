@@ -44,7 +44,9 @@ def merged(recipe: Recipe, out: Path, gates: float | None = None, *, threads: in
     check_numbers(method, alignment)
     if gates is not None:
         store = decompose(alignment, out.with_name("factors"))
-        method = method.bind(store, constant_gates({name: tuple(store[name].s.shape) for name in store}, gates, method.scale))
+        method = method.bind(
+            store, constant_gates({name: tuple(store[name].s.shape) for name in store}, gates, method.scale)
+        )
     merge_tensors(alignment, method, out, shard_size=shard_size, threads=threads)
     return alignment
 
