@@ -42,6 +42,9 @@ ITEM_SIZES: Mapping[str, int] = {
 }
 """Bytes per element of each safetensors dtype that is read; dtypes below one byte are refused."""
 
+LARGEST = 1 << 63
+"""Sizes and offsets are below: what a file can have."""
+
 
 class TensorInfo(NamedTuple):
     """One tensor on disk. dtype: safetensors code such as "BF16". begin: absolute byte offset in `file`."""
@@ -161,21 +164,27 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entry(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
-    """One tensor of a header; its length must be what dtype and shape say."""
+    """One tensor of a header; its length must be what dtype and shape say, its name fit to be printed."""
+    if not name or not name.isprintable():
+        raise CheckpointError(f"{file}: a tensor's name is {name!r:.120}; rename it to printable characters")
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
         raise CheckpointError(f"{file}: {name} has no proper dtype, shape and data_offsets: {entry!r:.120}") from None
     if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
         raise CheckpointError(f"{file}: {name} has dtype {dtype!r}; known are {', '.join(ITEM_SIZES)}")
-    nbytes = ITEM_SIZES[dtype]
-    for number in (begin, end, *shape):
-        if type(number) is not int or number < 0:
-            raise CheckpointError(f"{file}: {name} has shape {list(shape)} and offsets [{begin}, {end}]")
+    said = f"{list(shape)!s:.120}"
+    if not all(type(number) is int and 0 <= number < LARGEST for number in (begin, end, *shape)):
+        raise CheckpointError(f"{file}: {name} has shape {said} and offsets {f'[{begin}, {end}]':.120}")
+    nbytes = 0 if 0 in shape else ITEM_SIZES[dtype]
     for number in shape:
         nbytes *= number
+        if nbytes >= LARGEST:
+            raise CheckpointError(
+                f"{file}: {name} is {dtype} {said}, more than a file can hold, but spans {end - begin}"
+            )
     if end - begin != nbytes:
-        raise CheckpointError(f"{file}: {name} is {dtype} {list(shape)}, {nbytes} bytes, but spans {end - begin}")
+        raise CheckpointError(f"{file}: {name} is {dtype} {said}, {nbytes} bytes, but spans {end - begin}")
     return TensorInfo(name, dtype, shape, file, start + begin, nbytes)
 
 

@@ -174,13 +174,22 @@ def _adapter(cls: Any) -> TypeAdapter[Any]:
     return TypeAdapter(cls)
 
 
+ALIASES = 16
+"""In a recipe, at most: nested aliases grow exponentially."""
+
+
 def _read(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """The raw mapping of a recipe file or a mapping (copied)."""
     if isinstance(source, Mapping):
         return yaml.safe_load(yaml.safe_dump(_plain(source)))
     path = Path(source)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)) > ALIASES:
+            raise RecipeError(f"{path}: more than {ALIASES} YAML aliases (*name); write the values out")
+        raw = yaml.safe_load(text)
+    except (RecursionError, UnicodeDecodeError):
+        raise RecipeError(f"{path}: nested too deeply or not UTF-8; give a recipe in YAML") from None
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}); give a recipe in YAML") from None
     except yaml.YAMLError as error:
