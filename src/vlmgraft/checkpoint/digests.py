@@ -2,9 +2,9 @@
 
 A digest is the XXH3-128 of the XXH3-128s of consecutive blocks of 256 KiB, so that threads may write the blocks of one
 tensor in any order. It finds accidents: flipped bits, lost writes, files that were edited. It is no signature: who
-changes the weights on purpose can change the receipt as well. A cryptographic hash would add nothing to that here and
-costs 40 times as much: on one core of the machine of the benchmarks, SHA-256 takes 1.5 GB/s, which is a seventh of the
-time of a merge, XXH3 70 GB/s in the cache.
+changes the weights on purpose can change the receipt as well, and a cryptographic hash there would not stop it.
+Measured on two cores: SHA-256 takes 1.5 GB/s a core and made a merge by task arithmetic 31 to 45 % longer, XXH3 70 GB/s
+in the cache and nothing that shows above the scatter.
 """
 
 from __future__ import annotations
