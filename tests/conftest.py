@@ -34,6 +34,25 @@ def trio() -> Path:
     return trio_path()
 
 
+@pytest.fixture(scope="session")
+def image_calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of 24 image questions of the lab's world, as users write it."""
+    import numpy
+
+    from vlmgraft.lab import world
+    from vlmgraft.records import write_rows
+
+    folder, rng = tmp_path_factory.mktemp("calibration"), numpy.random.default_rng(0)
+    rows = []
+    for number in range(24):
+        item = world.draw_item(rng, world.PERCEPTION[number % 4])
+        assert item.scene is not None
+        world.render(rng, item.scene, "calibration").save(folder / f"{number}.png")
+        rows.append({"question": item.question, "image": f"{number}.png"})
+    write_rows(folder / "calibration.jsonl", rows)
+    return folder / "calibration.jsonl"
+
+
 @pytest.fixture
 def vlmgraft(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
     """Runs the command line in this process, through its entry point."""

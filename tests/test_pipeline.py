@@ -20,7 +20,6 @@ from vlmgraft.hf.data import Question, encode, load_questions
 from vlmgraft.hf.models import load_processor, load_text_model, load_vlm
 from vlmgraft.lab import world
 from vlmgraft.pipeline import pair
-from vlmgraft.records import write_rows
 from vlmgraft.spectral.factors import FactorStore
 from vlmgraft.spectral.gates import load_gates
 from vlmgraft.training.distill import Distiller
@@ -38,17 +37,8 @@ def recipe_for(trio: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of 24 image questions, as users write it."""
-    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    rows = []
-    for number in range(24):
-        item = world.draw_item(rng, world.PERCEPTION[number % 4])
-        assert item.scene is not None
-        world.render(rng, item.scene, "calibration").save(folder / f"{number}.png")
-        rows.append({"question": item.question, "image": f"{number}.png"})
-    write_rows(folder / "calibration.jsonl", rows)
-    return folder / "calibration.jsonl"
+def calibration(image_calibration: Path) -> Path:
+    return image_calibration
 
 
 def frism_of(calibration: Path, **options: Any) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy
@@ -12,9 +11,7 @@ from PIL import Image
 
 from vlmgraft.hf.data import Question
 from vlmgraft.hf.models import text_linears
-from vlmgraft.lab import world
 from vlmgraft.lab.models import build_processor, build_text_model, build_vlm
-from vlmgraft.records import write_rows
 from vlmgraft.spectral.factors import Factors, factorize
 from vlmgraft.training.distill import Distiller
 
@@ -37,20 +34,6 @@ def questions() -> list[Question]:
 @pytest.fixture(scope="session")
 def held_out() -> list[Question]:
     return _image_questions(12, first=1000)
-
-
-@pytest.fixture(scope="session")
-def image_calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of 24 image questions of the lab's world, as users write it."""
-    folder, rng = tmp_path_factory.mktemp("calibration"), numpy.random.default_rng(0)
-    rows = []
-    for number in range(24):
-        item = world.draw_item(rng, world.PERCEPTION[number % 4])
-        assert item.scene is not None
-        world.render(rng, item.scene, "calibration").save(folder / f"{number}.png")
-        rows.append({"question": item.question, "image": f"{number}.png"})
-    write_rows(folder / "calibration.jsonl", rows)
-    return folder / "calibration.jsonl"
 
 
 def random_factors(vlm: Any) -> dict[str, Factors]:

@@ -1,7 +1,7 @@
 """Checks a merged folder against its receipt: names, dtypes, shapes, sizes, and a digest of every byte.
 
-The digests were taken from memory, before the bytes went to the disk, so what the disk, a copy or a later edit changed
-is found. Needs no torch.
+Digests of tensors and shard headers were taken from memory, before the bytes went to the disk; those of the index
+and of side files after they were copied. What the disk, a copy or a later edit changed is found. Needs no torch.
 """
 
 from __future__ import annotations

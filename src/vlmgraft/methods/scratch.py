@@ -11,28 +11,35 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-_own = threading.local()
+
+class _Own(threading.local):
+    """One thread's memory by name, and whether `scratch` gives it out."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, Tensor] = {}
+        self.reused = False
+
+
+_own = _Own()
 
 
 @contextmanager
 def reused() -> Iterator[None]:
     """Inside, in this thread, `scratch` gives the same memory for the same name again and again."""
-    before = getattr(_own, "held", None)
-    _own.held = before if before is not None else getattr(_own, "kept", {})
+    before, _own.reused = _own.reused, True
     try:
         yield
     finally:
-        _own.kept, _own.held = _own.held, before
+        _own.reused = before
 
 
 def scratch(like: Tensor, *names: str) -> list[Tensor]:
     """Float32 tensors of the shape of `like`, one per name, not initialised: new ones unless inside `reused`."""
     import torch
 
-    held: dict[str, Tensor] | None = getattr(_own, "held", None)
-    if held is None:
+    if not _own.reused:
         return [torch.empty_like(like) for _ in names]
-    count = like.numel()
+    held, count = _own.held, like.numel()
     for name in names:
         if name not in held or held[name].numel() < count:
             held[name] = torch.empty(count)

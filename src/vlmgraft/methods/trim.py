@@ -1,7 +1,7 @@
 """Magnitude thresholds that keep the largest share of one or many tensors, exact, without holding them.
 
 The bits of |x| of a float32, read as an integer, are ordered as |x| is. A search keeps a bracket of such integers that
-holds the k-th largest. A sample of every chunk gives a narrow first bracket; a pass over all weights then counts what
+holds the k-th largest. A sample of every tensor gives a narrow first bracket; a pass over all weights then counts what
 lies above it and, integer by integer, what lies inside, and that is the answer. Where the sample misled, or the
 bracket has more integers than a histogram has bins, another pass takes the bin that was found as its bracket: from all
 2³¹ integers two passes suffice. The histogram has 2²⁰ bins, however many values there are.
