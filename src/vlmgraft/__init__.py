@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vlmgraft.training.prior_delta import load_prior
     from vlmgraft.tuning import tune
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 __all__ = [
     "DriftCallback",
     "compare",

@@ -25,6 +25,23 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="no progress")]
 AsJson = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from vlmgraft import __version__
+
+        typer.echo(f"vlmgraft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def vlmgraft(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """Give a vision-language model the reasoning of a text model of its family, by merging weights."""
+
+
 @contextmanager
 def progress_bar(quiet: bool) -> Iterator[Callable[[int, int, str], None] | None]:
     """A progress bar on standard error, one line per kind of work; under torchrun, of the first process."""
