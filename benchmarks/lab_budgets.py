@@ -16,7 +16,7 @@ def control(data: dict[str, Any], trios: Sequence[Trio]) -> str:
     lines = []
     for trio in trios:
         rows = [row for row in trio.rows.values() if has_budget(row) and "inject_weight" in row["notes"]]
-        rows = [row for row in rows if "rank" not in row["setting"]]
+        rows = [row for row in rows if "rank" not in row["setting"] and "control_kl" in row]
         if not rows:
             continue
         ratios = {
@@ -35,6 +35,23 @@ def control(data: dict[str, Any], trios: Sequence[Trio]) -> str:
     for prompts in ("control prompts", "fresh prompts, same hands", "test prompts, other hands"):
         head += [f"drift ÷ budget, {prompts}", "range", "within 10 %"]
     return "\n".join(["## Where a budget ends", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head), *lines])
+
+
+def landing(data: dict[str, Any], trios: Sequence[Trio]) -> str:
+    """Where trainings end that are controlled on many prompts."""
+    lines, prompts = [], 0
+    for trio in trios:
+        for row in (row for row in trio.rows.values() if row["method"] == "landing"):
+            budget, notes = row["setting"]["budget"], row["notes"]
+            data.setdefault("landing", []).append({"seed": trio.seed, **row["setting"], **notes})
+            prompts = notes["prompts"]
+            cells = " | ".join(f"{notes[key] / budget:.2f}" for key in ("control_kl", "fresh_kl", "kl"))
+            lines.append(f"| {trio.seed}, {row['setting']['inject']}, {budget:g} | {cells} |")
+    if not lines:
+        return ""
+    title = f"## Where a budget ends that is controlled on {prompts:,} prompts\n\nDrift ÷ budget on:"
+    heads = "seed, injection, budget | control prompts | as many fresh ones, same hands | test prompts, other hands"
+    return "\n".join([title, "", f"| {heads} |", "|---|---|---|---|", *lines])
 
 
 def scatter(data: dict[str, Any], trios: Sequence[Trio]) -> str:

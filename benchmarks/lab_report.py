@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lab_budgets import control, fronts, scatter
+from lab_budgets import control, fronts, landing, scatter
 from lab_rows import ARITHMETIC, Items, Row, Trio, has_budget, over_seeds, read_trio, signed
 
 from vlmgraft.evaluation.intervals import bootstrap
@@ -71,7 +71,7 @@ def write_report(folder: Path) -> None:
     weights = [(f"FRISM (energy), α {w:g}", "FRISM (energy)", {"inject_weight": w}) for w in ENERGY_WEIGHTS]
     weights += [(f"{DONOR}, α {w:g}", DONOR, {"inject_weight": w}) for w in DONOR_WEIGHTS]
     parts.append(_section(data, trios, "Weight of the injection term", weights))
-    parts += [control(data, trios), scatter(data, trios), fronts(data, trios)]
+    parts += [control(data, trios), landing(data, trios), scatter(data, trios), fronts(data, trios)]
     write_text(folder / "variants.md", "\n\n".join(part for part in parts if part) + "\n")
     write_json(folder / "variants.json", data)
 

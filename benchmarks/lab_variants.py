@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-EXPERIMENTS = ("table", "questions", "rank", "weight", "spectra", "front", "scatter")
+EXPERIMENTS = ("table", "questions", "rank", "weight", "spectra", "front", "scatter", "landing")
 BUDGETS = (0.003,)
 
 

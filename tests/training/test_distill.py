@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vlmgraft.errors import CheckpointError, DataError, RecipeError
 from vlmgraft.hf.data import Question, generate
@@ -15,7 +17,7 @@ from vlmgraft.hf.models import match_linears
 from vlmgraft.methods.frism import GatedFold
 from vlmgraft.spectral.factors import Factors, FactorStore, factorize
 from vlmgraft.spectral.gates import constant_gates, load_gates
-from vlmgraft.training.budget import BudgetControl
+from vlmgraft.training.budget import BudgetControl, largest_within
 from vlmgraft.training.distill import Distiller
 from vlmgraft.training.targets import Targets
 
@@ -90,6 +92,54 @@ def test_a_drift_budget_is_met_on_held_out_prompts(distiller: Distiller, donor_t
     gates = distiller.learn(inject="donor", donor=donor_targets, kl_budget=budget, steps=100)
     assert distiller.keep_kl(gates) == pytest.approx(budget, rel=0.1)
     assert gates.settings["held_out_kl"] == pytest.approx(distiller.keep_kl(gates), rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:kl_budget is measured")
+@pytest.mark.parametrize("inject", ["energy", "donor"])
+def test_an_unfinished_training_still_keeps_the_budget(
+    distiller: Distiller, donor_targets: Targets, inject: Literal["energy", "donor"]
+) -> None:
+    """Two steps leave the control no time; what is above the budget is closed, in energy also what is below opened."""
+    few: dict[str, Any] = {"inject": inject, "donor": donor_targets if inject == "donor" else None, "steps": 2}
+    start = distiller.keep_kl(distiller.learn(steps=0))
+    closed = distiller.learn(kl_budget=start / 5, **few)
+    assert closed.settings["landing"] < 0
+    assert 0.97 * start / 5 <= distiller.keep_kl(closed) <= 1.001 * start / 5
+    opened = distiller.learn(kl_budget=start * 1.5, start=-2.0, **few)
+    assert opened.settings["landing"] == 0 if inject == "donor" else opened.settings["landing"] > 0
+    assert distiller.keep_kl(opened) == pytest.approx(opened.settings["held_out_kl"], rel=1e-3)
+    assert inject == "donor" or 0.97 * start * 1.5 <= opened.settings["held_out_kl"] <= start * 1.5
+
+
+@given(
+    slope=st.floats(0.2, 4.0), bend=st.floats(0.0, 0.2), at=st.floats(-11.0, 11.0), end=st.floats(1.0, 12.0)
+)  # fmt: skip
+def test_the_largest_within_a_budget_is_found_in_few_measurements(
+    slope: float, bend: float, at: float, end: float
+) -> None:
+    seen: list[float] = []
+
+    def drift(x: float) -> float:
+        seen.append(x)
+        return 0.01 * math.exp(slope * (x - at) + bend * (math.tanh(x) - math.tanh(at)))
+
+    x, kl = largest_within(drift, 0.01, -12.0, end)
+    assert kl == pytest.approx(drift(x)) and kl <= 0.01 and -12 <= x <= end
+    assert x == end or kl >= 0.0097 * 0.999
+    assert len(seen) <= 9 and all(-12 <= each <= end for each in seen)
+
+
+def test_a_drift_that_overflows_or_never_fits_is_met_from_below() -> None:
+    x, kl = largest_within(lambda x: math.nan if x > -1 else math.exp(x), 0.1, -12.0, 12.0)
+    assert 0.097 <= kl <= 0.1 and x == pytest.approx(math.log(kl))
+    assert largest_within(lambda x: 5.0 + x / 100, 1.0, -12.0, 12.0)[0] == -12
+
+
+def test_the_first_batches_are_enough_to_watch(distiller: Distiller) -> None:
+    targets = distiller.targets
+    some = targets.first(1)
+    assert some.batches == targets.batches[:1] and some.questions == len(targets.batches[0].predicts)
+    assert targets.first(targets.questions) is targets and targets.first(10**6) is targets
 
 
 @pytest.mark.parametrize("slope", [0.3, 1.0, 2.0])

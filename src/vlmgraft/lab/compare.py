@@ -143,9 +143,10 @@ class Comparison:
         twin.held_out_targets = self.validation_targets(self.seed + 1)
         return twin
 
-    def validation_targets(self, seed: int) -> Targets:
-        """The VLM's answers to as many validation prompts as control takes."""
-        return self.distiller.teacher_targets(_asked(self._exam(seed, "validation", self.sizes.control // 4)))
+    def validation_targets(self, seed: int, count: int | None = None) -> Targets:
+        """The VLM's answers to `count` validation prompts, by default as many as control takes."""
+        questions = _asked(self._exam(seed, "validation", (count or self.sizes.control) // 4))
+        return self.distiller.teacher_targets(questions)
 
     @cached_property
     def donor_questions(self) -> tuple[Question, ...]:

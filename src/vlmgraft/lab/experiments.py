@@ -39,6 +39,8 @@ from vlmgraft.training.targets import Targets
 
 FULL = Sizes(held_out=1152, control=384)
 QUICK = Sizes(12, 4, 12, 4, calibration=48, held_out=24, control=24, donor=8, steps=3)
+MANY = 2048
+"""Prompts of a large set: drift is heavy-tailed, a standard error of 10 % takes about so many."""
 SCALE = 1.0
 """λ of every row with gates: the whole task vector is what fully open gates inject."""
 TRANSFER_TEXT: tuple[world.Task, ...] = ("sum", *world.TRANSFER, *world.TRANSFER_TEXT)
@@ -108,6 +110,14 @@ class Bench:
     def fresh(self) -> Targets:
         """Validation prompts that no budget is controlled on, with the same handwriting as those."""
         return self.comparison.validation_targets(self.comparison.seed + 2)
+
+    @cached_property
+    def many(self) -> tuple[Targets, Targets]:
+        """Two large sets of validation prompts: one to control on, one to look at afterwards."""
+        count = MANY if self.sizes == FULL else self.sizes.control
+        seed = self.comparison.seed
+        first, second = (self.comparison.validation_targets(seed + by, count) for by in (3, 4))
+        return first, second
 
     def distiller(self, factors: Mapping[str, Factors] | None = None) -> Distiller:
         """The distiller whose budgets are controlled on validation prompts, over all or other (truncated) factors."""

@@ -157,7 +157,26 @@ def scatter(bench: Bench, budgets: Sequence[float]) -> list[Job]:
     return [Job("scatter", {"budget": budget}, partial(row, budget)) for budget in budgets]
 
 
-EXPERIMENTS = {each.__name__: each for each in (table, questions, rank, weight, spectra, front, scatter)}
+LANDING_BUDGETS = (0.001, 0.003, 0.01)
+
+
+def landing(bench: Bench, budgets: Sequence[float]) -> list[Job]:
+    """Where trainings end that are controlled on as many prompts as it takes to know a drift to a tenth."""
+
+    def run(inject: str, budget: float) -> Row:
+        distiller = bench.distiller()
+        distiller.held_out_targets, fresh = bench.many
+        settings: dict[str, Any] = {"steps": bench.sizes.steps, "learning_rate": LEARNING_RATE, "kl_budget": budget}
+        donor = bench.donor if inject == "donor" else None
+        gates = distiller.learn(SCALE, inject=inject, donor=donor, **settings)
+        drifts = {"fresh_kl": distiller.keep_kl(gates, fresh), "kl": bench.comparison.distiller.keep_kl(gates)}
+        return {"notes": {"control_kl": gates.settings["held_out_kl"], **drifts, "prompts": fresh.questions}}
+
+    grid = [(inject, budget) for inject in ("energy", "donor") for budget in LANDING_BUDGETS]
+    return [Job("landing", {"inject": i, "budget": b}, partial(run, i, b)) for i, b in grid]
+
+
+EXPERIMENTS = {each.__name__: each for each in (table, questions, rank, weight, spectra, front, scatter, landing)}
 
 
 def _job(bench: Bench, method: str, setting: Mapping[str, Any], make: Maker, transfer: bool = False) -> Job:

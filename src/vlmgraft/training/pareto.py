@@ -2,8 +2,7 @@
 
 A neighbour's gates are not at the next budget, and gates near 0 or 1 have next to no gradient (METHODS.md, 2): trained
 on as they are, they never get there. So the warm start is the neighbour's logits, kept within reach of training
-and all moved by one constant, found by bisection, such that the drift is at the new budget before the first step; and
-what the control of α is still off by after the last step is taken away in the same manner.
+and all moved by one constant such that the drift is at the new budget before the first step.
 """
 
 from __future__ import annotations
@@ -14,12 +13,13 @@ from typing import Any
 
 from vlmgraft.errors import RecipeError
 from vlmgraft.spectral.gates import Gates
+from vlmgraft.training.budget import largest_within
 from vlmgraft.training.distill import Distiller
 from vlmgraft.training.targets import Targets
 
 REACH = 3.0
 """Logits of a warm start are kept within ±3: σ' is 0.045 there, so that every gate can still move."""
-SHIFT_LIMIT, BISECTIONS = 12.0, 10
+SHIFT_LIMIT = 12.0
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,6 @@ def pareto_front(
             steps=steps if points else first_steps,
             **settings,
         )
-        gates = moved_to(distiller, gates, budget)
         points.append(FrontPoint(budget, gates.settings["held_out_kl"], gates.settings["energy"], gates))
         if report is not None:
             report(points[-1])
@@ -86,12 +85,8 @@ def moved_to(distiller: Distiller, gates: Gates, budget: float) -> Gates:
     def moved(by: float) -> Gates:
         return replace(gates, logits={name: value + by for name, value in gates.logits.items()})
 
-    low, high, reached = -SHIFT_LIMIT, SHIFT_LIMIT, 0.0
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        kl = distiller.keep_kl(moved(middle))
-        low, high, reached = (middle, high, kl) if kl <= budget else (low, middle, reached)
-    result, factors = moved(low), distiller.factors
+    by, reached = largest_within(lambda shift: distiller.keep_kl(moved(shift)), budget, -SHIFT_LIMIT, SHIFT_LIMIT)
+    result, factors = moved(by), distiller.factors
     injected = sum(float((result.open(name) * factors[name].s.cpu()).square().sum()) for name in result.logits)
     whole = sum(float(factors[name].s.square().sum()) for name in result.logits)
     settings = {**gates.settings, "held_out_kl": reached, "energy": injected / max(whole, 1e-30)}

@@ -93,6 +93,13 @@ class Targets:
                 yield self.batches[index]
             epoch += 1
 
+    def first(self, questions: int) -> Targets:
+        """The first batches with at least so many questions in all; the whole, where it has fewer."""
+        count = taken = 0
+        while count < questions and taken < len(self.batches):
+            count, taken = count + len(self.batches[taken].predicts), taken + 1
+        return self if taken == len(self.batches) else Targets(self.batches[:taken], count, ())
+
     @property
     def digest(self) -> str:
         """Fingerprint of answers, batches and the teacher's distributions' shapes: a training goes on only with it."""
