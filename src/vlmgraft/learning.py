@@ -15,6 +15,7 @@ import torch
 
 from vlmgraft.alignment import Alignment
 from vlmgraft.checkpoint.reader import Reader
+from vlmgraft.durable import sweep_files
 from vlmgraft.errors import RecipeError, WeightsError
 from vlmgraft.hf.data import Question, check_lengths, load_questions
 from vlmgraft.hf.models import load_config, load_processor, load_text_model, load_vlm
@@ -139,17 +140,25 @@ def gates_for(
     if (out / "gates.json").is_file():
         found = load_gates(out)
         if found.factors == store.digest and found.settings.get("from") == wanted:
+            if rank == 0:
+                _drop_state(out)  # of a run that was killed between the gates and this
             return found
     barrier()
-    state = out.with_name(out.name + ".state")
     learned = _learn(recipe, alignments, store, out, progress if rank == 0 else None)
     gates = replace(learned, settings={**learned.settings, "from": wanted}, factors=store.digest)
     if rank == 0:
         gates.save(out)
-        for file in (state, *state.parent.glob(f".{state.name}.*.tmp")):
-            file.unlink(missing_ok=True)
+        _drop_state(out)
     barrier()
     return gates
+
+
+def _drop_state(out: Path) -> None:
+    """Remove the state of a training that is done, and what killed runs left."""
+    state = out.with_name(out.name + ".state")
+    state.unlink(missing_ok=True)
+    sweep_files(state.parent, state.name)
+    sweep_files(out)
 
 
 def _wanted(recipe: Recipe, alignments: Sequence[Alignment]) -> dict[str, Any]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from vlmgraft.durable import new_file, sweep_files
 
 
 @contextmanager
@@ -35,16 +36,10 @@ def as_dict(row: Any) -> dict[str, Any]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` under a temporary name beside `path`, flush it to disk, and rename it into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write `text` in UTF-8 as a file that is whole or absent; what killed writers of it left is removed."""
+    with new_file(path) as file:
+        file.write(text.encode())
+    sweep_files(path.parent, path.name)
 
 
 def json_text(value: Any) -> str:

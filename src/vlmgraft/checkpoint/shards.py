@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +68,13 @@ def _numbers(sizes: Sequence[int], shard_size: int) -> list[int]:
 
 
 def _shard(name: str, tensors: Sequence[TensorSpec]) -> Shard:
-    header: dict[str, Any] = {"__metadata__": METADATA}
+    header = header_of(tensors, METADATA)
+    return Shard(name, tuple(tensors), header, len(header) + sum(tensor.nbytes for tensor in tensors))
+
+
+def header_of(tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    """What stands before the data of a safetensors file with these tensors, one behind the other."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for tensor in tensors:
         header[tensor.name] = {
@@ -79,5 +85,4 @@ def _shard(name: str, tensors: Sequence[TensorSpec]) -> Shard:
         end += tensor.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    whole = len(text).to_bytes(8, "little") + text
-    return Shard(name, tuple(tensors), whole, len(whole) + end)
+    return len(text).to_bytes(8, "little") + text

@@ -58,6 +58,7 @@ def decompose(
             store.save(factorize(tau, name, taus.role(name), rank), digests[name], train_copy=train_copy)
         if progress is not None:
             progress(len(mine), len(mine), "factors")
+        store.sweep()
         if not store.complete and all(_fits(store, name, digests[name], train_copy) for name in taus.names):
             store.finish(taus.names, {"rank": rank if isinstance(rank, str | int) else dict(rank)})
             if not any(matrix["energy"] > 0 for matrix in store.manifest["matrices"].values()):

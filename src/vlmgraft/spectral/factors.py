@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,9 +18,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from vlmgraft.checkpoint.saving import save_tensors
+from vlmgraft.durable import sweep_files
 from vlmgraft.errors import CheckpointError
 from vlmgraft.records import write_json
 from vlmgraft.spectral.stack import decompose_stack
@@ -180,11 +180,16 @@ class FactorStore(Mapping[str, Factors]):
         header = {"role": factors.role, "energy": repr(factors.energy), "error": repr(factors.error), "digest": digest}
         header["train_copy"] = "yes" if train_copy else "no"
         path = self.folder / f"{factors.name}{SUFFIX}"
-        save_atomically(tensors, path, header)
+        save_tensors(tensors, path, header)
 
     def reopen(self) -> None:
         """Take the manifest away: the store is being worked on."""
         (self.folder / MANIFEST).unlink(missing_ok=True)
+
+    def sweep(self) -> None:
+        """Remove what killed runs left."""
+        if self.folder.is_dir():
+            sweep_files(self.folder)
 
     def finish(self, names: list[str], settings: Mapping[str, Any]) -> None:
         """Write the manifest of a complete store."""
@@ -196,18 +201,7 @@ class FactorStore(Mapping[str, Factors]):
             digests.update(f"{name} {header['digest']}\n".encode())
             matrices[name] = {"energy": float(header["energy"]), "error": float(header["error"])}
         manifest = {"digest": digests.hexdigest()[:32], **settings, "matrices": matrices}
-        for stray in self.folder.glob(".*.tmp"):  # of killed runs: every matrix is there
-            stray.unlink(missing_ok=True)
         write_json(self.folder / MANIFEST, manifest)
 
 
-def save_atomically(tensors: Mapping[str, Tensor], path: Path, header: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file under a temporary name beside `path`, flush it to disk and rename it into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(dict(tensors), temporary, metadata=dict(header or {}))
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+save_atomically = save_tensors  # the name that training/run.py knows

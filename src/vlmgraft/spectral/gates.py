@@ -18,9 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vlmgraft.checkpoint.saving import save_tensors
+from vlmgraft.durable import sweep_files
 from vlmgraft.errors import CheckpointError
 from vlmgraft.records import read_rows, write_json, write_rows
-from vlmgraft.spectral.factors import save_atomically
 
 HISTOGRAM_BINS = 10
 
@@ -56,9 +57,8 @@ class Gates:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "gates.json").unlink(missing_ok=True)
         tensors = {name: value.contiguous() for name, value in self.logits.items()}
-        save_atomically(tensors, folder / "gates.safetensors")
-        for stray in folder.glob(".*.tmp"):  # of a killed run
-            stray.unlink(missing_ok=True)
+        save_tensors(tensors, folder / "gates.safetensors")
+        sweep_files(folder)
         write_rows(folder / "training.jsonl", self.log)
         write_json(folder / "gates.json", {"scale": self.scale, "factors": self.factors, **self.settings})
 

@@ -24,9 +24,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vlmgraft.checkpoint.saving import save_tensors
+from vlmgraft.durable import sweep_files
 from vlmgraft.errors import OutputError
 from vlmgraft.hf.questions import Question
-from vlmgraft.spectral.factors import save_atomically
 from vlmgraft.training.processes import barrier, process
 
 SAMPLES = 32
@@ -52,13 +53,13 @@ class UnitCache:
         rank, world = process()
         if world == 1:
             yield from (self._made(kind, index, make) for index in range(count))
-            self._sweep(kind)
+            self._sweep()
             return
         for index in range(rank, count, world):
             self._made(kind, index, make)
         barrier()
         if rank == 0:
-            self._sweep(kind)
+            self._sweep()
         yield from (self._made(kind, index, make) for index in range(count))
 
     def _path(self, kind: str, index: int) -> Path:
@@ -75,16 +76,17 @@ class UnitCache:
         unit = {name: tensor.detach().cpu().contiguous() for name, tensor in make(index).items()}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_atomically(unit, path)
+            save_tensors(unit, path)
         except OSError as error:
             raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another workdir") from error
         return unit
 
-    def _sweep(self, kind: str) -> None:
-        """Remove what killed runs left of units that are complete now."""
+    def _sweep(self) -> None:
+        """Remove what killed runs left, under other keys too."""
         assert self.folder is not None
-        for stray in (self.folder / self.key).glob(f".{kind}-*.tmp"):
-            stray.unlink(missing_ok=True)
+        for folder in self.folder.iterdir() if self.folder.is_dir() else ():
+            if folder.is_dir():
+                sweep_files(folder)
 
 
 def digest(*parts: Any) -> str:

@@ -1,0 +1,86 @@
+"""Files that are whole under their name or absent, on disk when they appear, and traces of killed writers removed.
+
+A file is written under a hidden name beside its own, `.NAME.PID.N.tmp`, and locked while its writer lives. It is
+flushed, renamed, and the folder is flushed. The lock ends with the writer, however that ends, so whoever comes later
+can tell what is being written from what a killed process left.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+FOREIGN = re.compile(r"\.tmp\w{6}")
+"""What the safetensors library leaves beside a file, if it is killed while it saves."""
+_numbers = itertools.count()
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which takes the name `path` after a clean exit; raises OSError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{next(_numbers)}.tmp")
+    file = _locked(temporary)
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    flush_folder(path.parent)
+
+
+def sweep_files(folder: Path, name: str = "") -> None:
+    """Remove what killed writers left of the file `name` in a folder of ours, or of every file; others' are left."""
+    prefix, strays = f".{name}." if name else ".", []
+    with os.scandir(folder) as entries:
+        strays += [
+            Path(entry)
+            for entry in entries
+            if (entry.name.startswith(prefix) and entry.name.endswith(".tmp"))
+            or (not name and FOREIGN.fullmatch(entry.name))
+        ]
+    for stray in strays:
+        remove_if_dead(stray)
+
+
+def remove_if_dead(stray: Path) -> None:
+    """Remove a file unless its writer lives."""
+    try:
+        handle = os.open(stray, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        stray.unlink(missing_ok=True)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)
+
+
+def flush_folder(folder: Path) -> None:
+    """Put a folder's list of names on disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _locked(temporary: Path) -> BinaryIO:
+    """A new file with a lock on it; made again if a sweep came between the two."""
+    while True:
+        file = temporary.open("wb")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()

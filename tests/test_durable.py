@@ -1,0 +1,108 @@
+"""Files are whole or absent; what killed writers leave is found, what living ones write is not touched."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from vlmgraft.checkpoint.index import read_header
+from vlmgraft.checkpoint.reader import TORCH_DTYPES
+from vlmgraft.checkpoint.saving import save_tensors
+from vlmgraft.durable import new_file, sweep_files
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from vlmgraft.durable import new_file
+with new_file(Path(sys.argv[1])) as file:
+    file.write(b"half")
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def killed_while_writing(path: Path) -> None:
+    """A process that is killed in the middle of writing `path`."""
+    done = subprocess.run([sys.executable, "-c", KILLED, path], check=False)
+    assert done.returncode == -signal.SIGKILL
+
+
+def test_a_killed_writer_leaves_the_old_file_and_a_stray_that_is_found(tmp_path: Path) -> None:
+    target, other = tmp_path / "file", tmp_path / "file.other"
+    target.write_bytes(b"old")
+    killed_while_writing(target)
+    killed_while_writing(other)
+    assert target.read_bytes() == b"old" and len(names(tmp_path)) == 3
+    sweep_files(tmp_path, "file.other")
+    assert len(names(tmp_path)) == 2
+    (tmp_path / ".tmpdbQGUc").write_bytes(b"of the safetensors library")
+    sweep_files(tmp_path)
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_living_writer_is_left_alone(tmp_path: Path) -> None:
+    with new_file(tmp_path / "file") as one, new_file(tmp_path / "file") as other:
+        one.write(b"one")
+        other.write(b"other")
+        sweep_files(tmp_path)
+    assert names(tmp_path) == ["file"] and (tmp_path / "file").read_bytes() == b"one"
+
+
+def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), new_file(tmp_path / "file") as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    assert names(tmp_path) == []
+
+
+def test_flushed_before_it_appears_and_the_folder_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[bool, bool]] = []
+    flush = os.fsync
+
+    def noted(handle: int) -> None:
+        seen.append((Path(f"/proc/self/fd/{handle}").resolve() == tmp_path, (tmp_path / "file").exists()))
+        flush(handle)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    with new_file(tmp_path / "file") as file:
+        file.write(b"x")
+    assert seen == [(False, False), (True, True)]
+
+
+DTYPES = sorted(
+    set(TORCH_DTYPES.values()) & {torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool}, key=str
+)
+
+
+@given(
+    shapes=st.dictionaries(
+        st.text("aZ0._/ßµ", min_size=1, max_size=5),
+        st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 4), max_size=3)),
+        max_size=5,
+    ),
+    notes=st.dictionaries(st.text(max_size=3), st.text(max_size=3), max_size=3),
+)
+def test_the_library_reads_what_we_save(
+    shapes: dict[str, tuple[torch.dtype, list[int]]], notes: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "ours.safetensors"
+    tensors = {name: torch.randint(0, 2, shape).to(dtype) for name, (dtype, shape) in shapes.items()}
+    save_tensors(tensors, path, notes)
+    found = load_file(path)
+    assert found.keys() == tensors.keys()
+    assert all(found[name].dtype == one.dtype and found[name].equal(one) for name, one in tensors.items())
+    for name, info in read_header(path).items():
+        assert info.begin % tensors[name].element_size() == 0, "aligned"
