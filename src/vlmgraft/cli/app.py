@@ -20,7 +20,6 @@ app.add_typer(lab_app, name="lab")
 RecipeArgument = Annotated[Path, typer.Argument(help="recipe in YAML")]
 Out = Annotated[Path, typer.Option("--out", help="folder to write; must not exist")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="override a recipe key: key=value, dotted")]
-INTERRUPTED = 130
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress")]
 AsJson = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 
@@ -71,13 +70,39 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[int, int, str], None] | None
 
 
 def main() -> None:
-    """Entry point: errors become one line on standard error and an exit code."""
-    try:
-        app()
-    except VlmgraftError as error:
-        typer.echo(f"vlmgraft: {error}", err=True)
-        sys.exit(error.exit_code)
-    except SystemExit as stop:
-        if stop.code == INTERRUPTED:
-            typer.echo("vlmgraft: interrupted; run the same command with --resume to go on", err=True)
-        raise
+    """Entry point: errors and interruptions become one line on standard error and an exit code."""
+    from vlmgraft.cli.interrupts import INTERRUPTED, Interrupted, how_to_go_on, interruptible
+
+    with interruptible():
+        try:
+            app()
+        except VlmgraftError as error:
+            _fail(error)
+        except (OSError, MemoryError, RuntimeError) as error:
+            _fail(_plain(error))
+        except Interrupted:
+            typer.echo(f"vlmgraft: interrupted; {how_to_go_on(sys.argv[1:])}", err=True)
+            sys.exit(INTERRUPTED)
+        except SystemExit as stop:
+            if stop.code == INTERRUPTED:  # Typer's answer to a KeyboardInterrupt of a library
+                typer.echo(f"vlmgraft: interrupted; {how_to_go_on(sys.argv[1:])}", err=True)
+            raise
+
+
+def _fail(error: VlmgraftError) -> None:
+    typer.echo(f"vlmgraft: {error}", err=True)
+    sys.exit(error.exit_code)
+
+
+def _plain(error: OSError | MemoryError | RuntimeError) -> VlmgraftError:
+    """Our error for what the system refused; raises `error` again where nothing better can be said."""
+    from vlmgraft.errors import InputError
+    from vlmgraft.resources import ONLY_WRITING, REMEDIES, cannot_write, is_memory
+
+    if is_memory(error):
+        return VlmgraftError(f"out of memory ({str(error)[:200] or 'the system has no more'}); use a smaller setting")
+    if isinstance(error, OSError) and error.errno in ONLY_WRITING:
+        return cannot_write("a file", error)
+    if isinstance(error, OSError) and error.filename and error.errno in REMEDIES:
+        return InputError(f"{error.filename}: {error.strerror}; {REMEDIES[error.errno]}")
+    raise error

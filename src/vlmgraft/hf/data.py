@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from vlmgraft.errors import DataError
-from vlmgraft.hf.memory import out_of_memory
 from vlmgraft.hf.models import tokenizer_of
 from vlmgraft.hf.questions import Question, load_questions, open_images
+from vlmgraft.resources import out_of_memory
 
 __all__ = [
     "Batch",

@@ -34,8 +34,8 @@ from torch import Tensor, nn
 
 from vlmgraft.errors import DataError, RecipeError
 from vlmgraft.hf.data import Progress, Question
-from vlmgraft.hf.memory import out_of_memory
 from vlmgraft.hf.models import Projection, match_projections
+from vlmgraft.resources import out_of_memory
 from vlmgraft.spectral.factors import Factors
 from vlmgraft.spectral.gates import Gates
 from vlmgraft.training.gate_vector import GateVector

@@ -26,8 +26,8 @@ from vlmgraft.hf.data import (
     text_positions,
     to_device,
 )
-from vlmgraft.hf.memory import out_of_memory
 from vlmgraft.hf.models import tokenizer_of
+from vlmgraft.resources import out_of_memory
 from vlmgraft.training.cache import Unit, UnitCache, digest, questions_digest, teacher_digest
 from vlmgraft.training.distribution import FULL_VOCABULARY, TOP_K, Distribution
 from vlmgraft.training.targets import TargetBatch, Targets, moved

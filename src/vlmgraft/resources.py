@@ -1,0 +1,101 @@
+"""Disk and memory that run out, said plainly: which file, what happened, what to do. Loads no torch."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vlmgraft.errors import OutputError, VlmgraftError
+
+REMEDIES = {
+    errno.ENOSPC: "make room, or name a folder on another disk",
+    errno.EDQUOT: "make room in your quota, or name a folder on another disk",
+    errno.EFBIG: "files may not be so large here: lower output.shard_size, raise `ulimit -f`, or use another disk",
+    errno.EROFS: "name a folder that can be written",
+    errno.EACCES: "change its permissions, or name a folder that can be written",
+    errno.EPERM: "change its permissions, or name a folder that can be written",
+    errno.ENOTDIR: "a file is where a folder should be: remove it, or name another folder",
+    errno.EEXIST: "something is in its place: remove it, or name another folder",
+    errno.EIO: "the disk reports damage: use another one",
+    errno.EMFILE: "raise `ulimit -n`",
+}
+"""What to do about an error of writing, by its number."""
+ONLY_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+"""Numbers that no reading gives."""
+
+_MEMORY = re.compile(
+    r"out of memory|not enough memory|can't allocate memory|cannot allocate memory|alloc(ation)?_failed", re.IGNORECASE
+)
+_NUMBER = re.compile(r"\(os error (\d+)\)")
+
+
+def cannot_write(path: str | Path, error: OSError) -> OutputError:
+    """The error to raise where `path`, or the file that the system names, cannot be written."""
+    remedy = REMEDIES.get(error.errno or 0, "name another folder")
+    return OutputError(f"{error.filename or path}: cannot be written ({error.strerror or error}); {remedy}")
+
+
+@contextmanager
+def explained(out: str | Path) -> Iterator[None]:
+    """Turn what a full or read-only disk raises inside into OutputError naming the file, or else `out`.
+
+    Errors of reading stay what they are. Libraries that write by themselves are understood too: safetensors gives the
+    system's number in a text, torch.save none.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in ONLY_WRITING or _inside(error.filename, Path(out)):
+            raise cannot_write(out, error) from error
+        raise
+    except VlmgraftError:
+        raise
+    except Exception as error:
+        found = _in_a_library(error)
+        if found is None:
+            raise
+        raise cannot_write(out, found) from error
+
+
+def _inside(name: object, out: Path) -> bool:
+    """Whether a file is `out`, lies in it, or is one of its hidden neighbours (`.NAME.partial-…`)."""
+    if not isinstance(name, str | bytes | os.PathLike):
+        return False
+    path, here = Path(os.fsdecode(name)).resolve(), Path(out).resolve()
+    if here == path or here in path.parents:
+        return True
+    return any(part.parent == here.parent and part.name.startswith(f".{here.name}.") for part in (path, *path.parents))
+
+
+def _in_a_library(error: Exception) -> OSError | None:
+    """The system's error behind one of safetensors' or torch.save's, if it is one of writing."""
+    text = str(error)
+    if type(error).__name__ == "SafetensorError" and (found := _NUMBER.search(text)):
+        number = int(found[1])
+        return OSError(number, os.strerror(number)) if number in ONLY_WRITING else None
+    if isinstance(error, RuntimeError) and "PytorchStreamWriter failed" in text:
+        return OSError(errno.ENOSPC, "the file could not be completed, as on a full disk")
+    return None
+
+
+def is_memory(error: BaseException) -> bool:
+    """Whether memory ran out: Python's own error, torch's on a GPU, or on the CPU, which is a plain RuntimeError."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_MEMORY.search(str(error))))
+
+
+@contextmanager
+def out_of_memory(doing: str, remedy: str) -> Iterator[None]:
+    """Turn memory that runs out inside the context into VlmgraftError: what was being done, and what to lower."""
+    try:
+        yield
+    except VlmgraftError:
+        raise
+    except (MemoryError, RuntimeError) as error:
+        if not is_memory(error):
+            raise
+        why = str(error).split("\n")[0][:300]
+        raise VlmgraftError(f"out of memory while {doing}: {remedy}" + (f" ({why})" if why else "")) from error
