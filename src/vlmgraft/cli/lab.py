@@ -15,11 +15,12 @@ def demo(
     out: Annotated[Path, typer.Option("--out", help="folder to write; must not exist")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="of exams, calibration questions and training order")] = 0,
     trio: Annotated[Path | None, typer.Option(help="another trio, as `lab train` writes it")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="fewer settings and questions: a first look")] = False,
 ) -> None:
     """Graft reasoning into the lab's VLM, end to end and offline, and compare the methods."""
     from vlmgraft.lab.demo import demo as run
 
-    run(out, seed=seed, trio=trio, report=typer.echo)
+    run(out, seed=seed, trio=trio, quick=quick, report=typer.echo)
 
 
 @lab_app.command("path")

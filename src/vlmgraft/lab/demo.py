@@ -6,7 +6,7 @@ import json
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from vlmgraft.evaluation.intervals import Estimate
 from vlmgraft.hf.data import Question
 from vlmgraft.hf.models import load_vlm
 from vlmgraft.lab import compare, trio_path
-from vlmgraft.lab.compare import Choice, Comparison, Point, above_curve
+from vlmgraft.lab.compare import Choice, Comparison, Point, Sizes, above_curve
 from vlmgraft.records import write_rows, write_text
 from vlmgraft.report.tradeoff import draw_tradeoff
 
@@ -35,12 +35,34 @@ AXES: dict[str, Callable[[Point], float]] = {
 """What task arithmetic is held equal in when reasoning is compared."""
 
 
-def demo(out: Path, *, seed: int = 0, trio: Path | None = None, report: Callable[[str], None] = print) -> list[Point]:
+@dataclass(frozen=True)
+class Settings:
+    """What is compared: λ of task arithmetic, the donor's shares, (λ, α) of both forms of FRISM; how many questions."""
+
+    scales: Sequence[float]
+    shares: Sequence[float]
+    energy: Sequence[tuple[float, float]]
+    donor: Sequence[tuple[float, float]]
+    sizes: Sizes
+
+
+QUICK = Settings((0.25, 1.0), (0.25,), ((1.0, 0.1),), ((1.0, 3.0),), Sizes(120, 40, 80, 30, 192, 96, 96, 64, steps=60))
+
+
+def demo(
+    out: Path,
+    *,
+    seed: int = 0,
+    trio: Path | None = None,
+    quick: bool = False,
+    report: Callable[[str], None] = print,
+) -> list[Point]:
     """Run the comparison into the new folder `out`: table.md, results.jsonl, tradeoff.png, recipe.yaml, merged/.
 
     Args:
         seed: of exams, calibration questions and training order; the trio stays the same.
         trio: folder with base, vlm and donor; default the embedded one.
+        quick: fewer settings, fewer questions and shorter training, for a first look: wider intervals.
     Raises:
         OutputError: `out` exists. CheckpointError: the trio is not there.
     """
@@ -55,15 +77,16 @@ def demo(out: Path, *, seed: int = 0, trio: Path | None = None, report: Callable
     def say(text: str) -> None:
         report(f"[{time.monotonic() - started:4.0f} s] {text}")
 
-    recipe = _recipe(trio, out)
+    settings = QUICK if quick else _full()
+    recipe = _recipe(trio, out, settings.sizes)
     store = pipeline.decompose(pipeline.read_recipe(recipe), out / "work" / "factors")
     alignment = pipeline.pair(pipeline.read_recipe(recipe))
     say(f"decomposed {len(store)} matrices of the donor's task vector")
     factors = {name: store[name] for name in store}
-    comparison = Comparison(trio, alignment, factors, seed, glyphs=_glyphs(trio), report=say)
+    comparison = Comparison(trio, alignment, factors, seed, glyphs=_glyphs(trio), report=say, sizes=settings.sizes)
     text = comparison.donor_on_text()
     say(f"donor, sums told in text: {text.percent()}")
-    points, best = _measure(comparison, trio, out)
+    points, best = _measure(comparison, settings, out)
     points.append(_merged(comparison, next(point for point in points if point.method == best), recipe, out))
     rows = [_row(point, points) for point in points]
     write_rows(out / "results.jsonl", rows)
@@ -76,24 +99,29 @@ def demo(out: Path, *, seed: int = 0, trio: Path | None = None, report: Callable
     return points
 
 
-def _measure(comparison: Comparison, trio: Path, out: Path) -> tuple[list[Point], str]:
+def _full() -> Settings:
+    return Settings(compare.SCALES, compare.DONOR_SHARES, compare.ENERGY_GRID, compare.DONOR_GRID, Sizes())
+
+
+def _measure(comparison: Comparison, settings: Settings, out: Path) -> tuple[list[Point], str]:
     """All rows but the reloaded checkpoint, and the better form of FRISM; every choice is made on validation."""
     sight = comparison.mark(comparison.validation, None).perception.mean
     points = [comparison.point("VLM", {}, None)]
-    for scale in compare.SCALES:
+    for scale in settings.scales:
         points.append(comparison.point(ARITHMETIC, {"scale": scale}, comparison.task_arithmetic(scale)))
     chosen: dict[str, Choice] = {
         ARITHMETIC: comparison.choose(
-            [({"scale": scale}, partial(comparison.task_arithmetic, scale)) for scale in compare.SCALES], sight
+            [({"scale": scale}, partial(comparison.task_arithmetic, scale)) for scale in settings.scales], sight
         ),
         LINEAR: comparison.choose(
-            [({"donor_share": share}, partial(_linear, trio, out, share)) for share in compare.DONOR_SHARES], sight
+            [({"donor_share": share}, partial(_linear, comparison.trio, out, share)) for share in settings.shares],
+            sight,
         ),
     }
-    for method, inject, grid in ((ENERGY, "energy", compare.ENERGY_GRID), (DONOR, "donor", compare.DONOR_GRID)):
-        settings = [{"scale": scale, "inject_weight": weight} for scale, weight in grid]
+    for method, inject, grid in ((ENERGY, "energy", settings.energy), (DONOR, "donor", settings.donor)):
+        tried = [{"scale": scale, "inject_weight": weight} for scale, weight in grid]
         makes = [partial(comparison.gates, inject, *pair) for pair in grid]
-        chosen[method] = comparison.choose(zip(settings, makes, strict=True), sight)
+        chosen[method] = comparison.choose(zip(tried, makes, strict=True), sight)
     for method, choice in chosen.items():
         label = f"{ARITHMETIC}, chosen" if method == ARITHMETIC else method
         points.append(comparison.point(label, choice.setting, choice.weights))
@@ -124,12 +152,12 @@ def _merged(comparison: Comparison, best: Point, recipe: Path, out: Path) -> Poi
     return comparison.point("merged folder, reloaded", best.setting, load_vlm(out / "merged", "float32").eval())
 
 
-def _recipe(trio: Path, out: Path) -> Path:
+def _recipe(trio: Path, out: Path, sizes: Sizes) -> Path:
     """The FRISM recipe of the demo; λ, α and the injection term are filled in once they are chosen."""
     data = str(out / "data" / "calibration.jsonl")
-    calibration = {"data": data, "samples": compare.CALIBRATION, "held_out": 0, "max_new_tokens": 28}
-    method = {"name": "frism", "steps": compare.STEPS, "learning_rate": compare.LEARNING_RATE}
-    method["calibration"] = {**calibration, "batch_size": compare.BATCH_SIZE}
+    calibration = {"data": data, "samples": sizes.calibration, "held_out": 0, "max_new_tokens": 28}
+    method = {"name": "frism", "steps": sizes.steps, "learning_rate": compare.LEARNING_RATE}
+    method["calibration"] = {**calibration, "batch_size": compare.BATCH_SIZE, "packing": "shuffle"}
     places = {"vlm": str(trio / "vlm"), "donor": str(trio / "donor"), "donor_base": str(trio / "base")}
     path = out / "recipe.yaml"
     write_text(path, yaml.safe_dump({**places, "method": method}, sort_keys=False))
