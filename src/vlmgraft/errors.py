@@ -3,11 +3,30 @@
 The command line maps the tree to exit codes: `InputError` → 2 (nothing was started), any other `VlmgraftError` → 1.
 """
 
+from __future__ import annotations
+
+import re
+
+LONGEST = 2_000
+"""Characters of a message: what a file holds is quoted, and a file can hold anything."""
+
+
+def printable(text: str) -> str:
+    """One line that a terminal shows as it is: line breaks become spaces, other unprintable characters such as escape
+    sequences are written out (\\x1b), and what is too long is cut in the middle."""
+    text = re.sub(r"[ \t]*[\r\n]+[ \t]*", " ", text).strip()
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} … {text[-LONGEST // 3 :]}"
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
 
 class VlmgraftError(Exception):
-    """Base of every error that vlmgraft raises on purpose."""
+    """Base of every error that vlmgraft raises on purpose. Its text is one printable line, whatever it quotes."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class InputError(VlmgraftError):

@@ -25,6 +25,7 @@ GROUPS: tuple[Group, ...] = ("attention", "mlp", "norm", "embeddings", "head", "
 
 _IN_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 _ANY_LAYER = re.compile(r"(.*?)layers\.(\d+)\.")
+MOST_EXPERTS = 10_000
 _ROUTERS = ("mlp.gate.", "mlp.router.", "mlp.shared_expert_gate.")
 
 
@@ -146,8 +147,11 @@ def text_view(checkpoint: Checkpoint, place: Place | None = None) -> TextView:
             parts[part] = (item, position)
     numbers = {item.layer for item in held.values() if item.layer is not None}
     if numbers != set(range(len(numbers))):
-        absent = sorted(set(range(max(numbers, default=0))) - numbers)
-        raise AlignmentError(f"{checkpoint.path}: decoder layers {absent} are missing under {place.body}layers.")
+        absent = [number for number in range(len(numbers)) if number not in numbers][:8]
+        raise AlignmentError(
+            f"{checkpoint.path}: decoder layers {absent} are missing under {place.body}layers., which go up to "
+            f"{max(numbers)}; download the checkpoint again"
+        )
     return TextView(
         checkpoint, place, text_type(checkpoint.config), len(numbers), _tied(checkpoint, place), held, parts
     )
@@ -159,8 +163,9 @@ def _tied(checkpoint: Checkpoint, place: Place) -> bool:
     said = config.get("tie_word_embeddings", text_config(config).get("tie_word_embeddings"))
     if said is not None:
         return bool(said)
-    architectures = config.get("architectures") or [""]
-    return bool(place.body) and not str(architectures[0]).endswith("Model")
+    architectures = config.get("architectures")
+    first = architectures[0] if isinstance(architectures, list) and architectures else ""
+    return bool(place.body) and not str(first).endswith("Model")
 
 
 def _form_of(checkpoint: Checkpoint, name: str, role: str) -> tuple[Form, tuple[str, ...]]:
@@ -170,6 +175,8 @@ def _form_of(checkpoint: Checkpoint, name: str, role: str) -> tuple[Form, tuple[
         form = Form("wqkv", heads=_head_layout(checkpoint, name))
         return form, tuple(role.replace("wqkv", f"{letter}_proj") for letter in "qkv")
     if ".mlp.experts." in role and len(shape) == 3:
+        if shape[0] > MOST_EXPERTS:
+            raise AlignmentError(f"{checkpoint.path}: {name} has {shape[0]} experts; at most {MOST_EXPERTS} are read")
         before, kind = role.rsplit(".", 1)
         experts = [f"{before}.{number}" for number in range(shape[0])]
         transposed = _experts_transposed(checkpoint, name)
@@ -189,7 +196,9 @@ def _head_layout(checkpoint: Checkpoint, name: str) -> tuple[int, int, int]:
     try:
         queries = int(inner["num_attention_heads"])
         keys = int(inner.get("num_key_value_heads") or queries)
-    except (KeyError, TypeError):
+        if queries < 1 or keys < 1:
+            raise ValueError
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise AlignmentError(f"{name}: config.json must give num_attention_heads to take a fused wqkv apart") from None
     group = queries // keys
     if queries % keys or shape[0] % (keys * (group + 2)):

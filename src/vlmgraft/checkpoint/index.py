@@ -6,21 +6,19 @@ and that an index names only plain files of its own folder. Nothing here loads t
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vlmgraft.checkpoint.files import MAX_HEADER, MAX_TENSORS, load_json, open_regular, parse_json, refuse_special
 from vlmgraft.errors import CheckpointError
 from vlmgraft.records import collection_paused
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-MAX_HEADER = 100_000_000
-"""The limit that the safetensors library sets on its header."""
-
 ITEM_SIZES: Mapping[str, int] = {
     "F64": 8,
     "F32": 4,
@@ -44,6 +42,9 @@ ITEM_SIZES: Mapping[str, int] = {
 
 LARGEST = 1 << 63
 """Sizes and offsets are below: what a file can have."""
+LONGEST_NAME = 500
+"""Characters of a tensor's name."""
+_AGAIN = "its header lies: download it again, or write it anew with safetensors"
 
 
 class TensorInfo(NamedTuple):
@@ -96,6 +97,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         from vlmgraft.checkpoint.hub import fetch
 
         folder = fetch(source)
+    refuse_special(folder)
     files, weight_map = _shards(folder)
     found: dict[str, TensorInfo] = {}
     for file in files:
@@ -106,6 +108,8 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
             if name in found:
                 raise CheckpointError(f"{name}: in {found[name].file.name} and in {file.name} of {folder}; keep one")
             found[name] = info
+        if len(found) > MAX_TENSORS:
+            raise CheckpointError(f"{folder}: has more than {MAX_TENSORS:,} tensors; no model that is merged here has")
     for name, shard in weight_map.items():
         if name not in found:
             raise CheckpointError(f"{folder / INDEX}: says that {name} is in {shard}, which does not have it")
@@ -117,90 +121,83 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file in the order of their bytes; raises CheckpointError where it lies."""
     raw, start, size = _raw_header(file)
-    tensors = [_entry(file, name, entry, start) for name, entry in raw.items() if name != "__metadata__"]
+    metadata = raw.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{file}: its __metadata__ is no mapping of texts; write the file anew with safetensors")
+    tensors = [_entry(file, name, entry, start) for name, entry in raw.items()]
     tensors.sort(key=lambda info: (info.begin, info.nbytes))
     end, before = start, "the header"
     for info in tensors:
-        if info.begin < end:
-            raise CheckpointError(f"{file}: {info.name} begins at byte {info.begin}, inside {before} (ends at {end})")
-        end, before = info.begin + info.nbytes, info.name
-        if end > size:
+        if info.begin + info.nbytes > size:
             raise CheckpointError(
-                f"{file}: truncated: {info.name} ends at byte {end}, the file at {size}; download it again"
+                f"{file}: truncated: {info.name} ends at byte {info.begin + info.nbytes}, the file at {size}; "
+                "download it again"
             )
+        if info.begin != end:
+            where = f"inside {before}, which ends" if info.begin < end else f"with a hole behind {before}, which ends"
+            raise CheckpointError(f"{file}: {info.name} begins at byte {info.begin}, {where} at {end}; {_AGAIN}")
+        end, before = info.begin + info.nbytes, info.name
     if end < size:
-        raise CheckpointError(f"{file}: {size - end} bytes after the last tensor ({before}); not a safetensors file")
+        raise CheckpointError(f"{file}: {size - end} bytes after the last tensor ({before}); {_AGAIN}")
     return {info.name: info for info in tensors}
 
 
 def _raw_header(file: Path) -> tuple[dict[str, Any], int, int]:
     """The parsed header, the offset of the data and the size of the file."""
     try:
-        with file.open("rb") as handle:
-            size = file.stat().st_size
+        with open_regular(file) as handle:
+            size = os.fstat(handle.fileno()).st_size
             length = int.from_bytes(handle.read(8), "little")
             if size < 8 or length > min(size - 8, MAX_HEADER):
                 raise CheckpointError(
                     f"{file}: {size} bytes with a header of {length}: truncated, or not a safetensors file "
                     "(a git-lfs pointer is such a file; fetch the real one)"
                 )
-            raw = json.loads(handle.read(length), object_pairs_hook=_unique)
+            text = handle.read(length)
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: its header is not valid JSON ({error})") from None
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{file}: its header is {type(raw).__name__}, not a mapping of tensors")
-    return raw, 8 + length, size
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys must differ."""
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} twice")
-    return made
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror}); download it again") from None
+    return parse_json(text, f"{file}: its header"), 8 + length, size
 
 
 def _entry(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
     """One tensor of a header; its length must be what dtype and shape say, its name fit to be printed."""
-    if not name or not name.isprintable():
-        raise CheckpointError(f"{file}: a tensor's name is {name!r:.120}; rename it to printable characters")
+    if not 0 < len(name) <= LONGEST_NAME or not name.isprintable():
+        raise CheckpointError(
+            f"{file}: a tensor's name is {name!r:.120}; rename it to 1 to {LONGEST_NAME} printable characters"
+        )
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
-        raise CheckpointError(f"{file}: {name} has no proper dtype, shape and data_offsets: {entry!r:.120}") from None
+        raise CheckpointError(
+            f"{file}: {name} has no proper dtype, shape and data_offsets: {entry!r:.120}; {_AGAIN}"
+        ) from None
     if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
-        raise CheckpointError(f"{file}: {name} has dtype {dtype!r}; known are {', '.join(ITEM_SIZES)}")
+        raise CheckpointError(
+            f"{file}: {name} has dtype {dtype!r:.60}; known are {', '.join(ITEM_SIZES)}: take a release in one of them"
+        )
     said = f"{list(shape)!s:.120}"
     if not all(type(number) is int and 0 <= number < LARGEST for number in (begin, end, *shape)):
-        raise CheckpointError(f"{file}: {name} has shape {said} and offsets {f'[{begin}, {end}]':.120}")
+        raise CheckpointError(
+            f"{file}: {name} has shape {said} and data_offsets {f'[{begin}, {end}]':.120}, not whole numbers; {_AGAIN}"
+        )
     nbytes = 0 if 0 in shape else ITEM_SIZES[dtype]
     for number in shape:
         nbytes *= number
         if nbytes >= LARGEST:
             raise CheckpointError(
-                f"{file}: {name} is {dtype} {said}, more than a file can hold, but spans {end - begin}"
+                f"{file}: {name} is {dtype} {said}, more than a file can hold, but spans {end - begin}; {_AGAIN}"
             )
     if end - begin != nbytes:
-        raise CheckpointError(f"{file}: {name} is {dtype} {said}, {nbytes} bytes, but spans {end - begin}")
+        raise CheckpointError(f"{file}: {name} is {dtype} {said}, {nbytes} bytes, but spans {end - begin}; {_AGAIN}")
     return TensorInfo(name, dtype, shape, file, start + begin, nbytes)
 
 
 def _shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
     """The files that hold the weights, and the index's map from tensor to file name (empty without an index)."""
-    if (folder / SINGLE).is_file():
+    if (folder / SINGLE).exists():
         return (folder / SINGLE,), {}
-    if (folder / INDEX).is_file():
-        weight_map = _load_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{folder / INDEX}: has no weight_map")
-        if not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise CheckpointError(f"{folder / INDEX}: its weight_map gives a tensor something that is no file name")
-        for shard, name in {shard: name for name, shard in weight_map.items()}.items():
-            if Path(shard).name != shard or shard in ("", "..") or "\\" in shard:
-                raise CheckpointError(f"{folder / INDEX}: {name} is in {shard!r}; only plain file names are followed")
+    if (folder / INDEX).exists():
+        weight_map = _weight_map(folder / INDEX)
         files = tuple(folder / shard for shard in sorted(set(weight_map.values())))
         for file in files:
             if not file.is_file():
@@ -220,15 +217,36 @@ def _shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
     raise CheckpointError(f"{folder}: no {SINGLE} and no {INDEX}; give the folder of a checkpoint")
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    """The map from tensor to file of an index; every file is a plain name, to be found beside it."""
+    again = "download the index again"
+    weight_map = load_json(index, MAX_HEADER, strict=True).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: has no weight_map from tensors to files; {again}")
+    if len(weight_map) > MAX_TENSORS:
+        raise CheckpointError(f"{index}: weight_map has more than {MAX_TENSORS:,} tensors; no model merged here has")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str):
+            raise CheckpointError(f"{index}: weight_map gives {name!r:.120} {shard!r:.60}, no file name; {again}")
+    for shard, name in {shard: name for name, shard in weight_map.items()}.items():
+        plain = Path(shard).name == shard and shard not in ("", "..") and not set(shard) & set("\\:")
+        if not plain or not shard.isprintable() or not shard.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{index}: weight_map says that {name!r:.120} is in {shard!r:.120}; only plain file names, of "
+                f".safetensors beside the index, are followed; {again}"
+            )
+    return weight_map
+
+
 def _config(folder: Path) -> dict[str, Any]:
-    return _load_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-
-
-def _load_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds {type(value).__name__}, not a mapping")
-    return value
+    """config.json, {} without one; its model types are names fit to be printed."""
+    file = folder / "config.json"
+    config = load_json(file) if file.exists() else {}
+    parts = {"": config, **{f"{key}.": config.get(key) or {} for key in ("text_config", "llm_config")}}
+    for place, part in parts.items():
+        kind = part.get("model_type", "") if isinstance(part, dict) else part
+        if not isinstance(kind, str) or len(kind) > 100 or not kind.isprintable():
+            raise CheckpointError(
+                f"{file}: {place}model_type is {kind!r:.120}, which is no name; download config.json again"
+            )
+    return config

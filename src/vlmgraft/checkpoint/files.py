@@ -1,0 +1,116 @@
+"""Opening files that nobody vouched for: only regular ones, only so large, only the JSON that JSON is.
+
+A folder that was downloaded or unpacked may hold anything under the name of a file: a FIFO or a device, on which `open`
+or `read` waits for ever, a link that leads elsewhere, or text that takes a hundred times its size once it is parsed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from vlmgraft.errors import CheckpointError
+
+MAX_TENSORS = 1_000_000
+"""In one checkpoint; the largest published ones have a fifth of it."""
+MAX_HEADER = 100_000_000
+"""Bytes of a header or an index: the limit that the safetensors library sets on its header."""
+MAX_JSON = 10_000_000
+"""Bytes of a config."""
+_COMMAS = 12
+"""Per tensor in a header, at most: three fields, two offsets, and a shape of up to eight numbers."""
+
+
+def open_regular(file: Path) -> BinaryIO:
+    """The file opened for reading, if it is a regular file or a link to one; never waits.
+
+    Raises:
+        CheckpointError: it is something else. OSError: it cannot be opened.
+    """
+    handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise CheckpointError(f"{file}: is {_kind(file)}, not a file; put the real file in its place")
+    return os.fdopen(handle, "rb")
+
+
+def refuse_special(folder: Path) -> None:
+    """Raise CheckpointError where a folder holds something that is neither a file nor a folder, or leads nowhere.
+
+    For folders that a library will read, which opens by name whatever it finds.
+    """
+    for entry in os.scandir(folder):
+        if not (entry.is_file() or entry.is_dir()):
+            path = folder / entry.name
+            raise CheckpointError(f"{path}: is {_kind(path)}, not a file; remove it, or download the file again")
+
+
+def _kind(path: Path) -> str:
+    """What a path is, in words."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return "a link that leads nowhere"
+    kinds = {
+        stat.S_ISFIFO: "a FIFO",
+        stat.S_ISCHR: "a device",
+        stat.S_ISBLK: "a device",
+        stat.S_ISSOCK: "a socket",
+        stat.S_ISDIR: "a folder",
+    }
+    return next((said for test, said in kinds.items() if test(mode)), "something else")
+
+
+def parse_json(raw: bytes, where: str, *, strict: bool = True) -> dict[str, Any]:
+    """A JSON object in UTF-8 with not more values than a checkpoint can need.
+
+    strict: as the standard has it, no key twice and no NaN; configs written by Python hold Infinity now and then.
+    Raises:
+        CheckpointError: naming `where`.
+    """
+    if raw.count(b",") > _COMMAS * MAX_TENSORS or raw.count(b"[") + raw.count(b"{") > 3 * MAX_TENSORS:
+        raise CheckpointError(f"{where} holds more than {MAX_TENSORS:,} tensors can need; shard the checkpoint anew")
+    try:
+        options: dict[str, Any] = {"object_pairs_hook": _unique, "parse_constant": _no_constant} if strict else {}
+        found = json.loads(raw.decode("utf-8"), **options)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} is not valid JSON ({error}); download it again") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{where} is JSON, but {type(found).__name__} and no mapping; download it again")
+    return found
+
+
+def load_json(file: Path, limit: int = MAX_JSON, *, strict: bool = False) -> dict[str, Any]:
+    """A JSON object from a file of at most `limit` bytes, see `parse_json`; raises CheckpointError."""
+    try:
+        with open_regular(file) as handle:
+            raw = handle.read(limit + 1)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror}); download it again") from None
+    if len(raw) > limit:
+        raise CheckpointError(f"{file}: has more than {limit:,} bytes, which no such file needs; download it again")
+    return parse_json(raw, f"{file}:", strict=strict)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys must differ."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        seen: set[str] = set()
+        raise ValueError(f"{next(name for name, _ in pairs if name in seen or seen.add(name))!r:.120} twice")  # type: ignore[func-returns-value]
+    return made
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is no JSON")
+
+
+def inside(file: Path, folder: Path) -> bool:
+    """Whether a file, its links followed, lies in `folder`, or in the repository of the hub's cache that `folder`
+    (snapshots/REVISION) is part of."""
+    real, home = file.resolve(), folder.resolve()
+    homes = [home, *([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])]
+    return any(place in real.parents for place in homes)
