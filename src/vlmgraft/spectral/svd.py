@@ -134,7 +134,7 @@ def _gram_basis(tall: Float[Tensor, "m n"]) -> Float[Tensor, "n n"]:
     if wide.device.type != "cpu":
         return torch.linalg.eigh(_upper_gram(wide), UPLO="U").eigenvectors.flip(1)
     array = wide.contiguous().numpy()
-    return torch.from_numpy(numpy.linalg.eigh(array.T @ array).eigenvectors).flip(1)
+    return torch.from_numpy(numpy.linalg.eigh(array.T @ array)[1]).flip(1)
 
 
 def _upper_gram(wide: Float[Tensor, "m n"]) -> Float[Tensor, "n n"]:
