@@ -7,6 +7,7 @@ A finding is written as crash-*, timeout-* or oom-* (see -artifact_prefix); keep
 from __future__ import annotations
 
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -25,7 +26,8 @@ def main() -> None:
     with atheris.instrument_imports(include=list(PARSERS)):
         from targets import TARGETS
     kept = HERE / "corpus" / name
-    arguments = [sys.argv[0], f"-dict={HERE / 'words.dict'}", *options, *([str(kept)] if kept.is_dir() else [])]
+    new = [] if any(not option.startswith("-") for option in options) else [tempfile.mkdtemp()]
+    arguments = [sys.argv[0], f"-dict={HERE / 'words.dict'}", *options, *new, str(kept)]
     atheris.Setup(arguments, TARGETS[name])
     atheris.Fuzz()
 

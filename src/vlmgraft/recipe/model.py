@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,7 +102,23 @@ def load_recipe(
     Raises:
         RecipeError: with the path, the value, the nearest valid key or what to write instead.
     """
-    raw = _read(source)
+    with naming(source):
+        return _load(_read(source), overrides, need_method)
+
+
+@contextmanager
+def naming(source: object) -> Iterator[None]:
+    """Put the recipe's file before the RecipeErrors of the block, unless they name it already."""
+    try:
+        yield
+    except RecipeError as error:
+        if isinstance(source, Mapping) or str(source) in str(error):
+            raise
+        raise RecipeError(f"{source}: {error}") from None
+
+
+def _load(raw: dict[str, Any], overrides: Sequence[str], need_method: bool) -> Recipe:
+    """A recipe from its raw mapping."""
     notes: tuple[str, ...] = ()
     if is_mergekit(raw):
         raw, notes = translate(raw)

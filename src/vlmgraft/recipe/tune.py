@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from vlmgraft.errors import RecipeError
 from vlmgraft.recipe.keys import refuse_unknown
-from vlmgraft.recipe.model import _apply, _as_recipe_error, _read
+from vlmgraft.recipe.model import _apply, _as_recipe_error, _read, naming
 from vlmgraft.records import write_text
 
 
@@ -71,7 +71,12 @@ def load_tune_recipe(source: str | Path | Mapping[str, Any] | TuneRecipe, overri
     """Read, override and validate a tune recipe; raises RecipeError with path, value and the nearest valid key."""
     if isinstance(source, TuneRecipe):
         return source
-    raw = _read(source)
+    with naming(source):
+        return _load(_read(source), overrides)
+
+
+def _load(raw: dict[str, Any], overrides: Sequence[str]) -> TuneRecipe:
+    """A recipe from its raw mapping."""
     for override in overrides:
         _apply(raw, override)
     if isinstance(raw.get("prior"), str):
