@@ -7,7 +7,6 @@ spectrum: lora_B = U_r √c, lora_A = √c Vh_r, lora_alpha = r. What the rank d
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from vlmgraft.checkpoint.saving import save_tensors
 from vlmgraft.errors import CheckpointError, OutputError, RecipeError
 from vlmgraft.hf.models import match_linears
+from vlmgraft.publishing import new_folder
 from vlmgraft.records import write_json
 from vlmgraft.spectral.factors import Factors
 from vlmgraft.spectral.gates import Gates
@@ -80,12 +80,10 @@ def export_lora(
         errors[name] = (dropped / whole) ** 0.5 if whole > 0 else 0.0
         dropped_sum, whole_sum = dropped_sum + dropped, whole_sum + whole
     report = LoraReport(rank, errors, (dropped_sum / whole_sum) ** 0.5 if whole_sum > 0 else 0.0)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_json(partial / "adapter_config.json", _config(str(vlm), list(modules.values()), rank))
-    write_json(partial / "report.json", {"rank": rank, "error": report.error, "errors": errors})
-    partial.rename(out)
+    with new_folder(out) as folder:
+        save_tensors(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+        write_json(folder / "adapter_config.json", _config(str(vlm), list(modules.values()), rank))
+        write_json(folder / "report.json", {"rank": rank, "error": report.error, "errors": errors})
     return report
 
 

@@ -9,12 +9,16 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from vlmgraft.durable import new_file, sweep_files
+
+TAIL = 4096
 
 
 @contextmanager
@@ -57,10 +61,28 @@ def write_rows(path: Path, rows: Iterable[Any]) -> None:
     write_text(path, "".join(json.dumps(as_dict(row), ensure_ascii=False) + "\n" for row in rows))
 
 
-def append_row(path: Path, row: Any) -> None:
-    """Append one row as one line."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(as_dict(row), ensure_ascii=False) + "\n")
+def append_row(path: Path, row: Any, *, flush: bool = False) -> None:
+    """Append one row as one line, in place of a line that an interruption cut short. flush: put it on disk."""
+    with path.open("a+b", buffering=0) as file:
+        _drop_cut_line(file)
+        file.write((json.dumps(as_dict(row), ensure_ascii=False) + "\n").encode())
+        if flush:
+            os.fsync(file.fileno())
+
+
+def _drop_cut_line(file: FileIO) -> None:
+    """Cut off what stands behind the last line end."""
+    end = size = file.seek(0, os.SEEK_END)
+    while end:
+        begin = max(0, end - TAIL)
+        file.seek(begin)
+        at = file.read(end - begin).rfind(b"\n")
+        if at >= 0:
+            end = begin + at + 1
+            break
+        end = begin
+    if end < size:
+        file.truncate(end)
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:

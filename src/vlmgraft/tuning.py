@@ -22,9 +22,11 @@ from vlmgraft.card import side_files
 from vlmgraft.checkpoint.index import INDEX, Checkpoint, open_checkpoint
 from vlmgraft.checkpoint.reader import TORCH_DTYPES, Reader
 from vlmgraft.checkpoint.shards import TensorSpec
-from vlmgraft.checkpoint.writer import Writer, refuse_output
+from vlmgraft.checkpoint.writer import Writer
 from vlmgraft.errors import NumericalError, OutputError, RecipeError
 from vlmgraft.hf.models import load_processor, load_vlm
+from vlmgraft.locks import at_work
+from vlmgraft.publishing import refuse_output
 from vlmgraft.recipe.tune import TuneRecipe, dump_tune_recipe, load_tune_recipe, save_tune_recipe
 from vlmgraft.records import read_rows, write_json, write_rows, write_text
 from vlmgraft.spectral.factors import FactorStore
@@ -35,6 +37,7 @@ from vlmgraft.training.sft import add_tokens, build_trainer, freeze_vision, lora
 from vlmgraft.training.sft_data import load_traces
 
 SHARD = 5 * 10**9
+LOWER = "lower train.per_device_train_batch_size, or write train.gradient_checkpointing: true, or lora"
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,12 @@ def tune(
     recipe, out = load_tune_recipe(recipe, overrides), Path(out)
     vlm = open_checkpoint(recipe.vlm)
     refuse_output(out, [vlm.path])
+    with at_work(out, "fine-tuning", LOWER):
+        return _tune(recipe, vlm, out, resume)
+
+
+def _tune(recipe: TuneRecipe, vlm: Checkpoint, out: Path, resume: bool) -> Tuned:
+    """Train in the work folder beside `out`, from its last checkpoint if there is one to resume, and publish."""
     work = out.with_name(f".{out.name}.tune")
     arguments = trainer_arguments(work / "trainer", recipe.train)
     data = recipe.data

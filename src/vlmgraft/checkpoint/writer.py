@@ -6,10 +6,9 @@ any thread, the index last. Until the rename nobody sees a folder of the final n
 
 from __future__ import annotations
 
-import fcntl
 import os
-import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,22 +19,12 @@ from vlmgraft.checkpoint.digests import BLOCK, RECEIPT, FileReceipt, block_diges
 from vlmgraft.checkpoint.index import INDEX
 from vlmgraft.checkpoint.reader import TORCH_DTYPES, as_bytes
 from vlmgraft.checkpoint.shards import Shard, TensorSpec, plan_shards
-from vlmgraft.errors import OutputError, VlmgraftError
-from vlmgraft.records import append_row, read_rows, write_json
+from vlmgraft.errors import OutputError
+from vlmgraft.publishing import Publication
+from vlmgraft.publishing import refuse_output as refuse_output
+from vlmgraft.records import append_row, read_rows, write_json, write_rows
 
 JOURNAL = ".journal.jsonl"
-
-
-def refuse_output(out: Path, inputs: Sequence[Path] = (), *, overwrite: bool = False) -> None:
-    """Raise OutputError when `out` is one of `inputs`, lies inside one, or exists (a folder may, with overwrite)."""
-    real = out.resolve()
-    for path in inputs:
-        if real == path.resolve() or path.resolve() in real.parents:
-            raise OutputError(f"{out}: is the input {path} or lies inside it; choose another output folder")
-    if out.is_symlink() or (out.exists() and (not overwrite or not out.is_dir())):
-        raise OutputError(f"{out}: exists; choose another output folder or remove it")
-    if not real.parent.is_dir() and real.parent.exists():
-        raise OutputError(f"{out}: {real.parent} is not a folder")
 
 
 class Writer:
@@ -44,10 +33,8 @@ class Writer:
     Args:
         tensors: in the order of the files.
         shard_size: bytes of data per file, at most.
-        overwrite: replace a folder that exists, at the end.
         resume: a key of what is being written. An interrupted folder of the same key is then kept and continued: what
-            `finish` recorded is in `done`. Without a key an interrupted folder is removed, and so is one whose inputs
-            were refused: the next run would meet the same refusal.
+            `finish` recorded is in `done`. Without a key an interrupted folder is removed (see publishing.py).
     Raises:
         OutputError: `out` exists, cannot be written, the disk is too small, or another process is writing it.
     """
@@ -57,18 +44,17 @@ class Writer:
         out: str | Path,
         tensors: Sequence[TensorSpec],
         shard_size: int,
-        overwrite: bool = False,
         resume: str | None = None,
     ) -> None:
         self.out = Path(out)
-        refuse_output(self.out, overwrite=overwrite)
+        refuse_output(self.out)
         self.shards = plan_shards(tensors, shard_size)
-        self.folder = self.out.with_name(f".{self.out.name}.partial-{resume or os.getpid()}")
+        self._publication = Publication(self.out, resume)
+        self.folder = self._publication.folder
         self.done: dict[str, dict[str, Any]] = {}
         self._digests: dict[str, dict[int, bytes]] = {}
-        self._overwrite, self._resume = overwrite, resume
+        self._resume = resume
         self._handles: dict[str, int] = {}
-        self._lock = -1
         self._places: dict[str, tuple[str, int, TensorSpec]] = {}
         for shard in self.shards:
             begin = len(shard.header)
@@ -79,22 +65,14 @@ class Writer:
             raise ValueError("two tensors of one name")
 
     def __enter__(self) -> Writer:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=self._resume is not None)
-            self._lock = os.open(self.folder, os.O_RDONLY)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            raise OutputError(f"{self.folder}: another process is writing it") from None
-        except OSError as error:
-            raise OutputError(f"{self.folder}: cannot be written ({error.strerror})") from None
-        try:
+        with ExitStack() as stack:
+            stack.enter_context(self._publication)
+            stack.callback(self._close)
             self._load_journal()
             for shard in self.shards:
                 self._handles[shard.name] = self._allocate(shard)
-        except BaseException:
-            self._close(keep=self._resume is not None)
-            raise
+            stack.push(self._complete)
+            self._stack = stack.pop_all()
         return self
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -156,30 +134,20 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
-            hopeless = issubclass(kind, VlmgraftError) and not issubclass(kind, OutputError)
-            self._close(keep=self._resume is not None and not hopeless)
-            return
-        try:
-            self._publish()
-        finally:
-            self._close(keep=False)
+        self._stack.__exit__(kind, error, trace)
 
-    def _publish(self) -> None:
-        """Flush everything to disk, write the index, and give the folder its name."""
+    def _complete(self, kind: type[BaseException] | None, *_: object) -> None:
+        """After a clean exit: the index, the tensors on disk, and only then away with what says how far it came."""
+        if kind is None:
+            self._write_index()
+            for handle in self._handles.values():
+                os.fsync(handle)
+            (self.folder / JOURNAL).unlink(missing_ok=True)
+
+    def _close(self) -> None:
         for handle in self._handles.values():
-            os.fsync(handle)
-        self._write_index()
-        (self.folder / JOURNAL).unlink(missing_ok=True)
-        os.fsync(self._lock)
-        try:
-            if self._overwrite and self.out.is_dir():
-                shutil.rmtree(self.out)
-            elif self.out.exists():  # a rename would replace an empty folder in silence
-                raise OutputError(f"{self.out}: appeared while it was being written; nothing was replaced")
-            self.folder.rename(self.out)
-        except OSError as error:
-            raise OutputError(f"{self.out}: cannot be published ({error.strerror})") from None
+            os.close(handle)
+        self._handles.clear()
 
     def _write_index(self) -> None:
         if len(self.shards) > 1:
@@ -187,28 +155,19 @@ class Writer:
             total = sum(tensor.nbytes for shard in self.shards for tensor in shard.tensors)
             write_json(self.folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
-    def _close(self, *, keep: bool) -> None:
-        for handle in self._handles.values():
-            os.close(handle)
-        self._handles.clear()
-        if not keep and self.folder.exists():
-            shutil.rmtree(self.folder)
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
-
     def _load_journal(self) -> None:
         """Take over what an interrupted run finished; after a restart of the machine nothing of it is trusted."""
         if self._resume is None:
             return
-        journal = self.folder / JOURNAL
+        journal, names = self.folder / JOURNAL, {shard.name for shard in self.shards}
         head = {"boot": _boot_id(), "block": BLOCK, "shards": [[shard.name, shard.size] for shard in self.shards]}
-        rows = list(read_rows(journal)) if journal.exists() else []
-        if rows and rows[0] == head and all((self.folder / s.name).is_file() for s in self.shards):
+        found = {path.name for path in self.folder.iterdir()}
+        rows = list(read_rows(journal)) if JOURNAL in found else []
+        if rows and rows[0] == head and names <= found:
             self.done = {row.pop("name"): row for row in rows[1:]}
-        journal.unlink(missing_ok=True)
-        for row in (head, *({"name": name, **facts} for name, facts in self.done.items())):
-            append_row(journal, row)
+        for stray in found - names - {JOURNAL}:  # side files and temporary ones, which are written again
+            (self.folder / stray).unlink()
+        write_rows(journal, (head, *({"name": name, **facts} for name, facts in self.done.items())))
 
     def _allocate(self, shard: Shard) -> int:
         """Create (or reopen) a file of its final size with its header in place."""

@@ -12,6 +12,7 @@ from vlmgraft.errors import OutputError
 from vlmgraft.evaluation.run_records import Record, drop_partial_line, load_records, save_records
 from vlmgraft.evaluation.summary import Summary, summarise
 from vlmgraft.evaluation.tables import summary_table
+from vlmgraft.publishing import refuse_output
 from vlmgraft.records import write_json, write_text
 
 RECORDS, RUN, SUMMARY, TABLE = "records.jsonl", "run.json", "summary.json", "summary.md"
@@ -22,8 +23,6 @@ def check(out: Path, settings: dict[str, Any], resume: bool, model: str | Path) 
 
     Batch size and device may change, so that a run which ended for want of memory can go on elsewhere.
     """
-    from vlmgraft.checkpoint.writer import refuse_output
-
     if not resume or not out.exists():
         refuse_output(out, [Path(model)])
         return

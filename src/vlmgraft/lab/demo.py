@@ -16,13 +16,13 @@ from PIL import Image
 from transformers.utils.logging import disable_progress_bar
 
 from vlmgraft import pipeline
-from vlmgraft.checkpoint.writer import refuse_output
 from vlmgraft.errors import CheckpointError
 from vlmgraft.evaluation.intervals import Estimate
 from vlmgraft.hf.data import Question
 from vlmgraft.hf.models import load_vlm
 from vlmgraft.lab import compare, trio_path
 from vlmgraft.lab.compare import Choice, Comparison, Point, Sizes, above_curve
+from vlmgraft.publishing import refuse_output
 from vlmgraft.records import write_rows, write_text
 from vlmgraft.report.tradeoff import draw_tradeoff
 

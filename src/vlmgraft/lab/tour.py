@@ -11,7 +11,6 @@ from PIL import Image
 from transformers.utils.logging import disable_progress_bar
 
 from vlmgraft import pipeline, studies
-from vlmgraft.checkpoint.writer import refuse_output
 from vlmgraft.errors import CheckpointError
 from vlmgraft.evaluation.answers import final_answer, judge
 from vlmgraft.hf.data import Question
@@ -19,6 +18,7 @@ from vlmgraft.hf.models import load_processor, load_vlm
 from vlmgraft.lab import compare, trio_path, world
 from vlmgraft.lab.asked import LabExam
 from vlmgraft.lab.exam import draw_exam
+from vlmgraft.publishing import refuse_output
 from vlmgraft.records import write_rows
 from vlmgraft.report import page
 from vlmgraft.studies import Asked

@@ -7,7 +7,6 @@ output, and copied into the VLM at the end: with the lab's rotary sections the t
 from __future__ import annotations
 
 import copy
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from vlmgraft.checkpoint.writer import refuse_output
 from vlmgraft.lab import models, world
 from vlmgraft.lab.batches import INDEX, Tower, accuracy, answers, encode, fit, loss_of
 from vlmgraft.lab.world import Item, Task
+from vlmgraft.publishing import new_folder, refuse_output
 from vlmgraft.records import write_json
 
 Report = Callable[[str], None]
@@ -157,15 +156,13 @@ def train_trio(seed: int, out: Path, report: Report = print, glyphs: world.Glyph
     vlm = tower.vlm
     vlm.model.language_model.load_state_dict(text.model.state_dict())
     vlm.lm_head.load_state_dict(text.lm_head.state_dict())
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    models.save(base, partial / "base")
-    models.save(donor, partial / "donor")
-    models.save(vlm, partial / "vlm", tower.processor)
     seconds = round(time.monotonic() - trainer.started)
-    write_json(
-        partial / "training.json", {"seed": seed, "glyphs": glyphs, "seconds": seconds, "measured": trainer.measured}
-    )
-    partial.rename(out)
+    facts = {"seed": seed, "glyphs": glyphs, "seconds": seconds, "measured": trainer.measured}
+    with new_folder(out) as folder:
+        models.save(base, folder / "base")
+        models.save(donor, folder / "donor")
+        models.save(vlm, folder / "vlm", tower.processor)
+        write_json(folder / "training.json", facts)
     return out
 
 

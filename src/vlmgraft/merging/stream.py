@@ -21,13 +21,14 @@ from vlmgraft.checkpoint.digests import RECEIPT, FileReceipt, seal
 from vlmgraft.checkpoint.index import TensorInfo
 from vlmgraft.checkpoint.reader import Reader
 from vlmgraft.checkpoint.shards import TensorSpec
-from vlmgraft.checkpoint.writer import Writer, refuse_output
+from vlmgraft.checkpoint.writer import Writer
 from vlmgraft.errors import AlignmentError
 from vlmgraft.merging.engine import Merger
 from vlmgraft.merging.passes import MergedPasses
 from vlmgraft.merging.pieces import Inputs, Lane
 from vlmgraft.merging.plan import check_needs, sources_of
 from vlmgraft.methods.base import Method, check_numbers
+from vlmgraft.publishing import refuse_output
 from vlmgraft.records import write_json
 
 Progress = Callable[[int, int, str], None]
