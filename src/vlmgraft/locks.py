@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlmgraft.errors import OutputError
-from vlmgraft.resources import cannot_write
+from vlmgraft.resources import cannot_write, explained, out_of_memory
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
@@ -26,13 +26,14 @@ READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 @dataclass
 class _Held:
-    """A lock of this process: how often its thread entered, and what to close and to remove."""
+    """A lock of this process: how often its thread entered; what to close, and what to remove."""
 
     thread: int
     shared: bool
     times: int
     handle: int
     file: Path | None
+    made: list[Path]
 
 
 _held: dict[Path, _Held] = {}
@@ -57,8 +58,9 @@ def locked(folder: str | Path, *, shared: bool = False) -> Iterator[None]:
         if mine is not None and (mine.thread != threading.get_ident() or (mine.shared and not shared)):
             raise OutputError(_said(Path(folder), "another thread of this process"))
         if mine is None:
+            made = [] if shared else [one for one in path.parents if not one.exists()]
             handle, file = _open(path, Path(folder), shared)
-            mine = _held[path] = _Held(threading.get_ident(), shared, 0, handle, file)
+            mine = _held[path] = _Held(threading.get_ident(), shared, 0, handle, file, made)
         mine.times += 1
     try:
         yield
@@ -70,6 +72,17 @@ def locked(folder: str | Path, *, shared: bool = False) -> Iterator[None]:
                 _release(mine)
 
 
+@contextmanager
+def at_work(out: str | Path, doing: str, lower: str) -> Iterator[None]:
+    """What every function that fills a folder needs: nobody else is at it, and want of disk or memory is said plainly.
+
+    Args:
+        doing, lower: for the message where memory runs out: what was done, and which settings to lower.
+    """
+    with out_of_memory(doing, lower), explained(out), locked(out):
+        yield
+
+
 def _open(path: Path, named: Path, shared: bool) -> tuple[int, Path | None]:
     """A handle that holds the lock (-1: there are no locks here), and the file to remove at the end."""
     file, how = path.with_name(f".{path.name}.lock"), fcntl.LOCK_SH if shared else fcntl.LOCK_EX
@@ -79,6 +92,8 @@ def _open(path: Path, named: Path, shared: bool) -> tuple[int, Path | None]:
                 file.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
+            if error.errno == errno.ENOENT and not shared:
+                continue  # who held it removed the folder that was made for it
             if error.errno in READ_ONLY and path.is_dir():  # lock the folder itself
                 file, handle = path, os.open(path, os.O_RDONLY)
             elif shared:
@@ -115,6 +130,9 @@ def _release(held: _Held) -> None:
             if held.shared:
                 fcntl.flock(held.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             held.file.unlink()
+    with suppress(OSError):
+        for folder in held.made:  # made for the lock alone, if nothing else came to be in them
+            folder.rmdir()
     os.close(held.handle)
 
 

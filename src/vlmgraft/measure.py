@@ -19,6 +19,7 @@ from vlmgraft.evaluation.readers import load_suite
 from vlmgraft.evaluation.run_records import Record, load_records
 from vlmgraft.evaluation.summary import Summary
 from vlmgraft.evaluation.tables import comparison_table
+from vlmgraft.locks import at_work
 from vlmgraft.records import write_json, write_text
 
 if TYPE_CHECKING:
@@ -92,9 +93,23 @@ def evaluate(
         "data": [str(_name(source)) for source in sources],
     }
     settings = said | {"asking": asdict(options), "items": suite.digest if suite else None}
-    folder.check(out, settings, resume, model)
+    with at_work(out, "asking", "lower batch_size or max_new_tokens"):
+        folder.check(out, settings, resume, model)
+        return _asked(out, settings, suite, ",".join(harness), options, model, progress)
+
+
+def _asked(
+    out: Path,
+    settings: dict[str, Any],
+    suite: Suite | None,
+    tasks: str,
+    options: Asking,
+    model: str | Path,
+    progress: Progress | None,
+) -> Summary:
+    """Ask what is not in the folder yet, and write its records and summary."""
     if suite is None:
-        return folder.finish(out, _harness(model, ",".join(harness), out, settings, options), 0, options.seed)
+        return folder.finish(out, _harness(model, tasks, out, settings, options), 0, options.seed)
     known = {item.id: item.key for item in suite.items}
     done = [record for record in folder.found(out) if known.get(record.id) == record.key]
     if len(done) < len(suite.items):

@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +20,7 @@ from vlmgraft.card import push_to_hub, side_files, write_model_card
 from vlmgraft.checkpoint.hub import open_headers
 from vlmgraft.checkpoint.index import open_checkpoint
 from vlmgraft.errors import AlignmentError, InputError, OutputError, RecipeError
+from vlmgraft.locks import at_work, locked
 from vlmgraft.merging.plan import MergePlan, plan_merge
 from vlmgraft.methods.base import check_numbers
 from vlmgraft.methods.frism import GatedFold
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from vlmgraft.spectral.gates import Gates
 
 Progress = Callable[[int, int, str], None]
+LOWER = "lower method.calibration.batch_size, method.calibration.max_new_tokens or method.rank"
 RecipeSource = str | Path | Mapping[str, Any] | Recipe
 
 
@@ -141,29 +144,35 @@ def merge(
     check_numbers(recipe.method, alignment)
     sources = (alignment.vlm, alignment.donor, alignment.donor_base, alignment.vlm_base)
     refuse_output(out, [source.path for source in sources if source is not None])
+    gated = hasattr(recipe.method, "bind")
     work = Path(workdir) if workdir else out.with_name(f".{out.name}.work")
-    try:
-        method = _bound(recipe, alignments, work, progress)
-        with tempfile.TemporaryDirectory() as side:
-            save_recipe(recipe, Path(side) / "recipe.yaml")
-            write_model_card(Path(side), dump_recipe(recipe), alignment)
-            extra = [file for file in side_files(alignment.vlm.path) if file.name != "recipe.yaml"]
-            receipt = merge_tensors(
-                alignment,
-                method,
-                out,
-                shard_size=recipe.output.shard_bytes,
-                threads=threads,
-                progress=progress,
-                extra_files=[*extra, *sorted(Path(side).iterdir())],
-                resume=resume,
-            )
-    except InputError:
+    lower = LOWER if gated else "whole tensors do not fit; `merge --dry-run` says how much a merge needs"
+    with ExitStack() as stack:
+        stack.enter_context(at_work(out, "merging", lower))
+        for folder in (work / "factors", work / "gates") if gated else ():
+            stack.enter_context(locked(folder))
+        try:
+            method = _bound(recipe, alignments, work, progress)
+            with tempfile.TemporaryDirectory() as side:
+                save_recipe(recipe, Path(side) / "recipe.yaml")
+                write_model_card(Path(side), dump_recipe(recipe), alignment)
+                extra = [file for file in side_files(alignment.vlm.path) if file.name != "recipe.yaml"]
+                receipt = merge_tensors(
+                    alignment,
+                    method,
+                    out,
+                    shard_size=recipe.output.shard_bytes,
+                    threads=threads,
+                    progress=progress,
+                    extra_files=[*extra, *sorted(Path(side).iterdir())],
+                    resume=resume,
+                )
+        except InputError as error:
+            if workdir is None and not isinstance(error, OutputError):  # with more room the next run goes on
+                shutil.rmtree(work, ignore_errors=True)
+            raise
         if workdir is None:
             shutil.rmtree(work, ignore_errors=True)
-        raise
-    if workdir is None:
-        shutil.rmtree(work, ignore_errors=True)
     return receipt
 
 
@@ -192,7 +201,9 @@ def decompose(
     from vlmgraft.learning import factors_for
 
     recipe = read_recipe(recipe, overrides)
-    return factors_for(recipe, pairs(recipe), Path(out), resume=resume, progress=progress)
+    alignments = pairs(recipe)
+    with at_work(out, "decomposing", "write a smaller method.rank, or run it where there is more memory"):
+        return factors_for(recipe, alignments, Path(out), resume=resume, progress=progress)
 
 
 def gates(
@@ -212,9 +223,10 @@ def gates(
     if Path(out).exists() and not unfinished(Path(out)):
         raise OutputError(f"{out}: exists already; name another folder, or remove it first")
     alignments = pairs(recipe)
-    check_factors(recipe, alignments, Path(factors))
     check_questions(recipe, alignments)
-    return gates_for(recipe, alignments, open_store(factors, training=True), Path(out), progress)
+    with at_work(out, "learning gates", LOWER), locked(factors, shared=True):
+        check_factors(recipe, alignments, Path(factors))
+        return gates_for(recipe, alignments, open_store(factors, training=True), Path(out), progress)
 
 
 def export(
@@ -247,4 +259,5 @@ def export(
     from vlmgraft.spectral.donors import open_store
     from vlmgraft.spectral.gates import load_gates
 
-    return asdict(export_lora(vlm, open_store(factors), load_gates(source), out, rank))
+    with at_work(out, "exporting", "write a smaller --rank"), locked(factors, shared=True):
+        return asdict(export_lora(vlm, open_store(factors), load_gates(source), out, rank))

@@ -9,6 +9,7 @@ from typing import Any
 from vlmgraft import pipeline
 from vlmgraft.analysis.merged import Rebuilder
 from vlmgraft.analysis.ranks import DEFAULT_SCALES, By, measure_ranks, rank_cells
+from vlmgraft.locks import at_work
 from vlmgraft.spectral.decompose import decompose
 from vlmgraft.studies.questions import Asked, open_vlm
 
@@ -35,23 +36,24 @@ def ranks(
     rank_cells(bands, scales, by)
     loaded = pipeline.read_recipe(recipe, overrides, need_method=False)
     alignment = pipeline.pair(loaded)
-    out.mkdir(parents=True, exist_ok=True)
-    store = decompose(alignment, out / "factors", resume=True, progress=progress)
-    model, processor = open_vlm(alignment.vlm.path)
-    exam = asked.exam(processor)
-    settings = {"vlm": loaded.vlm, "donor": loaded.donor, "donor_base": loaded.donor_base, "factors": store.digest}
-    drift = asked.drift_from(model, processor, exam)
-    with Rebuilder(alignment, dict(store)) as rebuilder:
-        return measure_ranks(
-            model,
-            exam,
-            rebuilder,
-            out,
-            settings,
-            bands=bands,
-            scales=scales,
-            by=by,
-            drift=drift,
-            resume=resume,
-            progress=progress,
-        )
+    with at_work(out, "measuring bands", "lower batch_size or max_new_tokens"):
+        out.mkdir(parents=True, exist_ok=True)
+        store = decompose(alignment, out / "factors", resume=True, progress=progress)
+        model, processor = open_vlm(alignment.vlm.path)
+        exam = asked.exam(processor)
+        settings = {"vlm": loaded.vlm, "donor": loaded.donor, "donor_base": loaded.donor_base, "factors": store.digest}
+        drift = asked.drift_from(model, processor, exam)
+        with Rebuilder(alignment, dict(store)) as rebuilder:
+            return measure_ranks(
+                model,
+                exam,
+                rebuilder,
+                out,
+                settings,
+                bands=bands,
+                scales=scales,
+                by=by,
+                drift=drift,
+                resume=resume,
+                progress=progress,
+            )

@@ -19,6 +19,7 @@ from vlmgraft.analysis.grid import as_override, grid_points
 from vlmgraft.analysis.merged import Rebuilder
 from vlmgraft.analysis.sweep import Point, run_sweep
 from vlmgraft.errors import RecipeError
+from vlmgraft.locks import at_work
 from vlmgraft.methods.base import check_numbers
 from vlmgraft.methods.spectral import Spectral
 from vlmgraft.recipe import Recipe, dump_recipe
@@ -58,6 +59,7 @@ def sweep(
     if len({loaded.vlm for _, _, loaded in named}) != 1:
         raise RecipeError("sweep: the recipes have different VLMs, and one model is loaded; sweep them one by one")
     with ExitStack() as stack:
+        stack.enter_context(at_work(out, "sweeping", "lower batch_size or max_new_tokens"))
         bench = Bench(out, stack, progress)
         for _, _, loaded in named:
             bench.check(loaded)
@@ -69,7 +71,7 @@ def sweep(
         rows = run_sweep(
             model, exam, points, out, {"vlm": named[0][2].vlm}, drift=drift, resume=resume, progress=progress
         )
-    write_json(out / "sweep.recipes.json", {_identity(one): dump_recipe(one) for _, _, one in named})
+        write_json(out / "sweep.recipes.json", {_identity(one): dump_recipe(one) for _, _, one in named})
     return rows
 
 

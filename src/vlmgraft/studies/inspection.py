@@ -12,6 +12,7 @@ from vlmgraft.alignment.distance import Distance, Verdict, judge
 from vlmgraft.analysis.bases import Candidate, compare_bases, name_base
 from vlmgraft.analysis.differences import Difference, differences
 from vlmgraft.errors import RecipeError
+from vlmgraft.locks import at_work
 from vlmgraft.records import write_json, write_rows
 
 Progress = Callable[[int, int, str], None]
@@ -77,5 +78,6 @@ def inspect_weights(
     rows = candidates[0].rows
     found = Inspection(judge(rows), rows, differences(nearest), candidates, name_base(candidates), measured)
     if out is not None:
-        found.save(Path(out))
+        with at_work(out, "writing", "run it where there is more memory"):
+            found.save(Path(out))
     return found

@@ -13,6 +13,7 @@ from vlmgraft.analysis.blocks import MODES, PARTS, Mode, Part
 from vlmgraft.analysis.knockout import Knockout
 from vlmgraft.analysis.swap import StoredWeights
 from vlmgraft.checkpoint.index import open_checkpoint
+from vlmgraft.locks import at_work
 from vlmgraft.studies.questions import Asked, layer_list, open_vlm
 
 Progress = Callable[[int, int, str], None]
@@ -45,6 +46,7 @@ def knockout(
     loaded, processor = open_vlm(model)
     exam = asked.exam(processor)
     with ExitStack() as stack:
+        stack.enter_context(at_work(out, "knocking out", "lower batch_size or max_new_tokens"))
         weights = stack.enter_context(StoredWeights(checkpoint)) if checkpoint else None
         prompts = exam.prompts(128) if "mean" in modes else []
         cells = Knockout(loaded, processor, exam, vlm=weights, prompts=prompts)
