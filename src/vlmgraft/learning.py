@@ -21,6 +21,7 @@ from vlmgraft.hf.data import Question, check_lengths, load_questions
 from vlmgraft.hf.models import load_config, load_processor, load_text_model, load_vlm
 from vlmgraft.methods.curvature import Curvature
 from vlmgraft.methods.frism import Frism
+from vlmgraft.publishing import sweep_folders
 from vlmgraft.recipe import Recipe
 from vlmgraft.spectral.decompose import check_store, decompose
 from vlmgraft.spectral.delta import checkpoint_digest
@@ -87,12 +88,9 @@ def check_inputs(recipe: Recipe, alignments: Sequence[Alignment]) -> None:
 
 
 def check_questions(recipe: Recipe, alignments: Sequence[Alignment]) -> None:
-    """The part of `check_inputs` that is about questions, and what the method cannot do with these models."""
+    """The part of `check_inputs` that is about questions."""
     method = gated_method(recipe)
     vlm = alignments[0].vlm
-    stacks = [tensor.name for tensor in alignments[0].merged if len(vlm.tensors[tensor.name].shape) == 3]
-    if stacks and isinstance(method, Curvature):
-        raise RecipeError(f"{stacks[0]}: curvature does not see into fused experts; use frism, or leave mlp out")
     learned, held_out, text = read_questions(recipe)
     longest = method.calibration.max_new_tokens
     config, processor = load_config(vlm.path), load_processor(vlm.path)
@@ -158,7 +156,7 @@ def _drop_state(out: Path) -> None:
     state = out.with_name(out.name + ".state")
     state.unlink(missing_ok=True)
     sweep_files(state.parent, state.name)
-    sweep_files(out)
+    sweep_folders(out, finished=True)
 
 
 def _wanted(recipe: Recipe, alignments: Sequence[Alignment]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,15 @@ import transformers as T
 from torch import nn
 
 import vlmgraft as vg
-from vlmgraft.errors import AlignmentError, RecipeError
+from vlmgraft.errors import AlignmentError
 from vlmgraft.hf.data import Question, encode, load_questions
-from vlmgraft.hf.models import ExpertStack, load_processor, load_vlm, text_experts
+from vlmgraft.hf.models import ExpertStack, load_processor, load_vlm
 from vlmgraft.lab.models import build_processor
 from vlmgraft.records import write_rows
 from vlmgraft.spectral.donors import open_store
 from vlmgraft.spectral.factors import Factors, factorize
-from vlmgraft.spectral.gates import load_gates
+from vlmgraft.spectral.gates import Gates, load_gates
+from vlmgraft.training.curvature import estimate_curvature
 from vlmgraft.training.distill import Distiller
 from vlmgraft.training.gated import GatedExperts, gated
 from vlmgraft.training.projections import RebuiltStack
@@ -154,8 +156,21 @@ def test_from_recipe_to_folder(mixture: dict[str, Any], tmp_path: Path) -> None:
     assert float((after - gated_logits)[keep].norm()) < 1e-3 * float((gated_logits - before)[keep].norm())
 
 
-def test_curvature_refuses_experts_before_work(mixture: dict[str, Any], tmp_path: Path) -> None:
-    method = {"name": "curvature", "calibration": mixture["method"]["calibration"]}
-    with pytest.raises(RecipeError, match=r"experts.*curvature does not see into fused experts"):
-        vg.merge({**mixture, "method": method}, tmp_path / "merged")
-    assert text_experts(load_vlm(mixture["vlm"]))
+def test_curvature_sees_into_experts(mixture: dict[str, Any], tmp_path: Path) -> None:
+    """Opened in curvature order up to the budget, every expert by itself; h is what moving one direction costs."""
+    method = {"name": "curvature", "kl_budget": 0.02, "calibration": mixture["method"]["calibration"]}
+    vg.merge({**mixture, "method": method}, tmp_path / "merged", workdir=tmp_path / "work")
+    gates, store = load_gates(tmp_path / "work" / "gates"), open_store(tmp_path / "work" / "factors")
+    stacks = [name for name in gates.logits if ".experts." in name]
+    assert len(stacks) == 4 and all(gates.logits[name].shape == store[name].s.shape for name in stacks)
+    assert 0 < gates.settings["energy"] < 1 and 0 < gates.settings["held_out_kl"] <= 0.02
+    asked = load_questions(mixture["method"]["calibration"]["data"], need_images=True)
+    vlm, processor = load_vlm(mixture["vlm"], torch.float32), load_processor(mixture["vlm"])
+    distiller = Distiller(vlm, processor, store, asked[:4], max_new_tokens=4)
+    found = estimate_curvature(distiller, draws=20)
+    name = max(stacks, key=lambda stack: float(found.h[stack].max()))
+    expert, direction = divmod(int(found.h[name].argmax()), found.h[name].shape[1])
+    logits = {key: torch.full_like(value, -math.inf) for key, value in found.h.items()}
+    logits[name][expert, direction] = math.inf
+    drift = distiller.keep_kl(Gates(logits, 0.2), distiller.targets)
+    assert drift == pytest.approx(0.5 * 0.2**2 * float(found.h[name].max()), rel=0.5)

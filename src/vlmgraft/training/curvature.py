@@ -6,6 +6,9 @@ To second order the drift of direction i is ½ λ² c_i² h_i, with the diagonal
 
 x_t is the layer's input, δ_t the gradient at its output of −log p of a token drawn from the teacher at each answer
 position. Scores of different positions are uncorrelated: the square of a question's sum estimates the sum of squares.
+Where experts are fused, which tokens pass a matrix is the model's business: there the score is the gradient of a
+question's loss for a spectrum at zero, which is the same number at the cost of a backward pass per question.
+
 Directions open in the order of h_i / s_i² (drift per injected energy) until the drift reaches a budget: as the diagonal
 predicts it, or as it is measured on held-out prompts.
 
@@ -16,7 +19,7 @@ g = log(cut · s_i²/h_i). They are a start that learned gates can move away fro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,14 +32,16 @@ from vlmgraft.errors import RecipeError
 from vlmgraft.spectral.factors import Factors
 from vlmgraft.spectral.gates import Gates
 from vlmgraft.training.distill import Distiller
-from vlmgraft.training.targets import Targets
+from vlmgraft.training.gated import gated
+from vlmgraft.training.targets import TargetBatch, Targets
 
 BISECTIONS = 14
 
 
 @dataclass(frozen=True)
 class Curvature:
-    """h per tensor [r], float32 on the CPU, in nats per answer token at λ = 1, averaged over `tokens` tokens."""
+    """h per tensor [r], of fused experts [experts, r], float32 on the CPU, in nats per answer token at λ = 1, averaged
+    over `tokens` tokens."""
 
     h: Mapping[str, Float[Tensor, " r"]]
     tokens: int
@@ -52,9 +57,9 @@ class Curvature:
     def gates(self, factors: Mapping[str, Factors], scale: float, kl_budget: float) -> Gates:
         """Hard gates whose predicted drift is the largest one within the budget, in nats per token."""
         _check_budget(kl_budget)
-        order = torch.cat(list(self.thresholds(factors).values()))
+        order = torch.cat([value.flatten() for value in self.thresholds(factors).values()])
         sorted_, index = order.sort(stable=True)
-        drift = 0.5 * scale**2 * torch.cat(list(self.h.values())).double()[index].cumsum(0)
+        drift = 0.5 * scale**2 * torch.cat([h.flatten() for h in self.h.values()]).double()[index].cumsum(0)
         count = int((drift <= kl_budget).sum())
         cut = float(sorted_[count - 1]) if count else -1.0
         predicted = float(drift[count - 1]) if count else 0.0
@@ -84,19 +89,65 @@ class Curvature:
 
 def estimate_curvature(distiller: Distiller, *, draws: int = 1, seed: int = 0) -> Curvature:
     """h of every direction, from `draws` passes over the distiller's calibration set; the model is left as it was."""
-    h = {name: torch.zeros(len(factors.s)) for name, factors in distiller.factors.items()}
+    factors = distiller.factors
+    h = {name: torch.zeros(one.s.shape) for name, one in factors.items()}
+    scores = question_gradients if any(value.ndim == 2 for value in h.values()) else tapped_scores
     generator = torch.Generator().manual_seed(seed)
     tokens = 0
-    for _ in range(draws):
-        for batch in distiller.targets.batches:
-            with _taps(distiller) as taps:
-                log_p = batch.logits(distiller.model).float().log_softmax(-1)
-                drawn = draw_tokens(log_p.detach(), generator)
-                (-log_p.gather(-1, drawn[:, None]).sum()).backward()
-            for name, (x, delta) in taps.items():
-                h[name] += question_scores(x, delta, distiller.factors[name]).square().sum(0).cpu()
-            tokens += len(drawn)
+    with scores(distiller) as scored:
+        for _ in range(draws):
+            for batch in distiller.targets.batches:
+                for name, score in scored(batch, generator):
+                    h[name] += score.square().sum(0).cpu()
+                tokens += int(batch.predicts.sum())
     return Curvature({name: value / tokens for name, value in h.items()}, tokens)
+
+
+Scored = Callable[[TargetBatch, torch.Generator], Iterator[tuple[str, Tensor]]]
+"""Per tensor, scores [questions, r] of one batch; a tensor may come in several parts."""
+
+
+@contextmanager
+def tapped_scores(distiller: Distiller) -> Iterator[Scored]:
+    """Scores of linear layers, from their inputs and the gradients at their outputs: one backward pass per batch."""
+
+    def scored(batch: TargetBatch, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+        with _taps(distiller) as taps:
+            _losses(distiller.model, batch, generator).sum().backward()
+        for name, (x, delta) in taps.items():
+            yield name, question_scores(x, delta, distiller.factors[name])
+
+    yield scored
+
+
+@contextmanager
+def question_gradients(distiller: Distiller) -> Iterator[Scored]:
+    """The same scores by automatic differentiation, of any projection: one backward pass per question."""
+    spectra = {
+        name: torch.zeros(factors.s.shape, device=distiller.model.device, requires_grad=True)
+        for name, factors in distiller.factors.items()
+    }
+    s = {name: factors.s.float().to(distiller.model.device) for name, factors in distiller.factors.items()}
+    with gated(distiller.model, distiller.linears, distiller.factors) as layers:
+        layers.set(spectra)
+
+        def scored(batch: TargetBatch, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+            losses = _losses(distiller.model, batch, generator)
+            rows = batch.predicts.nonzero()[:, 0].to(losses.device)
+            for row in range(len(batch.predicts)):
+                loss = losses[rows == row].sum()
+                for name, slope in zip(
+                    spectra, torch.autograd.grad(loss, [*spectra.values()], retain_graph=True), strict=True
+                ):
+                    yield name, (slope * s[name])[None]
+
+        yield scored
+
+
+def _losses(model: Any, batch: TargetBatch, generator: torch.Generator) -> Float[Tensor, " N"]:
+    """−log p of a token drawn from the model at every answer position."""
+    log_p = batch.logits(model).float().log_softmax(-1)
+    return -log_p.gather(-1, draw_tokens(log_p.detach(), generator)[:, None])[:, 0]
 
 
 def curvature_gates(
@@ -135,7 +186,7 @@ def curvature_gates(
 def _cuts(curvature: Curvature, factors: Mapping[str, Factors], soft: bool) -> Float[Tensor, " cuts"]:
     """Candidate cuts in ascending order: where a direction opens, or for soft gates a fine geometric grid from a
     thousandth of the smallest of these places to a thousand times the largest."""
-    values = torch.cat(list(curvature.thresholds(factors).values()))
+    values = torch.cat([value.flatten() for value in curvature.thresholds(factors).values()])
     places = values[values.isfinite() & (values > 0)].unique()
     if not soft or not len(places):
         return values[values.isfinite()].unique()
