@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Mapping
-from pathlib import Path
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
+from vlmgraft.checkpoint.handles import Handles
 from vlmgraft.checkpoint.index import Checkpoint, TensorInfo
 from vlmgraft.errors import CheckpointError
 
@@ -40,8 +39,7 @@ class Reader:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self._handles: dict[Path, int] = {}
-        self._lock = threading.Lock()
+        self._handles = Handles(os.O_RDONLY | os.O_CLOEXEC)
 
     def __enter__(self) -> Reader:
         return self
@@ -49,10 +47,7 @@ class Reader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._lock:
-            for handle in self._handles.values():
-                os.close(handle)
-            self._handles.clear()
+        self._handles.close()
 
     def tensor(self, name: str) -> Tensor:
         """The whole tensor in the file's dtype; it owns its memory.
@@ -85,13 +80,18 @@ class Reader:
 
     def read_bytes(self, info: TensorInfo, offset: int, out: memoryview) -> None:
         """Fill `out` with the bytes of a tensor from `offset` on."""
-        handle = self._handle(info.file)
         done = 0
-        while done < len(out):
-            count = os.preadv(handle, [out[done:]], info.begin + offset + done)
-            if count == 0:
-                raise CheckpointError(f"{info.file}: ends inside {info.name}; it got shorter since it was opened")
-            done += count
+        try:
+            with self._handles.of(info.file) as handle:
+                while done < len(out):
+                    count = os.preadv(handle, [out[done:]], info.begin + offset + done)
+                    if count == 0:
+                        raise CheckpointError(
+                            f"{info.file}: ends inside {info.name}; it got shorter since it was opened"
+                        )
+                    done += count
+        except OSError as error:
+            raise CheckpointError(f"{info.file}: cannot be read ({error.strerror}); read it again") from None
 
     def info(self, name: str) -> TensorInfo:
         """The tensor's header entry."""
@@ -99,19 +99,6 @@ class Reader:
             return self.checkpoint.tensors[name]
         except KeyError:
             raise CheckpointError(f"{self.checkpoint.path}: has no tensor {name}") from None
-
-    def _handle(self, file: Path) -> int:
-        handle = self._handles.get(file)
-        if handle is None:
-            with self._lock:
-                handle = self._handles.get(file)
-                if handle is None:
-                    try:
-                        handle = os.open(file, os.O_RDONLY)
-                    except OSError as error:
-                        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from None
-                    self._handles[file] = handle
-        return handle
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

@@ -16,13 +16,14 @@ from typing import Any
 from torch import Tensor
 
 from vlmgraft.checkpoint.digests import BLOCK, RECEIPT, FileReceipt, block_digests, joined, whole_file
+from vlmgraft.checkpoint.handles import Handles
 from vlmgraft.checkpoint.index import INDEX
 from vlmgraft.checkpoint.reader import TORCH_DTYPES, as_bytes
 from vlmgraft.checkpoint.shards import Shard, TensorSpec, plan_shards
-from vlmgraft.errors import OutputError
 from vlmgraft.publishing import Publication
 from vlmgraft.publishing import refuse_output as refuse_output
 from vlmgraft.records import append_row, read_rows, write_json, write_rows
+from vlmgraft.resources import cannot_write
 
 JOURNAL = ".journal.jsonl"
 
@@ -54,7 +55,7 @@ class Writer:
         self.done: dict[str, dict[str, Any]] = {}
         self._digests: dict[str, dict[int, bytes]] = {}
         self._resume = resume
-        self._handles: dict[str, int] = {}
+        self._handles = Handles(os.O_RDWR | os.O_CLOEXEC)
         self._places: dict[str, tuple[str, int, TensorSpec]] = {}
         for shard in self.shards:
             begin = len(shard.header)
@@ -67,10 +68,10 @@ class Writer:
     def __enter__(self) -> Writer:
         with ExitStack() as stack:
             stack.enter_context(self._publication)
-            stack.callback(self._close)
+            stack.callback(self._handles.close)
             self._load_journal()
             for shard in self.shards:
-                self._handles[shard.name] = self._allocate(shard)
+                self._allocate(shard)
             stack.push(self._complete)
             self._stack = stack.pop_all()
         return self
@@ -99,12 +100,13 @@ class Writer:
             found = self._digests.setdefault(name, {})
             for number, digest in enumerate(block_digests(data), offset // BLOCK):
                 found[number] = digest
-        done = 0
-        while done < len(data):
-            try:
-                done += os.pwrite(self._handles[shard], data[done:], begin + offset + done)
-            except OSError as error:
-                raise OutputError(f"{self.folder / shard}: cannot be written ({error.strerror})") from None
+        done, path = 0, self.folder / shard
+        try:
+            with self._handles.of(path) as handle:
+                while done < len(data):
+                    done += os.pwrite(handle, data[done:], begin + offset + done)
+        except OSError as error:
+            raise cannot_write(path, error) from None
 
     def digest(self, name: str) -> str:
         """The digest of a tensor that this process wrote, in pieces that begin and end with blocks."""
@@ -140,14 +142,10 @@ class Writer:
         """After a clean exit: the index, the tensors on disk, and only then away with what says how far it came."""
         if kind is None:
             self._write_index()
-            for handle in self._handles.values():
-                os.fsync(handle)
+            for shard in self.shards:
+                with self._handles.of(self.folder / shard.name) as handle:
+                    os.fsync(handle)
             (self.folder / JOURNAL).unlink(missing_ok=True)
-
-    def _close(self) -> None:
-        for handle in self._handles.values():
-            os.close(handle)
-        self._handles.clear()
 
     def _write_index(self) -> None:
         if len(self.shards) > 1:
@@ -169,18 +167,18 @@ class Writer:
             (self.folder / stray).unlink()
         write_rows(journal, (head, *({"name": name, **facts} for name, facts in self.done.items())))
 
-    def _allocate(self, shard: Shard) -> int:
-        """Create (or reopen) a file of its final size with its header in place."""
+    def _allocate(self, shard: Shard) -> None:
+        """Create (or take over) a file of its final size with its header in place."""
         path = self.folder / shard.name
         try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            self._handles[shard.name] = handle
-            os.posix_fallocate(handle, 0, shard.size)
-            os.ftruncate(handle, shard.size)
-            os.pwrite(handle, shard.header, 0)
+            path.touch(0o644)
+            with self._handles.of(path) as handle:
+                os.posix_fallocate(handle, 0, shard.size)
+                os.ftruncate(handle, shard.size)
+                os.pwrite(handle, shard.header, 0)
         except OSError as error:
-            raise OutputError(f"{path}: cannot reserve {shard.size / 1e9:.1f} GB ({error.strerror})") from None
-        return handle
+            error.strerror = f"{error.strerror}; it takes {shard.size / 1e9:.1f} GB"
+            raise cannot_write(path, error) from None
 
 
 def _boot_id() -> str:
