@@ -20,10 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Curvature:
-    """The recipe: λ, and the drift in nats per token up to which directions open, measured on held-out prompts.
-
-    draws: passes over the calibration set, each with its own tokens drawn from the teacher.
-    """
+    """The recipe: directions open until the drift, measured on held-out prompts, reaches the budget."""
 
     name: ClassVar[str] = "curvature"
     needs: ClassVar[frozenset[str]] = frozenset({"donor_base"})
@@ -31,11 +28,17 @@ class Curvature:
     granularity: ClassVar[Literal["element", "tensor"]] = "tensor"
 
     scale: float = 1.0
+    """λ, a factor on the open part of the task vector."""
     kl_budget: float = 0.01
+    """Allowed drift from the VLM, nats per token."""
     rank: Literal["full"] | int | dict[Literal["energy"], float] = "full"
+    """Directions per matrix: full, a number, or {energy: share}."""
     draws: int = 1
+    """Passes over the calibration questions, each with its own tokens drawn from the VLM."""
     seed: int = 0
+    """Of the random numbers; one seed gives one result."""
     calibration: Calibration = field(default_factory=lambda: Calibration("calibration.jsonl"))
+    """The image questions on which drift is estimated and measured."""
 
     def bind(self, factors: Mapping[str, Factors], gates: Gates) -> GatedFold:
         """The method that a merge runs, once the gates are known."""

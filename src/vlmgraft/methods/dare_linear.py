@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DareLinear:
-    """density: share that is kept. weights: [VLM, donor]. scale: λ."""
+    """Drop at random, add."""
 
     name: ClassVar[str] = "dare_linear"
     needs: ClassVar[frozenset[str]] = frozenset({"donor_base", "vlm_base"})
@@ -32,10 +32,15 @@ class DareLinear:
     granularity: ClassVar[Literal["element", "tensor"]] = "element"
 
     density: Number = 0.2
+    """Share of the entries of each task vector that is kept, above 0 to 1."""
     weights: Pair = (1.0, 1.0)
+    """[VLM, donor]: factors on the two task vectors."""
     scale: Number = 1.0
+    """λ, a factor on the merged task vector."""
     rescale: bool = True
+    """Divide what is kept by the density, as the paper does."""
     seed: int = 0
+    """Of the random numbers; one seed gives one result."""
 
     def __post_init__(self) -> None:
         check_range(self, "density", 0, 1, above=True)

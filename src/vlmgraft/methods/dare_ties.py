@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DareTies:
-    """density: share that is kept. weights: [VLM, donor]. scale: λ. election, combine: see `ties`."""
+    """Drop at random, then elect signs as `ties` does."""
 
     name: ClassVar[str] = "dare_ties"
     needs: ClassVar[frozenset[str]] = frozenset({"donor_base", "vlm_base"})
@@ -35,12 +35,19 @@ class DareTies:
     passes: ClassVar[int] = 0
 
     density: Number = 0.2
+    """Share of the entries of each task vector that is kept, above 0 to 1."""
     weights: Pair = (1.0, 1.0)
+    """[VLM, donor]: factors on the two task vectors."""
     scale: Number = 1.0
+    """λ, a factor on the merged task vector."""
     rescale: bool = True
+    """Divide what is kept by the density, as the paper does."""
     seed: int = 0
+    """Of the random numbers; one seed gives one result."""
     election: Election = "unweighted"
+    """Signs by the sum of the thinned task vectors, or of the weighted ones."""
     combine: Combine = "mean"
+    """What the weighted sum is divided by: the number that agree, their weights, nothing."""
 
     def __post_init__(self) -> None:
         check_range(self, "density", 0, 1, above=True)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Frank:
-    """prior: how w_V is normalised. decay: b, or `fitted` to visual_attention, one share per decoder layer."""
+    """Two task vectors, weighted layer by layer."""
 
     name: ClassVar[str] = "frank"
     needs: ClassVar[frozenset[str]] = frozenset({"donor_base", "vlm_base"})
@@ -45,8 +45,11 @@ class Frank:
     passes: ClassVar[int] = 1
 
     prior: Literal["max_rescaled", "literal", "none"] = "max_rescaled"
+    """How w_V, the weight of sight, is normalised over layers; none: ½ everywhere."""
     decay: Literal["fitted"] | float = "fitted"
+    """b of w_V = c·exp(−b·layer), or fitted to visual_attention."""
     visual_attention: list[float] | None = None
+    """Share of the attention of text on visual tokens, 0 to 1, one per decoder layer."""
 
     def __post_init__(self) -> None:
         shares = self.visual_attention

@@ -27,20 +27,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The prompts that gates are learned on, and those on which the drift is measured.
-
-    data: a question file with images. samples: how many questions are learned from; held_out: how many more the drift
-    is measured on. max_new_tokens: length of the teacher's answers. batch_size: questions in a batch. packing: batches
-    of similar "length" (little padding), or "shuffle". tokens: the drift is that of the "answer", or of "all" text.
-    """
+    """The prompts that gates are learned on, and those on which the drift is measured."""
 
     data: str
+    """Question file with images, relative to where the command runs."""
     samples: int = 512
+    """Questions that are learned from."""
     held_out: int = 128
+    """Further questions, on which the drift is measured."""
     max_new_tokens: int = 64
+    """Length of the VLM's answers, tokens."""
     batch_size: int = 8
+    """Questions in a batch."""
     packing: Literal["length", "shuffle"] = "length"
+    """Batches of similar length (little padding), or shuffled."""
     tokens: Literal["answer", "all"] = "answer"
+    """The drift is that of the answer, or of all text."""
 
     def __post_init__(self) -> None:
         for name in ("samples", "max_new_tokens", "batch_size"):
@@ -52,30 +54,38 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Frism:
-    """The recipe. scale is λ; inject_weight is α, or kl_budget names the drift in nats per token and α follows.
-
-    inject: `energy` is the published term, `donor` matches the donor on the text questions in `questions` (a file, or
-    one per donor). rank: "full", a number of directions, or {energy: share}. batches_per_step: gradients averaged for
-    one step; as many as there are GPUs, or a multiple. gradient_checkpointing: less memory, more time, the same gates.
-    """
+    """The recipe of gates and of the merge with them."""
 
     name: ClassVar[str] = "frism"
     needs: ClassVar[frozenset[str]] = frozenset({"donor_base"})
     default_modules: ClassVar[tuple[str, ...]] = DEFAULT_MODULES
 
     scale: float = 1.0
+    """λ, a factor on the gated task vector."""
     inject: Literal["energy", "donor"] = "energy"
+    """Why gates open: `energy` is the published term, `donor` matches the donor's answers."""
     inject_weight: float | None = None
+    """α, the weight of that term; not beside kl_budget; default 0.1 for energy, 1 for donor."""
     kl_budget: float | None = None
+    """Allowed drift from the VLM, nats per token; α follows."""
     questions: str | list[str] | None = None
+    """Of inject: donor, a file of text questions, or one file per donor."""
     rank: Literal["full"] | int | dict[Literal["energy"], float] = "full"
+    """Directions per matrix: full, a number, or {energy: share}."""
     granularity: Literal["direction", "matrix", "layer"] = "direction"
+    """One gate per singular direction, per matrix or per layer."""
     steps: int = 200
+    """Training steps."""
     learning_rate: float = 0.05
+    """Of Adam, on the gates' logits."""
     batches_per_step: int = 1
+    """Batches averaged for one step: as many as there are GPUs, or a multiple."""
     gradient_checkpointing: bool = False
+    """Less memory, more time, the same gates."""
     seed: int = 0
+    """Of the order of batches."""
     calibration: Calibration = field(default_factory=lambda: Calibration("calibration.jsonl"))
+    """The image questions on which the VLM is kept."""
 
     def bind(self, factors: Mapping[str, Factors], gates: Gates) -> GatedFold:
         """The method that a merge runs, once gates are learned."""

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class IpMerging:
-    """threshold: T. rank: k. scale: λ; 0 is the VLM bit for bit."""
+    """Identify, project, add; a scale of 0 is the VLM bit for bit."""
 
     name: ClassVar[str] = "ip_merging"
     needs: ClassVar[frozenset[str]] = frozenset({"donor_base", "vlm_base"})
@@ -41,8 +41,11 @@ class IpMerging:
     matrices_only: ClassVar[bool] = True
 
     threshold: Number = 0.4
+    """T, the least similarity (|cosine|, 0 to 1) of a matrix that is merged."""
     rank: int = 256
+    """k, how many singular directions of the VLM's task vector are projected onto."""
     scale: Number = 1.0
+    """λ, a factor on what is added; 0 is the VLM."""
 
     def __post_init__(self) -> None:
         check_range(self, "threshold", 0, 1)

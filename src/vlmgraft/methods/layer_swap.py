@@ -30,7 +30,7 @@ ANY_DEPTH = 1 << 20
 
 @dataclass(frozen=True)
 class LayerSwap:
-    """vlm_weight is a. keep_layers: a range such as 0-5, "0-5,20-27", one layer or a list; counted from 0."""
+    """Some layers are the VLM's, the others a mean; needs no base."""
 
     name: ClassVar[str] = "layer_swap"
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -38,7 +38,9 @@ class LayerSwap:
     granularity: ClassVar[Literal["element", "tensor"]] = "element"
 
     vlm_weight: Number = 0.9
+    """a, the VLM's share of the mean in the other layers, 0 to 1."""
     keep_layers: int | list[int] | str = "0-5"
+    """Layers that stay the VLM's, counted from 0: "0-5", "0-5,20-27", one layer or a list."""
 
     def __post_init__(self) -> None:
         check_range(self, "vlm_weight", -float("inf"))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Linear:
-    """vlm_weight is a. Every tensor of the language model but embeddings and head; needs no base."""
+    """Every tensor of the language model but embeddings and head; needs no base."""
 
     name: ClassVar[str] = "linear"
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -26,6 +26,7 @@ class Linear:
     granularity: ClassVar[Literal["element", "tensor"]] = "element"
 
     vlm_weight: Number = 0.9
+    """a, the VLM's share of the mean, 0 to 1."""
 
     def __post_init__(self) -> None:
         check_range(self, "vlm_weight", -float("inf"))

@@ -35,12 +35,7 @@ RULE_RANKS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Spectral:
-    """rule: see above. scale: λ; 0 is the VLM bit for bit.
-
-    rank: of truncate and rank_one: a number of directions, {energy: share} or "full"; None is the rule's own:
-        {energy: 0.9} for truncate (our choice) and 1 for rank_one.
-    eta: STAR's share of the nuclear norm.
-    """
+    """The rules are in the table above; a scale of 0 is the VLM bit for bit."""
 
     name: ClassVar[str] = "spectral"
     needs: ClassVar[frozenset[str]] = frozenset({"donor_base"})
@@ -49,9 +44,13 @@ class Spectral:
     matrices_only: ClassVar[bool] = True
 
     rule: Literal["truncate", "rank_one", "star", "iso"] = "truncate"
+    """Which spectrum f(s) takes the place of s."""
     rank: Literal["full"] | int | dict[Literal["energy"], float] | None = None
+    """Of truncate and rank_one: directions, {energy: share} or full; default {energy: 0.9} (our choice) and 1."""
     eta: float = 0.4
+    """Of star: share of the nuclear norm that is kept, above 0 to 1."""
     scale: Number = 1.0
+    """λ, a factor on what is added; 0 is the VLM."""
 
     def __post_init__(self) -> None:
         check_range(self, "scale", -float("inf"))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TaskArithmetic:
-    """scale is λ; 0 is the VLM bit for bit."""
+    """The plain sum; a scale of 0 is the VLM bit for bit."""
 
     name: ClassVar[str] = "task_arithmetic"
     needs: ClassVar[frozenset[str]] = frozenset({"donor_base"})
@@ -23,6 +23,7 @@ class TaskArithmetic:
     granularity: ClassVar[Literal["element", "tensor"]] = "element"
 
     scale: Number = 1.0
+    """λ, a factor on the task vector."""
 
     def __post_init__(self) -> None:
         check_range(self, "scale", -float("inf"))

@@ -42,10 +42,7 @@ Combine = Literal["mean", "weighted_mean", "sum"]
 
 @dataclass(frozen=True)
 class Ties:
-    """density: share that is kept. weights: [VLM, donor]. scale: λ.
-
-    density may be a list or a map only when `trim` is `tensor`: one threshold over all tensors has one share.
-    """
+    """Trim, elect, merge. A density that is a list or a map needs `trim: tensor`: one threshold has one share."""
 
     name: ClassVar[str] = "ties"
     needs: ClassVar[frozenset[str]] = frozenset({"donor_base", "vlm_base"})
@@ -54,11 +51,17 @@ class Ties:
     passes: ClassVar[int] = 1
 
     density: Number = 0.2
+    """Share of the entries of each task vector that is kept, above 0 to 1."""
     weights: Pair = (1.0, 1.0)
+    """[VLM, donor]: factors on the two task vectors."""
     scale: Number = 1.0
+    """λ, a factor on the merged task vector."""
     trim: Literal["global", "tensor"] = "global"
+    """One threshold over all merged tensors, or one per tensor."""
     election: Election = "unweighted"
+    """Signs by the sum of the trimmed task vectors, or of the weighted ones."""
     combine: Combine = "mean"
+    """What the weighted sum is divided by: the number that agree, their weights, nothing."""
 
     def __post_init__(self) -> None:
         check_range(self, "density", 0, 1, above=True)

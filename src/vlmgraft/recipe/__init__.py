@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from vlmgraft.recipe.model import Output, Recipe, dump_recipe, json_schema, load_recipe, save_recipe
+from vlmgraft.recipe.model import Output, Recipe, dump_recipe, load_recipe, save_recipe
+from vlmgraft.recipe.schema import json_schema
 
 __all__ = ["Output", "Recipe", "dump_recipe", "json_schema", "load_recipe", "save_recipe"]

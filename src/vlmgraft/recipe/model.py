@@ -80,7 +80,7 @@ class Recipe(BaseModel):
     layers: Literal["all"] | int | str | tuple[int, ...] = Field(
         "all", description="all, a range such as 0-27, or a list"
     )
-    output: Output = Field(default=Output(shard_size="5GB"))
+    output: Output = Field(default=Output(shard_size="5GB"), description="how the checkpoint is written")
 
     _notes: tuple[str, ...] = PrivateAttr(default=())
 
@@ -170,21 +170,6 @@ def dump_recipe(recipe: Recipe) -> dict[str, Any]:
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write the recipe as YAML, atomically."""
     write_text(path, yaml.safe_dump(dump_recipe(recipe), sort_keys=False, allow_unicode=True))
-
-
-def json_schema() -> dict[str, Any]:
-    """JSON schema of a recipe, one alternative per registered method."""
-    schema = Recipe.model_json_schema()
-    shared: dict[str, Any] = schema.setdefault("$defs", {})
-    alternatives: list[dict[str, Any]] = [{"enum": list(METHODS)}]
-    for name, cls in METHODS.items():
-        one = _adapter(cls).json_schema(ref_template="#/$defs/{model}")
-        shared.update(one.pop("$defs", {}))
-        properties = {"name": {"const": name}, **one.get("properties", {})}
-        required = ["name", *one.get("required", [])]
-        alternatives.append({**one, "properties": properties, "required": required, "additionalProperties": False})
-    schema["properties"]["method"] = {"description": Recipe.model_fields["method"].description, "oneOf": alternatives}
-    return schema
 
 
 def _adapter(cls: Any) -> TypeAdapter[Any]:
