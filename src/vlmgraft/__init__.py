@@ -19,17 +19,19 @@ if TYPE_CHECKING:
     from vlmgraft.pipeline import decompose, export, gates, inspect, merge
     from vlmgraft.recipe import load_recipe
     from vlmgraft.report.page import write_report
-    from vlmgraft.studies import inspect_weights, knockout, ranks, sweep
+    from vlmgraft.studies import Asked, drift, inspect_weights, knockout, ranks, sweep
     from vlmgraft.training.drift_callback import DriftCallback
     from vlmgraft.training.prior_delta import load_prior
     from vlmgraft.tuning import tune
 
 __version__ = "0.1.0"
 __all__ = [
+    "Asked",
     "DriftCallback",
     "compare",
     "decompose",
     "demo",
+    "drift",
     "evaluate",
     "export",
     "gates",
@@ -51,6 +53,8 @@ _HOME = {
     "evaluate": "vlmgraft.measure",
     "demo": "vlmgraft.lab.demo",
     "load_recipe": "vlmgraft.recipe",
+    "Asked": "vlmgraft.studies",
+    "drift": "vlmgraft.studies",
     "inspect_weights": "vlmgraft.studies",
     "knockout": "vlmgraft.studies",
     "ranks": "vlmgraft.studies",

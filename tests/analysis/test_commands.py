@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from vlmgraft.lab.exam import draw_exam
-from vlmgraft.lab.tour import save_questions
+from vlmgraft.lab.files import save_questions
 from vlmgraft.records import read_rows, write_rows
 from vlmgraft.studies.grids import _own_grids
 

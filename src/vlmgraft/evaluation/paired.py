@@ -48,6 +48,12 @@ class Paired:
         """As JSON values."""
         return asdict(self)
 
+    def _repr_markdown_(self) -> str:
+        """The table, in notebooks."""
+        from vlmgraft.evaluation.tables import comparison_table
+
+        return comparison_table(self)
+
 
 def compare_records(
     first: Sequence[Record], second: Sequence[Record], names: tuple[str, str] = ("A", "B"), seed: int = 0

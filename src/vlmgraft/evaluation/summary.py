@@ -61,6 +61,12 @@ class Summary:
         """As JSON values."""
         return asdict(self)
 
+    def _repr_markdown_(self) -> str:
+        """The table, in notebooks."""
+        from vlmgraft.evaluation.tables import summary_table
+
+        return summary_table(self)
+
 
 def units(records: Sequence[Record]) -> dict[str, float]:
     """What a task's headline is the mean of: unit id → score in [0, 1].

@@ -18,10 +18,10 @@ from transformers.utils.logging import disable_progress_bar
 from vlmgraft import pipeline
 from vlmgraft.errors import CheckpointError
 from vlmgraft.evaluation.intervals import Estimate
-from vlmgraft.hf.data import Question
 from vlmgraft.hf.models import load_vlm
 from vlmgraft.lab import compare, trio_path
 from vlmgraft.lab.compare import Choice, Comparison, Point, Sizes, above_curve
+from vlmgraft.lab.files import save_questions
 from vlmgraft.publishing import refuse_output
 from vlmgraft.records import write_rows, write_text
 from vlmgraft.report.tradeoff import draw_tradeoff
@@ -141,8 +141,8 @@ def _linear(trio: Path, out: Path, share: float) -> Any:
 
 def _merged(comparison: Comparison, best: Point, recipe: Path, out: Path) -> Point:
     """Merge with the recipe of the better form of FRISM, reload the folder and measure it again."""
-    _save_questions(comparison.calibration, out / "data" / "calibration.jsonl")
-    _save_questions(comparison.donor_questions, out / "data" / "questions.jsonl")
+    save_questions(comparison.calibration, out / "data" / "calibration.jsonl")
+    save_questions(comparison.donor_questions, out / "data" / "questions.jsonl")
     settings = yaml.safe_load(recipe.read_text())
     settings["method"] |= dict(best.setting) | {"seed": comparison.seed}
     if best.method == DONOR:
@@ -168,21 +168,6 @@ def _glyphs(trio: Path) -> Any:
     """What the trio's digits look like, from its training.json."""
     notes = trio / "training.json"
     return json.loads(notes.read_text()).get("glyphs", "handwriting") if notes.is_file() else "handwriting"
-
-
-def _save_questions(questions: Sequence[Question], path: Path) -> None:
-    """JSON lines with the images as PNG files beside them."""
-    path.parent.mkdir(exist_ok=True)
-    rows = []
-    for number, question in enumerate(questions):
-        row: dict[str, Any] = {"question": question.question}
-        for image in question.images:
-            name = f"{path.stem}-{number:04d}.png"
-            if isinstance(image, Image.Image):
-                image.save(path.parent / name)
-            row["image"] = name
-        rows.append(row)
-    write_rows(path, rows)
 
 
 def _curve(points: Sequence[Point]) -> list[Point]:

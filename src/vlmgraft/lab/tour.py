@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ from transformers.utils.logging import disable_progress_bar
 from vlmgraft import pipeline, studies
 from vlmgraft.errors import CheckpointError
 from vlmgraft.evaluation.answers import final_answer, judge
-from vlmgraft.hf.data import Question
 from vlmgraft.hf.models import load_processor, load_vlm
 from vlmgraft.lab import compare, trio_path, world
 from vlmgraft.lab.asked import LabExam
 from vlmgraft.lab.exam import draw_exam
+from vlmgraft.lab.files import save_questions
 from vlmgraft.publishing import refuse_output
 from vlmgraft.records import write_rows
 from vlmgraft.report import page
@@ -100,22 +100,6 @@ def _recipes(trio: Path, out: Path, seed: int) -> dict[str, dict[str, Any]]:
         "FRISM, energy term": {**places, "method": {**frism, "inject_weight": 0.1}},
         "FRISM, donor matching": {**places, "method": {**frism, **donor}},
     }
-
-
-def save_questions(questions: Sequence[Question], path: Path) -> None:
-    """JSON lines of unlabelled questions, with the images as PNG files beside them; a finished file is left alone."""
-    if path.is_file():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for number, question in enumerate(questions):
-        row: dict[str, Any] = {"question": question.question}
-        for image in question.images:
-            if isinstance(image, Image.Image):
-                row["image"] = f"{path.stem}-{number:04d}.png"
-                image.save(path.parent / row["image"])
-        rows.append(row)
-    write_rows(path, rows)
 
 
 def _answers(out: Path, trio: Path, seed: int) -> None:
