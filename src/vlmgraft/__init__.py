@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vlmgraft.checkpoint.verify import verify
+    from vlmgraft.evaluation.run_records import load_records
     from vlmgraft.lab.demo import demo
     from vlmgraft.measure import compare, evaluate
     from vlmgraft.pipeline import decompose, export, gates, inspect, merge
@@ -40,6 +41,7 @@ __all__ = [
     "knockout",
     "load_prior",
     "load_recipe",
+    "load_records",
     "merge",
     "ranks",
     "sweep",
@@ -53,6 +55,7 @@ _HOME = {
     "evaluate": "vlmgraft.measure",
     "demo": "vlmgraft.lab.demo",
     "load_recipe": "vlmgraft.recipe",
+    "load_records": "vlmgraft.evaluation.run_records",
     "Asked": "vlmgraft.studies",
     "drift": "vlmgraft.studies",
     "inspect_weights": "vlmgraft.studies",

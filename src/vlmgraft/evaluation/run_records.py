@@ -17,6 +17,7 @@ from vlmgraft.evaluation.text import storable
 from vlmgraft.evaluation.values import yes_or_no
 from vlmgraft.records import as_dict, write_rows
 
+RECORDS = "records.jsonl"
 State = Literal["scored", "unscored", "failed", "not asked"]
 
 
@@ -126,8 +127,10 @@ def append_records(path: Path, records: Sequence[Record]) -> None:
         os.fsync(file.fileno())
 
 
-def load_records(path: Path) -> list[Record]:
-    """The records of a file; a last line cut short is dropped. Raises DataError naming file and line."""
+def load_records(path: str | Path) -> list[Record]:
+    """The records of a file or of an evaluation's folder, in the order of the questions when it is finished; a last line
+    cut short is dropped. Raises DataError naming file and line."""
+    path = Path(path) / RECORDS if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file; it should hold the records of `vlmgraft evaluate`")
     lines = path.read_bytes().split(b"\n")
@@ -155,7 +158,7 @@ def read_record(row: dict[str, Any]) -> Record:
 
 def drop_partial_line(path: Path) -> None:
     """Cut off what stands behind the last line end: the trace of a kill in the middle of a write."""
-    data = path.read_bytes()
+    data = path.read_bytes() if path.is_file() else b""
     if data and not data.endswith(b"\n"):
         with path.open("r+b") as file:
             file.truncate(data.rfind(b"\n") + 1)
