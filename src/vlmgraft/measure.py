@@ -93,9 +93,9 @@ def evaluate(
         "data": [str(_name(source)) for source in sources],
     }
     settings = said | {"asking": asdict(options), "items": suite.digest if suite else None}
-    with at_work(out, "asking", "lower batch_size or max_new_tokens"):
-        folder.check(out, settings, resume, model)
-        return _asked(out, settings, suite, ",".join(harness), options, model, progress)
+    lower = "lower batch_size or max_new_tokens"
+    with at_work(out, "asking", lower), folder.opened(out, settings, resume, model) as place:
+        return _asked(place, settings, suite, ",".join(harness), options, model, progress)
 
 
 def _asked(
@@ -163,8 +163,8 @@ def compare(
     )
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
-        write_json(Path(out) / "comparison.json", found.as_json())
         write_text(Path(out) / "comparison.md", comparison_table(found))
+        write_json(Path(out) / "comparison.json", found.as_json())
     return found
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from vlmgraft.locks import at_work, locked
 from vlmgraft.merging.plan import MergePlan, plan_merge
 from vlmgraft.methods.base import check_numbers
 from vlmgraft.methods.frism import GatedFold
+from vlmgraft.publishing import refuse_output, sweep_folders
 from vlmgraft.recipe import Recipe, dump_recipe, load_recipe, save_recipe
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from vlmgraft.spectral.gates import Gates
 
 Progress = Callable[[int, int, str], None]
+RECIPE = "recipe.yaml"
 LOWER = "lower method.calibration.batch_size, method.calibration.max_new_tokens or method.rank"
 RecipeSource = str | Path | Mapping[str, Any] | Recipe
 
@@ -125,13 +126,13 @@ def merge(
 
     A FRISM recipe decomposes, learns and folds in one go; `workdir` (default: a hidden folder beside `out`, removed
     after success) keeps factors and gates, and what it already holds for the same inputs is not computed again.
+    resume: go on with what an interruption left; an `out` that the same recipe finished is left as it is.
 
     Raises:
         RecipeError, CheckpointError, AlignmentError, OutputError: before anything is written.
         NumericalError: NaN, infinity or overflow, naming the tensor; nothing is published.
     """
     recipe, out = read_recipe(recipe, overrides), Path(out)
-    from vlmgraft.checkpoint.writer import refuse_output
     from vlmgraft.merging import merge_tensors
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -143,9 +144,14 @@ def merge(
     alignment = alignments[0]
     check_numbers(recipe.method, alignment)
     sources = (alignment.vlm, alignment.donor, alignment.donor_base, alignment.vlm_base)
-    refuse_output(out, [source.path for source in sources if source is not None])
+    opened = [source for source in sources if source is not None]
+    if resume and out.is_dir():
+        with locked(out):
+            if receipt := _finished(recipe, out, [file for source in opened for file in source.files]):
+                return receipt
+    refuse_output(out, [source.path for source in opened])
     gated = hasattr(recipe.method, "bind")
-    work = Path(workdir) if workdir else out.with_name(f".{out.name}.work")
+    work = Path(workdir) if workdir else _workdir(out)
     lower = LOWER if gated else "whole tensors do not fit; `merge --dry-run` says how much a merge needs"
     with ExitStack() as stack:
         stack.enter_context(at_work(out, "merging", lower))
@@ -153,20 +159,16 @@ def merge(
             stack.enter_context(locked(folder))
         try:
             method = _bound(recipe, alignments, work, progress)
-            with tempfile.TemporaryDirectory() as side:
-                save_recipe(recipe, Path(side) / "recipe.yaml")
-                write_model_card(Path(side), dump_recipe(recipe), alignment)
-                extra = [file for file in side_files(alignment.vlm.path) if file.name != "recipe.yaml"]
-                receipt = merge_tensors(
-                    alignment,
-                    method,
-                    out,
-                    shard_size=recipe.output.shard_bytes,
-                    threads=threads,
-                    progress=progress,
-                    extra_files=[*extra, *sorted(Path(side).iterdir())],
-                    resume=resume,
-                )
+            receipt = merge_tensors(
+                alignment,
+                method,
+                out,
+                shard_size=recipe.output.shard_bytes,
+                threads=threads,
+                progress=progress,
+                fill=lambda folder: _add_side_files(folder, recipe, alignment),
+                resume=resume,
+            )
         except InputError as error:
             if workdir is None and not isinstance(error, OutputError):  # with more room the next run goes on
                 shutil.rmtree(work, ignore_errors=True)
@@ -174,6 +176,33 @@ def merge(
         if workdir is None:
             shutil.rmtree(work, ignore_errors=True)
     return receipt
+
+
+def _add_side_files(folder: Path, recipe: Recipe, alignment: Alignment) -> None:
+    """The VLM's own side files, the recipe that replays the merge, and a model card."""
+    for file in side_files(alignment.vlm.path):
+        shutil.copyfile(file, folder / file.name)
+    save_recipe(recipe, folder / RECIPE)
+    write_model_card(folder, dump_recipe(recipe), alignment)
+
+
+def _finished(recipe: Recipe, out: Path, inputs: Sequence[Path]) -> Receipt | None:
+    """The receipt of an `out` that this very merge finished, if it was killed after that; removes what it left."""
+    from vlmgraft.merging.stream import finished_receipt
+
+    try:
+        receipt = finished_receipt(out, inputs) if load_recipe(out / RECIPE) == recipe else None
+    except RecipeError:
+        return None
+    if receipt is not None:
+        sweep_folders(out, finished=True)
+        shutil.rmtree(_workdir(out), ignore_errors=True)
+    return receipt
+
+
+def _workdir(out: Path) -> Path:
+    """Where a merge keeps factors and gates if it is not told."""
+    return out.with_name(f".{out.name}.work")
 
 
 def _bound(recipe: Recipe, alignments: Sequence[Alignment], work: Path, progress: Progress | None) -> Any:

@@ -52,14 +52,14 @@ class Publication:
 
     Args:
         key: of what is being made. An interrupted folder of the same key is kept and continued; not one whose inputs
-            were refused, as the next run would meet the same refusal.
+            were refused, as the next run would meet the same refusal, unless `keep_refused`.
         replace: take the place of a folder that exists, in one step: there is always the old one or the new one.
     Raises:
         OutputError: `out` appeared, cannot be written, or another process is writing the same hidden folder.
     """
 
-    def __init__(self, out: Path, key: str | None = None, *, replace: bool = False) -> None:
-        self.out, self.key, self.replace = out, key, replace
+    def __init__(self, out: Path, key: str | None = None, *, replace: bool = False, keep_refused: bool = False) -> None:
+        self.out, self.key, self.replace, self.keep_refused = out, key, replace, keep_refused
         self.folder = out.with_name(f".{out.name}.partial-{key or os.getpid()}")
         self._lock = -1
 
@@ -78,7 +78,7 @@ class Publication:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         hopeless = kind is not None and issubclass(kind, VlmgraftError) and not issubclass(kind, OutputError)
-        keep = self.key is not None and not hopeless
+        keep = self.key is not None and (self.keep_refused or not hopeless)
         try:
             if kind is None:
                 self._publish()

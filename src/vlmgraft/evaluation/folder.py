@@ -4,39 +4,62 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from vlmgraft.durable import sweep_files
 from vlmgraft.errors import OutputError
 from vlmgraft.evaluation.run_records import Record, drop_partial_line, load_records, save_records
 from vlmgraft.evaluation.summary import Summary, summarise
 from vlmgraft.evaluation.tables import summary_table
-from vlmgraft.publishing import refuse_output
+from vlmgraft.publishing import Publication, refuse_output
 from vlmgraft.records import write_json, write_text
 
 RECORDS, RUN, SUMMARY, TABLE = "records.jsonl", "run.json", "summary.json", "summary.md"
 
 
-def check(out: Path, settings: dict[str, Any], resume: bool, model: str | Path) -> None:
-    """Refuse a folder that exists; with `resume`, one that was begun with other settings.
+@contextmanager
+def opened(out: Path, settings: dict[str, Any], resume: bool, model: str | Path) -> Iterator[Path]:
+    """The folder to work in: hidden beside `out` until it is done, `out` itself where that is finished already.
 
-    Batch size and device may change, so that a run which ended for want of memory can go on elsewhere.
+    Refuses an `out` that exists; with `resume`, one that was begun with other settings. Batch size and device may
+    change, so that a run which ended for want of memory can go on elsewhere. What an interruption leaves is kept.
     """
-    if not resume or not out.exists():
-        refuse_output(out, [Path(model)])
-        return
-    if not (out / RUN).is_file():
-        if any(out.iterdir()):
-            raise OutputError(f"{out}: holds no {RUN}, so there is nothing to resume; choose another folder")
-        return
-    before, now = (_kept(found) for found in (json.loads((out / RUN).read_text(encoding="utf-8")), settings))
+    publication = Publication(out, "evaluation", keep_refused=True)
+    hidden = publication.folder
+    if resume and out.is_dir():
+        if (out / SUMMARY).is_file():
+            _check_settings(out, settings)
+            yield out
+            return
+        if (out / RUN).is_file() and not hidden.exists():  # an interruption of version 0.1 left it there
+            out.rename(hidden)
+        elif any(out.iterdir()):
+            raise OutputError(
+                f"{out}: holds no finished evaluation, so there is nothing to resume; choose another folder"
+            )
+        else:
+            out.rmdir()
+    refuse_output(out, [Path(model)])
+    if (hidden / RUN).is_file():
+        if not resume:
+            raise OutputError(f"{hidden}: is an unfinished evaluation; go on with --resume, or remove it")
+        _check_settings(hidden, settings)
+    with publication:
+        drop_partial_line(hidden / RECORDS)
+        sweep_files(hidden)
+        yield hidden
+
+
+def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Raise OutputError where a folder was begun with other settings."""
+    before, now = (_kept(found) for found in (json.loads((folder / RUN).read_text(encoding="utf-8")), settings))
     changed = [name for name in now if before.get(name) != now[name]]
     if changed:
         one, other = ({name: found.get(name) for name in changed} for found in (before, now))
-        raise OutputError(f"{out}: was begun with other settings, {one}, not {other}; use them, or another folder")
-    if (out / RECORDS).is_file():
-        drop_partial_line(out / RECORDS)
+        raise OutputError(f"{folder}: was begun with other settings, {one}, not {other}; use them, or another folder")
 
 
 def _kept(settings: dict[str, Any]) -> dict[str, Any]:
@@ -46,8 +69,7 @@ def _kept(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def start(out: Path, settings: dict[str, Any]) -> None:
-    """Make the folder and write what is about to be asked."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Write what is about to be asked."""
     write_json(out / RUN, settings)
 
 

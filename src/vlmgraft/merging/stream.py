@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import resource
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -72,10 +72,12 @@ def merge_tensors(
     shard_size: int = 5 * 10**9,
     threads: int = 2,
     progress: Progress | None = None,
-    extra_files: Sequence[Path] = (),
+    fill: Callable[[Path], object] | None = None,
     resume: bool = False,
 ) -> Receipt:
-    """Write the merged checkpoint `out`: the VLM's names, dtypes and shapes, `extra_files` copied, receipt.json.
+    """Write the merged checkpoint `out`: the VLM's names, dtypes and shapes, and receipt.json.
+
+    fill: writes the side files into the folder that it is called with.
 
     Raises:
         OutputError: `out` exists or is an input. AlignmentError: a checkpoint that the method needs is missing, or the
@@ -107,8 +109,8 @@ def merge_tensors(
         rows = tuple(_row(tensor, inputs.info(tensor), writer.done[tensor.name]) for tensor in alignment.tensors)
         if "donor_base" in opened and not any(row.task_vector for row in rows):
             raise AlignmentError(f"the task vector is zero: {alignment.donor.path} and its base hold the same weights")
-        for file in extra_files:
-            shutil.copyfile(file, writer.folder / file.name)
+        if fill is not None:
+            fill(writer.folder)
         versions = {"vlmgraft": __version__, "torch": torch.__version__}
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         notes = (*alignment.notes, *getattr(method, "notes", tuple)())
@@ -117,6 +119,20 @@ def merge_tensors(
         receipt = replace(receipt, digest=seal(asdict(receipt)))
         write_json(writer.folder / RECEIPT, asdict(receipt))
     return receipt
+
+
+def finished_receipt(out: Path, inputs: Sequence[Path]) -> Receipt | None:
+    """The receipt of a merged folder, unless there is none or an input is newer."""
+    try:
+        written = (out / RECEIPT).stat().st_mtime_ns
+        found = json.loads((out / RECEIPT).read_text(encoding="utf-8"))
+        if found["digest"] != seal(found) or any(path.stat().st_mtime_ns > written for path in inputs):
+            return None
+        tensors = tuple(TensorReceipt(**row) for row in found["tensors"])
+        files = tuple(FileReceipt(**{**row, "tensors": tuple(row["tensors"])}) for row in found["files"])
+        return Receipt(**{**found, "tensors": tensors, "files": files, "notes": tuple(found["notes"])})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _key(alignment: Alignment, method: Method, shard_size: int) -> str:

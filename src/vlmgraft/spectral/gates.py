@@ -19,11 +19,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vlmgraft.checkpoint.saving import save_tensors
-from vlmgraft.durable import sweep_files
-from vlmgraft.errors import CheckpointError
+from vlmgraft.durable import FOREIGN
+from vlmgraft.errors import CheckpointError, OutputError
+from vlmgraft.publishing import new_folder
 from vlmgraft.records import read_rows, write_json, write_rows
 
 HISTOGRAM_BINS = 10
+FILES = ("gates.safetensors", "gates.json", "training.jsonl")
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,15 @@ class Gates:
         return self.scale * self.open(name).to(s.device) * s.float()
 
     def save(self, folder: Path) -> None:
-        """Write the folder; gates.json last, so a folder with it is complete."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "gates.json").unlink(missing_ok=True)
+        """Write the folder, in place of gates that are there; raises OutputError where it holds anything else."""
+        others = sorted(path.name for path in folder.iterdir() if not _ours(path)) if folder.is_dir() else []
+        if others:
+            raise OutputError(f"{folder}: holds {others[0]}, which is not of gates; choose another folder")
         tensors = {name: value.contiguous() for name, value in self.logits.items()}
-        save_tensors(tensors, folder / "gates.safetensors")
-        sweep_files(folder)
-        write_rows(folder / "training.jsonl", self.log)
-        write_json(folder / "gates.json", {"scale": self.scale, "factors": self.factors, **self.settings})
+        with new_folder(folder, replace=True) as made:
+            save_tensors(tensors, made / "gates.safetensors")
+            write_rows(made / "training.jsonl", self.log)
+            write_json(made / "gates.json", {"scale": self.scale, "factors": self.factors, **self.settings})
 
 
 def load_gates(folder: str | Path) -> Gates:
@@ -77,10 +80,12 @@ def load_gates(folder: str | Path) -> Gates:
 
 
 def unfinished(folder: Path) -> bool:
-    """Whether `folder` holds gates whose writing was interrupted, and nothing else: it may be written again."""
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}
-    strays = {name for name in names if name.startswith(".") and name.endswith(".tmp")}
-    return names - strays <= {"gates.safetensors", "training.jsonl"}
+    """Whether `folder` holds gates without their settings, as version 0.1 left them when killed, and nothing else."""
+    return folder.is_dir() and not (folder / "gates.json").exists() and all(map(_ours, folder.iterdir()))
+
+
+def _ours(path: Path) -> bool:
+    return path.name in FILES or FOREIGN.fullmatch(path.name) is not None or path.name.endswith(".tmp")
 
 
 def constant_gates(sizes: Mapping[str, int | tuple[int, ...]], logit: float, scale: float) -> Gates:
