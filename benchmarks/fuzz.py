@@ -31,7 +31,13 @@ def fuzz_round(target: str, state: Path, seconds: int) -> dict[str, Any]:
         (folder / name).mkdir(parents=True, exist_ok=True)
     log = folder / "logs" / f"{time.time_ns()}.log"
     command = [sys.executable, str(ROOT / "tests/fuzz/run.py"), target, f"-max_total_time={seconds}"]
-    command += ["-rss_limit_mb=3000", "-timeout=900", "-max_len=2048", f"-artifact_prefix={folder / 'found'}/"]
+    command += [
+        "-rss_limit_mb=3000",
+        "-timeout=900",
+        "-report_slow_units=900",
+        "-max_len=2048",
+        f"-artifact_prefix={folder / 'found'}/",
+    ]
     began = time.monotonic()
     with log.open("w") as file:
         process = subprocess.Popen([*command, str(folder / "corpus")], stdout=file, stderr=file, cwd=ROOT)

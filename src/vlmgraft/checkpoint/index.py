@@ -42,6 +42,8 @@ ITEM_SIZES: Mapping[str, int] = {
 
 LARGEST = 1 << 63
 """Sizes and offsets are below: what a file can have."""
+MAX_LAYERS = 10_000
+"""Decoder layers, vision layers or experts that a config may speak of."""
 LONGEST_NAME = 500
 """Characters of a tensor's name."""
 _AGAIN = "its header lies: download it again, or write it anew with safetensors"
@@ -115,7 +117,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
             raise CheckpointError(f"{folder / INDEX}: says that {name} is in {shard}, which does not have it")
     if not found:
         raise CheckpointError(f"{folder}: its safetensors hold no tensor")
-    return Checkpoint(folder, found, files, _config(folder))
+    return Checkpoint(folder, found, files, read_config(folder))
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
@@ -238,15 +240,28 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    """config.json, {} without one; its model types are names fit to be printed."""
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json, {} without one. Its model types are names fit to be printed, its numbers of layers are those of a
+    model: who builds one from it neither waits for ever nor runs out of memory.
+
+    Raises:
+        CheckpointError: naming the field.
+    """
     file = folder / "config.json"
     config = load_json(file) if file.exists() else {}
-    parts = {"": config, **{f"{key}.": config.get(key) or {} for key in ("text_config", "llm_config")}}
-    for place, part in parts.items():
-        kind = part.get("model_type", "") if isinstance(part, dict) else part
+    nested = {key: value for key, value in config.items() if isinstance(value, dict)}
+    for place, part in (("", config), *((f"{key}.", value) for key, value in nested.items())):
+        kind = part.get("model_type", "")
         if not isinstance(kind, str) or len(kind) > 100 or not kind.isprintable():
             raise CheckpointError(
                 f"{file}: {place}model_type is {kind!r:.120}, which is no name; download config.json again"
             )
+        for key in ("num_hidden_layers", "num_layers", "depth", "num_experts", "num_local_experts"):
+            number = part.get(key, 0)
+            if isinstance(number, int | float) and not 0 <= number <= MAX_LAYERS:
+                raise CheckpointError(
+                    f"{file}: {place}{key} is {number}, not up to {MAX_LAYERS}; download config.json again"
+                )
+    if not isinstance(config.get("text_config", {}), dict | None):
+        raise CheckpointError(f"{file}: text_config is no mapping; download config.json again")
     return config

@@ -6,14 +6,15 @@ Names on disk are not module names: a linear layer is found by its role in the t
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -24,8 +25,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from vlmgraft.checkpoint.files import load_json, refuse_special
+from vlmgraft.checkpoint.hub import fetch
+from vlmgraft.checkpoint.index import open_checkpoint, read_config
 from vlmgraft.errors import AlignmentError, CheckpointError
 
+MAX_TOKENIZER = 100_000_000
+"""Bytes of a tokenizer's config: it may list every added token."""
 _ROLE = re.compile(r"(?:^|\.)(layers\.\d+\..+)$")
 
 
@@ -41,10 +47,8 @@ def load_text_model(path: str | Path, dtype: torch.dtype | str = "auto", device:
 
 def load_config(path: str | Path) -> Any:
     """The transformers config of a folder or hub id; raises CheckpointError."""
-    try:
-        return AutoConfig.from_pretrained(_source(path))
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path}: its config.json is not one that transformers reads ({error})") from error
+    with _explained(path, "its config.json is not one that transformers reads"):
+        return AutoConfig.from_pretrained(_folder(path), trust_remote_code=False)
 
 
 def load_processor(path: str | Path) -> Any:
@@ -53,19 +57,20 @@ def load_processor(path: str | Path) -> Any:
     A text folder that declares the generic tokenizer class is taken at its word: `AutoTokenizer` of transformers 5
     puts the class of the model type in its place, which reads a tokenizer.json that is not byte-level BPE wrongly.
     """
-    source = _source(path)
-    config = Path(source) / "tokenizer_config.json"
-    if config.is_file() and not (Path(source) / "processor_config.json").is_file():
-        declared = json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class")
-        if declared in ("TokenizersBackend", "PreTrainedTokenizerFast"):
-            return PreTrainedTokenizerFast.from_pretrained(source)
-    try:
-        return AutoProcessor.from_pretrained(source)
-    except (ValueError, OSError) as error:
+    source = _folder(path)
+    config = source / "tokenizer_config.json"
+    with _explained(path, "no processor or tokenizer can be loaded"):
+        if config.is_file() and not (source / "processor_config.json").is_file():
+            declared = load_json(config, MAX_TOKENIZER).get("tokenizer_class")
+            if declared in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+                return PreTrainedTokenizerFast.from_pretrained(source)
         try:
-            return AutoTokenizer.from_pretrained(source)
-        except (ValueError, OSError):
-            raise CheckpointError(f"{path}: no processor or tokenizer can be loaded: {error}") from error
+            return AutoProcessor.from_pretrained(source, trust_remote_code=False)
+        except (ValueError, OSError) as error:
+            try:
+                return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            except (ValueError, OSError):
+                raise error from None
 
 
 def tokenizer_of(processor: Any) -> Any:
@@ -163,13 +168,56 @@ def match_projections(model: Any, names: Iterable[str]) -> dict[str, Projection]
 
 
 def _load(auto: Any, path: str | Path, dtype: torch.dtype | str, device: torch.device | str) -> Any:
-    try:
-        model = auto.from_pretrained(_source(path), dtype=dtype)
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path}: cannot be loaded as {auto.__name__[len('AutoModelFor') :]}: {error}") from error
+    """Safetensors only, headers checked before transformers sees them; code of the checkpoint never runs."""
+    folder = open_checkpoint(path).path
+    _refuse_adapter(folder)
+    with _explained(path, f"cannot be loaded as {auto.__name__[len('AutoModelFor') :]}"):
+        model = auto.from_pretrained(folder, dtype=dtype, trust_remote_code=False, use_safetensors=True)
     return model.to(device).eval()
 
 
-def _source(path: str | Path) -> str:
-    """A folder as it is, or a hub id; `id@revision` is resolved by the checkpoint index, not here."""
-    return str(path)
+def _folder(path: str | Path) -> Path:
+    """A folder that transformers may read, or the one to which a hub id's small files were downloaded."""
+    folder = Path(path) if Path(path).is_dir() or isinstance(path, Path) else fetch(path, headers_only=True)
+    if folder.is_dir():
+        refuse_special(folder)
+        read_config(folder)
+        _refuse_adapter(folder)
+    return folder
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """transformers would put an adapter on the model, or load another model to put it on."""
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{folder / 'adapter_config.json'}: this folder is or has an adapter (its base_model_name_or_path names "
+            "another model); merge it with PEFT's merge_and_unload and save the result, or remove the file"
+        )
+
+
+@contextmanager
+def _explained(path: str | Path, what: str) -> Iterator[None]:
+    """What transformers raises over a folder, as CheckpointError: whatever its files say, it is not our mistake."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        SafetensorError,
+        TypeError,
+        ValueError,
+    ) as error:
+        if "trust_remote_code" in str(error):
+            raise CheckpointError(
+                f"{path}: auto_map in its files names Python code of the checkpoint's own, which is never run; take "
+                "the release for transformers' own classes (OpenGVLab/InternVL3-8B-hf for OpenGVLab/InternVL3-8B)"
+            ) from None
+        said = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path}: {what} ({said:.600}); look at the files named, or download again") from error

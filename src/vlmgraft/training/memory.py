@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from vlmgraft.hf.models import text_linears, text_model
+from vlmgraft.hf.models import text_experts, text_linears, text_model
 from vlmgraft.training.projections import Backend, choose_backend
 
 Rank = int | Literal["full"]
@@ -29,7 +29,10 @@ LOGIT_BYTES = 14
 
 @dataclass(frozen=True)
 class Shapes:
-    """What the count needs of a model. projections: (name, out, in) of one decoder layer; the rest in parameters."""
+    """What the count needs of a model. projections: (name, out, in) of one decoder layer; the rest in parameters.
+
+    experts: (experts, out, in) of one layer's stacks of fused experts, of which a token takes `active`.
+    """
 
     layers: int
     layer_parameters: int
@@ -38,6 +41,8 @@ class Shapes:
     hidden: int
     heads: int
     vocabulary: int
+    experts: tuple[tuple[int, int, int], ...] = ()
+    active: int = 0
 
     @classmethod
     def of(cls, config: Any) -> Shapes:
@@ -49,6 +54,7 @@ class Shapes:
         text = config.get_text_config(decoder=True)
         linears = text_linears(model)
         first = [(name.split(".")[-2], *one.weight.shape) for name, one in linears.items() if ".0." in name[:9]]
+        stacks = [tuple(one.weight.shape) for name, one in text_experts(model).items() if ".0." in name[:9]]
         inside = {id(one) for module in text_model(model).layers for one in module.parameters()}
         whole = sum(one.numel() for one in model.parameters())
         layered = sum(one.numel() for one in model.parameters() if id(one) in inside)
@@ -60,11 +66,13 @@ class Shapes:
             text.hidden_size,
             text.num_attention_heads,
             text.vocab_size,
+            tuple((count, out, inner) for count, out, inner in stacks),
+            getattr(text, "num_experts_per_tok", 0) if stacks else 0,
         )
 
     def width(self, name: str) -> int:
-        """Output width of a projection by its last name."""
-        return next(out for known, out, _ in self.projections if known == name)
+        """Output width of a projection by its last name; 0 where there is none."""
+        return next((out for known, out, _ in self.projections if known == name), 0)
 
 
 @dataclass(frozen=True)
@@ -103,6 +111,10 @@ def memory_of(
     """
     ranks = [min(out, inner) if rank == "full" else min(rank, out, inner) for _, out, inner in shapes.projections]
     per_layer = sum(r * (out + inner) for r, (_, out, inner) in zip(ranks, shapes.projections, strict=True))
+    stacks = [(count, min(out, inner) if rank == "full" else min(rank, out, inner), out, inner)
+              for count, out, inner in shapes.experts]  # fmt: skip
+    per_layer += sum(count * r * (out + inner) for count, r, out, inner in stacks)
+    gates = sum(ranks) + sum(count * r for count, r, _, _ in stacks)
     layer_bytes = width * (shapes.layer_parameters + per_layer)
     layer = _kept_per_layer(shapes, ranks, tokens, backend, width)
     norm = tokens * (4 * shapes.hidden + 4)  # the last one's; the first one's is not kept: no gradient goes below it
@@ -111,7 +123,7 @@ def memory_of(
         weights=width * (shapes.layers * shapes.layer_parameters // gpus + shapes.other_parameters),
         factors=width * shapes.layers * per_layer // gpus,
         gathered=0 if gpus == 1 else 2 * layer_bytes,
-        gates=GATE_BYTES * shapes.layers * sum(ranks),
+        gates=GATE_BYTES * shapes.layers * gates,
         activations=kept,
         logits=LOGIT_BYTES * answer_tokens * shapes.vocabulary,
     )
@@ -136,6 +148,9 @@ def _kept_per_layer(shapes: Shapes, ranks: Sequence[int], tokens: int, backend: 
             merged += out * width_in
     projections = width * (inner + sum(inputs.values()))
     per_token = norms + attention + rotation + projections + 3 * width * feed  # gate, silu(gate), up
+    merged += sum(count * out * inner for count, out, inner in shapes.experts)  # always rebuilt
+    # of every expert that a token takes: its inputs and outputs, and what lies between its two stacks
+    per_token += 2 * width * shapes.active * sum(out + inner for _, out, inner in shapes.experts)
     return tokens * per_token + width * merged
 
 
@@ -161,7 +176,7 @@ HEADER = (
 
 def main() -> None:
     """Print the table for models whose config is at hand."""
-    from transformers import AutoConfig
+    from vlmgraft.hf.models import load_config
 
     parser = argparse.ArgumentParser(description="Memory of learning gates per GPU, in GiB")
     parser.add_argument("models", nargs="+", help="folders or hub ids; only config.json is read")
@@ -172,7 +187,7 @@ def main() -> None:
     ranks: list[Rank] = ["full" if rank == "full" else int(rank) for rank in arguments.ranks]
     print(HEADER)
     for model in arguments.models:
-        shapes = Shapes.of(AutoConfig.from_pretrained(model))
+        shapes = Shapes.of(load_config(model))
         print("\n".join(table(model.rstrip("/").split("/")[-1], shapes, ranks, arguments.tokens, arguments.gpus)))
 
 
