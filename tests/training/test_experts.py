@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as T
+from peft import PeftModel
 from torch import nn
 
 import vlmgraft as vg
@@ -16,6 +17,7 @@ from vlmgraft.errors import AlignmentError
 from vlmgraft.hf.data import Question, encode, load_questions
 from vlmgraft.hf.models import ExpertStack, load_processor, load_vlm
 from vlmgraft.lab.models import build_processor
+from vlmgraft.lora import export_lora
 from vlmgraft.records import write_rows
 from vlmgraft.spectral.donors import open_store
 from vlmgraft.spectral.factors import Factors, factorize
@@ -154,6 +156,12 @@ def test_from_recipe_to_folder(mixture: dict[str, Any], tmp_path: Path) -> None:
         after = again(**batch).logits
     keep = batch["attention_mask"].bool()
     assert float((after - gated_logits)[keep].norm()) < 1e-3 * float((gated_logits - before)[keep].norm())
+
+    report = export_lora(mixture["vlm"], store, gates, tmp_path / "lora", 16, torch.float32)
+    assert report.error < 1e-6 and set(report.errors) == set(gates.logits)
+    with torch.no_grad():
+        adapted = PeftModel.from_pretrained(vlm, tmp_path / "lora").eval()(**batch).logits
+    assert float((adapted - gated_logits)[keep].norm()) < 1e-3 * float((gated_logits - before)[keep].norm())
 
 
 def test_curvature_sees_into_experts(mixture: dict[str, Any], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from vlmgraft.errors import AlignmentError, CheckpointError, OutputError, RecipeError
 from vlmgraft.hf.models import load_vlm
-from vlmgraft.lora import export_lora, lora_factors, module_names
+from vlmgraft.lora import adapter_places, export_lora, lora_factors
 from vlmgraft.spectral.factors import factorize
 from vlmgraft.spectral.gates import Gates
 from vlmgraft.training.distill import Distiller
@@ -76,5 +76,5 @@ def test_bad_inputs_are_named_and_nothing_is_written(
     with pytest.raises(CheckpointError, match="config"):
         export_lora(tmp_path, distiller.factors, gates, tmp_path / "new", 4)
     with pytest.raises(AlignmentError, match="embed_tokens"):
-        module_names(folder / "vlm", ["model.embed_tokens.weight"])
+        adapter_places(folder / "vlm", {}, ["model.embed_tokens.weight"], 4)
     assert not (tmp_path / "new").exists()
