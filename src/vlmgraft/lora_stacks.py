@@ -12,16 +12,20 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from vlmgraft.errors import RecipeError
+
 
 def stack_keys(model: Any, modules: Sequence[str], stacks: Sequence[str], rank: int) -> dict[str, str]:
     """Path of a parameter (module and key) → prefix of its adapter's tensors.
 
     model: on the meta device; PEFT wraps it, so it serves for nothing else afterwards. modules: paths of the linear
-    layers that the adapter also holds; stacks: those of the parameters.
+    layers that the adapter also holds; stacks: those of the parameters. Raises RecipeError where peft is missing.
     """
-    from peft import LoraConfig, get_peft_model
-    from peft.tuners.lora.layer import ParamWrapper
-
+    try:
+        from peft import LoraConfig, get_peft_model
+        from peft.tuners.lora.layer import ParamWrapper
+    except ImportError:
+        raise RecipeError(f"{stacks[0]}: experts need peft to be exported: pip install 'vlmgraft[tune]'") from None
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(modules), target_parameters=list(stacks))
     found = {}
     for name, module in get_peft_model(model, config).named_modules():
