@@ -53,13 +53,22 @@ class Publication:
     Args:
         key: of what is being made. An interrupted folder of the same key is kept and continued; not one whose inputs
             were refused, as the next run would meet the same refusal, unless `keep_refused`.
+        anew: begin with nothing, and keep what is made only where a person stops it.
         replace: take the place of a folder that exists, in one step: there is always the old one or the new one.
     Raises:
         OutputError: `out` appeared, cannot be written, or another process is writing the same hidden folder.
     """
 
-    def __init__(self, out: Path, key: str | None = None, *, replace: bool = False, keep_refused: bool = False) -> None:
-        self.out, self.key, self.replace, self.keep_refused = out, key, replace, keep_refused
+    def __init__(
+        self,
+        out: Path,
+        key: str | None = None,
+        *,
+        replace: bool = False,
+        keep_refused: bool = False,
+        anew: bool = False,
+    ) -> None:
+        self.out, self.key, self.replace, self.keep_refused, self.anew = out, key, replace, keep_refused, anew
         self.folder = out.with_name(f".{out.name}.partial-{key or os.getpid()}")
         self._lock = -1
 
@@ -68,6 +77,8 @@ class Publication:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             sweep_folders(self.out)
             self._lock = self._made()
+            if self.anew:
+                _empty(self.folder)
         except BlockingIOError:
             raise OutputError(f"{self.folder}: another process is writing it") from None
         except OSError as error:
@@ -79,6 +90,7 @@ class Publication:
     ) -> None:
         hopeless = kind is not None and issubclass(kind, VlmgraftError) and not issubclass(kind, OutputError)
         keep = self.key is not None and (self.keep_refused or not hopeless)
+        keep = keep and not (self.anew and kind is not None and issubclass(kind, Exception))
         try:
             if kind is None:
                 self._publish()
@@ -139,6 +151,14 @@ def flush_tree(folder: Path) -> None:
             finally:
                 os.close(handle)
         flush_folder(Path(place))
+
+
+def _empty(folder: Path) -> None:
+    for entry in os.scandir(folder):
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry)
+        else:
+            Path(entry).unlink()
 
 
 def _remove_if_dead(folder: Path, out: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vlmgraft.checkpoint.digests import BLOCK, RECEIPT, FileReceipt, block_digests, joined, whole_file
+from vlmgraft.checkpoint.digests import BLOCK, RECEIPT, FileReceipt, block_digests, files_in, joined, whole_file
 from vlmgraft.checkpoint.handles import Handles
 from vlmgraft.checkpoint.index import INDEX
 from vlmgraft.checkpoint.reader import TORCH_DTYPES, as_bytes
@@ -36,6 +36,7 @@ class Writer:
         shard_size: bytes of data per file, at most.
         resume: a key of what is being written. An interrupted folder of the same key is then kept and continued: what
             `finish` recorded is in `done`. Without a key an interrupted folder is removed (see publishing.py).
+        anew: with a key, do not go on with such a folder, but leave one where a person stops it.
     Raises:
         OutputError: `out` exists, cannot be written, the disk is too small, or another process is writing it.
     """
@@ -46,11 +47,12 @@ class Writer:
         tensors: Sequence[TensorSpec],
         shard_size: int,
         resume: str | None = None,
+        anew: bool = False,
     ) -> None:
         self.out = Path(out)
         refuse_output(self.out)
         self.shards = plan_shards(tensors, shard_size)
-        self._publication = Publication(self.out, resume)
+        self._publication = Publication(self.out, resume, anew=anew)
         self.folder = self._publication.folder
         self.done: dict[str, dict[str, Any]] = {}
         self._digests: dict[str, dict[int, bytes]] = {}
@@ -124,8 +126,9 @@ class Writer:
             )
             for s in self.shards
         ]
-        others = {path.name for path in self.folder.iterdir()} - {s.name for s in self.shards} - {JOURNAL, RECEIPT}
-        return (*shards, *(whole_file(self.folder / name) for name in sorted(others)))
+        known = {self.folder / name for name in (*(shard.name for shard in self.shards), JOURNAL, RECEIPT)}
+        others = [path for path in files_in(self.folder) if path not in known]
+        return (*shards, *(whole_file(path, self.folder) for path in others))
 
     def finish(self, name: str, facts: Mapping[str, Any]) -> None:
         """Record that a tensor is complete, with JSON values about it; survives an interruption of this process."""

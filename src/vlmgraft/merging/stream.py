@@ -52,7 +52,8 @@ class TensorReceipt:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a merge did. peak_memory: of the whole process, bytes. digest: of the receipt. Written as receipt.json."""
+    """What a merge did. peak_memory: of the whole process, bytes. inputs: fingerprint of the input files. digest: of the
+    receipt. Written as receipt.json."""
 
     method: str
     tensors: tuple[TensorReceipt, ...]
@@ -61,6 +62,7 @@ class Receipt:
     seconds: float
     peak_memory: int
     files: tuple[FileReceipt, ...]
+    inputs: str
     digest: str = ""
 
 
@@ -77,7 +79,8 @@ def merge_tensors(
 ) -> Receipt:
     """Write the merged checkpoint `out`: the VLM's names, dtypes and shapes, and receipt.json.
 
-    fill: writes the side files into the folder that it is called with.
+    fill: writes the side files into the folder that it is called with. resume: go on with what an interruption, or with
+    `resume` any failure but a refusal, left; whoever stops a merge can resume it.
 
     Raises:
         OutputError: `out` exists or is an input. AlignmentError: a checkpoint that the method needs is missing, or the
@@ -91,10 +94,10 @@ def merge_tensors(
     opened = {key: checkpoint for key, checkpoint in sources.items() if checkpoint is not None}
     refuse_output(Path(out), [checkpoint.path for checkpoint in opened.values()])
     specs = [TensorSpec(info.name, info.dtype, info.shape) for info in alignment.vlm.tensors.values()]
-    key = _key(alignment, method, shard_size) if resume else None
+    key = _key(alignment, method, shard_size)
     with ExitStack() as stack:
         inputs = Inputs(alignment, {name: stack.enter_context(Reader(one)) for name, one in opened.items()})
-        writer = stack.enter_context(Writer(out, specs, shard_size, resume=key))
+        writer = stack.enter_context(Writer(out, specs, shard_size, resume=key, anew=not resume))
         pool = stack.enter_context(ThreadPoolExecutor(threads))
         if method.granularity == "element":
             stack.enter_context(_one_core_each())
@@ -114,19 +117,18 @@ def merge_tensors(
         versions = {"vlmgraft": __version__, "torch": torch.__version__}
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         notes = (*alignment.notes, *getattr(method, "notes", tuple)())
-        files = writer.files()
-        receipt = Receipt(method.name, rows, notes, versions, time.perf_counter() - began, peak, files)
+        files, made_from = writer.files(), fingerprint([file for one in opened.values() for file in one.files])
+        receipt = Receipt(method.name, rows, notes, versions, time.perf_counter() - began, peak, files, made_from)
         receipt = replace(receipt, digest=seal(asdict(receipt)))
         write_json(writer.folder / RECEIPT, asdict(receipt))
     return receipt
 
 
 def finished_receipt(out: Path, inputs: Sequence[Path]) -> Receipt | None:
-    """The receipt of a merged folder, unless there is none or an input is newer."""
+    """The receipt of a merged folder, unless there is none or it was made from other input files."""
     try:
-        written = (out / RECEIPT).stat().st_mtime_ns
         found = json.loads((out / RECEIPT).read_text(encoding="utf-8"))
-        if found["digest"] != seal(found) or any(path.stat().st_mtime_ns > written for path in inputs):
+        if found["digest"] != seal(found) or found["inputs"] != fingerprint(inputs):
             return None
         tensors = tuple(TensorReceipt(**row) for row in found["tensors"])
         files = tuple(FileReceipt(**{**row, "tensors": tuple(row["tensors"])}) for row in found["files"])
@@ -135,11 +137,18 @@ def finished_receipt(out: Path, inputs: Sequence[Path]) -> Receipt | None:
         return None
 
 
+def fingerprint(files: Sequence[Path]) -> str:
+    """Changes when a file is replaced. Times are compared for being equal, never for order: clocks jump."""
+    stats = [(str(file), file.stat()) for file in files]
+    known = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    return hashlib.sha256(repr(known).encode()).hexdigest()[:16]
+
+
 def _key(alignment: Alignment, method: Method, shard_size: int) -> str:
     """Changes with everything that the merged bytes depend on."""
     opened = [one for one in (alignment.vlm, alignment.donor, alignment.donor_base, alignment.vlm_base) if one]
-    times = [file.stat().st_mtime_ns for checkpoint in opened for file in checkpoint.files]
-    return hashlib.sha256(repr((method, times, opened, alignment.tensors, shard_size)).encode()).hexdigest()[:16]
+    made_from = fingerprint([file for checkpoint in opened for file in checkpoint.files])
+    return hashlib.sha256(repr((method, made_from, opened, alignment.tensors, shard_size)).encode()).hexdigest()[:16]
 
 
 def _row(tensor: AlignedTensor, info: TensorInfo, facts: dict[str, Any]) -> TensorReceipt:
