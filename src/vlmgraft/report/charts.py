@@ -91,11 +91,12 @@ def _series(one: Series, place: int, x: Scale, y: Scale) -> str:
             body.append(f'<path class="whisker" d="M{coordinate(at[0])} {ends[0]}V{ends[1]}"/>')
         if dot.ring:
             body.append(f'<circle class="ring" cx="{coordinate(at[0])}" cy="{coordinate(at[1])}" r="8"/>')
-        body.append(_mark(MARKS[place % len(MARKS)], *at, dot.tip))
+        body.append(mark(MARKS[place % len(MARKS)], *at, dot.tip))
     return f'<g class="series s{place % SERIES}"{data}>{"".join(body)}</g>'
 
 
-def _mark(kind: str, x: float, y: float, said: str) -> str:
+def mark(kind: str, x: float, y: float, said: str) -> str:
+    """One mark of `MARKS`, which says `said` to the pointer."""
     hover = f'class="mark" tabindex="0" {tip(said)}><title>{escape(said)}</title>'
     if kind == "circle":
         return f'<circle cx="{coordinate(x)}" cy="{coordinate(y)}" r="4" {hover}</circle>'
@@ -112,7 +113,7 @@ def legend(series: Sequence[Series]) -> str:
     entries = []
     for place, one in enumerate(series):
         data = "".join(f' data-{key}="{escape(value)}"' for key, value in one.data.items())
-        mark = _mark(MARKS[place % len(MARKS)], 8, 8, one.name).replace(' tabindex="0"', "")
+        mark = mark(MARKS[place % len(MARKS)], 8, 8, one.name).replace(' tabindex="0"', "")
         entries.append(
             f'<span class="series s{place % SERIES}"{data}><svg viewBox="0 0 16 16" aria-hidden="true">{mark}</svg>'
             f"{escape(one.name)}</span>"
