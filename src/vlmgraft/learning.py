@@ -29,7 +29,7 @@ from vlmgraft.spectral.donors import JoinedStore, donor_folder, open_store
 from vlmgraft.spectral.factors import FactorStore
 from vlmgraft.spectral.gates import Gates, load_gates
 from vlmgraft.training.cache import questions_digest
-from vlmgraft.training.curvature import curvature_gates, estimate_curvature
+from vlmgraft.training.curvature import curvature_gates, curvature_start, estimate_curvature
 from vlmgraft.training.distill import Distiller
 from vlmgraft.training.processes import barrier, join_group, local_device, process
 from vlmgraft.training.targets import join_targets
@@ -182,7 +182,8 @@ def _learn(
     device = local_device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     vlm = alignments[0].vlm
-    curvature = isinstance(method, Curvature)
+    curvature = isinstance(method, Curvature) or method.start == "curvature"
+    state = out.with_name(out.name + ".state")
     distiller = Distiller(
         load_vlm(vlm.path, dtype, device),
         load_processor(vlm.path),
@@ -209,6 +210,8 @@ def _learn(
             path = alignment.donor.path
             parts.append(distiller.donor_targets(load_text_model(path, dtype, device), load_processor(path), asked))
         donor = join_targets(parts)
+    start: Gates | float = 0.0
+    if method.start == "curvature" and method.kl_budget is not None and not state.is_file():
+        start = curvature_start(distiller, method.scale, method.kl_budget, seed=method.seed)
     settings = {key: getattr(method, key) for key in SETTINGS}
-    state = out.with_name(out.name + ".state")
-    return distiller.learn(method.scale, donor=donor, state=state, **settings)
+    return distiller.learn(method.scale, donor=donor, state=state, start=start, **settings)

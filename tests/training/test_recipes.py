@@ -44,6 +44,23 @@ def recipe_of(trio: Path, calibration: Path, donors: Any = None, bases: Any = No
 
 
 @pytest.mark.filterwarnings("ignore:kl_budget is measured")
+def test_gates_may_start_where_curvature_has_them(trio: Path, image_calibration: Path, tmp_path: Path) -> None:
+    """Without a step they are the soft curvature gates, kept within reach and moved by one constant to the budget."""
+    budget: dict[str, Any] = {"inject_weight": None, "kl_budget": 0.02, "start": "curvature"}
+    vg.merge(recipe_of(trio, image_calibration, steps=0, **budget), tmp_path / "a", workdir=tmp_path / "start")
+    first = load_gates(tmp_path / "start" / "gates")
+    whole = torch.cat([*first.logits.values()])
+    assert float(whole.std()) > 0.1 and float(whole.max() - whole.min()) <= 4 + 1e-5
+    assert 0.97 * 0.02 <= first.settings["held_out_kl"] <= 0.02
+    vg.merge(recipe_of(trio, image_calibration, steps=3, **budget), tmp_path / "b", workdir=tmp_path / "work")
+    trained = load_gates(tmp_path / "work" / "gates")
+    moves = torch.cat([trained.logits[name] - first.logits[name] for name in first.logits])
+    assert 0 < float(moves.std()) <= 3 * 0.3 + 1e-3
+    with pytest.raises(RecipeError, match=r"method\.start.*kl_budget"):
+        vg.load_recipe(recipe_of(trio, image_calibration, start="curvature"))
+
+
+@pytest.mark.filterwarnings("ignore:kl_budget is measured")
 def test_two_donors_have_gates_each_and_one_budget(
     trio: Path, second: Path, image_calibration: Path, tmp_path: Path
 ) -> None:

@@ -17,8 +17,8 @@ from vlmgraft.lab.experiments import SCALE, Bench, Job, Matrices, Row, truncated
 from vlmgraft.spectral import rules
 from vlmgraft.spectral.gates import Gates
 from vlmgraft.training.all_weights import learn_weights
-from vlmgraft.training.curvature import curvature_gates
-from vlmgraft.training.pareto import pareto_front, within_reach
+from vlmgraft.training.curvature import curvature_gates, curvature_start
+from vlmgraft.training.pareto import pareto_front
 
 SCALES = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
 RANKS = (1, 4, 16, 64)
@@ -29,8 +29,6 @@ KINDS: tuple[world.Task, ...] = (
 )  # fmt: skip
 """Text questions for donor matching; "read" has nothing to do with reasoning."""
 ALL_WEIGHTS_RATES = (1e-4, 5e-4)
-START_REACH = 2.0
-"""Logits of a curvature start are kept within ±2: gates between 0.12 and 0.88, which training still moves."""
 Maker = Callable[[], tuple[Matrices, Mapping[str, Any]]]
 
 
@@ -58,7 +56,7 @@ def _at(bench: Bench, budget: float) -> list[Job]:
     curved = {soft: _curvature(bench, budget, soft) for soft in (False, True)}
 
     def start() -> Gates:
-        return within_reach(curved[True](), START_REACH)
+        return curvature_start(bench.distiller(), SCALE, budget, curvature=bench.curvature)
 
     jobs = [
         _job(bench, "task arithmetic", setting, _ruled(bench, budget, lambda s: s), transfer=True),

@@ -74,6 +74,9 @@ class Frism:
     """Directions per matrix: full, a number, or {energy: share}."""
     granularity: Literal["direction", "matrix", "layer"] = "direction"
     """One gate per singular direction, per matrix or per layer."""
+    start: Literal["half", "curvature"] = "half"
+    """Gates start half open, or (with a kl_budget) as the calibration set's curvature has them at the budget; several
+    processes then hold whole weights."""
     steps: int = 200
     """Training steps."""
     learning_rate: float = 0.05
@@ -100,6 +103,8 @@ class Frism:
             raise RecipeError("method.kl_budget is measured on held-out prompts; set method.calibration.held_out")
         if self.inject == "donor" and self.questions is None:
             raise RecipeError("method.inject: donor needs method.questions, a file of text questions for the donor")
+        if self.start == "curvature" and self.kl_budget is None:
+            raise RecipeError("method.start: curvature opens gates up to a drift; give it as method.kl_budget")
         if self.steps < 0 or self.learning_rate <= 0:
             raise RecipeError(f"method: steps ({self.steps}) and learning_rate ({self.learning_rate}) must be positive")
         if self.batches_per_step < 1:

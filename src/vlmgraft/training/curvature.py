@@ -33,9 +33,12 @@ from vlmgraft.spectral.factors import Factors
 from vlmgraft.spectral.gates import Gates
 from vlmgraft.training.distill import Distiller
 from vlmgraft.training.gated import gated
+from vlmgraft.training.pareto import within_reach
 from vlmgraft.training.targets import TargetBatch, Targets
 
 BISECTIONS = 14
+START_REACH = 2.0
+"""Logits of a start are kept within ±2: gates between 0.12 and 0.88, which training still moves."""
 
 
 @dataclass(frozen=True)
@@ -181,6 +184,14 @@ def curvature_gates(
             high = middle - 1
     settings = {"kl_budget": kl_budget, "held_out_kl": reached, "cut": best}
     return replace(curvature.cut(distiller.factors, scale, best, settings, soft=soft), factors=distiller.digest)
+
+
+def curvature_start(
+    distiller: Distiller, scale: float, kl_budget: float, *, curvature: Curvature | None = None, seed: int = 0
+) -> Gates:
+    """Where training starts from instead of half-open gates: soft gates at the budget, kept where they can move."""
+    curvature = estimate_curvature(distiller, seed=seed) if curvature is None else curvature
+    return within_reach(curvature_gates(distiller, scale, kl_budget, curvature=curvature, soft=True), START_REACH)
 
 
 def _cuts(curvature: Curvature, factors: Mapping[str, Factors], soft: bool) -> Float[Tensor, " cuts"]:
