@@ -52,7 +52,7 @@ class TensorReceipt:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a merge did. peak_memory: of the whole process, bytes. inputs: fingerprint of the input files. digest: of the
+    """What a merge did. peak_memory: of the whole process, bytes. inputs: the input files' fingerprint. digest: of the
     receipt. Written as receipt.json."""
 
     method: str

@@ -1,0 +1,131 @@
+"""One small run of every command that writes, on the embedded trio, and what it leaves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import safe_open
+
+from vlmgraft.lab.exam import draw_exam
+from vlmgraft.records import write_rows
+
+TIMES = ("receipt.json", "trainer_state.json", "training_args.bin", "rng_state.pth", "optimizer.pt")
+"""Files that hold seconds, or paths of the run."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command line that writes `out`; again: what is added to go on after a failure."""
+
+    arguments: tuple[str, ...]
+    out: Path
+    again: tuple[str, ...] = ("--resume",)
+
+    def resumed(self) -> tuple[str, ...]:
+        """The command line that goes on."""
+        return (*self.arguments, *self.again)
+
+
+def make_jobs(trio: Path, calibration: Path, inputs: Path) -> dict[str, Callable[[Path], Job]]:
+    """Command lines by name, as functions of the folder to write in; `inputs` takes recipes and questions."""
+    places = {"vlm": str(trio / "vlm"), "donor": str(trio / "donor"), "donor_base": str(trio / "base")}
+    asked = {"data": str(calibration), "samples": 8, "held_out": 4, "max_new_tokens": 4, "batch_size": 4}
+    frism = {"name": "frism", "steps": 10, "learning_rate": 0.2, "inject_weight": 0.1, "calibration": asked}
+    recipes = {
+        "merge": places | {"method": {"name": "task_arithmetic"}, "output": {"shard_size": "400KB"}},
+        "frism": places | {"method": frism, "layers": "0"},
+        "tune": places | {"data": {"train": str(_traces(inputs))}, "train": TRAIN},
+    }
+    for name, recipe in recipes.items():
+        (inputs / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+    recipe = {name: str(inputs / f"{name}.yaml") for name in recipes}
+    questions = str(_questions(inputs, calibration))
+
+    def job(*words: str, out: str = "out", again: tuple[str, ...] = ("--resume",)) -> Callable[[Path], Job]:
+        return lambda folder: Job((*words, "--out", str(folder / out), "--quiet"), folder / out, again)
+
+    sweep = ("sweep", recipe["merge"], "--grid", "method.scale=0.5,1", "--data", "lab", "--samples", "4")
+    factors, gates = str(inputs / "factors"), str(inputs / "gates")
+    return {
+        "merge": job("merge", recipe["merge"]),
+        "frism": job("merge", recipe["frism"]),
+        "decompose": job("decompose", recipe["frism"]),
+        "gates": job("gates", recipe["frism"], "--factors", factors, again=()),
+        "evaluate": job("evaluate", str(trio / "vlm"), "--data", questions, "--batch-size", "2"),
+        "sweep": job(*sweep),
+        "tune": lambda folder: Job(("tune", recipe["tune"], "--out", str(folder / "out")), folder / "out"),
+        "export": lambda folder: Job(
+            (
+                "export",
+                gates,
+                "--to",
+                "lora",
+                "--factors",
+                factors,
+                "--vlm",
+                places["vlm"],
+                "--out",
+                str(folder / "out"),
+            ),
+            folder / "out",
+            (),
+        ),
+        "report": lambda folder: Job(("report", gates, "--out", str(folder / "out.html")), folder / "out.html", ()),
+    }
+
+
+TRAIN = {
+    "max_steps": 2,
+    "learning_rate": 1e-3,
+    "per_device_train_batch_size": 2,
+    "use_cpu": True,
+    "save_steps": 1,
+    "disable_tqdm": True,
+}
+
+
+def _traces(inputs: Path) -> Path:
+    exam, rows = draw_exam(0, "train", {"sum": 4}), []
+    for number, (item, question) in enumerate(zip(exam.items, exam.questions, strict=True)):
+        question.images[0].save(inputs / f"trace-{number}.png")  # type: ignore[union-attr]
+        rows.append({"image": f"trace-{number}.png", "question": item.question, "answer": item.answer})
+    write_rows(inputs / "traces.jsonl", rows)
+    return inputs / "traces.jsonl"
+
+
+def _questions(inputs: Path, calibration: Path) -> Path:
+    rows = [json.loads(line) for line in calibration.read_text().splitlines()][:6]
+    rows = [row | {"image": str(calibration.parent / row["image"]), "answer": "red"} for row in rows]
+    write_rows(inputs / "asked.jsonl", rows)
+    return inputs / "asked.jsonl"
+
+
+def content(out: Path) -> dict[str, Any]:
+    """Every file of a folder: tensors by their bytes, other files by theirs, without what holds seconds."""
+    found: dict[str, Any] = {}
+    for path in [out] if out.is_file() else sorted(out.rglob("*")):
+        name = str(path.relative_to(out))
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            found[name] = {key: one.reshape(-1).view(torch.uint8).numpy().tobytes() for key, one in tensors.items()}
+        elif path.suffix == ".jsonl":
+            found[name] = [_timeless(json.loads(line)) for line in path.read_text().splitlines()]
+        elif path.is_file() and path.name not in TIMES and path.suffix != ".html":
+            found[name] = path.read_bytes()
+    return found
+
+
+def _timeless(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if not key.endswith(("seconds", "_per_second", "runtime"))}
+
+
+def inputs_digest(*folders: Path) -> dict[str, tuple[int, bytes]]:
+    """Size and bytes of every file of the inputs."""
+    return {str(p): (p.stat().st_size, p.read_bytes()) for f in folders for p in sorted(f.rglob("*")) if p.is_file()}

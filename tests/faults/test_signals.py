@@ -1,0 +1,198 @@
+"""SIGINT and SIGTERM at chosen writes of every command: exit code 130, no traceback, and the command that it names
+goes on to the bytes of a run that nobody stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from injected import Writes, at, counted
+from jobs import Job, content
+
+from vlmgraft.cli import interrupts
+from vlmgraft.cli.interrupts import how_to_go_on
+
+Jobs = dict[str, Callable[[Path], Job]]
+Run = Callable[..., Any]
+COMPLETE = {"decompose": "factors.json", "sweep": "sweep.recipes.json"}
+"""Folders that are filled under their own name: the file that is written last."""
+
+
+class Whole:
+    """What every command leaves if nobody stops it, and how many writes it takes; made when it is first asked for."""
+
+    def __init__(self, jobs: Jobs, folder: Path) -> None:
+        self.jobs, self.folder, self.known = jobs, folder, {}  # type: ignore[var-annotated]
+
+    def __call__(self, name: str, run: Run) -> tuple[dict[str, Any], int]:
+        if name not in self.known:
+            place = self.folder / name
+            place.mkdir()
+            job = self.jobs[name](place)
+            with counted(Writes(place)) as writes:
+                ran = run(*job.arguments)
+            assert ran.code == 0, ran.err
+            self.known[name] = (content(job.out), len(writes.seen))
+        return self.known[name]
+
+
+@pytest.fixture(scope="session")
+def whole(small_jobs: Jobs, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    return Whole(small_jobs, tmp_path_factory.mktemp("whole"))
+
+
+def stopped_and_continued(name: str, share: float, number: int, whole: Whole, jobs: Jobs, run: Run, tmp: Path) -> None:
+    """Stop a command at a share of its writes, read what it says, do as it says, and compare."""
+    expected, total = whole(name, run)
+    job = jobs[name](tmp)
+    with counted(at(max(1, round(share * total)), number)(tmp)):
+        ran = run(*job.arguments)
+    assert ran.code == 130, (ran.code, ran.err)
+    assert "Traceback" not in ran.err
+    assert not job.out.exists() or (name in COMPLETE and not (job.out / COMPLETE[name]).exists())
+    (said,) = [line for line in ran.err.splitlines() if line.startswith("vlmgraft: interrupted; ")]
+    command = shlex.split(said[said.index(": vlmgraft ") + 2 :])
+    assert command[1:] == list(job.resumed())
+    kept = {path: path.stat().st_ino for path in tmp.rglob("*.safetensors")}
+    ran = run(*command[1:])
+    assert ran.code == 0, ran.err
+    assert content(job.out) == expected
+    finished = [path for path in kept if path.exists() and "partial" not in str(path)]
+    assert all(path.stat().st_ino == kept[path] for path in finished if name in ("decompose", "gates"))
+    assert not [path for path in tmp.iterdir() if path.name.startswith(".")], "nothing hidden stays"
+
+
+@pytest.mark.parametrize(("name", "number"), [("merge", signal.SIGINT), ("evaluate", signal.SIGTERM)])
+def test_stopped_and_continued(
+    name: str, number: int, whole: Whole, small_jobs: Jobs, vlmgraft: Run, tmp_path: Path
+) -> None:
+    stopped_and_continued(name, 0.5, number, whole, small_jobs, vlmgraft, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.1, 0.6, 0.9])
+@pytest.mark.parametrize("name", ["merge", "frism", "decompose", "gates", "evaluate", "sweep", "tune", "export"])
+def test_stopped_anywhere_and_continued(
+    name: str, share: float, whole: Whole, small_jobs: Jobs, vlmgraft: Run, tmp_path: Path
+) -> None:
+    number = signal.SIGTERM if share == 0.6 else signal.SIGINT
+    stopped_and_continued(name, share, number, whole, small_jobs, vlmgraft, tmp_path)
+
+
+def test_a_stopped_merge_goes_on_where_it_was(small_jobs: Jobs, vlmgraft: Run, tmp_path: Path) -> None:
+    """Begun without --resume, stopped after most of the tensors: they are not written again."""
+    job = small_jobs["merge"](tmp_path)
+    with counted(at(90, signal.SIGINT)(tmp_path)):
+        assert vlmgraft(*job.arguments).code == 130
+    (partial,) = tmp_path.glob(".out.partial-*")
+    done = len((partial / ".journal.jsonl").read_text().splitlines()) - 1
+    assert done > 20
+    with counted(Writes(tmp_path)) as writes:
+        assert vlmgraft(*job.resumed()).code == 0
+    total = len(json.loads((job.out / "receipt.json").read_text())["tensors"])
+    assert sum(call == "pwrite" and path.suffix == ".safetensors" for call, path in writes.seen) < 90 - done < total
+
+
+def test_without_resume_it_begins_anew(small_jobs: Jobs, vlmgraft: Run, tmp_path: Path) -> None:
+    job = small_jobs["merge"](tmp_path)
+    with counted(at(90, signal.SIGINT)(tmp_path)):
+        assert vlmgraft(*job.arguments).code == 130
+    with counted(Writes(tmp_path)) as writes:
+        assert vlmgraft(*job.arguments).code == 0
+    total = len(json.loads((job.out / "receipt.json").read_text())["tensors"])
+    assert sum(call == "pwrite" and path.suffix == ".safetensors" for call, path in writes.seen) >= total
+
+
+def test_an_interruption_in_a_destructor_is_not_lost(
+    small_jobs: Jobs, vlmgraft: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python drops what is raised in a destructor; it is raised again a moment later."""
+
+    class Dropped:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(1000):  # the handler runs between two of these
+                pass
+
+    def merge(*_: Any, **__: Any) -> None:
+        Dropped()
+        signal.pause()
+        pytest.fail("went on")
+
+    monkeypatch.setattr("vlmgraft.pipeline.merge", merge)
+    ran = vlmgraft(*small_jobs["merge"](tmp_path).arguments)
+    assert ran.code == 130 and "interrupted" in ran.err
+
+
+BUSY = """
+import hashlib, sys
+from vlmgraft import cli, pipeline
+
+def merge(*_, **__):
+    print("busy", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", (1 << 31) - 1)  # no instruction of Python's for half an hour
+
+pipeline.merge = merge
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_second_one_ends_it_at_once(number: int, small_jobs: Jobs, tmp_path: Path) -> None:
+    """Also while the main thread is in native code that does not come back."""
+    command = [sys.executable, "-c", BUSY, *small_jobs["merge"](tmp_path).arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "busy\n"
+        process.send_signal(number)
+        assert process.stderr.readline() == "\n" and "once more ends it" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 130
+        assert "ended at once" in process.stderr.read()
+
+
+def test_after_the_handlers_everything_is_as_before(small_jobs: Jobs, vlmgraft: Run, tmp_path: Path) -> None:
+    before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)]
+    hook, wakeup = sys.unraisablehook, signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(wakeup)
+    vlmgraft(*small_jobs["merge"](tmp_path).arguments)
+    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)] == before
+    assert sys.unraisablehook is hook and signal.set_wakeup_fd(wakeup) == wakeup
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("merge", "r.yaml", "--out", "my out"), "go on with: vlmgraft merge r.yaml --out 'my out' --resume"),
+        (("merge", "r.yaml", "--out", "o", "--resume"), "go on with: vlmgraft merge r.yaml --out o --resume"),
+        (("gates", "r.yaml", "--out", "g"), "what is done was kept; go on with: vlmgraft gates r.yaml --out g"),
+        (("lab", "report", "--out", "o"), "go on with: vlmgraft lab report --out o --resume"),
+        (("lab", "train", "--out", "o"), "nothing was finished; start again with: vlmgraft lab train --out o"),
+        (("export", "m", "--to", "hub"), "nothing was finished; start again with: vlmgraft export m --to hub"),
+    ],
+)
+def test_the_way_on(words: tuple[str, ...], said: str) -> None:
+    assert how_to_go_on(words) == said
+
+
+def test_the_way_on_names_options_that_exist() -> None:
+    """Every command that is said to have --resume has it, and no other."""
+    from typer.main import get_command
+
+    from vlmgraft.cli import app
+
+    found = []
+    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
+        inner = getattr(command, "commands", None)
+        for full, one in [(f"{name} {key}", value) for key, value in inner.items()] if inner else [(name, command)]:
+            if any("--resume" in parameter.opts for parameter in one.params):
+                found.append(full)
+    assert sorted(found) == sorted(interrupts.RESUMED)
