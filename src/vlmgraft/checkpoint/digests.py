@@ -26,7 +26,8 @@ RECEIPT = "receipt.json"
 
 @dataclass(frozen=True)
 class FileReceipt:
-    """One file of a folder. digest: of its first `digested` bytes; after those a shard holds the bytes of `tensors`."""
+    """One file of a folder. name: relative to it, with slashes. digest: of its first `digested` bytes; after those a
+    file of weights holds the bytes of `tensors`."""
 
     name: str
     size: int
@@ -63,10 +64,21 @@ def range_digest(path: Path, begin: int, size: int) -> str:
     return joined(found)
 
 
-def whole_file(path: Path) -> FileReceipt:
-    """The receipt of a file whose every byte is digested."""
+def whole_file(path: Path, folder: Path) -> FileReceipt:
+    """The receipt of a file in `folder` whose every byte is digested."""
     size = path.stat().st_size
-    return FileReceipt(path.name, size, size, range_digest(path, 0, size))
+    return FileReceipt(path.relative_to(folder).as_posix(), size, size, range_digest(path, 0, size))
+
+
+def whole_text(name: str, text: str) -> FileReceipt:
+    """The receipt of a file of this text."""
+    data = text.encode()
+    return FileReceipt(name, len(data), len(data), joined(block_digests(data)))
+
+
+def files_in(folder: Path) -> list[Path]:
+    """All files in a folder and its folders, in order."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def seal(document: dict[str, Any]) -> str:

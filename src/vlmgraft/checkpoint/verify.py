@@ -1,7 +1,8 @@
-"""Checks a merged folder against its receipt: names, dtypes, shapes, sizes, and a digest of every byte.
+"""Checks a folder against its receipt: names, dtypes, shapes, sizes, and a digest of every byte.
 
-Digests of tensors and shard headers were taken from memory, before the bytes went to the disk; those of the index
-and of side files after they were copied. What the disk, a copy or a later edit changed is found. Needs no torch.
+For folders of `merge`, `tune`, `decompose` and `export --to lora`. Digests of what we write were taken from memory,
+before the bytes went to the disk; those of what a library wrote, and of copied files, afterwards. What the disk, a copy
+or a later edit changed is found. Needs no torch.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmgraft.checkpoint.digests import RECEIPT, range_digest, seal
+from vlmgraft.checkpoint.digests import RECEIPT, files_in, range_digest, seal
 from vlmgraft.checkpoint.index import TensorInfo, read_header
 from vlmgraft.errors import CheckpointError
 from vlmgraft.records import json_text
 
 Progress = Callable[[int, int, str], None]
+REMEDY = "give a folder that `merge --out`, `tune`, `decompose` or `export --to lora` wrote"
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Verification:
 
 
 def verify(folder: str | Path, *, threads: int = 2, progress: Progress | None = None) -> Verification:
-    """Compare every byte of a merged folder with the receipt that the merge wrote into it.
+    """Compare every byte of a folder with the receipt that `merge`, `tune`, `decompose` or `export` wrote into it.
 
     Raises:
         CheckpointError: no such folder, no receipt, or a receipt without digests or with file names outside the folder.
@@ -59,25 +61,24 @@ def verify(folder: str | Path, *, threads: int = 2, progress: Progress | None = 
     files: list[dict[str, Any]] = receipt["files"]
     tensors: list[dict[str, Any]] = receipt["tensors"]
     faults: list[Fault] = []
-    located: dict[str, TensorInfo] = {}
+    located: dict[tuple[str, str], TensorInfo] = {}
     for row in files:
         faults += _check_file(folder, row)
-        if row["digested"] < row["size"] and (folder / row["name"]).is_file():
+        if row["tensors"] and (folder / row["name"]).is_file():
             try:
-                located.update(read_header(folder / row["name"]))
+                header = read_header(folder / row["name"])
+                located.update({(row["name"], name): info for name, info in header.items()})
             except CheckpointError as error:
                 faults.append(Fault(row["name"], None, f"its header cannot be used ({error})"))
     with ThreadPoolExecutor(threads) as pool:
-        shards = {name: row["name"] for row in files for name in row["tensors"]}
-        checked = pool.map(
-            lambda row: _check_tensor(folder / shards[row["name"]], row, located.get(row["name"])), tensors
-        )
+        places = _places(receipt)
+        checked = pool.map(lambda place, row: _check_tensor(folder, place[0], row, located.get(place)), places, tensors)
         for number, (row, found) in enumerate(zip(tensors, checked, strict=True), 1):
             faults += found
             if progress is not None:
                 progress(number, len(tensors), row["name"])
     listed = {row["name"] for row in files} | {RECEIPT}
-    unlisted = sorted(path.name for path in folder.iterdir() if path.name not in listed)
+    unlisted = sorted({path.relative_to(folder).as_posix() for path in files_in(folder)} - listed)
     nbytes = sum(row["size"] for row in files)
     return Verification(str(folder), len(files), len(tensors), nbytes, tuple(faults), tuple(unlisted))
 
@@ -96,16 +97,27 @@ def _check_file(folder: Path, row: Mapping[str, Any]) -> Iterator[Fault]:
         yield Fault(row["name"], None, f"{part} is not what was written")
 
 
-def _check_tensor(path: Path, row: Mapping[str, Any], found: TensorInfo | None) -> list[Fault]:
+def _places(receipt: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """File and name of every tensor row; a row names its file where several files hold tensors of one name."""
+    shards = {name: row["name"] for row in receipt["files"] for name in row["tensors"]}
+    return [(row.get("file") or shards[row["name"]], row["name"]) for row in receipt["tensors"]]
+
+
+def _check_tensor(folder: Path, file: str, row: Mapping[str, Any], found: TensorInfo | None) -> list[Fault]:
     """A tensor's place, dtype, shape and bytes."""
-    file, name = path.name, row["name"]
-    if found is None or found.file != path:
+    name = row["name"]
+    if found is None:
         return [Fault(file, name, "is not there")]
     if (found.dtype, list(found.shape)) != (row["dtype"], row["shape"]):
         return [Fault(file, name, f"is {found.dtype} {list(found.shape)}, not {row['dtype']} {row['shape']}")]
-    if _digest(path, found.begin, found.nbytes) != row["digest"]:
+    if _digest(folder / file, found.begin, found.nbytes) != row["digest"]:
         return [Fault(file, name, "its bytes are not what was written")]
     return []
+
+
+def inside(name: str) -> bool:
+    """Whether a relative name stays in its folder."""
+    return "\0" not in name and not {"", ".", ".."} & set(name.split("/"))
 
 
 def _digest(path: Path, begin: int, size: int) -> str:
@@ -119,30 +131,29 @@ def _receipt(folder: Path) -> dict[str, Any] | None:
     """The receipt with its rows checked, or None if it is not byte for byte what was written."""
     path = folder / RECEIPT
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder; give the folder that `vlmgraft merge --out` wrote")
+        raise CheckpointError(f"{folder}: no such folder; {REMEDY}")
     if not path.is_file():
-        raise CheckpointError(f"{folder}: has no {RECEIPT}; give the folder that `vlmgraft merge --out` wrote")
+        raise CheckpointError(f"{folder}: has no {RECEIPT}; {REMEDY}")
     raw = path.read_bytes()
     try:
         receipt = json.loads(raw)
     except (ValueError, RecursionError):
         return None
     if not isinstance(receipt, dict) or not {"files", "digest"} & receipt.keys():
-        raise CheckpointError(f"{path}: has no digests to check against; merge again with this version")
+        raise CheckpointError(f"{path}: has no digests to check against; make it again with this version")
     if receipt.get("digest") != seal(receipt) or raw != json_text(receipt).encode():
         return None
     try:
         names = [str(row["name"]) for row in receipt["files"]]
         known = all({"size", "digested", "digest"} <= row.keys() for row in receipt["files"])
-        known &= {name for row in receipt["files"] for name in row["tensors"]} == {
-            row["name"] for row in receipt["tensors"]
-        }
+        held = [(row["name"], name) for row in receipt["files"] for name in row["tensors"]]
+        known &= sorted(held) == sorted(_places(receipt))
         known &= all({"name", "dtype", "shape", "digest"} <= row.keys() for row in receipt["tensors"])
     except (AttributeError, KeyError, TypeError):
         known, names = False, []
     for name in names:
-        if Path(name).name != name or name in ("", ".."):
+        if not inside(name):
             raise CheckpointError(f"{path}: names {name!r}; only files of its own folder are read")
     if not known:
-        raise CheckpointError(f"{path}: its rows are not those of a merge; merge again")
+        raise CheckpointError(f"{path}: its rows are not those of a receipt; make it again")
     return receipt

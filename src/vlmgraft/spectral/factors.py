@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,13 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from vlmgraft.checkpoint.digests import RECEIPT, FileReceipt, block_digests, joined, whole_text
+from vlmgraft.checkpoint.reader import as_bytes
+from vlmgraft.checkpoint.receipts import seal_receipt, tensor_file
 from vlmgraft.checkpoint.saving import save_tensors
 from vlmgraft.durable import sweep_files
 from vlmgraft.errors import CheckpointError
-from vlmgraft.records import write_json
+from vlmgraft.records import json_text, write_json
 from vlmgraft.spectral.stack import decompose_stack
 from vlmgraft.spectral.svd import Rank, decompose_matrix
 
@@ -179,12 +182,15 @@ class FactorStore(Mapping[str, Factors]):
             tensors |= {f"{key}_train": tensors[key].bfloat16() for key in ("U", "Vh")}
         header = {"role": factors.role, "energy": repr(factors.energy), "error": repr(factors.error), "digest": digest}
         header["train_copy"] = "yes" if train_copy else "no"
+        written = {key: joined(block_digests(as_bytes(value))) for key, value in tensors.items() if value.numel()}
+        header["digests"] = json.dumps(written)
         path = self.folder / f"{factors.name}{SUFFIX}"
         save_tensors(tensors, path, header)
 
     def reopen(self) -> None:
-        """Take the manifest away: the store is being worked on."""
-        (self.folder / MANIFEST).unlink(missing_ok=True)
+        """Take manifest and receipt away: the store is being worked on."""
+        for name in (MANIFEST, RECEIPT):
+            (self.folder / name).unlink(missing_ok=True)
 
     def sweep(self) -> None:
         """Remove what killed runs left."""
@@ -192,15 +198,24 @@ class FactorStore(Mapping[str, Factors]):
             sweep_files(self.folder)
 
     def finish(self, names: list[str], settings: Mapping[str, Any]) -> None:
-        """Write the manifest of a complete store."""
+        """Write the receipt and, last, the manifest of a complete store."""
         matrices, digests = {}, hashlib.sha256()
+        files: list[FileReceipt] = []
+        tensors: list[dict[str, Any]] = []
         for name in names:
             header = self.header(name)
             if header is None:
                 raise CheckpointError(f"{self.folder}: {name} is missing; run decompose --resume")
             digests.update(f"{name} {header['digest']}\n".encode())
             matrices[name] = {"energy": float(header["energy"]), "error": float(header["error"])}
+            file, rows = tensor_file(
+                self.folder / f"{name}{SUFFIX}", self.folder, json.loads(header.get("digests", "{}"))
+            )
+            files.append(file)
+            tensors += rows
         manifest = {"digest": digests.hexdigest()[:32], **settings, "matrices": matrices}
+        files.append(whole_text(MANIFEST, json_text(manifest)))
+        seal_receipt(self.folder, {"tensors": tensors, "files": [asdict(file) for file in files]})
         write_json(self.folder / MANIFEST, manifest)
 
 
