@@ -1,6 +1,6 @@
-"""What mkdocs does not do by itself: tables made from the code, and links that leave docs/ for the rest of the repository.
+"""What mkdocs does not do by itself: tables made from the code, and links that leave docs/ for other folders.
 
-- `<!-- generate: NAME -->` becomes what the function in `GENERATED` gives; `<!-- include: FILE -->` a file of the repository.
+- `<!-- generate: NAME -->` becomes what the function in `GENERATED` gives, `<!-- include: FILE -->` a file.
 - A link such as `../recipes/x.yaml` works in a checkout. In the site the file is a page of its own under `repository/`:
   Markdown as it is, other text as a code block, the rest as a file.
 """

@@ -1,7 +1,8 @@
-"""The pictures of the documentation, drawn by the report's own code: `python docs/tools/pictures.py` (half a minute).
+"""The pictures of the documentation, drawn by the report's own code: `python docs/tools/pictures.py`, half a minute.
 
-Rows come from benchmarks/results; what is drawn about directions and gates is computed on the embedded trio, with the recipe of
-the tutorial. Every picture is one SVG file that follows the reader's light or dark setting and brings its own background.
+Rows come from benchmarks/results; what is drawn about directions and gates is computed on the embedded trio, with the
+recipe of the tutorial. Every picture is one SVG file that follows the reader's light or dark setting, with its own
+background.
 """
 
 from __future__ import annotations
@@ -40,8 +41,6 @@ def main() -> None:
         work = learned(Path(folder))
         lines("spectrum", spectrum(work / "factors"), Axes("singular directions, largest first", "% of Σ s²"))
         run = read_gates(work / "gates")
-        dots = tuple(Dot(row["step"], row["kl"], "") for row in run.log if row["kl"] > 0)
-        lines("budget", [Series("on the questions learned from", dots)], Axes("step", "KL, nats per token"), tall=240)
         write("gates", heat_map("gates by layer and rank", opened(run.matrices), 560), 560)
 
 

@@ -136,8 +136,8 @@ def compare(
     """Two evaluations on the same items: paired differences (second minus first), McNemar's test, averages.
 
     Args:
-        first, second: folders that `evaluate` wrote; or, with `data` and `out`, models, which are evaluated into
-            `out/first` and `out/second` (a folder that is an evaluation already is taken as it is).
+        first: a folder that `evaluate` wrote; or, with `data` and `out`, a model, which is evaluated into `out/first`.
+        second: the same; evaluated into `out/second`.
         out: where `comparison.json` and `comparison.md` are written; optional for two evaluations.
     Raises:
         DataError: the runs share no scored item, or their items differ.
