@@ -24,6 +24,7 @@ from vlmgraft.checkpoint.receipts import seal_receipt, write_receipt
 from vlmgraft.checkpoint.shards import TensorSpec
 from vlmgraft.checkpoint.writer import Writer
 from vlmgraft.errors import NumericalError, OutputError, RecipeError
+from vlmgraft.merging.stream import fingerprint
 from vlmgraft.publishing import new_folder
 from vlmgraft.recipe.tune import TuneRecipe, dump_tune_recipe, load_tune_recipe, save_tune_recipe
 from vlmgraft.records import read_rows, write_rows, write_text
@@ -46,11 +47,10 @@ class Tuned:
 
 
 def finished(recipe: TuneRecipe, vlm: Checkpoint, out: Path) -> Tuned | None:
-    """What `out` holds, if this very recipe finished it with these weights."""
+    """What `out` holds, if this very recipe finished it from these weights."""
     try:
         receipt = json.loads((out / RECEIPT).read_text(encoding="utf-8"))
-        written = (out / RECEIPT).stat().st_mtime_ns
-        if load_tune_recipe(out / RECIPE) != recipe or any(file.stat().st_mtime_ns > written for file in vlm.files):
+        if load_tune_recipe(out / RECIPE) != recipe or receipt["inputs"] != fingerprint(vlm.files):
             return None
         verdicts = tuple(Verdict(**row) for row in receipt["prior"])
         return Tuned(out, receipt["steps"], receipt["train_loss"], verdicts, tuple(read_rows(out / ROWS)))
@@ -66,7 +66,7 @@ def publish(recipe: TuneRecipe, vlm: Checkpoint, work: Path, tuned: Tuned, proce
             ours = shutil.ignore_patterns("training_args.bin", "README.md")
             shutil.copytree(saved, folder, dirs_exist_ok=True, ignore=ours)
             _add_side_files(recipe, work, tuned, folder)
-            write_receipt(folder, _receipt(recipe, tuned))
+            write_receipt(folder, _receipt(recipe, tuned, vlm))
     else:
         made = open_checkpoint(saved)
         with Writer(out, _specs(vlm, made), SHARD) as writer:
@@ -78,7 +78,7 @@ def publish(recipe: TuneRecipe, vlm: Checkpoint, work: Path, tuned: Tuned, proce
                 shutil.copyfile(saved / "config.json", writer.folder / "config.json")
             _add_side_files(recipe, work, tuned, writer.folder)
             files = [asdict(file) for file in writer.files()]
-            seal_receipt(writer.folder, {**_receipt(recipe, tuned), "tensors": rows, "files": files})
+            seal_receipt(writer.folder, {**_receipt(recipe, tuned, vlm), "tensors": rows, "files": files})
 
 
 def _add_side_files(recipe: TuneRecipe, work: Path, tuned: Tuned, folder: Path) -> None:
@@ -123,13 +123,14 @@ def _write(writer: Writer, vlm: Checkpoint, made: Checkpoint) -> Iterator[dict[s
             yield {"name": name, "dtype": info.dtype, "shape": list(cast.shape), "digest": writer.digest(name)}
 
 
-def _receipt(recipe: TuneRecipe, tuned: Tuned) -> dict[str, Any]:
+def _receipt(recipe: TuneRecipe, tuned: Tuned, vlm: Checkpoint) -> dict[str, Any]:
     import transformers
     import trl
 
     versions = {"vlmgraft": __version__, "torch": torch.__version__}
     versions |= {"transformers": transformers.__version__, "trl": trl.__version__}
-    facts = {"steps": tuned.steps, "train_loss": tuned.loss, "versions": versions}
+    facts: dict[str, Any] = {"steps": tuned.steps, "train_loss": tuned.loss, "versions": versions}
+    facts["inputs"] = fingerprint(vlm.files)
     return {"recipe": dump_tune_recipe(recipe), **facts, "prior": [asdict(verdict) for verdict in tuned.verdicts]}
 
 
