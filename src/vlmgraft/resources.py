@@ -36,7 +36,8 @@ _NUMBER = re.compile(r"\(os error (\d+)\)")
 def cannot_write(path: str | Path, error: OSError) -> OutputError:
     """The error to raise where `path`, or the file that the system names, cannot be written."""
     remedy = REMEDIES.get(error.errno or 0, "name another folder")
-    return OutputError(f"{error.filename or path}: cannot be written ({error.strerror or error}); {remedy}")
+    named = error.filename2 or error.filename or path  # of two, as in a copy, the second is the one that is written
+    return OutputError(f"{os.fsdecode(named)}: cannot be written ({error.strerror or error}); {remedy}")
 
 
 @contextmanager
@@ -49,7 +50,7 @@ def explained(out: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in ONLY_WRITING or _inside(error.filename, Path(out)):
+        if error.errno in ONLY_WRITING or _inside(error.filename2 or error.filename, Path(out)):
             raise cannot_write(out, error) from error
         raise
     except VlmgraftError:

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from vlmgraft.checkpoint.saving import save_tensors
 from vlmgraft.durable import sweep_files
-from vlmgraft.errors import OutputError
 from vlmgraft.hf.questions import Question
+from vlmgraft.resources import cannot_write
 from vlmgraft.training.processes import barrier, process
 
 SAMPLES = 32
@@ -78,7 +78,7 @@ class UnitCache:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_tensors(unit, path)
         except OSError as error:
-            raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another workdir") from error
+            raise cannot_write(path, error) from error
         return unit
 
     def _sweep(self) -> None:
