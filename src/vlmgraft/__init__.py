@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vlmgraft.pipeline import decompose, export, gates, inspect, merge
     from vlmgraft.recipe import load_recipe
     from vlmgraft.report.page import write_report
-    from vlmgraft.studies import Asked, drift, inspect_weights, knockout, ranks, sweep
+    from vlmgraft.studies import Asked, drift, front, inspect_weights, knockout, ranks, sweep
     from vlmgraft.training.drift_callback import DriftCallback
     from vlmgraft.training.prior_delta import load_prior
     from vlmgraft.tuning import tune
@@ -35,6 +35,7 @@ __all__ = [
     "drift",
     "evaluate",
     "export",
+    "front",
     "gates",
     "inspect",
     "inspect_weights",
@@ -58,6 +59,7 @@ _HOME = {
     "load_records": "vlmgraft.evaluation.run_records",
     "Asked": "vlmgraft.studies",
     "drift": "vlmgraft.studies",
+    "front": "vlmgraft.studies",
     "inspect_weights": "vlmgraft.studies",
     "knockout": "vlmgraft.studies",
     "ranks": "vlmgraft.studies",

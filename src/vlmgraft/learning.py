@@ -32,7 +32,7 @@ from vlmgraft.training.cache import questions_digest
 from vlmgraft.training.curvature import curvature_gates, curvature_start, estimate_curvature
 from vlmgraft.training.distill import Distiller
 from vlmgraft.training.processes import barrier, join_group, local_device, process
-from vlmgraft.training.targets import join_targets
+from vlmgraft.training.targets import Targets, join_targets
 
 Progress = Callable[[int, int, str], None]
 Store = FactorStore | JoinedStore
@@ -134,7 +134,7 @@ def gates_for(
     """
     join_group()
     rank = process()[0]
-    wanted = _wanted(recipe, alignments)
+    wanted = wanted_of(recipe, alignments)
     if (out / "gates.json").is_file():
         found = load_gates(out)
         if found.factors == store.digest and found.settings.get("from") == wanted:
@@ -159,7 +159,7 @@ def _drop_state(out: Path) -> None:
     sweep_folders(out, finished=True)
 
 
-def _wanted(recipe: Recipe, alignments: Sequence[Alignment]) -> dict[str, Any]:
+def wanted_of(recipe: Recipe, alignments: Sequence[Alignment]) -> dict[str, Any]:
     """What gates must have been learned from to be used again; JSON values."""
     method: dict[str, Any] = asdict(gated_method(recipe))
     method.pop("gradient_checkpointing", None)  # memory only: the gates are the same
@@ -178,12 +178,28 @@ def _learn(
     recipe: Recipe, alignments: Sequence[Alignment], store: Store, out: Path, progress: Progress | None
 ) -> Gates:
     method = gated_method(recipe)
+    distiller, donor = distiller_for(recipe, alignments, store, out, progress)
+    if isinstance(method, Curvature):
+        found = estimate_curvature(distiller, draws=method.draws, seed=method.seed)
+        return curvature_gates(distiller, method.scale, method.kl_budget, curvature=found)
+    state = out.with_name(out.name + ".state")
+    start: Gates | float = 0.0
+    if method.start == "curvature" and method.kl_budget is not None and not state.is_file():
+        start = curvature_start(distiller, method.scale, method.kl_budget, seed=method.seed)
+    settings = {key: getattr(method, key) for key in SETTINGS}
+    return distiller.learn(method.scale, donor=donor, state=state, start=start, **settings)
+
+
+def distiller_for(
+    recipe: Recipe, alignments: Sequence[Alignment], store: Store, out: Path, progress: Progress | None
+) -> tuple[Distiller, Targets | None]:
+    """The recipe's models and questions, ready to train; with the donors' targets for donor matching."""
+    method = gated_method(recipe)
     learned, held_out, text = read_questions(recipe)
     device = local_device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     vlm = alignments[0].vlm
     curvature = isinstance(method, Curvature) or method.start == "curvature"
-    state = out.with_name(out.name + ".state")
     distiller = Distiller(
         load_vlm(vlm.path, dtype, device),
         load_processor(vlm.path),
@@ -200,18 +216,10 @@ def _learn(
         sharded=process()[1] > 1 and not curvature,
         keep_factors=curvature,
     )
-    if isinstance(method, Curvature):
-        found = estimate_curvature(distiller, draws=method.draws, seed=method.seed)
-        return curvature_gates(distiller, method.scale, method.kl_budget, curvature=found)
-    donor = None
-    if method.inject == "donor":
-        parts = []
-        for alignment, asked in zip(alignments, text, strict=True):
-            path = alignment.donor.path
-            parts.append(distiller.donor_targets(load_text_model(path, dtype, device), load_processor(path), asked))
-        donor = join_targets(parts)
-    start: Gates | float = 0.0
-    if method.start == "curvature" and method.kl_budget is not None and not state.is_file():
-        start = curvature_start(distiller, method.scale, method.kl_budget, seed=method.seed)
-    settings = {key: getattr(method, key) for key in SETTINGS}
-    return distiller.learn(method.scale, donor=donor, state=state, start=start, **settings)
+    if isinstance(method, Curvature) or method.inject != "donor":
+        return distiller, None
+    parts = []
+    for alignment, asked in zip(alignments, text, strict=True):
+        path = alignment.donor.path
+        parts.append(distiller.donor_targets(load_text_model(path, dtype, device), load_processor(path), asked))
+    return distiller, join_targets(parts)

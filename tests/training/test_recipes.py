@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import vlmgraft as vg
 from vlmgraft.errors import AlignmentError, CheckpointError, DataError, RecipeError, VlmgraftError
-from vlmgraft.records import write_rows
+from vlmgraft.records import read_rows, write_rows
 from vlmgraft.spectral.donors import JoinedStore, open_store
 from vlmgraft.spectral.gates import load_gates
 from vlmgraft.training import teacher
@@ -160,7 +160,7 @@ def test_bad_questions_are_named_before_work(trio: Path, image_calibration: Path
     (tmp_path / "broken.png").write_bytes(Path(image).read_bytes()[:80])
     cases: list[tuple[dict[str, Any], str]] = [
         ({"question": "read glyphs now"}, r'line 2: has no "image"; the calibration set must show images'),
-        ({"question": "q", "image": "broken.png"}, r"line 2: image .*broken.png cannot be read"),
+        ({"question": "q", "image": "broken.png"}, r"line 2: image .*broken.png: cannot be read"),
         ({"question": "q", "image": "gone.png"}, r"line 2: image .*gone.png does not exist"),
         ({"question": "sum " * 300, "image": image}, r"question 'sum sum .*the model reads 256; shorten"),
         ({"question": " ", "image": image}, 'line 2: needs a "question"'),
@@ -211,3 +211,28 @@ def test_a_merge_is_one_process(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     refuse(recipe_of(trio, image_calibration), tmp_path, RecipeError, "merge runs in one process: run decompose")
+
+
+@pytest.mark.filterwarnings("ignore:kl_budget is measured")
+def test_a_front_of_budgets_from_one_run_and_after_an_interruption(
+    trio: Path, image_calibration: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_of(trio, image_calibration, granularity="matrix")
+    vg.decompose(recipe, tmp_path / "factors")
+    budgets = [0.005, 0.02, 0.01]
+    points = vg.front(recipe, tmp_path / "factors", tmp_path / "front", budgets)
+    rows = list(read_rows(tmp_path / "front" / "front.jsonl"))
+    assert [row["budget"] for row in rows] == [point.budget for point in points] == sorted(budgets)
+    assert all(0.9 * row["budget"] < row["held_out_kl"] <= row["budget"] for row in rows)
+    assert [row["energy"] for row in rows] == sorted(row["energy"] for row in rows)
+    again = load_gates(tmp_path / "front" / "0.01")
+    assert again.settings["kl_budget"] == 0.01 and again.settings["granularity"] == "matrix"
+    stamps = {b: (tmp_path / "front" / f"{b:g}" / "gates.safetensors").stat().st_mtime_ns for b in budgets}
+    shutil.rmtree(tmp_path / "front" / "0.005")
+    (tmp_path / "front" / "front.jsonl").unlink()
+    repeated = vg.front(recipe, tmp_path / "factors", tmp_path / "front", budgets)
+    for b in (0.01, 0.02):
+        assert (tmp_path / "front" / f"{b:g}" / "gates.safetensors").stat().st_mtime_ns == stamps[b], "made once"
+    assert [point.energy for point in repeated] == pytest.approx([point.energy for point in points])
+    with pytest.raises(RecipeError, match="budget"):
+        vg.front(recipe, tmp_path / "factors", tmp_path / "none", [])

@@ -15,7 +15,7 @@ from vlmgraft.recipe import Recipe
 from vlmgraft.spectral.factors import Factors
 from vlmgraft.spectral.gates import Gates
 from vlmgraft.spectral.svd import rank_for_energy
-from vlmgraft.training.curvature import curvature_gates, estimate_curvature
+from vlmgraft.training.curvature import curvature_gates, curvature_start, estimate_curvature
 from vlmgraft.training.distill import Distiller
 
 Progress = Callable[[int, int, str], None]
@@ -66,7 +66,9 @@ class GateBench:
                 speaker = load_text_model(path, self.model.dtype, self.model.device)
                 self._cache[cached] = distiller.donor_targets(speaker, load_processor(path), text[0])
             donor = self._cache[cached]
-        settings = {field: getattr(method, field) for field in LEARNED}
+        settings: dict[str, Any] = {field: getattr(method, field) for field in LEARNED}
+        if method.start == "curvature" and method.kl_budget is not None:
+            settings["start"] = curvature_start(distiller, method.scale, method.kl_budget, seed=method.seed)
         return distiller.learn(method.scale, donor=donor, **settings), distiller.factors
 
 

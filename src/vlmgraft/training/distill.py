@@ -155,6 +155,19 @@ class Distiller:
         with self.applied(what) as model:
             return targets.mean_kl(model)
 
+    @contextmanager
+    def measuring(self) -> Iterator[Callable[[Mapping[str, Tensor]], float]]:
+        """Inside the context, a function from spectra (λ σ(g) ⊙ s by tensor name) to the drift on the held-out prompts.
+        Factors are put in place once: for many measurements in a row."""
+        targets = self._held_out(None)
+        with self._gated() as layers, torch.no_grad():
+
+            def measure(spectra: Mapping[str, Tensor]) -> float:
+                layers.set(spectra)
+                return targets.mean_kl(self.model)
+
+            yield measure
+
     def learn(
         self,
         scale: float = 1.0,

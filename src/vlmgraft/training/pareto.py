@@ -7,9 +7,11 @@ and all moved by one constant such that the drift is at the new budget before th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+from torch import Tensor
 
 from vlmgraft.errors import RecipeError
 from vlmgraft.spectral.gates import Gates
@@ -42,12 +44,14 @@ def pareto_front(
     first_steps: int = 100,
     steps: int = 50,
     report: Callable[[FrontPoint], None] | None = None,
+    done: Mapping[float, Gates] | None = None,
     **settings: Any,
 ) -> tuple[FrontPoint, ...]:
     """Gates at every budget, by one distiller, from the largest budget to the smallest; given in ascending order.
 
     donor: targets for donor matching, else the energy term. first_steps: of the largest budget; steps: of the others,
-    which start from their neighbour's gates. settings: other fields of `Training`, such as learning_rate and seed.
+    which start from their neighbour's gates. report: called with every new point. done: gates that an earlier run
+    reported, by budget: not made again. settings: other fields of `Training`, such as learning_rate and seed.
     Raises RecipeError when there is no budget, or one is not above 0.
     """
     if not budgets or min(budgets) <= 0:
@@ -55,6 +59,9 @@ def pareto_front(
     points: list[FrontPoint] = []
     inject = "energy" if donor is None else "donor"
     for budget in sorted(set(budgets), reverse=True):
+        if done is not None and budget in done:
+            points.append(_point(budget, done[budget]))
+            continue
         start: Gates | float = moved_to(distiller, within_reach(points[-1].gates), budget) if points else 0.0
         gates = distiller.learn(
             scale,
@@ -65,10 +72,14 @@ def pareto_front(
             steps=steps if points else first_steps,
             **settings,
         )
-        points.append(FrontPoint(budget, gates.settings["held_out_kl"], gates.settings["energy"], gates))
+        points.append(_point(budget, gates))
         if report is not None:
             report(points[-1])
     return tuple(reversed(points))
+
+
+def _point(budget: float, gates: Gates) -> FrontPoint:
+    return FrontPoint(budget, gates.settings["held_out_kl"], gates.settings["energy"], gates)
 
 
 def within_reach(gates: Gates, limit: float = REACH) -> Gates:
@@ -82,12 +93,19 @@ def moved_to(distiller: Distiller, gates: Gates, budget: float) -> Gates:
     The settings' `held_out_kl` and `energy` are those of the moved gates.
     """
 
+    s = {name: distiller.factors[name].s.float().cpu() for name in gates.logits}
+
     def moved(by: float) -> Gates:
         return replace(gates, logits={name: value + by for name, value in gates.logits.items()})
 
-    by, reached = largest_within(lambda shift: distiller.keep_kl(moved(shift)), budget, -SHIFT_LIMIT, SHIFT_LIMIT)
-    result, factors = moved(by), distiller.factors
-    injected = sum(float((result.open(name) * factors[name].s.cpu()).square().sum()) for name in result.logits)
-    whole = sum(float(factors[name].s.square().sum()) for name in result.logits)
+    def spectra(by: float) -> dict[str, Tensor]:
+        now = moved(by)
+        return {name: now.spectrum(name, s[name]) for name in s}
+
+    with distiller.measuring() as measure:
+        by, reached = largest_within(lambda by: measure(spectra(by)), budget, -SHIFT_LIMIT, SHIFT_LIMIT)
+    result = moved(by)
+    injected = sum(float((result.open(name) * s[name]).square().sum()) for name in s)
+    whole = sum(float(values.square().sum()) for values in s.values())
     settings = {**gates.settings, "held_out_kl": reached, "energy": injected / max(whole, 1e-30)}
     return replace(result, settings=settings)
