@@ -34,10 +34,9 @@ _NUMBER = re.compile(r"\(os error (\d+)\)")
 
 
 def cannot_write(path: str | Path, error: OSError) -> OutputError:
-    """The error to raise where `path`, or the file that the system names, cannot be written."""
+    """The error to raise where `path` cannot be written: why, and what to do."""
     remedy = REMEDIES.get(error.errno or 0, "name another folder")
-    named = error.filename2 or error.filename or path  # of two, as in a copy, the second is the one that is written
-    return OutputError(f"{os.fsdecode(named)}: cannot be written ({error.strerror or error}); {remedy}")
+    return OutputError(f"{path}: cannot be written ({error.strerror or error}); {remedy}")
 
 
 @contextmanager
@@ -50,8 +49,9 @@ def explained(out: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in ONLY_WRITING or _inside(error.filename2 or error.filename, Path(out)):
-            raise cannot_write(out, error) from error
+        named = error.filename2 or error.filename  # of two, as in a copy, the second is the one that is written
+        if error.errno in ONLY_WRITING or _inside(named, Path(out)):
+            raise cannot_write(os.fsdecode(named) if isinstance(named, str | bytes) else out, error) from error
         raise
     except VlmgraftError:
         raise

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from jobs import Job, make_jobs
+from jobs import Job, Whole, make_jobs
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +25,9 @@ def small_jobs(
     vg.decompose(recipe, inputs / "factors")
     vg.gates(recipe, inputs / "factors", inputs / "gates")
     return jobs
+
+
+@pytest.fixture(scope="session")
+def whole(small_jobs: dict[str, Callable[[Path], Job]], tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """What the small jobs leave if nothing disturbs them."""
+    return Whole(small_jobs, tmp_path_factory.mktemp("whole"))

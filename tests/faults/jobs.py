@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 import yaml
+from injected import Writes, counted
 from safetensors import safe_open
 
 from vlmgraft.lab.exam import draw_exam
@@ -17,6 +19,12 @@ from vlmgraft.records import write_rows
 
 TIMES = ("receipt.json", "trainer_state.json", "training_args.bin", "rng_state.pth", "optimizer.pt")
 """Files that hold seconds, or paths of the run."""
+
+
+EVERYWHERE = os.environ.get("VLMGRAFT_FAULTS") == "all"
+"""Faults at every write instead of at some: hours."""
+LAST = {"decompose": "factors.json", "sweep": "sweep.recipes.json"}
+"""Folders that are filled under their own name: the file that is written last."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,7 @@ def make_jobs(trio: Path, calibration: Path, inputs: Path) -> dict[str, Callable
     frism = {"name": "frism", "steps": 10, "learning_rate": 0.2, "inject_weight": 0.1, "calibration": asked}
     recipes = {
         "merge": places | {"method": {"name": "task_arithmetic"}, "output": {"shard_size": "400KB"}},
+        "ties": places | {"vlm_base": places["donor_base"], "method": {"name": "ties"}},
         "frism": places | {"method": frism, "layers": "0"},
         "tune": places | {"data": {"train": str(_traces(inputs))}, "train": TRAIN},
     }
@@ -54,6 +63,7 @@ def make_jobs(trio: Path, calibration: Path, inputs: Path) -> dict[str, Callable
     factors, gates = str(inputs / "factors"), str(inputs / "gates")
     return {
         "merge": job("merge", recipe["merge"]),
+        "ties": job("merge", recipe["ties"]),
         "frism": job("merge", recipe["frism"]),
         "decompose": job("decompose", recipe["frism"]),
         "gates": job("gates", recipe["frism"], "--factors", factors, again=()),
@@ -124,6 +134,30 @@ def content(out: Path) -> dict[str, Any]:
 
 def _timeless(row: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if not key.endswith(("seconds", "_per_second", "runtime"))}
+
+
+def unfinished(name: str, out: Path) -> bool:
+    """Whether nothing stands under the final name that could be taken for a result."""
+    return not out.exists() or (name in LAST and not (out / LAST[name]).exists())
+
+
+class Whole:
+    """What every command leaves if nothing disturbs it, and its writes; made when it is first asked for."""
+
+    def __init__(self, jobs: dict[str, Callable[[Path], Job]], folder: Path) -> None:
+        self.jobs, self.folder = jobs, folder
+        self.known: dict[str, tuple[dict[str, Any], list[tuple[str, Path]]]] = {}
+
+    def __call__(self, name: str, run: Callable[..., Any]) -> tuple[dict[str, Any], list[tuple[str, Path]]]:
+        if name not in self.known:
+            place = self.folder / name
+            place.mkdir()
+            job = self.jobs[name](place)
+            with counted(Writes(place)) as writes:
+                ran = run(*job.arguments)
+            assert ran.code == 0, ran.err
+            self.known[name] = (content(job.out), writes.seen)
+        return self.known[name]
 
 
 def inputs_digest(*folders: Path) -> dict[str, tuple[int, bytes]]:

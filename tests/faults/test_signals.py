@@ -15,49 +15,24 @@ from typing import Any
 
 import pytest
 from injected import Writes, at, counted
-from jobs import Job, content
+from jobs import EVERYWHERE, Job, Whole, content, unfinished
 
 from vlmgraft.cli import interrupts
 from vlmgraft.cli.interrupts import how_to_go_on
 
 Jobs = dict[str, Callable[[Path], Job]]
 Run = Callable[..., Any]
-COMPLETE = {"decompose": "factors.json", "sweep": "sweep.recipes.json"}
-"""Folders that are filled under their own name: the file that is written last."""
-
-
-class Whole:
-    """What every command leaves if nobody stops it, and how many writes it takes; made when it is first asked for."""
-
-    def __init__(self, jobs: Jobs, folder: Path) -> None:
-        self.jobs, self.folder, self.known = jobs, folder, {}  # type: ignore[var-annotated]
-
-    def __call__(self, name: str, run: Run) -> tuple[dict[str, Any], int]:
-        if name not in self.known:
-            place = self.folder / name
-            place.mkdir()
-            job = self.jobs[name](place)
-            with counted(Writes(place)) as writes:
-                ran = run(*job.arguments)
-            assert ran.code == 0, ran.err
-            self.known[name] = (content(job.out), len(writes.seen))
-        return self.known[name]
-
-
-@pytest.fixture(scope="session")
-def whole(small_jobs: Jobs, tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    return Whole(small_jobs, tmp_path_factory.mktemp("whole"))
 
 
 def stopped_and_continued(name: str, share: float, number: int, whole: Whole, jobs: Jobs, run: Run, tmp: Path) -> None:
     """Stop a command at a share of its writes, read what it says, do as it says, and compare."""
-    expected, total = whole(name, run)
+    expected, total = whole(name, run)[0], len(whole(name, run)[1])
     job = jobs[name](tmp)
     with counted(at(max(1, round(share * total)), number)(tmp)):
         ran = run(*job.arguments)
     assert ran.code == 130, (ran.code, ran.err)
     assert "Traceback" not in ran.err
-    assert not job.out.exists() or (name in COMPLETE and not (job.out / COMPLETE[name]).exists())
+    assert unfinished(name, job.out)
     (said,) = [line for line in ran.err.splitlines() if line.startswith("vlmgraft: interrupted; ")]
     command = shlex.split(said[said.index(": vlmgraft ") + 2 :])
     assert command[1:] == list(job.resumed())
@@ -77,13 +52,21 @@ def test_stopped_and_continued(
     stopped_and_continued(name, 0.5, number, whole, small_jobs, vlmgraft, tmp_path)
 
 
+PLACES = [
+    *[("frism", share) for share in (0.2, 0.6)],
+    *[(name, 0.6) for name in ("decompose", "gates", "sweep", "tune", "export")],
+]
+if EVERYWHERE:
+    names = ("merge", "frism", "decompose", "gates", "evaluate", "sweep", "tune", "export")
+    PLACES = [(name, number / 20) for name in names for number in range(20)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("share", [0.1, 0.6, 0.9])
-@pytest.mark.parametrize("name", ["merge", "frism", "decompose", "gates", "evaluate", "sweep", "tune", "export"])
+@pytest.mark.parametrize(("name", "share"), PLACES)
 def test_stopped_anywhere_and_continued(
     name: str, share: float, whole: Whole, small_jobs: Jobs, vlmgraft: Run, tmp_path: Path
 ) -> None:
-    number = signal.SIGTERM if share == 0.6 else signal.SIGINT
+    number = signal.SIGTERM if share > 0.5 else signal.SIGINT
     stopped_and_continued(name, share, number, whole, small_jobs, vlmgraft, tmp_path)
 
 

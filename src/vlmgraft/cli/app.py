@@ -102,7 +102,7 @@ def _plain(error: OSError | MemoryError | RuntimeError) -> VlmgraftError:
     if is_memory(error):
         return VlmgraftError(f"out of memory ({str(error)[:200] or 'the system has no more'}); use a smaller setting")
     if isinstance(error, OSError) and error.errno in ONLY_WRITING:
-        return cannot_write("a file", error)
+        return cannot_write(error.filename2 or error.filename or "a file", error)
     if isinstance(error, OSError) and error.filename and error.errno in REMEDIES:
         return InputError(f"{error.filename}: {error.strerror}; {REMEDIES[error.errno]}")
     raise error
