@@ -207,8 +207,12 @@ def test_stages_by_hand_equal_the_merge(merged: tuple[Path, Path], tmp_path: Pat
     whole = load_gates(merged[1] / "gates")
     assert all(torch.equal(learned.logits[name], whole.logits[name]) for name in whole.logits)
     assert float(torch.cat(list(learned.logits.values())).abs().max()) > 0.1, "the gates have moved"
-    with pytest.raises(OutputError, match="exists"):
-        vg.gates(recipe, tmp_path / "factors", tmp_path / "gates")
+    written = (tmp_path / "gates" / "gates.safetensors").stat().st_mtime_ns
+    again = vg.gates(recipe, tmp_path / "factors", tmp_path / "gates")
+    assert all(torch.equal(learned.logits[name], again.logits[name]) for name in whole.logits)
+    assert (tmp_path / "gates" / "gates.safetensors").stat().st_mtime_ns == written, "found finished"
+    with pytest.raises(OutputError, match="another recipe"):
+        vg.gates(recipe, tmp_path / "factors", tmp_path / "gates", overrides=["method.seed=7"])
 
 
 def test_merged_folder_answers_through_auto_classes(merged: tuple[Path, Path]) -> None:

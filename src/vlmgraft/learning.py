@@ -16,7 +16,7 @@ import torch
 from vlmgraft.alignment import Alignment
 from vlmgraft.checkpoint.reader import Reader
 from vlmgraft.durable import sweep_files
-from vlmgraft.errors import RecipeError, WeightsError
+from vlmgraft.errors import OutputError, RecipeError, WeightsError
 from vlmgraft.hf.data import Question, check_lengths, load_questions
 from vlmgraft.hf.models import load_config, load_processor, load_text_model, load_vlm
 from vlmgraft.methods.curvature import Curvature
@@ -125,9 +125,17 @@ def check_factors(recipe: Recipe, alignments: Sequence[Alignment], folder: Path)
 
 
 def gates_for(
-    recipe: Recipe, alignments: Sequence[Alignment], store: Store, out: Path, progress: Progress | None
+    recipe: Recipe,
+    alignments: Sequence[Alignment],
+    store: Store,
+    out: Path,
+    progress: Progress | None,
+    *,
+    replace_others: bool = True,
 ) -> Gates:
     """What `out` holds for this recipe, these questions and factors, or gates learned now and saved there.
+
+    replace_others: in place of gates of another recipe; otherwise OutputError.
 
     Beside `out`, `out.teacher` keeps the teacher's answers and log-probabilities, a batch at a time, and `out.state`
     the training, every few steps: what was interrupted goes on from them. alignments: one per donor.
@@ -141,6 +149,8 @@ def gates_for(
             if rank == 0:
                 _drop_state(out)  # of a run that was killed between the gates and this
             return found
+        if not replace_others:
+            raise OutputError(f"{out}: holds gates of another recipe; name another folder, or remove it first")
     barrier()
     learned = _learn(recipe, alignments, store, out, progress if rank == 0 else None)
     gates = replace(learned, settings={**learned.settings, "from": wanted}, factors=store.digest)

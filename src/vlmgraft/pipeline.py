@@ -243,19 +243,20 @@ def gates(
     overrides: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Gates:
-    """FRISM's second stage on a factor store; writes the gates folder `out`."""
+    """FRISM's second stage on a factor store; writes the gates folder `out`, or finds it finished."""
     from vlmgraft.learning import check_factors, check_questions, gates_for
     from vlmgraft.spectral.donors import open_store
     from vlmgraft.spectral.gates import unfinished
 
     recipe = read_recipe(recipe, overrides)
-    if Path(out).exists() and not unfinished(Path(out)):
+    if Path(out).exists() and not (unfinished(Path(out)) or (Path(out) / "gates.json").is_file()):
         raise OutputError(f"{out}: exists already; name another folder, or remove it first")
     alignments = pairs(recipe)
     check_questions(recipe, alignments)
     with at_work(out, "learning gates", LOWER), locked(factors, shared=True):
         check_factors(recipe, alignments, Path(factors))
-        return gates_for(recipe, alignments, open_store(factors, training=True), Path(out), progress)
+        store = open_store(factors, training=True)
+        return gates_for(recipe, alignments, store, Path(out), progress, replace_others=False)
 
 
 def export(
@@ -273,8 +274,12 @@ def export(
 
     Args:
         source: a merged folder (hub) or a gates folder (lora).
-        out, factors, vlm, rank: of an adapter: the folder to write, the factors of the gates, the VLM it applies to.
-        name, private: of the hub: organisation/name, and whether others can see it.
+        out: folder of the adapter.
+        factors: factors of the gates, for an adapter.
+        vlm: the VLM that the adapter applies to.
+        rank: of the adapter.
+        name: organisation/name on the hub.
+        private: others cannot see it there.
     Raises:
         RecipeError: an argument is missing. CheckpointError, OutputError: as the parts say.
     """

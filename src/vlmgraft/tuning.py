@@ -30,6 +30,7 @@ from vlmgraft.training.prior import PushRule
 from vlmgraft.training.prior_delta import Prior, filtered_prior, make_prior
 from vlmgraft.training.sft import add_tokens, build_trainer, freeze_vision, lora_config, trainer_arguments
 from vlmgraft.training.sft_data import load_traces
+from vlmgraft.training.whole_log import LogWhenSaving, whole_log
 from vlmgraft.tuned import RECIPE, Tuned, finished, publish
 
 LOWER = "lower train.per_device_train_batch_size, or write train.gradient_checkpointing: true, or lora"
@@ -81,10 +82,11 @@ def _tune(recipe: TuneRecipe, vlm: Checkpoint, out: Path, resume: bool) -> Tuned
     trainer = build_trainer(model, processor, train, arguments, validation=validation, drift=drift, lora=lora)
     if whole:
         trainer._load_from_checkpoint = lambda *_, **__: None  # it would look for module names, and find none
+    trainer.add_callback(LogWhenSaving())
     trainer.train(resume_from_checkpoint=checkpoint)
     verdicts = drift.bound.verdicts if drift is not None and drift.bound is not None else ()
-    log = tuple(trainer.state.log_history)
-    tuned = Tuned(out, trainer.state.global_step, log[-1].get("train_loss", float("nan")), verdicts, log)
+    log = whole_log(trainer.state.log_history)
+    tuned = Tuned(out, trainer.state.global_step, log[-1]["train_loss"], verdicts, log)
     _save(trainer, recipe, work / "saved")
     if trainer.is_world_process_zero():
         del trainer, model

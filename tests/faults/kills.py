@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from typing import Any
 
 from jobs import Job, content
 
+from vlmgraft.checkpoint.digests import RECEIPT
+from vlmgraft.checkpoint.verify import verify
 from vlmgraft.errors import CheckpointError
 from vlmgraft.spectral.factors import FactorStore
 
@@ -27,14 +30,17 @@ KILLED = -9
 class Warm:
     """The warm process as a context manager; `run` gives exit code, number of changes and seconds."""
 
+    def __init__(self, *commands: str) -> None:
+        self.commands = commands
+
     def __enter__(self) -> Warm:
-        command = [sys.executable, str(Path(__file__).with_name("warm.py"))]
+        command = [sys.executable, str(Path(__file__).with_name("warm.py")), *self.commands]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         return self
 
     def __exit__(self, *_: object) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        self._process.kill()
         self._process.wait()
 
     def run(self, arguments: tuple[str, ...], folder: Path, **moment: float) -> dict[str, Any]:
@@ -79,6 +85,11 @@ class Victim:
         self.tally.changes, self.seconds = ran["changes"], ran["seconds"]
         self.expected, self.names = content(self.make(whole).out), names(whole)
 
+    @property
+    def kills(self) -> int:
+        """How many there were."""
+        return self.tally.by_call + self.tally.by_time
+
     def chain(self, seed: int, kills: int, resume: bool) -> None:
         """Kill up to `kills` runs in one folder, at moments that `seed` gives, and let the next one finish."""
         folder, rng = self.folder / f"{seed}", random.Random(f"{self.name} {seed}")
@@ -97,6 +108,7 @@ class Victim:
                 self.tally.by_time += 1
             self.look(job)
         self.finish(job, folder, resume)
+        shutil.rmtree(folder)
 
     def look(self, job: Job) -> None:
         """After a kill: the finished output or nothing, and the inputs as they were."""
@@ -122,6 +134,9 @@ class Victim:
         assert found.keys() == self.expected.keys()
         assert [name for name in found if found[name] != self.expected[name]] == []
         assert names(folder) == self.names, "no stray file"
+        if (job.out / RECEIPT).is_file():
+            verified = verify(job.out)
+            assert not verified.faults and not verified.unlisted and verified.tensors
         assert digest(*self.inputs) == self.before
         self.tally.completed += 1
 

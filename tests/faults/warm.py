@@ -29,14 +29,14 @@ IMPORTS = (
     "vlmgraft.measure",
     "vlmgraft.merging",
     "vlmgraft.pipeline",
-    "vlmgraft.tuning",
     "vlmgraft.evaluation.ask",
     "vlmgraft.evaluation.engine",
     "transformers.models.qwen2.modeling_qwen2",
     "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
     "transformers.models.qwen2_5_vl.processing_qwen2_5_vl",
-    "trl.trainer.sft_trainer",
 )
+TRAINER = ("vlmgraft.tuning", "trl.trainer.sft_trainer")
+"""Slow to import: only where `tune` is among the commands."""
 
 
 @contextmanager
@@ -51,7 +51,7 @@ def changes(writes: Writes) -> Iterator[None]:
         def call(path: Any, *args: Any, **options: Any) -> Any:
             if wanted(path, *args, **options):
                 folder = options.get("dir_fd")
-                place = path if folder is None else f"{os.readlink(f'/proc/self/fd/{folder}')}/{os.fsdecode(path)}"
+                place = path if folder is None else f"{Path(f'/proc/self/fd/{folder}').readlink()}/{os.fsdecode(path)}"
                 writes(name, place)
             return real(path, *args, **options)
 
@@ -93,7 +93,7 @@ def run(task: dict[str, Any], report: int) -> None:
             except SystemExit as stop:
                 code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
             atexit._run_exitfuncs()
-    except BaseException:
+    except BaseException:  # noqa: BLE001
         traceback.print_exc()
         code = 70
     os.write(report, str(len(writes.seen)).encode())
@@ -105,7 +105,7 @@ def serve() -> None:
     """One command after the other."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    for name in IMPORTS:
+    for name in IMPORTS + (TRAINER if "tune" in sys.argv else ()):
         __import__(name)
     for line in sys.stdin:
         task, began = json.loads(line), time.monotonic()
