@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vlmgraft.pipeline import decompose, export, gates, inspect, merge
     from vlmgraft.recipe import load_recipe
     from vlmgraft.report.page import write_report
-    from vlmgraft.studies import Asked, drift, front, inspect_weights, knockout, ranks, sweep
+    from vlmgraft.studies import Asked, attention, drift, front, inspect_weights, knockout, ranks, sweep
     from vlmgraft.training.drift_callback import DriftCallback
     from vlmgraft.training.prior_delta import load_prior
     from vlmgraft.tuning import tune
@@ -29,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Asked",
     "DriftCallback",
+    "attention",
     "compare",
     "decompose",
     "demo",
@@ -58,6 +59,7 @@ _HOME = {
     "load_recipe": "vlmgraft.recipe",
     "load_records": "vlmgraft.evaluation.run_records",
     "Asked": "vlmgraft.studies",
+    "attention": "vlmgraft.studies",
     "drift": "vlmgraft.studies",
     "front": "vlmgraft.studies",
     "inspect_weights": "vlmgraft.studies",

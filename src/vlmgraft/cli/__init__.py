@@ -6,7 +6,7 @@ Nothing heavy is imported before a command runs. Exit codes: 0 done, 1 the work 
 One file per group of commands; importing it registers them, here in the order of `--help`.
 """
 
-from vlmgraft.cli import analysis, evaluate, front, lab, merge, report, tune, verify
+from vlmgraft.cli import analysis, attention, evaluate, front, lab, merge, report, tune, verify
 from vlmgraft.cli.app import app, main
 
-__all__ = ["analysis", "app", "evaluate", "front", "lab", "main", "merge", "report", "tune", "verify"]
+__all__ = ["analysis", "app", "attention", "evaluate", "front", "lab", "main", "merge", "report", "tune", "verify"]

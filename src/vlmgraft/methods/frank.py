@@ -4,7 +4,8 @@
     λ_t = w_t‖τ_t‖² / (w_V‖τ_vlm‖² + w_R‖τ‖²)      norms over one decoder layer,  λ_V + λ_R = 1,  w_R = 1 − w_V
 
 w_V of layer l is an exponential c·exp(−b·l), fitted by least squares to the share of attention that text tokens give to
-visual tokens in each layer (`visual_attention`, measured on the VLM; or b itself as `decay`). How it is normalised:
+visual tokens in each layer (`visual_attention`, which `vlmgraft attention VLM --data FILE` measures; or b itself as
+`decay`). How it is normalised:
 
 - `literal`: as the paper words it, over layers: Σ_l w_V = 1. With 28 layers w_V is about 1/28, so that the donor takes
   nearly all of every layer.
@@ -55,8 +56,8 @@ class Frank:
         shares = self.visual_attention
         if self.prior != "none" and self.decay == "fitted" and shares is None:
             raise RecipeError(
-                "method.visual_attention: missing; give the share of attention on visual tokens per layer, or a number "
-                "as method.decay, or prior: none"
+                "method.visual_attention: missing; give the share of attention on visual tokens per layer (`vlmgraft "
+                "attention VLM --data FILE` measures it), or a number as method.decay, or prior: none"
             )
         if shares is not None and (self.decay != "fitted" or self.prior == "none"):
             raise RecipeError("method.visual_attention: not used with a number as decay or prior: none; remove one")

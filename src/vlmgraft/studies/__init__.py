@@ -7,6 +7,7 @@ from vlmgraft.studies.fronts import front
 from vlmgraft.studies.grids import sweep
 from vlmgraft.studies.inspection import Inspection, inspect_weights
 from vlmgraft.studies.layers import knockout
+from vlmgraft.studies.looking import attention
 from vlmgraft.studies.questions import Asked
 
-__all__ = ["Asked", "Inspection", "drift", "front", "inspect_weights", "knockout", "ranks", "sweep"]
+__all__ = ["Asked", "Inspection", "attention", "drift", "front", "inspect_weights", "knockout", "ranks", "sweep"]

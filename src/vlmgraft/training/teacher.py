@@ -67,13 +67,13 @@ def build_targets(
     asked = digest(teacher_digest(*teacher), questions_digest(questions), max_new_tokens, batch_size) if cache else ""
     units = UnitCache(cache, asked)
     answers, lengths = _answers(teacher, questions, max_new_tokens, batch_size, units, progress)
-    placeholders = _placeholders(teacher[0]) | _placeholders(student[0])
-    answers = [_before(placeholders, answer) for answer in answers]
+    stand_ins = placeholders(teacher[0]) | placeholders(student[0])
+    answers = [_before(stand_ins, answer) for answer in answers]
     _check_answers(teacher[0], questions, answers)
     lengths = [prompt + len(answer) for prompt, answer in zip(lengths, answers, strict=True)]
     groups = pack(questions, lengths, batch_size, packing, seed)
     sides = {
-        id(side[0]): _Prompts(side, questions, answers, groups, placeholders, tokens) for side in (teacher, student)
+        id(side[0]): _Prompts(side, questions, answers, groups, stand_ins, tokens) for side in (teacher, student)
     }
     reading, learning = sides[id(teacher[0])], sides[id(student[0])]
 
@@ -82,7 +82,7 @@ def build_targets(
             target = reading.batch(index, replayed=reading is learning).distribution(teacher[0])
         return {"log_p": target.log_p} | ({} if target.ids is None else {"ids": target.ids.int()})
 
-    kind = "targets-" + digest(packing, seed, tokens, TOP_K, FULL_VOCABULARY, sorted(placeholders))[:8]
+    kind = "targets-" + digest(packing, seed, tokens, TOP_K, FULL_VOCABULARY, sorted(stand_ins))[:8]
     made: list[TargetBatch] = []
     for index, unit in enumerate(units.run(kind, len(groups), log_probabilities)):
         ids = unit["ids"].long().cpu() if "ids" in unit else None
@@ -173,7 +173,7 @@ def _check_answers(model: Any, questions: Sequence[Question], answers: Sequence[
     warnings.warn(f"{note}; there is little to learn from them", stacklevel=3)
 
 
-def _placeholders(model: Any) -> set[int]:
+def placeholders(model: Any) -> set[int]:
     """Token ids that stand for images and videos."""
     return {token for key in _PLACEHOLDERS if (token := getattr(model.config, key, None)) is not None}
 
