@@ -1,0 +1,78 @@
+"""The notebooks run from end to end, and what is stored in them is small, tidy and of the cells as they are."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import nbformat
+import pytest
+
+TOOLS = Path(__file__).parents[2] / "docs" / "tools"
+
+
+def tool(name: str) -> ModuleType:
+    """A script of docs/tools."""
+    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+RUN = tool("run_notebooks")
+NOTEBOOKS = RUN.notebooks()
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def kinds(notebook: Any) -> list[Counter[str]]:
+    """Of every code cell, how many outputs there are of each kind."""
+    return [
+        Counter(kind for output in cell.outputs for kind in output.get("data", {output.get("name"): ""}))
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+    ]
+
+
+def test_there_are_three() -> None:
+    assert [path.stem[0] for path in NOTEBOOKS] == ["1", "2", "3"]
+
+
+@each
+def test_the_stored_outputs_are_those_of_the_cells_as_they_are(path: Path) -> None:
+    """Who changes a cell runs the notebook again: `python docs/tools/run_notebooks.py`."""
+    notebook = nbformat.read(path, 4)
+    nbformat.validate(notebook)
+    assert notebook.metadata["vlmgraft"]["cells"] == RUN.sources_digest(notebook)
+    counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+    assert counts == list(range(1, len(counts) + 1))
+    assert sum(kinds(notebook), Counter()).keys() == {"stdout", "image/png", "text/markdown"}
+
+
+@each
+def test_a_notebook_is_small_and_says_nothing_of_the_machine(path: Path) -> None:
+    text = path.read_text()
+    assert len(text) < 250_000
+    assert not any(word in text for word in ("/tmp/", "/home/", "/root/", str(Path.home()), "Traceback", '"stderr"'))
+
+
+@each
+def test_a_notebook_becomes_a_page(path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    markdown, pictures = tool("notebooks").converted(path)
+    notebook = nbformat.read(path, 4)
+    assert markdown.startswith("# ") and markdown.count("```python") == len(kinds(notebook))
+    assert len(pictures) == sum(kinds(notebook), Counter())["image/png"] > 0
+    assert all(content.startswith(b"\x89PNG") and f"({name})" in markdown for name, content in pictures.items())
+
+
+@pytest.mark.slow
+@each
+def test_a_notebook_runs(path: Path, tmp_path: Path) -> None:
+    """Without an error, and with the same kinds of outputs as are stored; figures may differ."""
+    notebook = RUN.executed(path, tmp_path)
+    RUN.tidy(notebook)
+    assert kinds(notebook) == kinds(nbformat.read(path, 4))
