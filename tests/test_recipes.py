@@ -119,11 +119,3 @@ def test_a_replica_has_as_many_weights_as_the_model(name: str) -> None:
     assert replica["known"] and replica["inferred"]
     if replica["parameters"] is not None:
         assert weights_in(replica) == replica["parameters"]
-
-
-def test_the_page_on_papers_links_every_recipe_and_only_files_that_exist() -> None:
-    page = Path(__file__).parents[1] / "docs" / "papers.md"
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", page.read_text()) if not link.startswith("https://")]
-    targets = {(page.parent / link).resolve() for link in links}
-    assert not [target for target in targets if not target.is_file()]
-    assert {path.resolve() for path in RECIPES} <= targets

@@ -23,7 +23,12 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 SHOWN = {".yaml": "yaml", ".py": "python", ".txt": "text", ".toml": "toml", ".sh": "bash"}
 LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
-GENERATED = {"commands": tables.commands, "recipe": tables.recipe, "tune": tables.tune}
+GENERATED = {
+    "commands": tables.commands,
+    "python": tables.python,
+    "recipe": tables.recipe,
+    "tune": tables.tune,
+}
 
 
 def on_files(files: Files, config: Any) -> Files:

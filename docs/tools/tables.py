@@ -9,6 +9,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+SECTIONS = {
+    "pipeline": "From recipes to checkpoints",
+    "recipe": "From recipes to checkpoints",
+    "checkpoint": "From recipes to checkpoints",
+    "measure": "Measuring",
+    "evaluation": "Measuring",
+    "studies": "Looking inside",
+    "report": "Looking inside",
+    "tuning": "Fine-tuning",
+    "training": "Fine-tuning",
+    "lab": "The lab",
+}
+"""Headings of the Python reference, by the first part of a name's home."""
 KINDS = {str: "text", Path: "path", int: "integer", float: "number", bool: "flag"}
 
 
@@ -60,6 +73,17 @@ def _default(one: Any) -> str:
         return "required"
     value = one.default() if callable(one.default) else one.default
     return "" if value in (None, False, (), []) or str(value) == "" else f"`{value}`"
+
+
+def python() -> str:
+    """Every public name, by where it lives, for mkdocstrings."""
+    import vlmgraft
+
+    parts: dict[str, list[str]] = {title: [] for title in (*SECTIONS.values(), "More")}
+    for name in vlmgraft.__all__:
+        home = vlmgraft._HOME.get(name, "vlmgraft.pipeline")
+        parts[SECTIONS.get(home.split(".")[1], "More")].append(f"::: {home}.{name}")
+    return "\n\n".join("\n\n".join([f"## {title}", *names]) for title, names in parts.items() if names)
 
 
 def recipe() -> str:

@@ -1,0 +1,88 @@
+"""Figures, names and lists on the pages are those of the code and of the committed results."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from vlmgraft.alignment.distance import Distance
+from vlmgraft.evaluation.presets import PRESETS
+from vlmgraft.evaluation.run_records import Record
+from vlmgraft.merging.stream import Receipt, TensorReceipt
+from vlmgraft.recipe import json_schema
+from vlmgraft.recipe.tune import TuneRecipe
+from vlmgraft.records import read_rows
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def text(name: str) -> str:
+    return (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
+def test_every_field_of_a_recipe_is_described() -> None:
+    for schema in (json_schema(), TuneRecipe.model_json_schema()):
+        methods = schema["properties"].get("method", {}).get("oneOf", [])[1:]
+        for part in (schema, *methods, *schema["$defs"].values()):
+            for name, field in part.get("properties", {}).items():
+                described = field.get("description") or "const" in field or "$ref" in field
+                assert described, f"{part['title']}.{name}: write what it is below the field"
+
+
+def test_every_preset_is_listed_with_its_home() -> None:
+    page = text("evaluate.md")
+    for name, preset in PRESETS.items():
+        assert f"`{name}`" in page and f"`{preset.source}`" in page, name
+
+
+def test_the_number_of_cases_and_the_speeds_are_the_committed_ones() -> None:
+    page = text("evaluate.md")
+    cases = (ROOT / "tests" / "evaluation" / "cases.jsonl").read_text(encoding="utf-8").splitlines()
+    assert f"holds {len(cases)} outputs" in page
+    measured = json.loads((RESULTS / "evaluate.json").read_text())
+    for size in ("8", "32", "128"):
+        rate, times = measured["items_per_second"][size], measured["times_one_by_one"][size]
+        assert re.search(rf"{rate:.0f} in\s+batches of {size}\b.*?\({times:.1f} ×\)", page, re.DOTALL), size
+    assert measured["times_one_by_one"]["32"] >= 5 and not any(measured["differing_answers"].values())
+
+
+def test_the_script_of_drift_is_ten_lines() -> None:
+    script = re.findall(r"```python\n(.*?)```", text("drift.md"), re.DOTALL)[0]
+    assert len([line for line in script.splitlines() if line.strip()]) <= 10
+
+
+def test_keys_of_files_are_those_that_are_written() -> None:
+    page = text("reference/files.md")
+
+    def listed(after: str) -> list[str]:
+        return re.findall(r"`(\w+)`", re.split(r"\.(?:\s|$)", page.split(after, 1)[1])[0])
+
+    names: Any = lambda cls: [field.name for field in dataclasses.fields(cls)]  # noqa: E731
+    assert listed("Keys of `receipt.json`:") == names(Receipt)
+    assert listed("Keys of one\ntensor:") == names(TensorReceipt)
+    row = page.split("| `inspect --distances --out` | `distances.jsonl` |", 1)[1].splitlines()[0]
+    assert set(names(Distance)) <= set(re.findall(r"`(\w+)`", row))
+    record = text("evaluate.md").split("## What a record says", 1)[1].split("\n## ", 1)[0]
+    told = set(re.findall(r"`(\w+)`", record)) - {"scored", "unscored", "failed"}
+    assert {"state", "cut", "found", "repeated"} <= told & set(names(Record))
+
+
+def test_the_tables_of_the_lab_are_the_rows() -> None:
+    page = text("papers/frism.md")
+    seeds = [list(read_rows(RESULTS / "lab" / f"seed-{seed}.jsonl")) for seed in (0, 1, 2)]
+    for method in ("FRISM, energy term", "FRISM, donor matching", "control: shuffled singular vectors"):
+        above = [next(row for row in rows if row["method"] == method) for rows in seeds]
+        cells = (row["above_task_arithmetic_at_equal_kl"] for row in above)
+        said = (f"{100 * c['mean']:+.1f} [{100 * c['low']:+.1f}, {100 * c['high']:+.1f}]" for c in cells)
+        assert f"| {method} | {' | '.join(said)} |" in page
+    for row in seeds[0]:
+        line = f"| {row['method']} | {row['setting']} |"
+        if line in page:
+            rest = page.split(line, 1)[1].splitlines()[0]
+            drift = f"{row['kl']:.4f}" if row["kl"] else "0"
+            figures = f" {100 * row['reasoning']['mean']:.1f} | {100 * row['perception']['mean']:.1f} | {drift} |"
+            assert rest == figures, line
