@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from safetensors.torch import load_file
 from vlmgraft.checkpoint.index import read_header
 from vlmgraft.checkpoint.reader import TORCH_DTYPES
 from vlmgraft.checkpoint.saving import save_tensors
-from vlmgraft.durable import new_file, sweep_files
+from vlmgraft.durable import new_file, scratch_folder, sweep_files
+from vlmgraft.records import append_row, read_rows
 
 KILLED = """
 import os, signal, sys
@@ -26,6 +28,14 @@ from vlmgraft.durable import new_file
 with new_file(Path(sys.argv[1])) as file:
     file.write(b"half")
     file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+SCRATCH = """
+import os, signal
+from vlmgraft.durable import scratch_folder
+with scratch_folder() as folder:
+    (folder / "inner").mkdir()
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -89,7 +99,7 @@ DTYPES = sorted(
 
 @given(
     shapes=st.dictionaries(
-        st.text("aZ0._/ßµ", min_size=1, max_size=5),
+        st.text("aZ0._ßµ", min_size=1, max_size=5),
         st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 4), max_size=3)),
         max_size=5,
     ),
@@ -106,3 +116,34 @@ def test_the_library_reads_what_we_save(
     assert all(found[name].dtype == one.dtype and found[name].equal(one) for name, one in tensors.items())
     for name, info in read_header(path).items():
         assert info.begin % tensors[name].element_size() == 0, "aligned"
+
+
+def test_scratch_folders_of_killed_processes_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with scratch_folder() as living:
+        (living / "file").touch()
+        done = subprocess.run([sys.executable, "-c", SCRATCH], env=os.environ | {"TMPDIR": str(tmp_path)}, check=False)
+        assert done.returncode == -signal.SIGKILL and len(names(tmp_path)) == 2
+        with scratch_folder() as other:
+            assert set(tmp_path.iterdir()) == {living, other} and names(living) == ["file"]
+    assert names(tmp_path) == []
+
+
+@given(
+    rows=st.lists(st.dictionaries(st.text(max_size=3), st.integers(), max_size=2), max_size=4),
+    cut=st.integers(0, 10_000),
+    flush=st.booleans(),
+)
+def test_a_log_cut_anywhere_goes_on(
+    rows: list[dict[str, int]], cut: int, flush: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "log.jsonl"
+    path.unlink(missing_ok=True)
+    for row in rows:
+        append_row(path, {**row, "long": "x" * 5000})
+    whole = path.read_bytes() if rows else b""
+    path.write_bytes(whole[: cut % (len(whole) + 1)])
+    kept = path.read_bytes().count(b"\n")
+    append_row(path, {"last": 1}, flush=flush)
+    found = list(read_rows(path))
+    assert found == [*({**row, "long": "x" * 5000} for row in rows[:kept]), {"last": 1}]

@@ -7,10 +7,13 @@ can tell what is being written from what a killed process left.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import itertools
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,6 +65,52 @@ def remove_if_dead(stray: Path) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         stray.unlink(missing_ok=True)
     except OSError:
+        pass
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """An empty folder among the system's temporary ones, removed at the end; those that killed processes left, too."""
+    prefix = f"vlmgraft-{os.getuid()}-"
+    with os.scandir(tempfile.gettempdir()) as entries:
+        found = [Path(entry) for entry in entries if entry.name.startswith(prefix)]
+    for folder in found:
+        remove_folder_if_dead(folder)
+    handle = -1
+    while handle < 0 or not os.fstat(handle).st_nlink:
+        if handle >= 0:
+            os.close(handle)  # a sweep came between the folder and its lock
+        folder = Path(tempfile.mkdtemp(prefix=prefix))
+        handle = os.open(folder, os.O_RDONLY)
+        lock_folder(handle, wait=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
+
+
+def lock_folder(handle: int, *, wait: bool) -> None:
+    """Lock an open folder, where its file system knows locks; raises BlockingIOError unless `wait`."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL):
+            raise
+
+
+def remove_folder_if_dead(folder: Path) -> None:
+    """Remove a folder and what is in it, unless its writer lives."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder)
+    except OSError:  # its writer lives, or it is not ours to remove
         pass
     finally:
         os.close(handle)

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
+from vlmgraft.checkpoint.receipts import write_receipt
 from vlmgraft.checkpoint.saving import save_tensors
 from vlmgraft.errors import OutputError, RecipeError
 from vlmgraft.hf.models import ExpertStack, load_config, match_projections
@@ -61,7 +62,7 @@ def export_lora(
     rank: int,
     dtype: torch.dtype = torch.bfloat16,
 ) -> LoraReport:
-    """Write adapter_model.safetensors, adapter_config.json and report.json to the new folder `out`.
+    """Write adapter_model.safetensors, adapter_config.json, report.json and receipt.json to the new folder `out`.
 
     vlm: the folder or hub id that the adapter applies to; only its config is read, to learn the module names.
     Raises RecipeError on a rank below 1, OutputError when `out` exists, CheckpointError when the config cannot be read.
@@ -88,6 +89,7 @@ def export_lora(
         save_tensors(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
         write_json(folder / "adapter_config.json", _config(str(vlm), list(places.values()), rank))
         write_json(folder / "report.json", {"rank": rank, "error": report.error, "errors": errors})
+        write_receipt(folder, {"rank": rank, "error": report.error, "vlm": str(vlm)})
     return report
 
 

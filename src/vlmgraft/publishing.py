@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
-from vlmgraft.durable import flush_folder
+from vlmgraft.durable import flush_folder, lock_folder, remove_folder_if_dead
 from vlmgraft.errors import OutputError, VlmgraftError
 from vlmgraft.resources import cannot_write
 
@@ -106,7 +105,7 @@ class Publication:
             self.folder.mkdir(exist_ok=self.key is not None)
             handle = os.open(self.folder, os.O_RDONLY)
             try:
-                _lock(handle, wait=self.key is None)
+                lock_folder(handle, wait=self.key is None)
             except OSError:
                 os.close(handle)
                 raise
@@ -138,7 +137,7 @@ def sweep_folders(out: Path, *, finished: bool = False) -> None:
         if process.endswith(OLD) and not out.exists():
             folder.rename(out)  # killed between the two steps of `_exchange`
         elif finished or (len(process) < 12 and process.isdigit()):
-            _remove_if_dead(folder, out)
+            remove_folder_if_dead(folder)
 
 
 def flush_tree(folder: Path) -> None:
@@ -159,29 +158,6 @@ def _empty(folder: Path) -> None:
             shutil.rmtree(entry)
         else:
             Path(entry).unlink()
-
-
-def _remove_if_dead(folder: Path, out: Path) -> None:
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder)
-    except OSError:  # its writer lives, or it is not ours to remove
-        pass
-    finally:
-        os.close(handle)
-
-
-def _lock(handle: int, *, wait: bool) -> None:
-    """Lock a folder, where its file system knows locks."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL):
-            raise
 
 
 def _rename(folder: Path, out: Path) -> None:

@@ -1,4 +1,4 @@
-"""`verify`: is a merged folder still what was written?"""
+"""`verify`: is a folder still what was written?"""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from vlmgraft.cli.app import AsJson, Quiet, app, progress_bar
 
 @app.command()
 def verify(
-    folder: Annotated[Path, typer.Argument(help="folder that `merge --out` wrote")],
+    folder: Annotated[Path, typer.Argument(help="folder that merge, tune, decompose or export wrote")],
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check every byte of a merged folder against its receipt; exit code 1 if any differs."""
+    """Check every byte of a folder against its receipt; exit code 1 if any differs."""
     from vlmgraft.checkpoint.verify import verify as run
 
     with progress_bar(quiet) as progress:

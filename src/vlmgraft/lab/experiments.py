@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -24,6 +23,7 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from vlmgraft import pipeline
+from vlmgraft.durable import scratch_folder
 from vlmgraft.errors import CheckpointError, RecipeError
 from vlmgraft.hf.models import load_processor
 from vlmgraft.lab import world
@@ -82,8 +82,8 @@ class Bench:
         places = {"vlm": str(self.trio / "vlm"), "donor": str(self.trio / "donor")}
         method = {"name": "frism", "inject_weight": 0.1}
         recipe = pipeline.read_recipe({**places, "donor_base": str(self.trio / "base"), "method": method})
-        with tempfile.TemporaryDirectory() as folder:
-            store = pipeline.decompose(recipe, Path(folder) / "factors")
+        with scratch_folder() as folder:
+            store = pipeline.decompose(recipe, folder / "factors")
             factors = {name: store[name] for name in store}
         self.comparison = Comparison(
             self.trio, pipeline.pair(recipe), factors, glyphs=glyphs, report=self.report, sizes=self.sizes

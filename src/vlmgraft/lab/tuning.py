@@ -9,7 +9,6 @@ already is not made again.
 from __future__ import annotations
 
 import copy
-import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -22,6 +21,7 @@ import torch
 
 from vlmgraft.alignment import Alignment, align
 from vlmgraft.checkpoint.index import open_checkpoint
+from vlmgraft.durable import scratch_folder
 from vlmgraft.hf.models import match_linears
 from vlmgraft.lab import world
 from vlmgraft.lab.compare import PERCEPTION_SLACK, Comparison, Sizes
@@ -228,11 +228,11 @@ def fine_tune(
     model: Any, processor: Any, traces: Traces, steps: int, learning_rate: float, seed: int, drift: DriftCallback | None
 ) -> None:
     """Train a model in place with the command's own trainer and its defaults, on the CPU, without checkpoints."""
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+    with scratch_folder() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         settings = {"max_steps": steps, "learning_rate": learning_rate, "seed": seed, "save_strategy": "no"}
         quiet = {"disable_tqdm": True, "use_cpu": True, "logging_steps": steps, "per_device_train_batch_size": BATCH}
-        arguments = trainer_arguments(Path(folder), {**settings, **quiet})
+        arguments = trainer_arguments(folder, {**settings, **quiet})
         trainer = build_trainer(model, processor, traces, arguments, drift=drift)
         torch.manual_seed(seed)
         trainer.train()

@@ -217,6 +217,3 @@ class FactorStore(Mapping[str, Factors]):
         files.append(whole_text(MANIFEST, json_text(manifest)))
         seal_receipt(self.folder, {"tensors": tensors, "files": [asdict(file) for file in files]})
         write_json(self.folder / MANIFEST, manifest)
-
-
-save_atomically = save_tensors  # the name that training/run.py knows

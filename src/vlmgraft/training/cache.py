@@ -11,7 +11,6 @@ Under torch.distributed the batches are shared out among the processes, which mu
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vlmgraft.checkpoint.saving import save_tensors
-from vlmgraft.durable import sweep_files
+from vlmgraft.durable import scratch_folder, sweep_files
 from vlmgraft.hf.questions import Question
 from vlmgraft.resources import cannot_write
 from vlmgraft.training.processes import barrier, process
@@ -134,9 +133,9 @@ def _sample(tensor: Tensor) -> bytes:
 
 def _processor_files(processor: Any) -> bytes:
     """Digest of what the processor saves: tokenizer, chat template, image settings."""
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         processor.save_pretrained(folder)
         state = hashlib.sha256()
-        for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
             state.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
     return state.digest()

@@ -15,9 +15,9 @@ from typing import Any, Literal
 import torch
 from safetensors import safe_open
 
+from vlmgraft.checkpoint.saving import save_tensors
 from vlmgraft.errors import NumericalError, RecipeError
 from vlmgraft.hf.data import Progress
-from vlmgraft.spectral.factors import save_atomically
 from vlmgraft.spectral.gates import histogram
 from vlmgraft.training.budget import BudgetControl, FixedWeight, largest_within
 from vlmgraft.training.gate_vector import GateVector, Granularity
@@ -218,7 +218,7 @@ class Run:
         rest = {"step": step, "control": self.control.state(), "log": self.log, "identity": self._known}
         state.parent.mkdir(parents=True, exist_ok=True)
         tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
-        save_atomically(tensors, state, {"state": json.dumps(rest)})
+        save_tensors(tensors, state, {"state": json.dumps(rest)})
 
     @cached_property
     def _known(self) -> dict[str, Any]:
