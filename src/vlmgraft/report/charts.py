@@ -113,9 +113,9 @@ def legend(series: Sequence[Series]) -> str:
     entries = []
     for place, one in enumerate(series):
         data = "".join(f' data-{key}="{escape(value)}"' for key, value in one.data.items())
-        mark = mark(MARKS[place % len(MARKS)], 8, 8, one.name).replace(' tabindex="0"', "")
+        shape = mark(MARKS[place % len(MARKS)], 8, 8, one.name).replace(' tabindex="0"', "")
         entries.append(
-            f'<span class="series s{place % SERIES}"{data}><svg viewBox="0 0 16 16" aria-hidden="true">{mark}</svg>'
+            f'<span class="series s{place % SERIES}"{data}><svg viewBox="0 0 16 16" aria-hidden="true">{shape}</svg>'
             f"{escape(one.name)}</span>"
         )
     return f'<p class="legend">{"".join(entries)}</p>'
