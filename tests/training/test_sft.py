@@ -92,9 +92,22 @@ def test_arguments_are_the_trainers(tmp_path: Path) -> None:
         ({"learning_rat": 1}, r"train\.learning_rat: .*did you mean 'learning_rate'"),
         ({"output_dir": "x"}, r"train\.output_dir: is set by the command"),
         ({"save_strategy": "sometimes"}, "train: .*sometimes"),
+        ({"warmup_ratio": 0.1, "warmup_steps": 5}, "warmup_steps is given too"),
+        ({"warmup_ratio": 1}, r"train\.warmup_ratio: 1 must be"),
+        ({"warmup_ratio": "some"}, r"train\.warmup_ratio: 'some' must be"),
     ):
         with pytest.raises(RecipeError, match=said):
             trainer_arguments(tmp_path, given)
+
+
+def test_fields_are_taken_by_older_and_newer_names(tmp_path: Path) -> None:
+    """Of 200 steps, a tenth is warm-up whether it is called a ratio or not; checkpointing has two names."""
+    common = {"use_cpu": True}
+    ratio, steps = (trainer_arguments(tmp_path, {**common, key: 0.1}) for key in ("warmup_ratio", "warmup_steps"))
+    assert ratio.get_warmup_steps(200) == steps.get_warmup_steps(200) == 20
+    for name in ("activation_checkpointing", "gradient_checkpointing"):
+        found = trainer_arguments(tmp_path, {**common, name: True})
+        assert getattr(found, "activation_checkpointing", None) or getattr(found, "gradient_checkpointing", None)
 
 
 def test_new_tokens_grow_the_vocabulary_on_request_only(model: Any, processor: Any, tmp_path: Path) -> None:

@@ -30,6 +30,11 @@ DEFAULTS: Mapping[str, Any] = {
 }
 """Where the trainer's own defaults do not suit: the paper's released run, nothing cut off, nothing reported."""
 
+NAMES = {"activation_checkpointing": "gradient_checkpointing"}
+NAMES |= {f"{new}_kwargs": f"{old}_kwargs" for new, old in NAMES.items()}
+"""Newer and older name of a field, where versions differ: either is taken, and made the newest that the trainer knows
+(both at once, and our default would undo what the recipe says by the other name)."""
+
 OURS = ("output_dir", "completion_only_loss", "assistant_only_loss", "packing", "padding_free", "dataset_text_field")
 """Fields of the trainer that the command sets itself."""
 
@@ -52,14 +57,25 @@ def trainer_arguments(folder: Path, train: Mapping[str, Any]) -> Any:
 
     from trl import SFTConfig
 
-    given = {"num_train_epochs" if key == "epochs" else key: value for key, value in train.items()}
     names = {field.name for field in dataclasses.fields(SFTConfig)} - set(OURS)
+    short = {"epochs": "num_train_epochs"}
+    for pair in NAMES.items():
+        short |= dict.fromkeys(pair, next(name for name in pair if name in names))
+    given = {short.get(key, key): value for key, value in train.items()}
+    if "warmup_ratio" in given:  # older versions' name of warmup_steps below 1
+        ratio = given.pop("warmup_ratio")
+        if "warmup_steps" in given:
+            raise RecipeError("train.warmup_ratio: warmup_steps is given too; keep one (a ratio below 1, or steps)")
+        if not isinstance(ratio, float | int) or not 0 <= ratio < 1:
+            raise RecipeError(f"train.warmup_ratio: {ratio!r} must be a number from 0 to below 1")
+        given["warmup_steps"] = float(ratio)
     for key in given:
         if key not in names:
             near = difflib.get_close_matches(key, [*names, "epochs"], 1)
             why = "is set by the command" if key in OURS else "is no field of the trainer"
             raise RecipeError(f"train.{key}: {why}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    settings = {**DEFAULTS, "bf16": torch.cuda.is_available(), **given}
+    defaults = {short.get(key, key): value for key, value in DEFAULTS.items()}
+    settings = {**defaults, "bf16": torch.cuda.is_available(), **given}
     try:
         return SFTConfig(output_dir=str(folder), completion_only_loss=True, **settings)
     except (TypeError, ValueError, ImportError) as error:
