@@ -6,9 +6,9 @@ import hashlib
 import json
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from vlmgraft.merging.plan import check_needs, sources_of
 from vlmgraft.methods.base import Method, check_numbers
 from vlmgraft.publishing import refuse_output
 from vlmgraft.records import write_json
+from vlmgraft.spectral.threads import one_core_each
 
 Progress = Callable[[int, int, str], None]
 
@@ -99,8 +100,7 @@ def merge_tensors(
         inputs = Inputs(alignment, {name: stack.enter_context(Reader(one)) for name, one in opened.items()})
         writer = stack.enter_context(Writer(out, specs, shard_size, resume=key, anew=not resume))
         pool = stack.enter_context(ThreadPoolExecutor(threads))
-        if method.granularity == "element":
-            stack.enter_context(_one_core_each())
+        stack.enter_context(one_core_each())  # our threads share the work; torch's own would get in their way
         for _ in range(threads):
             inputs.lanes.put(Lane(opened))
         if hasattr(method, "prepare"):
@@ -156,14 +156,3 @@ def _row(tensor: AlignedTensor, info: TensorInfo, facts: dict[str, Any]) -> Tens
     return TensorReceipt(
         tensor.name, tensor.verdict, tensor.reason, names, dtype=info.dtype, shape=list(info.shape), **facts
     )
-
-
-@contextmanager
-def _one_core_each() -> Iterator[None]:
-    """Our threads share the work; torch's own would get in their way, and dot products would depend on their number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,8 +12,9 @@ import torch
 from vlmgraft.alignment import Alignment
 from vlmgraft.errors import AlignmentError, CheckpointError, OutputError
 from vlmgraft.spectral.delta import TaskVectors
-from vlmgraft.spectral.factors import FactorStore, factorize
+from vlmgraft.spectral.factors import Factors, FactorStore, factorize
 from vlmgraft.spectral.svd import KRYLOV_MAX_RANK, Rank, check_rank
+from vlmgraft.spectral.threads import in_turn, one_core_each, workers_for
 
 Progress = Callable[[int, int, str], None]
 
@@ -32,6 +34,7 @@ def decompose(
     A store that already holds the factors of the same inputs is left alone. resume: go on with a store that an
     interruption left, or whose inputs changed; matrices whose file fits are not computed again. Under `torchrun` every
     process takes its share of the matrices (by cost), and the one that finds the store complete writes the manifest.
+    The bytes do not depend on the number of cores.
 
     Raises OutputError when `out` holds something else and resume is False, AlignmentError when τ is zero everywhere,
     NumericalError naming a tensor that is not finite.
@@ -48,14 +51,21 @@ def decompose(
             )
         # shares are cut from all matrices, not from those still to do: every process then cuts them alike
         shared = _my_share(taus.names, [matrix_cost(taus.shape(name), rank) for name in taus.names])
-        mine = [name for name in shared if name in set(todo)]
+        wanted = set(todo)
+        mine = [name for name in shared if name in wanted]
         if mine:
             store.reopen()
-        for done, name in enumerate(mine):
-            if progress is not None:
-                progress(done, len(mine), name)
-            tau = taus.load(name).to(device)
-            store.save(factorize(tau, name, taus.role(name), rank), digests[name], train_copy=train_copy)
+
+        def factors_of(name: str) -> Factors:
+            return factorize(taus.load(name).to(device), name, taus.role(name), rank)
+
+        largest = max((math.prod(taus.shape(name)) for name in mine), default=0)
+        workers = workers_for(largest) if torch.device(device).type == "cpu" else 1
+        with one_core_each():
+            for done, (name, factors) in enumerate(in_turn(factors_of, mine, workers)):
+                if progress is not None:
+                    progress(done, len(mine), name)
+                store.save(factors, digests[name], train_copy=train_copy)
         if progress is not None:
             progress(len(mine), len(mine), "factors")
         store.sweep()

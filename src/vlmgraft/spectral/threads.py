@@ -1,0 +1,64 @@
+"""One core for each matrix: linear algebra whose bytes do not depend on how many cores there are.
+
+LAPACK's results depend on the number of its threads, in their last digits. So a matrix is decomposed by one thread,
+and the cores share out the matrices: as fast where there are many, and the same bytes everywhere. torch's own threads
+(MKL) are set through torch, numpy's (OpenBLAS) through threadpoolctl.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from threadpoolctl import threadpool_limits
+
+S = TypeVar("S")
+T = TypeVar("T")
+COPIES = 10
+"""Bytes that a decomposition takes, over those of the matrix in float32: float64 copies, Gram matrix, both bases."""
+
+
+@contextmanager
+def one_core_each() -> Iterator[None]:
+    """Inside, torch and numpy use one thread for each call, in every thread of this process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1, user_api="blas"):
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def workers_for(elements: int) -> int:
+    """How many matrices of so many elements to decompose at a time: one per core, as far as half of the free memory
+    goes. The number changes nothing but the time."""
+    pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else 1 << 18
+    fit = pages * os.sysconf("SC_PAGE_SIZE") // 2 // max(1, 4 * COPIES * elements)
+    return max(1, min(torch.get_num_threads(), fit))
+
+
+def in_turn(work: Callable[[S], T], tasks: Iterable[S], workers: int) -> Iterator[tuple[S, T]]:
+    """(task, result) in the order of the tasks, `workers` of them at a time; after an error no further one begins."""
+    if workers == 1:
+        yield from ((task, work(task)) for task in tasks)
+        return
+    waiting: deque[tuple[S, Future[T]]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for task in tasks:
+                waiting.append((task, pool.submit(work, task)))
+                if len(waiting) > workers:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            while waiting:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        finally:
+            for _, future in waiting:
+                future.cancel()
