@@ -48,7 +48,7 @@ def main() -> None:
         victims = [Victim(name, jobs[name], read, Path(scratch) / name, warm) for name in options.commands]
         while (done := sum(victim.kills for victim in victims)) < options.kills:
             for victim in victims:
-                victim.chain(seed, 3, resume=seed % 2 == 0)
+                victim.chain(seed, 5, resume=seed % 2 == 0)
             seed += 1
             print(f"{done} kills, {time.monotonic() - began:.0f} s", flush=True)
         found = {victim.name: asdict(victim.tally) for victim in victims}

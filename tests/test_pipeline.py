@@ -208,7 +208,11 @@ def test_stages_by_hand_equal_the_merge(merged: tuple[Path, Path], tmp_path: Pat
     assert all(torch.equal(learned.logits[name], whole.logits[name]) for name in whole.logits)
     assert float(torch.cat(list(learned.logits.values())).abs().max()) > 0.1, "the gates have moved"
     written = (tmp_path / "gates" / "gates.safetensors").stat().st_mtime_ns
+    for name in ("gates.state", ".gates.state.99999.0.tmp"):  # as a kill after the rename leaves them
+        (tmp_path / name).touch()
+    (tmp_path / ".gates.partial-99999").mkdir()
     again = vg.gates(recipe, tmp_path / "factors", tmp_path / "gates")
+    assert {path.name for path in tmp_path.iterdir()} == {"factors", "gates", "gates.teacher"}
     assert all(torch.equal(learned.logits[name], again.logits[name]) for name in whole.logits)
     assert (tmp_path / "gates" / "gates.safetensors").stat().st_mtime_ns == written, "found finished"
     with pytest.raises(OutputError, match="another recipe"):

@@ -82,7 +82,7 @@ def _tune(recipe: TuneRecipe, vlm: Checkpoint, out: Path, resume: bool) -> Tuned
     trainer = build_trainer(model, processor, train, arguments, validation=validation, drift=drift, lora=lora)
     if whole:
         trainer._load_from_checkpoint = lambda *_, **__: None  # it would look for module names, and find none
-    trainer.add_callback(LogWhenSaving())
+    trainer.add_callback(LogWhenSaving(trainer))
     trainer.train(resume_from_checkpoint=checkpoint)
     verdicts = drift.bound.verdicts if drift is not None and drift.bound is not None else ()
     log = whole_log(trainer.state.log_history)

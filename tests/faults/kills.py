@@ -132,8 +132,10 @@ class Victim:
         assert ran["code"] == 0, said
         found = content(job.out)
         assert found.keys() == self.expected.keys()
-        assert [name for name in found if found[name] != self.expected[name]] == []
-        assert names(folder) == self.names, "no stray file"
+        other = [name for name in found if found[name] != self.expected[name]]
+        assert not other, f"{self.name}, {folder}: {other} are not those of an undisturbed run"
+        stray = names(folder) ^ self.names
+        assert not stray, f"{self.name}, {folder}: {stray}"
         if (job.out / RECEIPT).is_file():
             verified = verify(job.out)
             assert not verified.faults and not verified.unlisted and verified.tensors

@@ -78,6 +78,9 @@ def test_an_interruption_costs_one_batch(
     damaged = stray.with_name("answers-0001.safetensors")
     damaged.write_bytes(damaged.read_bytes()[:50])
     assert same(build(), whole) and not stray.exists()
+    for left in (stray, stray.with_name(".tmpdbQGUc"), stray.with_name(".reading-0000.safetensors.1.2.tmp")):
+        left.write_bytes(b"half")  # also where nothing is left to be written
+    assert same(build(), whole) and not list(stray.parent.glob(".*"))
 
 
 def test_everything_it_depends_on_changes_the_key(
