@@ -60,7 +60,7 @@ class CellLog:
     def add(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Append one measured row, in memory as it will be read again."""
         plain = json.loads(json.dumps(row))
-        append_row(self.path, plain)
+        append_row(self.path, plain, flush=True)
         self.rows.append(plain)
         return plain
 
