@@ -155,3 +155,20 @@ def test_rows_say_their_kind_and_may_come_from_several_files(vlmgraft: Run, trio
     found = json.loads(vlmgraft(*asked, "--out", tmp_path / "k").out)
     assert set(found[0]["tasks"]) == {"reasoning: sum", "perception: colour"}
     assert found[0]["tasks"]["perception: colour"] == 1
+
+
+def test_a_question_and_its_rotations_count_once(trio: Path) -> None:
+    """As an evaluation counts them: right only when all are right."""
+    from dataclasses import replace
+
+    from vlmgraft.analysis.exams import SuiteExam
+    from vlmgraft.hf.models import load_processor, load_vlm
+
+    suite = draw_exam(0, "validation", {"sum": 2, "colour": 2}).suite
+    exam = SuiteExam(suite, load_processor(trio / "vlm"))
+    single = exam(load_vlm(trio / "vlm", "float32"))
+    assert [len(right) for right in single.values()] == [2, 2]
+    turned = [replace(item, group=item.task, pairing="all_right") for item in suite.items]
+    grouped = SuiteExam(replace(suite, items=tuple(turned)), load_processor(trio / "vlm"))
+    found = grouped(load_vlm(trio / "vlm", "float32"))
+    assert found == {task: [all(right)] for task, right in single.items()}

@@ -11,14 +11,16 @@ from vlmgraft.evaluation.ask import ask
 from vlmgraft.evaluation.engine import Sampling, TransformersEngine
 from vlmgraft.evaluation.images import open_image
 from vlmgraft.evaluation.items import Item, Suite, with_suffix
+from vlmgraft.evaluation.run_records import Record
+from vlmgraft.evaluation.summary import units
 from vlmgraft.hf.data import Question
 
 RIGHT = 0.5
-"""An item whose score is partial, as in VQA, counts as right from here on."""
+"""What has a partial score, as in VQA, counts as right from here on."""
 
 
 class SuiteExam:
-    """Greedy answers to a suite, scored item by item by the suite's own metrics; a task is a category of one kind.
+    """Greedy answers to a suite, scored as an evaluation scores them; a task is a category of one kind.
 
     reasoning: the categories or tasks that count as reasoning, all others are perception; None: as the items' `kind`
     says. Items without a reference answer are left out.
@@ -44,7 +46,7 @@ class SuiteExam:
         if faulty is not None:
             raise DataError(f"{suite.name}, item {faulty.id}: {faulty.fault}; an analysis asks every item, so mend it")
         self.suite = Suite(suite.name, items, suite.suffix, suite.max_new_tokens)
-        self.tasks = {item.id: f"{kinds[item.id]}: {item.category or item.task}" for item in items}
+        self.tasks = {item.id: f"{kinds[item.id]}: {_task(item)}" for item in items}
         found = list(dict.fromkeys(self.tasks.values()))
         self.reasoning: Sequence[str] = [task for task in found if task.startswith("reasoning:")]
         self.perception: Sequence[str] = [task for task in found if task.startswith("perception:")]
@@ -58,12 +60,13 @@ class SuiteExam:
         self.label = f"{suite.name}: {len(items)} items, {self.suite.digest}, reasoning {list(reasoning or [])}"
 
     def __call__(self, model: Any) -> Right:
-        """Right or wrong per item, by task."""
+        """Right or wrong by task, per unit that an evaluation's score is the mean of: an item, all rotations of a
+        question together, a problem with its steps."""
         engine = TransformersEngine(model, self.processor, self.sampling)
-        right: dict[str, list[bool]] = {}
+        records: dict[str, list[Record]] = {}
         for record in ask(engine, self.suite, batch_size=self.batch_size):
-            right.setdefault(self.tasks[record.id], []).append((record.score or 0.0) >= RIGHT)
-        return right
+            records.setdefault(self.tasks[record.id], []).append(record)
+        return {task: [score >= RIGHT for score in units(rows).values()] for task, rows in records.items()}
 
     def prompts(self, count: int) -> list[Question]:
         """The first questions as they are asked, without answers."""
@@ -73,6 +76,11 @@ class SuiteExam:
             )
             for item in self.suite.items[:count]
         ]
+
+
+def _task(item: Item) -> str:
+    """The category, or the task where a problem's steps may be of several."""
+    return item.task if item.pairing == "four_way" else item.category or item.task
 
 
 def _kind(item: Item, reasoning: Sequence[str] | None) -> str:
