@@ -229,3 +229,12 @@ def test_the_centre_is_where_the_loss_is() -> None:
     ]
     assert centre(cells, "m", "zero", "reasoning") == pytest.approx((0.1 + 0.6) / 0.4)
     assert centre(cells[:1], "m", "zero", "reasoning") is None
+
+
+def test_only_receipts_of_merges_are_shown(tmp_path: Path, runs: Path) -> None:
+    """Stores of factors, adapters and tuned folders have receipts of another kind."""
+    shutil.copytree(runs, tmp_path / "runs")
+    (tmp_path / "runs" / "factors").mkdir()
+    write_json(tmp_path / "runs" / "factors" / "receipt.json", {"tensors": [{"name": "U"}], "files": [], "digest": ""})
+    assert len(collect([tmp_path / "runs"]).receipts) == len(collect([runs]).receipts) == 1
+    write_report([tmp_path / "runs"], tmp_path / "page.html")

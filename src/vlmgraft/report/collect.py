@@ -135,6 +135,13 @@ def _json_into(place: str) -> Callable[[Collected, Path], None]:
     return read
 
 
+def _receipt(found: Collected, path: Path) -> None:
+    """Of merges; the receipts of stores, adapters and tuned folders say nothing but their bytes."""
+    receipt = json.loads(path.read_text(encoding="utf-8"))
+    if "method" in receipt:
+        found.receipts.append((path.parent, receipt))
+
+
 def _recipe(found: Collected, path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     if text not in [other for _, other in found.recipes]:
@@ -213,7 +220,7 @@ _READERS: Mapping[str, Callable[[Collected, Path], None]] = {
     "distances.jsonl": _rows_into("distances"),
     "spectra.jsonl": _rows_into("spectra"),
     "inspection.json": _json_into("inspections"),
-    "receipt.json": _json_into("receipts"),
+    "receipt.json": _receipt,
     "recipe.yaml": _recipe,
     "gates.json": _gates,
     "answers.jsonl": _rows_into("answers"),
