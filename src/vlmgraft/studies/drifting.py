@@ -32,7 +32,6 @@ def drift(
     """
     asked = load_questions(questions) if isinstance(questions, str | Path) else list(questions)
     own = open_vlm(vlm)
-    options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    targets = build_targets(own, own, asked, **options, progress=progress)
+    targets = build_targets(own, own, asked, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress)
     del own
     return targets.mean_kl(open_vlm(model)[0], replayed=False)
