@@ -9,7 +9,8 @@ import torch
 
 from vlmgraft.errors import RecipeError
 from vlmgraft.training import curvature as module
-from vlmgraft.training.curvature import Curvature, curvature_gates, estimate_curvature, question_gradients
+from vlmgraft.training import direction_scores
+from vlmgraft.training.curvature import Curvature, curvature_gates, estimate_curvature
 from vlmgraft.training.distill import Distiller
 
 
@@ -26,10 +27,10 @@ def test_the_estimate_is_the_squared_gradient_of_every_question(
     distiller: Distiller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Twin: the gradient of one question's loss at a time with respect to a spectrum at zero."""
-    monkeypatch.setattr(module, "draw_tokens", likeliest)
+    monkeypatch.setattr(direction_scores, "draw_tokens", likeliest)
     few = Distiller(distiller.model, distiller.processor, distiller.factors, distiller.questions[:3], max_new_tokens=4)
     found = estimate_curvature(few)
-    monkeypatch.setattr(module, "tapped_scores", question_gradients)
+    monkeypatch.setattr(module, "tapped_scores", direction_scores.question_gradients)
     twin = estimate_curvature(few)
     assert found.tokens == twin.tokens == sum(int(batch.predicts.sum()) for batch in few.targets.batches)
     for name, expected in twin.h.items():
@@ -69,7 +70,7 @@ def test_the_model_is_left_as_it_was(distiller: Distiller, vlm: Any, monkeypatch
     def fail(*args: object) -> torch.Tensor:
         raise RuntimeError("stopped")
 
-    monkeypatch.setattr(module, "draw_tokens", fail)
+    monkeypatch.setattr(direction_scores, "draw_tokens", fail)
     with pytest.raises(RuntimeError, match="stopped"):
         estimate_curvature(distiller)
     assert [parameter.requires_grad for parameter in vlm.parameters()] == flags

@@ -6,9 +6,6 @@ To second order the drift of direction i is ½ λ² c_i² h_i, with the diagonal
 
 x_t is the layer's input, δ_t the gradient at its output of −log p of a token drawn from the teacher at each answer
 position. Scores of different positions are uncorrelated: the square of a question's sum estimates the sum of squares.
-Where experts are fused, which tokens pass a matrix is the model's business: there the score is the gradient of a
-question's loss for a spectrum at zero, which is the same number at the cost of a backward pass per question.
-
 Directions open in the order of h_i / s_i² (drift per injected energy) until the drift reaches a budget: as the diagonal
 predicts it, or as it is measured on held-out prompts.
 
@@ -19,22 +16,21 @@ g = log(cut · s_i²/h_i). They are a start that learned gates can move away fro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 
 from vlmgraft.errors import RecipeError
 from vlmgraft.spectral.factors import Factors
 from vlmgraft.spectral.gates import Gates
+from vlmgraft.training.direction_scores import question_gradients, tapped_scores
 from vlmgraft.training.distill import Distiller
-from vlmgraft.training.gated import gated
 from vlmgraft.training.pareto import within_reach
-from vlmgraft.training.targets import TargetBatch, Targets
+from vlmgraft.training.targets import Targets
 
 BISECTIONS = 14
 START_REACH = 2.0
@@ -106,53 +102,6 @@ def estimate_curvature(distiller: Distiller, *, draws: int = 1, seed: int = 0) -
     return Curvature({name: value / tokens for name, value in h.items()}, tokens)
 
 
-Scored = Callable[[TargetBatch, torch.Generator], Iterator[tuple[str, Tensor]]]
-"""Per tensor, scores [questions, r] of one batch; a tensor may come in several parts."""
-
-
-@contextmanager
-def tapped_scores(distiller: Distiller) -> Iterator[Scored]:
-    """Scores of linear layers, from their inputs and the gradients at their outputs: one backward pass per batch."""
-
-    def scored(batch: TargetBatch, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
-        with _taps(distiller) as taps:
-            _losses(distiller.model, batch, generator).sum().backward()
-        for name, (x, delta) in taps.items():
-            yield name, question_scores(x, delta, distiller.factors[name])
-
-    yield scored
-
-
-@contextmanager
-def question_gradients(distiller: Distiller) -> Iterator[Scored]:
-    """The same scores by automatic differentiation, of any projection: one backward pass per question."""
-    spectra = {
-        name: torch.zeros(factors.s.shape, device=distiller.model.device, requires_grad=True)
-        for name, factors in distiller.factors.items()
-    }
-    s = {name: factors.s.float().to(distiller.model.device) for name, factors in distiller.factors.items()}
-    with gated(distiller.model, distiller.linears, distiller.factors) as layers:
-        layers.set(spectra)
-
-        def scored(batch: TargetBatch, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
-            losses = _losses(distiller.model, batch, generator)
-            rows = batch.predicts.nonzero()[:, 0].to(losses.device)
-            for row in range(len(batch.predicts)):
-                loss = losses[rows == row].sum()
-                for name, slope in zip(
-                    spectra, torch.autograd.grad(loss, [*spectra.values()], retain_graph=True), strict=True
-                ):
-                    yield name, (slope * s[name])[None]
-
-        yield scored
-
-
-def _losses(model: Any, batch: TargetBatch, generator: torch.Generator) -> Float[Tensor, " N"]:
-    """−log p of a token drawn from the model at every answer position."""
-    log_p = batch.logits(model).float().log_softmax(-1)
-    return -log_p.gather(-1, draw_tokens(log_p.detach(), generator)[:, None])[:, 0]
-
-
 def curvature_gates(
     distiller: Distiller,
     scale: float,
@@ -202,52 +151,6 @@ def _cuts(curvature: Curvature, factors: Mapping[str, Factors], soft: bool) -> F
     if not soft or not len(places):
         return values[values.isfinite()].unique()
     return torch.logspace(float(places[0].log10()) - 3, float(places[-1].log10()) + 3, 2**BISECTIONS - 1)
-
-
-def question_scores(
-    x: Float[Tensor, "batch length in"], delta: Float[Tensor, "batch length out"], factors: Factors
-) -> Float[Tensor, "batch r"]:
-    """Σ_t (δ_t · u_i)(x_t · v_i) s_i per question."""
-    inner = x.float() @ factors.Vh.to(x.device).float().mT
-    outer = delta.float() @ factors.U.to(x.device).float()
-    return (inner * outer).sum(1) * factors.s.to(x.device).float()
-
-
-def draw_tokens(log_p: Float[Tensor, "N vocabulary"], generator: torch.Generator) -> Int[Tensor, " N"]:
-    """One token per position from the teacher's distribution."""
-    return torch.multinomial(log_p.exp().cpu(), 1, generator=generator)[:, 0].to(log_p.device)
-
-
-@contextmanager
-def _taps(distiller: Distiller) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Record every gated layer's input and the gradient at its output; hooks and flags are undone on exit."""
-    found: dict[str, tuple[Tensor, Tensor]] = {}
-    flags = [(parameter, parameter.requires_grad) for parameter in distiller.model.parameters()]
-    handles = []
-
-    def tap(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            x = args[0].detach()
-            if not output.requires_grad:
-                output.requires_grad_()  # nothing below needs a gradient: the graph starts here
-
-            def keep(gradient: Tensor) -> None:
-                found[name] = (x, gradient.detach())
-
-            output.register_hook(keep)
-
-        return hook
-
-    try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        handles = [linear.register_forward_hook(tap(name)) for name, linear in distiller.linears.items()]
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
 
 
 def _check_budget(kl_budget: float) -> None:
