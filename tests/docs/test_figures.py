@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +88,33 @@ def test_the_tables_of_the_lab_are_the_rows() -> None:
             drift = f"{row['kl']:.4f}" if row["kl"] else "0"
             figures = f" {100 * row['reasoning']['mean']:.1f} | {100 * row['perception']['mean']:.1f} | {drift} |"
             assert rest == figures, line
+
+
+def test_the_tables_of_drift_are_what_its_command_prints() -> None:
+    files = sorted((RESULTS / "lab").glob("drift-*.jsonl"))
+    command = [sys.executable, str(ROOT / "benchmarks" / "lab_drift.py"), "--summarise", *map(str, files)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    tables = [line for line in said.splitlines() if line.startswith("|")]
+    assert len(tables) > 25 and set(tables) <= set(text("drift.md").splitlines())
+
+
+ESTIMATE = re.compile(r"([-+−]?\d+\.\d) ?\[([-+−]?\d+\.\d), ([-+−]?\d+\.\d)\]")
+
+
+def estimates(written: str) -> set[tuple[float, ...]]:
+    """All "mean [low, high]" of a text."""
+    return {tuple(float(one.replace("−", "-")) for one in found) for found in ESTIMATE.findall(written)}
+
+
+def test_estimates_on_the_pages_about_papers_are_in_the_results() -> None:
+    """Differences may be told the other way round."""
+    known = estimates("\n".join(path.read_text(encoding="utf-8") for path in RESULTS.rglob("*.md")))
+    known |= estimates(text("drift.md"))  # its tables are held against the rows above
+    for seed in (0, 1, 2):
+        for row in read_rows(RESULTS / "lab" / f"seed-{seed}.jsonl"):
+            above = row["above_task_arithmetic_at_equal_kl"]
+            known |= {tuple(round(100 * above[key], 1) for key in ("mean", "low", "high"))} if above else set()
+    known |= {(-mean, -high, -low) for mean, low, high in known}
+    for page in sorted((ROOT / "docs" / "papers").glob("*.md")):
+        told = estimates(page.read_text(encoding="utf-8"))
+        assert told <= known, f"{page.name}: {sorted(told - known)}"
