@@ -1,0 +1,144 @@
+"""Write the tables of docs/scale.md anew: `python docs/tools/scale_tables.py`.
+
+They stand between `<!-- table: NAME -->` and `<!-- end -->`; those of measurements are made of what
+`python benchmarks/scale.py` left in benchmarks/results/scale.json.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from vlmgraft.scale.cost import A100, H100, Device, Stage, Work, stages
+from vlmgraft.scale.models import MODELS, Model
+from vlmgraft.training.memory import Rank
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "scale.md"
+MEASURED = ROOT / "benchmarks" / "results" / "scale.json"
+RANKS: tuple[Rank, ...] = ("full", 1024, 256)
+FRISM = ("decompose", "teacher", "gates", "fold")
+WAYS = (1, 2, 4, 8, 16, 32)
+ROOM = 0.9
+"""Of a GPU's memory: the rest is CUDA's own, the allocator's slack, and communication."""
+
+
+def fill(text: str) -> str:
+    """The page with every table written anew."""
+
+    def written(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{TABLES[match[2]]()}\n<!-- end -->"
+
+    return re.sub(r"(<!-- table: (\w+) -->\n).*?<!-- end -->", written, text, flags=re.DOTALL)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def models() -> str:
+    """Sizes."""
+    rows = [
+        [
+            one.name,
+            f"{one.parameters / 1e9:.2f}",
+            f"{one.merged / 1e9:.2f}",
+            f"{one.active / 1e9:.2f}",
+            f"{2 * one.parameters / 1e9:.1f}",
+            f"{one.directions('full') / 1e6:.2f}",
+            *(f"{6 * one.factors(rank) / 1e9:.0f}" for rank in RANKS),
+        ]
+        for one in MODELS
+    ]
+    header = ["model", "parameters, 10⁹", "merged, 10⁹", "of these a token meets, 10⁹", "checkpoint, GB", "gates, 10⁶"]
+    return table([*header, "factors, GB: full rank", "rank 1024", "rank 256"], rows)
+
+
+def by_stage(rank: Rank) -> str:
+    """Operations, bytes and memory of every stage, and seconds on eight H100."""
+    rows = []
+    for model in MODELS:
+        for one in stages(model, Work(rank=rank, gpus=8)):
+            memory = one.memory / 2**30
+            figures = [f"{one.operations / 1e15:.3g}", f"{one.read / 1e9:.0f}", f"{one.written / 1e9:.3g}"]
+            rows.append(
+                [model.name, one.name, *figures, f"{memory:.1f}" if memory >= 0.1 else "0.04", _time(one.seconds)]
+            )
+    header = ["model", "stage", "operations, 10¹⁵", "reads, GB", "writes, GB", "memory, GiB", "8 × H100, predicted"]
+    return table(header, rows)
+
+
+def needs() -> str:
+    """The smallest number of GPUs of 80 GB that the gates fit on, whether the teacher does, disk and time."""
+    rows = []
+    room = ROOM * H100.memory
+    for model in MODELS:
+        for rank in RANKS:
+            ways, fits = _smallest(model, rank)
+            work = Work(rank=rank, gpus=ways)
+            found = _stages(model, work, H100)
+            teacher, gates = found["teacher"].memory, found["gates"].memory
+            disk = 4 * 2 * model.parameters + 6 * model.factors(rank)
+            times = [sum(_stages(model, work, device)[name].seconds for name in FRISM) for device in (A100, H100)]
+            cells = [
+                f"{disk / 1e9:.0f}",
+                f"{teacher / 2**30:.0f} GiB" + ("" if teacher <= room else ", does not fit 80 GB"),
+                str(ways) if fits else f"more than {ways}",
+                f"{gates / 2**30:.0f}",
+            ]
+            rows.append([model.name, str(rank), *cells, *map(_time, times)])
+    header = ["model", "rank", "disk, GB", "teacher, on each GPU", "GPUs of 80 GB for the gates", "GiB on each"]
+    return table([*header, "decompose to fold, A100", "H100"], rows)
+
+
+def measured() -> str:
+    """Predictions against what was measured."""
+    rows = [
+        [one["what"], _quantity(one["predicted"], one["unit"]), _quantity(one["measured"], one["unit"]),
+         f"{one['predicted'] / one['measured']:.2f}"]
+        for one in json.loads(MEASURED.read_text(encoding="utf-8"))
+    ]  # fmt: skip
+    return table(["what", "predicted", "measured", "ratio"], rows)
+
+
+def _stages(model: Model, work: Work, device: Device) -> dict[str, Stage]:
+    return {one.name: one for one in stages(model, work, device)}
+
+
+def _smallest(model: Model, rank: Rank) -> tuple[int, bool]:
+    """How many GPUs of 80 GB the training of gates takes, and whether so many are enough."""
+    for ways in WAYS:
+        if _stages(model, Work(rank=rank, gpus=ways), H100)["gates"].memory <= ROOM * H100.memory:
+            return ways, True
+    return WAYS[-1], False
+
+
+def _time(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _quantity(value: float, unit: str) -> str:
+    if unit == "operations":
+        return f"{value / 1e9:.3f} · 10⁹"
+    if unit.startswith("bytes"):
+        return f"{value / 1e6:.1f} MB"
+    return f"{value:.2f} s" if unit == "seconds" else f"{value:.2f} ×"
+
+
+TABLES = {
+    "models": models,
+    "stages": lambda: by_stage("full"),
+    "stages256": lambda: by_stage(256),
+    "needs": needs,
+    "measured": measured,
+}
+
+
+if __name__ == "__main__":
+    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
