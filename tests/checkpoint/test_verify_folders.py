@@ -60,7 +60,8 @@ def _traces(home: Path) -> None:
     write_rows(home / "traces.jsonl", rows)
 
 
-KINDS = ["store", "adapter", "tuned", "tuned adapter"]
+TUNED = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("tuned", "tuned adapter")]
+KINDS = ["store", "adapter", *TUNED]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -99,7 +100,7 @@ def test_any_flipped_byte_is_found(kind: str, made: Make, data: st.DataObject) -
     assert {fault.file for fault in found.faults} == {file.relative_to(folder).as_posix()}
 
 
-@pytest.mark.parametrize("kind", ["store", "tuned"])
+@pytest.mark.parametrize("kind", ["store", TUNED[0]])
 def test_missing_cut_and_new_files(kind: str, made: Make, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(made(kind), tmp_path / "copy"))
     weights = sorted(copy.glob("*.safetensors"))[0]
