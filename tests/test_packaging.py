@@ -34,10 +34,6 @@ def test_every_dependency_has_its_row_and_every_row_its_dependency() -> None:
     assert all(len(reason) > 5 for _, _, reason in rows)
 
 
-def test_no_dependency_is_asked_for_twice() -> None:
-    assert not [name for name, places in wanted().items() if "core" in places and len(places) > 1]
-
-
 def test_the_version_is_said_once(vlmgraft: Callable[..., Any]) -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", package.__version__)
     ran = vlmgraft("--version")
