@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,6 +103,27 @@ def test_a_finished_run_is_resumed_without_a_model(whole: Path, questions: Path,
     monkeypatch.setattr(measure, "_engine", lambda *_: pytest.fail("nothing is left to ask"))
     vg.evaluate(trio / "vlm", questions, whole, resume=True, **SMALL)
     assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
+
+
+def test_what_an_interruption_left_is_continued_and_never_thrown_away(
+    whole: Path, questions: Path, trio: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(measure, "_engine", lambda *_: pytest.fail("nothing is left to ask"))
+    for left in (tmp_path / ".out.partial-evaluation", tmp_path / "out"):  # now, and as version 0.1 left it
+        shutil.copytree(whole, left)
+        (left / "summary.json").unlink()
+        (left / ".summary.md.99999.0.tmp").touch()
+        with (left / "records.jsonl").open("a") as file:
+            file.write('{"id": "cut sho')
+        with pytest.raises(OutputError, match=r"--resume|exists"):
+            vg.evaluate(trio / "vlm", questions, tmp_path / "out", **SMALL)
+        vg.evaluate(trio / "vlm", questions, tmp_path / "out", resume=True, **SMALL)
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        found, expected = (
+            {path.name: path.read_bytes() for path in folder.iterdir()} for folder in (tmp_path / "out", whole)
+        )
+        assert found == expected
+        shutil.rmtree(tmp_path / "out")
 
 
 def test_resuming_with_other_settings_or_data_is_refused(
