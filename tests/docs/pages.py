@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-SKIPPED = ("docs/reliability.md",)
 RUN = ("bash", "python", "yaml", "jsonl", "output")
 SHOWN = ("text", "mermaid")
 _FENCE = re.compile(
