@@ -38,7 +38,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_what_it_should(wheel: Path) -> None:
     assert wheel.name == f"vlmgraft-{vlmgraft.__version__}-py3-none-any.whl"
     assert wheel.stat().st_size < 15_000_000
-    names = set(zipfile.ZipFile(wheel).namelist())
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
     info = f"vlmgraft-{vlmgraft.__version__}.dist-info"
     assert {f"{info}/licenses/LICENSE", f"{info}/licenses/NOTICE", "vlmgraft/py.typed"} <= names
     assert {f"vlmgraft/lab/weights/{model}/model.safetensors" for model in ("base", "vlm", "donor")} <= names
@@ -68,7 +69,8 @@ def test_the_wheel_runs_the_demo_outside_the_checkout(wheel: Path, tmp_path: Pat
 def test_the_source_archive_holds_sources_only(tmp_path: Path) -> None:
     code = f"from hatchling.build import build_sdist; print(build_sdist({str(tmp_path)!r}))"
     made = tmp_path / run(sys.executable, "-c", code, cwd=ROOT).strip()
-    names = {name.partition("/")[2] for name in tarfile.open(made).getnames()}
+    with tarfile.open(made) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "LICENSE", "NOTICE", "README.md", "src/vlmgraft/py.typed"} <= names
     assert not [name for name in names if "_cache/" in name or name.endswith((".pyc", ".whl"))]
     assert made.stat().st_size < 15_000_000

@@ -128,7 +128,8 @@ def append_records(path: Path, records: Sequence[Record]) -> None:
 
 
 def load_records(path: str | Path) -> list[Record]:
-    """The records of a file or an evaluation's folder; a last line cut short is dropped. Raises DataError naming file and line."""
+    """The records of a file or an evaluation's folder; a last line cut short is dropped. Raises DataError with file and
+    line."""
     path = Path(path) / RECORDS if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file; it should hold the records of `vlmgraft evaluate`")
