@@ -48,6 +48,21 @@ def test_continued_is_uninterrupted(number: int, threads: int, tmp_path: Path, m
     assert facts_in(tmp_path / "out") == facts_in(tmp_path / "whole")
 
 
+def test_what_a_kill_left_in_the_hidden_folder_is_not_published(tmp_path: Path) -> None:
+    build(tmp_path)
+    with pytest.raises(InterruptedMergeError):
+        merge_tensors(aligned(tmp_path), TaskArithmetic(0.3), tmp_path / "out", progress=stop_after(5), resume=True)
+    (partial,) = tmp_path.glob(".out.partial-*")
+    for name in (".receipt.json.99999.0.tmp", ".tmpAbCdEf", "side-file-of-before.json"):
+        (partial / name).touch()
+    with (partial / ".journal.jsonl").open("a") as journal:
+        journal.write('{"name": "cut sho')
+    merge_tensors(aligned(tmp_path), TaskArithmetic(0.3), tmp_path / "out", resume=True)
+    merge_tensors(aligned(tmp_path), TaskArithmetic(0.3), tmp_path / "whole")
+    found, expected = ({path.name for path in (tmp_path / name).iterdir()} for name in ("out", "whole"))
+    assert found == expected and bytes_in(tmp_path / "out") == bytes_in(tmp_path / "whole")
+
+
 def test_another_method_or_other_weights_start_afresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build(tmp_path)
     with pytest.raises(InterruptedMergeError):
