@@ -143,7 +143,7 @@ def compare(block: pages.Block, said: str) -> None:
     assert match, f"{block}: shown\n{block.text}\nbut true is\n{said}"
     for shown, true in zip(number.findall(block.text), match.groups(), strict=True):
         one, other = float(shown.replace(",", "")), float(true.replace(",", ""))
-        assert abs(one - other) <= max(5.0, 0.1 * abs(one)), f"{block}: {shown} is shown, {true} is true\n{said}"
+        assert abs(one - other) <= max(3.0, 0.05 * abs(one)), f"{block}: {shown} is shown, {true} is true\n{said}"
 
 
 def _plain(said: str) -> str:
