@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -105,11 +106,23 @@ def test_what_stages_share_and_scale_with(model: Model) -> None:
     assert full["merge"].written == full["fold"].written == 2 * model.parameters
     assert low["decompose"].written < full["decompose"].written
     assert full["decompose"].operations == sum(n * matrix_cost((out, inner)) for n, out, inner in model.matrices)
-    assert many["gates"].memory < full["gates"].memory and many["gates"].seconds < full["gates"].seconds
+    assert many["gates"].memory < full["gates"].memory and many["gates"].seconds == full["gates"].seconds
+    assert many["gates"].operations == 8 * full["gates"].operations  # a batch on each GPU
     assert many["teacher"].memory == full["teacher"].memory > 2 * model.parameters
     assert all(slow[name].seconds >= one.seconds for name, one in full.items())
     assert model.active == model.merged or model.shapes.experts
     assert H100.bf16 > A100.bf16
+
+
+@pytest.mark.parametrize("size", ["3b-smallthinker", "7b-r1-distill", "32b-qwq"])
+def test_the_folds_memory_is_that_of_the_plan(size: str) -> None:
+    """The recipes carry the plan that headers of the real names and shapes gave."""
+    text = (ROOT / "recipes" / f"frism-qwen2.5-vl-{size}.yaml").read_text()
+    planned = re.search(r"(\d+) MB of memory \(the fold alone\)", text)
+    assert planned is not None
+    model = BY_NAME[f"Qwen2.5-VL-{size.partition('-')[0].upper()}"]
+    fold = next(one for one in stages(model, Work()) if one.name == "fold")
+    assert fold.memory / 1e6 == pytest.approx(int(planned[1]), rel=0.05)
 
 
 def test_the_measurements_are_near_the_predictions() -> None:

@@ -66,7 +66,13 @@ def by_stage(rank: Rank) -> str:
             memory = one.memory / 2**30
             figures = [f"{one.operations / 1e15:.3g}", f"{one.read / 1e9:.0f}", f"{one.written / 1e9:.3g}"]
             rows.append(
-                [model.name, one.name, *figures, f"{memory:.1f}" if memory >= 0.1 else "0.04", _time(one.seconds)]
+                [
+                    model.name,
+                    one.name,
+                    *figures,
+                    f"{memory:.1f}" if memory >= 1 else f"{memory:.2f}",
+                    _time(one.seconds),
+                ]
             )
     header = ["model", "stage", "operations, 10¹⁵", "reads, GB", "writes, GB", "memory, GiB", "8 × H100, predicted"]
     return table(header, rows)

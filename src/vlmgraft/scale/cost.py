@@ -43,7 +43,7 @@ class Work:
     """What is done. Defaults: FRISM as docs/gpus.md has it.
 
     questions are learned from, `held_out` measured on; `prompt` tokens each, images included, and `answer` tokens; so
-    many steps of `batch` questions; `asked` questions of an evaluation with `said` tokens of answer.
+    many steps of `batch` questions on each GPU; `asked` questions of an evaluation with `said` tokens of answer.
     """
 
     rank: Rank = "full"
@@ -142,7 +142,8 @@ def stages(model: Model, work: Work, device: Device = H100, *, rate: float = ASS
     weights, merged = 2.0 * model.parameters, 2.0 * model.merged
     factors, gates = model.factors(work.rank), model.directions(work.rank)
     stored = (4 + 2) * factors + 4.0 * gates
-    whole = max(out * inner for _, out, inner in model.matrices)
+    whole = max(out * inner for _, out, inner in model.matrices)  # two threads hold four such matrices each in the fold
+    decomposing = max(decomposition_memory(out, inner) for _, out, inner in model.matrices)
     operations = sum(count * matrix_cost((out, inner), work.rank) for count, out, inner in model.matrices)
     asked = work.questions + work.held_out
     answered, answer_seconds = answering(model, device, asked, work.prompt, work.answer, work.batch)
@@ -166,15 +167,15 @@ def stages(model: Model, work: Work, device: Device = H100, *, rate: float = ASS
     return [
         Stage("merge", 3.0 * model.merged, weights + 2 * merged, weights, 40e6, (2 * weights + 2 * merged) / rate),
         Stage(
-            "decompose", operations, 2 * merged, stored, 0.0,
+            "decompose", operations, 2 * merged, stored, decomposing,
             operations / (device.double * device.eigen) / work.gpus + (2 * merged + stored) / rate,
         ),
         Stage(
             "teacher", answered + again, weights, cached, weights + kv * work.batch * length,
             (answer_seconds + again / products) / work.gpus,
         ),
-        Stage("gates", work.steps * step, weights + 2 * factors, 4.0 * gates, training.total,
-              work.steps * step / products / work.gpus),
+        Stage("gates", work.gpus * work.steps * step, weights + 2 * factors, 4.0 * gates, training.total,
+              work.steps * step / products),
         Stage("fold", folding, weights + 4 * factors, weights, 64.0 * whole, (2 * weights + 4 * factors) / rate),
         Stage("evaluate", said, weights, 0.0, weights + kv * 32 * (work.prompt + work.said), said_seconds / work.gpus),
     ]  # fmt: skip
