@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from vlmgraft import publishing
+from vlmgraft.durable import new_file
 from vlmgraft.errors import NumericalError, OutputError
 from vlmgraft.publishing import Publication, new_folder, sweep_folders
 
@@ -19,6 +21,7 @@ CHILD = """
 import os, signal, sys
 from pathlib import Path
 from vlmgraft import publishing
+from vlmgraft.durable import new_file
 out, key, replace, steps = Path(sys.argv[1]), sys.argv[2] or None, sys.argv[3] == "replace", int(sys.argv[4])
 done = [0]
 def counted(owner, name):
@@ -145,6 +148,20 @@ def test_everything_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatc
         hidden = made.name
     assert sorted(flushed[:4]) == sorted((name, False) for name in ("file", "inner", "side", hidden))
     assert flushed[4:] == [(tmp_path.name, True)]
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything is written as ever; what may be another's is not removed."""
+    assert killed(tmp_path / "out", steps=3)
+
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with new_folder(tmp_path / "out") as made, new_file(made / "file") as file:
+        file.write(b"x")
+    (stray,) = (name for name in names(tmp_path) if name != "out")
+    assert names(tmp_path / "out") == ["file"] and stray.startswith(".out.partial-")
 
 
 def test_a_disk_that_fails_keeps_what_can_be_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,7 +84,7 @@ def scratch_folder() -> Iterator[Path]:
             os.close(handle)  # a sweep came between the folder and its lock
         folder = Path(tempfile.mkdtemp(prefix=prefix))
         handle = os.open(folder, os.O_RDONLY)
-        lock_folder(handle, wait=True)
+        lock(handle, wait=True)
     try:
         yield folder
     finally:
@@ -92,8 +92,8 @@ def scratch_folder() -> Iterator[Path]:
         os.close(handle)
 
 
-def lock_folder(handle: int, *, wait: bool) -> None:
-    """Lock an open folder, where its file system knows locks; raises BlockingIOError unless `wait`."""
+def lock(handle: int, *, wait: bool) -> None:
+    """Lock an open file or folder, where its file system knows locks; raises BlockingIOError unless `wait`."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
@@ -129,7 +129,7 @@ def _locked(temporary: Path) -> BinaryIO:
     """A new file with a lock on it; made again if a sweep came between the two."""
     while True:
         file = temporary.open("wb")
-        fcntl.flock(file, fcntl.LOCK_EX)
+        lock(file.fileno(), wait=True)
         if os.fstat(file.fileno()).st_nlink:
             return file
         file.close()

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
-from vlmgraft.durable import flush_folder, lock_folder, remove_folder_if_dead
+from vlmgraft.durable import flush_folder, lock, remove_folder_if_dead
 from vlmgraft.errors import OutputError, VlmgraftError
 from vlmgraft.resources import cannot_write
 
@@ -105,7 +105,7 @@ class Publication:
             self.folder.mkdir(exist_ok=self.key is not None)
             handle = os.open(self.folder, os.O_RDONLY)
             try:
-                lock_folder(handle, wait=self.key is None)
+                lock(handle, wait=self.key is None)
             except OSError:
                 os.close(handle)
                 raise
