@@ -109,7 +109,7 @@ def test_what_an_interruption_left_is_continued_and_never_thrown_away(
     whole: Path, questions: Path, trio: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(measure, "_engine", lambda *_: pytest.fail("nothing is left to ask"))
-    for left in (tmp_path / ".out.partial-evaluation", tmp_path / "out"):  # now, and as version 0.1 left it
+    for left in (tmp_path / ".out.partial-evaluation", tmp_path / "out"):  # now, and as an earlier version left it
         shutil.copytree(whole, left)
         (left / "summary.json").unlink()
         (left / ".summary.md.99999.0.tmp").touch()

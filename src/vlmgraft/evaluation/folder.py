@@ -34,7 +34,7 @@ def opened(out: Path, settings: dict[str, Any], resume: bool, model: str | Path)
             _check_settings(out, settings)
             yield out
             return
-        if (out / RUN).is_file() and not hidden.exists():  # an interruption of version 0.1 left it there
+        if (out / RUN).is_file() and not hidden.exists():  # an interruption of an earlier version left it there
             out.rename(hidden)
         elif any(out.iterdir()):
             raise OutputError(
