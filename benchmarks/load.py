@@ -110,9 +110,9 @@ class Watch:
         gc.collect()
         self.start, self.memory, self.opened, self.threads, self.every, self.calls = private(), 0, 0, 0, every, 0
 
-    def __call__(self, *_: Any) -> None:
+    def __call__(self, *told: Any) -> None:
         self.calls += 1
-        if self.calls % self.every == 0:
+        if not told or self.calls % self.every == 0:
             self.memory = max(self.memory, private() - self.start)
             self.opened = max(self.opened, descriptors())
             self.threads = max(self.threads, threading.active_count())
@@ -126,7 +126,7 @@ def experts(folder: Path, layers: int, fused: bool) -> dict[str, Any]:
     from vlmgraft.methods import METHODS
 
     method, count = METHODS["task_arithmetic"](), make_trio(folder, layers, 128, fused=fused)
-    watch, times = Watch(500), [time.perf_counter()]
+    watch, times = Watch(50 if fused else 500), [time.perf_counter()]
     alignment = align(*(open_checkpoint(folder / key) for key in KEYS))
     plan_merge(alignment, method)
     times.append(time.perf_counter())
@@ -228,7 +228,7 @@ def merges(folder: Path, times: int) -> dict[str, Any]:
     import vlmgraft as vg
     from vlmgraft.lab import trio_path
 
-    trio, names = trio_path(), ("task_arithmetic", "linear", "layer_swap", "spectral")
+    trio, names = trio_path(), ("task_arithmetic", "linear", "spectral")
     places = {"vlm": str(trio / "vlm"), "donor": str(trio / "donor"), "donor_base": str(trio / "base")}
     return repeated(
         lambda n: vg.merge(places | {"method": {"name": names[n % len(names)]}}, folder / str(n)),
@@ -266,7 +266,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small")
     parser.add_argument("--only", nargs="*", choices=CHILDREN, help="some of them")
-    parser.add_argument("--out", type=Path, help="a JSON file")
+    parser.add_argument("--out", type=Path, help="a JSON file; rows of other kinds in it stay")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -281,7 +281,10 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
     about = {"command": " ".join(["python", *sys.argv]), "python": platform.python_version(), "cores": os.cpu_count()}
     if options.out:
-        options.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+        made = {row["what"] for row in rows}
+        before = json.loads(options.out.read_text())["rows"] if options.out.is_file() else []
+        kept = [row for row in before if row["what"] not in made]
+        options.out.write_text(json.dumps({"about": about, "rows": kept + rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

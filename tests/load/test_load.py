@@ -203,15 +203,15 @@ def grown(run: Callable[[int], object], warm: int, times: int) -> dict[str, int]
 @pytest.mark.slow
 def test_a_hundred_merges_leave_nothing(trio: Path, tmp_path: Path) -> None:
     places = {"vlm": str(trio / "vlm"), "donor": str(trio / "donor"), "donor_base": str(trio / "base")}
-    names = ("task_arithmetic", "linear", "layer_swap")
-    made = grown(lambda n: vg.merge(places | {"method": {"name": names[n % 3]}}, tmp_path / str(n)), 10, 90)
+    names = ("task_arithmetic", "linear")
+    made = grown(lambda n: vg.merge(places | {"method": {"name": names[n % 2]}}, tmp_path / str(n)), 10, 90)
     assert made["open"] == 0 and made["threads"] == 0
     assert made["bytes"] < 30e6, made
 
 
 @pytest.mark.slow
 def test_sweeps_leave_nothing(trio: Path, tmp_path: Path) -> None:
-    """Twenty sweeps; `benchmarks/load.py` makes a hundred."""
+    """A dozen sweeps; `benchmarks/load.py` makes a hundred."""
     from vlmgraft.studies import Asked
 
     places = {"vlm": str(trio / "vlm"), "donor": str(trio / "donor"), "donor_base": str(trio / "base")}
