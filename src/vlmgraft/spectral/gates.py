@@ -80,7 +80,7 @@ def load_gates(folder: str | Path) -> Gates:
 
 
 def unfinished(folder: Path) -> bool:
-    """Whether `folder` holds gates without their settings, as an earlier version left them when killed, and nothing else."""
+    """Whether `folder` holds gates without their settings, as kills left them in an earlier version, and no more."""
     return folder.is_dir() and not (folder / "gates.json").exists() and all(map(_ours, folder.iterdir()))
 
 
