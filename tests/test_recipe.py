@@ -139,7 +139,7 @@ def test_a_saved_recipe_writes_every_option(tmp_path: Path) -> None:
         "rule": "truncate",
         "calibration": {"data": "q.jsonl", "samples": 512},
     }
-    assert written["modules"] == ["all"] and written["output"] == {"shard_size": "5GB"}
+    assert written["modules"] == ["all"] and written["output"] == {"shard_size": "5GB", "overflow": "refuse"}
 
 
 def test_a_recipe_without_a_method_serves_inspection() -> None:

@@ -13,7 +13,8 @@ import yaml
 
 from vlmgraft import __version__
 from vlmgraft.alignment import AlignedTensor, Alignment
-from vlmgraft.errors import InputError, OutputError
+from vlmgraft.checkpoint.files import inside
+from vlmgraft.errors import CheckpointError, InputError, OutputError
 from vlmgraft.records import write_text
 
 SIDE_SUFFIXES = (".json", ".txt", ".jinja", ".model", ".py", ".tiktoken")
@@ -23,9 +24,23 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 def side_files(folder: Path) -> tuple[Path, ...]:
     """The files of a VLM's folder that a merged one takes over unchanged: config, generation config, tokenizer,
-    processor, chat template, remote code. Weights, training state, the card and the receipt are not among them."""
-    found = (path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith("."))
-    return tuple(path for path in found if path.suffix in SIDE_SUFFIXES and path.name not in NOT_SIDE)
+    processor, chat template, remote code. Weights, training state, the card and the receipt are not among them.
+
+    Raises:
+        CheckpointError: one is a link out of the folder (and its repository in the hub's cache), whose target would be
+            copied and published, or its name cannot be printed.
+    """
+    named = (path for path in sorted(folder.iterdir()) if path.suffix in SIDE_SUFFIXES and path.name not in NOT_SIDE)
+    found = tuple(path for path in named if path.is_file() and not path.name.startswith("."))
+    for path in found:
+        if not inside(path, folder):
+            raise CheckpointError(
+                f"{path}: is a link to {path.resolve()}, outside its folder, and would be copied into the output; "
+                "put the file itself there, or remove the link"
+            )
+        if not path.name.isprintable():
+            raise CheckpointError(f"{folder}: holds a file named {path.name!r}, which would be copied; rename it")
+    return found
 
 
 def model_card(recipe: Mapping[str, Any], alignment: Alignment, figures: Iterable[str] = ()) -> str:

@@ -168,6 +168,7 @@ def merge(
                 progress=progress,
                 fill=lambda folder: _add_side_files(folder, recipe, alignment),
                 resume=resume,
+                clamp=recipe.output.overflow == "clamp",
             )
         except InputError as error:
             if workdir is None and not isinstance(error, OutputError):  # with more room the next run goes on

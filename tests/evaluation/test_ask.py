@@ -103,7 +103,7 @@ def pictures(tmp_path: Path) -> dict[str, Path]:
         ("cut", "corrupt"),
         ("text", "corrupt"),
         ("nothing", "corrupt"),
-        ("folder", "corrupt"),
+        ("folder", "a folder"),
         ("bomb", "enormous"),
         ("large", "enormous"),
     ],

@@ -34,7 +34,7 @@ def test_experts_go_in_batches_that_fit_the_workspace(monkeypatch: pytest.Monkey
     tau, sizes = draw(7, 6, 4), []
     whole, before = decompose_stack(tau), module._batch
     monkeypatch.setattr(module, "WORKSPACE", 2 * 8 * (6 * 4 + 3 * 16))
-    monkeypatch.setattr(module, "_batch", lambda piece: sizes.append(len(piece)) or before(piece))
+    monkeypatch.setattr(module, "_batch", lambda piece, name: sizes.append(len(piece)) or before(piece, name))
     found = decompose_stack(tau)
     assert sizes == [2, 2, 2, 1] and torch.allclose(found.s, whole.s, atol=1e-6)
 

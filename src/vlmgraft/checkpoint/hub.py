@@ -32,7 +32,7 @@ def split_id(source: str) -> tuple[str, str | None]:
         CheckpointError: neither a folder that exists nor the form of a hub id.
     """
     name, _, revision = source.partition("@")
-    if not _HUB_ID.fullmatch(name):
+    if not _HUB_ID.fullmatch(name) or len(name) > 200:
         raise CheckpointError(
             f"{source}: no such folder, and not a hub id (organisation/name or organisation/name@revision)"
         )
@@ -111,7 +111,9 @@ def _explained(source: str) -> Iterator[None]:
         raise CheckpointError(f"{source}: no such folder, and not a hub id ({error})") from None
     except (OSError, *errors.HfHubHTTPError.__bases__) as error:  # the HTTP client's own base, whichever it is
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{source}: no such folder, and it cannot be downloaded ({first})") from None
+        raise CheckpointError(
+            f"{source}: no such folder, and it cannot be downloaded ({first}); give a folder that exists"
+        ) from None
 
 
 def _no_safetensors(source: str) -> str:

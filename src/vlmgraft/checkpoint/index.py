@@ -44,8 +44,8 @@ LARGEST = 1 << 63
 """Sizes and offsets are below: what a file can have."""
 MAX_LAYERS = 10_000
 """Decoder layers, vision layers or experts that a config may speak of."""
-LONGEST_NAME = 500
-"""Characters of a tensor's name."""
+LONGEST_NAME = 200
+"""Bytes of a tensor's name: a file of factors is called after it."""
 _AGAIN = "its header lies: download it again, or write it anew with safetensors"
 
 
@@ -91,7 +91,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
             its content; an index that names an absent tensor or a file outside the folder; an unknown dtype.
     """
     folder = Path(source)
-    if not folder.is_dir():
+    if not is_folder(source):
         if folder.exists():
             raise CheckpointError(f"{folder}: is a file; give the folder that holds config.json and the weights")
         if isinstance(source, Path):
@@ -114,10 +114,22 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
             raise CheckpointError(f"{folder}: has more than {MAX_TENSORS:,} tensors; no model that is merged here has")
     for name, shard in weight_map.items():
         if name not in found:
-            raise CheckpointError(f"{folder / INDEX}: says that {name} is in {shard}, which does not have it")
+            raise CheckpointError(
+                f"{folder / INDEX}: says that {name} is in {shard}, which does not have it; download both again"
+            )
     if not found:
         raise CheckpointError(f"{folder}: its safetensors hold no tensor")
     return Checkpoint(folder, found, files, read_config(folder))
+
+
+def is_folder(source: str | Path) -> bool:
+    """Whether a model is given as a folder that exists; raises CheckpointError where no file can be called so."""
+    try:
+        return Path(source).is_dir()
+    except OSError as error:
+        raise CheckpointError(
+            f"{source!s:.120}: cannot be a folder ({error.strerror}); give a folder or hub id"
+        ) from None
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
@@ -152,8 +164,8 @@ def _raw_header(file: Path) -> tuple[dict[str, Any], int, int]:
             length = int.from_bytes(handle.read(8), "little")
             if size < 8 or length > min(size - 8, MAX_HEADER):
                 raise CheckpointError(
-                    f"{file}: {size} bytes with a header of {length}: truncated, or not a safetensors file "
-                    "(a git-lfs pointer is such a file; fetch the real one)"
+                    f"{file}: {size} bytes with a header of {length}: truncated, or not a safetensors file (a git-lfs "
+                    "pointer is such a file); download the real one"
                 )
             text = handle.read(length)
     except OSError as error:
@@ -161,11 +173,19 @@ def _raw_header(file: Path) -> tuple[dict[str, Any], int, int]:
     return parse_json(text, f"{file}: its header"), 8 + length, size
 
 
+def _is_name(name: str) -> bool:
+    """Whether a tensor's name can be printed, and be a file's name that leads nowhere else."""
+    return (
+        0 < len(name.encode("utf-8", "replace")) <= LONGEST_NAME and name.isprintable() and not set(name) & set("/\\")
+    )
+
+
 def _entry(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
     """One tensor of a header; its length must be what dtype and shape say, its name fit to be printed."""
-    if not 0 < len(name) <= LONGEST_NAME or not name.isprintable():
+    if not _is_name(name):
         raise CheckpointError(
-            f"{file}: a tensor's name is {name!r:.120}; rename it to 1 to {LONGEST_NAME} printable characters"
+            f"{file}: a tensor's name is {name!r:.120}; rename it to 1 to {LONGEST_NAME} printable characters without "
+            "slashes"
         )
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from vlmgraft.errors import DataError
+from vlmgraft.hf.questions import json_lines
 
 Row = Mapping[str, Any]
+LARGEST_JSON = 1 << 30
 READABLE = ".jsonl, .json, .parquet, a folder of parquet files or one that `datasets` saved, or a data set's id"
 
 
@@ -27,7 +29,9 @@ def read_rows(
     if path.suffix in (".jsonl", ".json") and (path.is_file() or not _could_be_id(str(source))):
         if not path.is_file():
             raise DataError(f"{path}: no such file")
-        return (_json_lines(path) if path.suffix == ".jsonl" else _json(path)), path.parent
+        return (
+            [row for _, row in json_lines(path, "replace")] if path.suffix == ".jsonl" else _json(path)
+        ), path.parent
     if path.is_dir() or path.suffix == ".parquet":
         return _local_dataset(path, split), path if path.is_dir() else path.parent
     if path.exists() or not _could_be_id(str(source)):
@@ -41,30 +45,17 @@ def _could_be_id(source: str) -> bool:
     )
 
 
-def _json_lines(path: Path) -> list[Row]:
-    rows: list[Row] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error}); every line must be one JSON object") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: must be a JSON object, got {line[:60]!r}")
-        rows.append(row)
-    return rows
-
-
 def _json(path: Path) -> list[Row]:
+    if path.stat().st_size > LARGEST_JSON:
+        raise DataError(f"{path}: has more than {LARGEST_JSON:,} bytes; write JSON lines, which are read one by one")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON ({error!s:.200}); write one JSON object per line as .jsonl") from error
     if isinstance(found, dict) and found and all(isinstance(row, dict) for row in found.values()):
         found = [{"id": name, **row} for name, row in found.items()]
     if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
-        raise DataError(f"{path}: must hold a list of objects, or an object of objects")
+        raise DataError(f"{path}: is JSON, but must be a list of objects, or an object of objects")
     return found
 
 
@@ -86,8 +77,8 @@ def _local_dataset(path: Path, split: str | None) -> list[Row]:
         raise DataError(f"{path}: no such file")
     try:
         return _lazy(concatenate_datasets([Dataset.from_parquet(str(file)) for file in files]))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"{path}: no parquet file ({str(error)[:200]})") from error
+    except (OSError, ValueError, RuntimeError, TypeError, LookupError, MemoryError) as error:
+        raise DataError(f"{path}: no parquet file ({str(error)[:200]}); download it again") from error
 
 
 def _hub_dataset(name: str, split: str | None, config: str | None) -> list[Row]:

@@ -9,8 +9,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 
-from vlmgraft.errors import DataError
+from vlmgraft.errors import CheckpointError, DataError
 from vlmgraft.hf.models import tokenizer_of
 from vlmgraft.hf.questions import Question, load_questions, open_images
 from vlmgraft.resources import out_of_memory
@@ -46,7 +47,7 @@ def encode(processor: Any, questions: Sequence[Question]) -> Batch:
         parts: list[dict[str, str]] = [{"type": "image"} for _ in question.images]
         content = [*parts, {"type": "text", "text": question.prompt}] if processor is not tokenizer else question.prompt
         chat = [{"role": "user", "content": content}]
-        texts.append(processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+        texts.append(_rendered(processor, chat))
         images.append(open_images(question))
     if any(images) and processor is tokenizer:
         raise DataError(f"question {questions[0].question[:60]!r} has an image, but the model reads text only")
@@ -55,6 +56,27 @@ def encode(processor: Any, questions: Sequence[Question]) -> Batch:
     if start is not None and texts[0].startswith(start):
         options["add_special_tokens"] = False  # the template wrote it already
     return dict(processor(text=texts, **({"images": images} if any(images) else {}), **options))
+
+
+def _rendered(processor: Any, chat: list[dict[str, Any]]) -> str:
+    """The prompt by the checkpoint's chat template, which transformers runs in Jinja's sandbox: it reaches no attribute
+    that begins with an underscore and changes nothing it is given; ranges are bounded, loops inside loops are not."""
+    try:
+        return processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    except (
+        TemplateError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
+        where = getattr(tokenizer_of(processor), "name_or_path", "the checkpoint")
+        raise CheckpointError(
+            f"{where}: its chat template cannot be rendered ({type(error).__name__}: {error!s:.200}); take another "
+            "release, or mend chat_template.jinja"
+        ) from error
 
 
 def batches(questions: Sequence[Question], batch_size: int) -> list[list[int]]:

@@ -7,12 +7,19 @@ A line holds `question`, and optionally `image` (a path or a list of paths, rela
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from vlmgraft.errors import DataError
+from vlmgraft.checkpoint.files import open_regular
+from vlmgraft.errors import CheckpointError, DataError
+from vlmgraft.hf.pictures import check_picture, open_picture
+
+LONGEST_LINE = 1 << 26
+"""Bytes of a line: some carry a picture, none a film."""
 
 
 @dataclass(frozen=True)
@@ -41,33 +48,64 @@ def load_questions(path: str | Path, *, need_images: bool = False, limit: int | 
     if not path.is_file():
         raise DataError(f"{path}: no such question file; it should hold one JSON object per line")
     questions: list[Question] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip() and (limit is None or len(questions) < limit):
-            questions.append(_parse(line, path, f"{path}, line {number}", need_images))
+    for number, row in json_lines(path):
+        if limit is not None and len(questions) >= limit:
+            break
+        questions.append(_parse(row, path, f"{path}, line {number}", need_images))
     if not questions:
         raise DataError(f"{path}: holds no question")
     return questions
 
 
-def _parse(line: str, path: Path, where: str, need_images: bool) -> Question:
+def json_lines(path: Path, errors: str = "strict") -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of every line that is not empty, read one by one.
+
+    errors: of decoding UTF-8, as `bytes.decode` has it.
+    Raises:
+        DataError: a line that is no JSON object, or longer than `LONGEST_LINE`, naming file and line.
+    """
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg}); every line must be one JSON object") from error
-    if not isinstance(row, dict) or not isinstance(row.get("question"), str) or not row["question"].strip():
-        raise DataError(f'{where}: needs a "question" that is a text, got {str(row)[:80]!r}')
+        with open_regular(path) as file:
+            for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), start=1):
+                if len(line) > LONGEST_LINE:
+                    raise DataError(f"{path}, line {number}: has more than {LONGEST_LINE:,} bytes; name images by path")
+                if line.strip():
+                    yield number, _object(line, f"{path}, line {number}", errors)
+    except CheckpointError as error:
+        raise DataError(str(error)) from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); give a file of JSON lines") from None
+
+
+def _object(line: bytes, where: str, errors: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8", errors))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error!s:.200}); every line must be one JSON object") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: must be a JSON object, got {line[:60]!r}")
+    return row
+
+
+def _parse(row: dict[str, Any], path: Path, where: str, need_images: bool) -> Question:
+    if not isinstance(row.get("question"), str) or not row["question"].strip():
+        raise DataError(
+            f'{where}: needs a "question" that is a text, got {str(row)[:80]!r}; write one, or drop the line'
+        )
     given = row.get("image", row.get("images")) or []
     given = [given] if isinstance(given, str) else given
     if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
-        raise DataError(f'{where}: "image" must be a path or a list of paths, got {given!r}')
+        raise DataError(
+            f'{where}: "image" must be a path or a list of paths, got {given!r:.60}; write one, or drop the line'
+        )
     if need_images and not given:
         raise DataError(f'{where}: has no "image"; the calibration set must show images')
     images = tuple(path.parent / name for name in given)
     for image in images:
-        _check_image(image, where)
+        check_picture(image, f"{where}: image {image}")
     answer, choices = row.get("answer"), row.get("choices") or []
     if not isinstance(choices, list):
-        raise DataError(f'{where}: "choices" must be a list, got {choices!r}')
+        raise DataError(f'{where}: "choices" must be a list, got {choices!r:.60}; write a list, or drop the line')
     category = row.get("category")
     return Question(
         row["question"],
@@ -78,22 +116,9 @@ def _parse(line: str, path: Path, where: str, need_images: bool) -> Question:
     )
 
 
-def _check_image(path: Path, where: str) -> None:
-    try:
-        with Image.open(path) as image:
-            image.verify()
-    except FileNotFoundError as error:
-        raise DataError(f"{where}: image {path} does not exist; paths are relative to the question file") from error
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise DataError(f"{where}: image {path} cannot be read ({error}); replace it or drop the line") from error
-
-
 def open_images(question: Question) -> list[Image.Image]:
     """The question's images in RGB; raises DataError naming the file."""
-    images = []
-    for image in question.images:
-        try:
-            images.append((image if isinstance(image, Image.Image) else Image.open(image)).convert("RGB"))
-        except (OSError, SyntaxError) as error:
-            raise DataError(f"image {image} cannot be decoded ({error}); replace it") from error
-    return images
+    return [
+        image.convert("RGB") if isinstance(image, Image.Image) else open_picture(image, f"image {image}")
+        for image in question.images
+    ]

@@ -42,28 +42,37 @@ class Task:
     last: bool
 
 
+Facts = tuple[float, float, int]
+"""Of a chunk: ‖what was added‖², ‖task vector‖², and how many values were clamped."""
+
+
 @dataclass(frozen=True)
 class Merger:
-    """The open inputs and the output; `work` is called from several threads."""
+    """The open inputs and the output; `work` is called from several threads. clamp: values beyond the VLM's dtype
+    become its largest, and are counted; else they are refused."""
 
     inputs: Inputs
     method: Method
     writer: Writer
+    clamp: bool = False
 
     def run(self, pool: ThreadPoolExecutor, threads: int) -> Iterator[str]:
         """Copy and merge everything that is not done yet; gives the name of each tensor once it is written."""
         added: list[float] = []
         moved: list[float] = []
+        clamped = 0
         for task, squares in in_order(self.work, self._tasks(), pool, threads):
-            added += (one for one, _ in squares)
-            moved += (other for _, other in squares)
+            added += (one for one, _, _ in squares)
+            moved += (other for _, other, _ in squares)
+            clamped += sum(count for *_, count in squares)
             if task.last:
                 facts: dict[str, Any] = {"digest": self.writer.digest(task.tensor.name)}
                 if self._merges(task.tensor):
                     facts["added"] = math.sqrt(math.fsum(added))
                     facts["task_vector"] = math.sqrt(math.fsum(moved)) if task.tensor.donor_base else None
+                    facts |= {"clamped": clamped} if clamped else {}
                 self.writer.finish(task.tensor.name, facts)
-                added, moved = [], []
+                added, moved, clamped = [], [], 0
                 yield task.tensor.name
 
     def _merges(self, tensor: AlignedTensor) -> bool:
@@ -80,8 +89,8 @@ class Merger:
             for start in range(0, max(size, 1), step):
                 yield Task(tensor, start, min(size, start + step), start + step >= size)
 
-    def work(self, task: Task) -> tuple[Task, list[tuple[float, float]]]:
-        """Copy or merge one range; the squared norms of what was added, and of the task vector, by chunk."""
+    def work(self, task: Task) -> tuple[Task, list[Facts]]:
+        """Copy or merge one range; what is known of its chunks."""
         lane = self.inputs.lanes.get()
         try:
             if not self._merges(task.tensor):
@@ -104,16 +113,17 @@ class Merger:
 
     def _chunk(
         self, tensor: AlignedTensor, context: TensorContext, raw: memoryview, pieces: Pieces, lane: Lane
-    ) -> tuple[float, float]:
+    ) -> Facts:
         """Merge one chunk and write it."""
         own, moved = self._squares(tensor, pieces, lane)
         merged = self.method.combine(pieces, context)
         if merged is pieces["vlm"]:
             self.writer.write_bytes(tensor.name, context.start * (len(raw) // merged.numel()), raw)
-            return 0.0, moved
-        return self._write(tensor, context.start, own, merged, pieces["vlm"], lane), moved
+            return 0.0, moved, 0
+        added, clamped = self._write(tensor, context.start, own, merged, pieces["vlm"], lane)
+        return added, moved, clamped
 
-    def _matrix(self, tensor: AlignedTensor, lane: Lane) -> list[tuple[float, float]]:
+    def _matrix(self, tensor: AlignedTensor, lane: Lane) -> list[Facts]:
         """Merge a whole tensor and write it chunk by chunk."""
         raw, pieces = self.inputs.whole(tensor)
         flat = [dict(zip(pieces, parts, strict=True)) for parts in _split(pieces.values())]
@@ -121,11 +131,12 @@ class Merger:
         merged = self.method.combine(pieces, self.inputs.context(tensor))
         if merged is pieces["vlm"]:
             self.writer.write_bytes(tensor.name, 0, as_bytes(raw))
-            return [(0.0, moved) for _, moved in known]
-        made = []
+            return [(0.0, moved, 0) for _, moved in known]
+        made: list[Facts] = []
         for number, piece in enumerate(merged.reshape(-1).split(CHUNK)):
             own, moved = known[number]
-            made.append((self._write(tensor, number * CHUNK, own, piece, flat[number]["vlm"], lane), moved))
+            added, clamped = self._write(tensor, number * CHUNK, own, piece, flat[number]["vlm"], lane)
+            made.append((added, moved, clamped))
         return made
 
     def _squares(self, tensor: AlignedTensor, pieces: Pieces, lane: Lane) -> tuple[float, float]:
@@ -147,8 +158,8 @@ class Merger:
 
     def _write(
         self, tensor: AlignedTensor, start: int, own: float, merged: Tensor, before: Tensor, lane: Lane
-    ) -> float:
-        """Cast and write a merged piece; gives ‖merged − before‖². own: ‖before‖².
+    ) -> tuple[float, int]:
+        """Cast and write a merged piece; gives ‖merged − before‖² and how many values were clamped. own: ‖before‖².
 
         No element is larger than the norm, so that only a piece of enormous norm is looked at element by element.
         """
@@ -160,10 +171,18 @@ class Merger:
         raw = lane.raw["out"][: merged.numel() * dtype.itemsize]
         cast = raw.view(dtype).copy_(merged)
         bound = math.sqrt(own) + math.sqrt(added)
-        if bound > 0.5 * torch.finfo(dtype).max and not torch.isfinite(cast).all():
-            raise NumericalError(f"{tensor.name}: the merged values overflow {info.dtype}; use a smaller scale")
+        clamped = 0
+        if bound > 0.5 * torch.finfo(dtype).max and (clamped := int((~torch.isfinite(cast)).sum())):
+            largest = torch.finfo(dtype).max
+            if not self.clamp:
+                raise NumericalError(
+                    f"{tensor.name} of {info.file}: {clamped} merged values overflow {info.dtype} (up to "
+                    f"{float(merged.abs().max()):.4g}, it holds {largest:.4g}); use a smaller scale, or write "
+                    "output: {overflow: clamp}"
+                )
+            cast.copy_(merged.clamp(-largest, largest))
         self.writer.write_bytes(tensor.name, start * dtype.itemsize, lane.views["out"][: len(raw)])
-        return added
+        return added, clamped
 
 
 def _split(pieces: Any) -> Iterator[tuple[Tensor, ...]]:

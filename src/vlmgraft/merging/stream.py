@@ -38,7 +38,7 @@ Progress = Callable[[int, int, str], None]
 @dataclass(frozen=True)
 class TensorReceipt:
     """One tensor. added: Frobenius norm of (merged − VLM) before the cast; task_vector: of donor − base. digest: of its
-    bytes (see checkpoint/digests.py)."""
+    bytes (see checkpoint/digests.py). clamped: values beyond the dtype that became its largest."""
 
     name: str
     verdict: str
@@ -49,6 +49,7 @@ class TensorReceipt:
     digest: str
     added: float = 0.0
     task_vector: float | None = None
+    clamped: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,12 @@ def merge_tensors(
     progress: Progress | None = None,
     fill: Callable[[Path], object] | None = None,
     resume: bool = False,
+    clamp: bool = False,
 ) -> Receipt:
     """Write the merged checkpoint `out`: the VLM's names, dtypes and shapes, and receipt.json.
 
-    fill: writes the side files into the folder that it is called with. resume: go on with what an interruption, or with
+    fill: writes the side files into the folder that it is called with. clamp: see `Merger`.
+    resume: go on with what an interruption, or with
     `resume` any failure but a refusal, left; whoever stops a merge can resume it.
 
     Raises:
@@ -95,7 +98,7 @@ def merge_tensors(
     opened = {key: checkpoint for key, checkpoint in sources.items() if checkpoint is not None}
     refuse_output(Path(out), [checkpoint.path for checkpoint in opened.values()])
     specs = [TensorSpec(info.name, info.dtype, info.shape) for info in alignment.vlm.tensors.values()]
-    key = _key(alignment, method, shard_size)
+    key = _key(alignment, (method, clamp) if clamp else method, shard_size)
     with ExitStack() as stack:
         inputs = Inputs(alignment, {name: stack.enter_context(Reader(one)) for name, one in opened.items()})
         writer = stack.enter_context(Writer(out, specs, shard_size, resume=key, anew=not resume))
@@ -105,7 +108,7 @@ def merge_tensors(
             inputs.lanes.put(Lane(opened))
         if hasattr(method, "prepare"):
             method = method.prepare(MergedPasses(inputs, pool, threads))
-        merger = Merger(inputs, method, writer)
+        merger = Merger(inputs, method, writer, clamp)
         for name in merger.run(pool, threads):
             if progress is not None:
                 progress(len(writer.done), len(specs), name)
@@ -116,7 +119,10 @@ def merge_tensors(
             fill(writer.folder)
         versions = {"vlmgraft": __version__, "torch": torch.__version__}
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        notes = (*alignment.notes, *getattr(method, "notes", tuple)())
+        beyond = [
+            f"{row.name}: {row.clamped} values clamped to the largest of {row.dtype}" for row in rows if row.clamped
+        ]
+        notes = (*alignment.notes, *getattr(method, "notes", tuple)(), *beyond)
         files, made_from = writer.files(), fingerprint([file for one in opened.values() for file in one.files])
         receipt = Receipt(method.name, rows, notes, versions, time.perf_counter() - began, peak, files, made_from)
         receipt = replace(receipt, digest=seal(asdict(receipt)))
@@ -144,7 +150,7 @@ def fingerprint(files: Sequence[Path]) -> str:
     return hashlib.sha256(repr(known).encode()).hexdigest()[:16]
 
 
-def _key(alignment: Alignment, method: Method, shard_size: int) -> str:
+def _key(alignment: Alignment, method: object, shard_size: int) -> str:
     """Changes with everything that the merged bytes depend on."""
     opened = [one for one in (alignment.vlm, alignment.donor, alignment.donor_base, alignment.vlm_base) if one]
     made_from = fingerprint([file for checkpoint in opened for file in checkpoint.files])

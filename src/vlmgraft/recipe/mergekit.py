@@ -10,12 +10,12 @@ so mergekit's task_arithmetic with a weight of one on the VLM is ours with `scal
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vlmgraft.alignment.families import find_family
+from vlmgraft.checkpoint.index import is_folder, read_config
 from vlmgraft.errors import RecipeError
 
 SHARED = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties")
@@ -108,9 +108,12 @@ def _roles(raw: Mapping[str, Any], name: str) -> tuple[Any, Any, str | None, lis
     """(VLM, its parameters), (donor, its parameters), base, notes."""
     entries = []
     base = raw.get("base_model")
-    for number, entry in enumerate(raw.get("models") or []):
+    listed = raw.get("models") or []
+    if not isinstance(listed, list):
+        raise RecipeError(f"models: {listed!r:.60} is no list. {_HOW}")
+    for number, entry in enumerate(listed):
         if not isinstance(entry, Mapping) or "model" not in entry:
-            raise RecipeError(f"models[{number}]: {entry!r} has no `model`")
+            raise RecipeError(f"models[{number}]: {entry!r:.60} has no `model`. {_HOW}")
         if entry["model"] != base or name == "linear":
             entries.append((str(entry["model"]), _known(entry.get("parameters") or {}, f"models[{number}].parameters")))
     if len(entries) != 2:
@@ -126,12 +129,13 @@ def _roles(raw: Mapping[str, Any], name: str) -> tuple[Any, Any, str | None, lis
 
 def _is_vlm(model: str) -> bool:
     """Whether a local folder's config.json names a listed VLM family."""
-    config = Path(model) / "config.json"
-    return config.is_file() and find_family(json.loads(config.read_text(encoding="utf-8"))) is not None
+    return is_folder(model) and find_family(read_config(Path(model))) is not None
 
 
 def _known(parameters: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     """Refuse parameters that are not translated."""
+    if not isinstance(parameters, Mapping):
+        raise RecipeError(f"{where}: {parameters!r:.60} is no mapping. {_HOW}")
     for key in parameters:
         if key not in _GLOBAL:
             raise RecipeError(f"{where}.{key}: not translated from mergekit. {_HOW}")

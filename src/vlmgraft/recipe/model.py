@@ -17,7 +17,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, TypeAdapter, ValidationError, field_validator
 
-from vlmgraft.errors import RecipeError
+from vlmgraft.checkpoint.files import open_regular
+from vlmgraft.errors import CheckpointError, RecipeError
 from vlmgraft.methods import METHODS
 from vlmgraft.recipe.keys import nearest, refuse_unknown, several_donors
 from vlmgraft.recipe.mergekit import is_mergekit, translate
@@ -41,6 +42,9 @@ class Output(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     shard_size: str | int = Field("5GB", description="largest size of one file, in bytes or such as 5GB, 500MB, 4GiB")
+    overflow: Literal["refuse", "clamp"] = Field(
+        "refuse", description="merged values beyond the VLM's dtype: refuse the merge, or clamp them and say how many"
+    )
 
     @field_validator("shard_size")
     @classmethod
@@ -80,7 +84,9 @@ class Recipe(BaseModel):
     layers: Literal["all"] | int | str | tuple[int, ...] = Field(
         "all", description="all, a range such as 0-27, or a list"
     )
-    output: Output = Field(default=Output(shard_size="5GB"), description="how the checkpoint is written")
+    output: Output = Field(
+        default=Output(shard_size="5GB", overflow="refuse"), description="how the checkpoint is written"
+    )
 
     _notes: tuple[str, ...] = PrivateAttr(default=())
 
@@ -176,6 +182,10 @@ def _adapter(cls: Any) -> TypeAdapter[Any]:
     return TypeAdapter(cls)
 
 
+LARGEST = 1_000_000
+"""Bytes of a recipe."""
+DEEPEST = 32
+"""Levels of a recipe."""
 ALIASES = 16
 """In a recipe, at most: nested aliases grow exponentially."""
 
@@ -186,19 +196,36 @@ def _read(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         return yaml.safe_load(yaml.safe_dump(_plain(source)))
     path = Path(source)
     try:
-        text = path.read_text(encoding="utf-8")
-        if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)) > ALIASES:
-            raise RecipeError(f"{path}: more than {ALIASES} YAML aliases (*name); write the values out")
+        with open_regular(path) as file:
+            text = file.read(LARGEST + 1).decode("utf-8")
+        if len(text) > LARGEST:
+            raise RecipeError(f"{path}: has more than {LARGEST:,} bytes; a recipe is a page of YAML")
+        _refuse_growth(text, path)
         raw = yaml.safe_load(text)
+    except CheckpointError as error:
+        raise RecipeError(f"{error}; give a recipe in YAML") from None
     except (RecursionError, UnicodeDecodeError):
         raise RecipeError(f"{path}: nested too deeply or not UTF-8; give a recipe in YAML") from None
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}); give a recipe in YAML") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not YAML: {error}") from None
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        # yaml reports its own mistakes over odd scalars (0b_, 2001-99-99, !!binary) as Python's errors
+        raise RecipeError(f"{path}: not YAML: {error!s:.300}; give a recipe in YAML") from None
     if not isinstance(raw, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping (vlm: …, donor: …, method: …), this is {type(raw).__name__}")
+        raise RecipeError(f"{path}: this is {type(raw).__name__}; a recipe is a mapping (vlm: …, donor: …, method: …)")
     return raw
+
+
+def _refuse_growth(text: str, path: Path) -> None:
+    """Refuse what takes exponential or quadratic time or memory; events come one by one, so this stops early."""
+    aliases = depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        aliases += isinstance(event, yaml.AliasEvent)
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if aliases > ALIASES:
+            raise RecipeError(f"{path}: more than {ALIASES} YAML aliases (*name); write the values out")
+        if depth > DEEPEST:
+            raise RecipeError(f"{path}: nested too deeply; write a recipe in YAML, of at most {DEEPEST} levels")
 
 
 def _plain(value: Any) -> Any:
@@ -214,19 +241,21 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     """Set one dotted key of the raw recipe from `key=value`."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise RecipeError(f"--set {override!r}: write key=value, such as method.scale=0.5")
+        raise RecipeError(f"--set {override!r:.120}: write key=value, such as method.scale=0.5")
     *path, last = key.strip().split(".")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise RecipeError(f"--set {override!r}: {text!r} is not a YAML value") from None
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
+        raise RecipeError(
+            f"--set {override!r:.120}: {text!r:.120} is not a YAML value; write a number, text or list"
+        ) from None
     target = raw
     for step in path:
         if step == "method":
             target["method"] = _with_name(target.get("method")) or {}
         inner = target.setdefault(step, {})
         if not isinstance(inner, dict):
-            raise RecipeError(f"--set {override!r}: {step} is {inner!r}, not a mapping")
+            raise RecipeError(f"--set {override!r:.120}: {step} is {inner!r:.60}, not a mapping; write {step}=VALUE")
         target = inner
     target[last] = value
 
@@ -249,7 +278,7 @@ def _option_names(options: dict[str, Any] | None) -> list[str]:
 def _load_method(options: dict[str, Any]) -> Any:
     """The method's dataclass from its mapping."""
     name = options.get("name")
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         near = nearest(str(name), METHODS)
         raise RecipeError(f"method.name: {name!r} is no method{near}; methods: {', '.join(METHODS)}")
     cls, given = METHODS[name], {key: value for key, value in options.items() if key != "name"}
@@ -272,7 +301,7 @@ def _as_recipe_error(error: ValidationError, prefix: str, keys: Any) -> RecipeEr
         if item["type"] == "extra_forbidden":
             lines[path] = [f"unknown key{nearest(str(item['loc'][-1]), keys)}"], None
         elif item["type"] in ("missing", "missing_argument"):
-            lines[path] = ["missing"], None
+            lines[path] = ["missing; write it"], None
         else:
             lines.setdefault(path, ([], item["input"]))[0].append(item["msg"])
     said = (

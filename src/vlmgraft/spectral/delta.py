@@ -74,7 +74,11 @@ class TaskVectors:
             fill = self._read["vlm"](name) if source.layout.kind == "rows" else None
             side = assemble(source, self._read[key], shape, fill).float()
             if not torch.isfinite(side).all():
-                raise NumericalError(f"{', '.join(source.names)} of {key}: holds NaN or infinity")
+                file = getattr(self.alignment, key).tensors[source.names[0]].file
+                raise NumericalError(
+                    f"{', '.join(source.names)} in {file} ({key}): holds NaN or infinity; take a checkpoint whose "
+                    "weights are finite"
+                )
             sides.append(side)
         return sides[0].sub_(sides[1])
 

@@ -40,7 +40,7 @@ class Factors:
 
     name: the VLM's tensor name on disk. role: its canonical name inside the text model ("layers.3.mlp.up_proj.weight").
     energy: ‖τ‖_F², also of what a truncation dropped. error: relative residual found by random probes, the largest one
-    of the experts.
+    of the experts. route: which algorithm made them (see svd.py); not for comparing.
     """
 
     name: str
@@ -50,6 +50,7 @@ class Factors:
     Vh: Float[Tensor, "*experts r in"]
     energy: float
     error: float
+    route: str = ""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -74,7 +75,7 @@ class Factors:
 def factorize(tau: Float[Tensor, "*experts out in"], name: str, role: str, rank: Rank = "full") -> Factors:
     """Decompose one task vector, a matrix or fused experts; raises NumericalError naming the tensor."""
     result = (decompose_stack if tau.ndim == 3 else decompose_matrix)(tau, rank, name=name)
-    return Factors(name, role, result.U, result.s, result.Vh, result.energy, result.error)
+    return Factors(name, role, result.U, result.s, result.Vh, result.energy, result.error, result.route)
 
 
 def join_donors(donors: Sequence[Mapping[str, Factors]]) -> dict[str, Factors]:
@@ -160,7 +161,9 @@ class FactorStore(Mapping[str, Factors]):
                 U, s, Vh = (file.get_tensor(key) for key in (f"U{suffix}", "s", f"Vh{suffix}"))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: no factors of this matrix ({error}); run decompose --resume") from error
-        return Factors(name, header["role"], U, s, Vh, float(header["energy"]), float(header["error"]))
+        return Factors(
+            name, header["role"], U, s, Vh, float(header["energy"]), float(header["error"]), header.get("route", "")
+        )
 
     def header(self, name: str) -> dict[str, str] | None:
         """The header of one matrix's file, or None when there is no readable file."""
@@ -181,6 +184,7 @@ class FactorStore(Mapping[str, Factors]):
         if train_copy:
             tensors |= {f"{key}_train": tensors[key].bfloat16() for key in ("U", "Vh")}
         header = {"role": factors.role, "energy": repr(factors.energy), "error": repr(factors.error), "digest": digest}
+        header["route"] = factors.route
         header["train_copy"] = "yes" if train_copy else "no"
         written = {key: joined(block_digests(as_bytes(value))) for key, value in tensors.items() if value.numel()}
         header["digests"] = json.dumps(written)

@@ -47,7 +47,7 @@ def decompose_stack(tau: Float[Tensor, "experts out in"], rank: Rank = "full", *
     flipped = tau.shape[1] < tau.shape[2]
     tall = tau.mT if flipped else tau
     per_expert = 8 * (tall.shape[1] * tall.shape[2] + 3 * tall.shape[2] ** 2)
-    parts = [_batch(piece) for piece in tall.split(max(1, WORKSPACE // per_expert))]
+    parts = [_batch(piece, name) for piece in tall.split(max(1, WORKSPACE // per_expert))]
     U, s, Vh = (torch.cat([part[i] for part in parts]) for i in range(3))
     error = max(part[3] for part in parts)
     alone = sum(part[4] for part in parts)
@@ -62,10 +62,10 @@ def decompose_stack(tau: Float[Tensor, "experts out in"], rank: Rank = "full", *
     return SVD(U, s, Vh, error, float(energies.sum()), f"gram, {alone} alone" if alone else "gram")
 
 
-def _batch(tall: Float[Tensor, "b m n"]) -> tuple[Tensor, Tensor, Tensor, float, int]:
+def _batch(tall: Float[Tensor, "b m n"], name: str) -> tuple[Tensor, Tensor, Tensor, float, int]:
     """U, s, Vh, the largest residual, and how many experts had to be decomposed alone."""
     wide = tall.double()
-    V = torch.linalg.eigh(wide.mT @ wide).eigenvectors.flip(-1).float()
+    V = _eigenvectors(wide.mT @ wide).flip(-1).float()
     B = tall @ V
     s, order = torch.linalg.vector_norm(B, dim=1).sort(dim=1, descending=True, stable=True)
     take = order[:, None, :]
@@ -77,10 +77,18 @@ def _batch(tall: Float[Tensor, "b m n"]) -> tuple[Tensor, Tensor, Tensor, float,
         if bool(passed[index]):
             worst = max(worst, float(errors[index]))
             continue
-        single = decompose_matrix(tall[index])
+        single = decompose_matrix(tall[index], name=name)
         U[index], s[index], Vh[index] = single.U, single.s, single.Vh
         worst, alone = max(worst, single.error), alone + 1
     return U, s, Vh, worst, alone
+
+
+def _eigenvectors(gram: Tensor) -> Tensor:
+    """Of every matrix; NaN where one does not converge, which the check finds: those experts are decomposed alone."""
+    try:
+        return torch.linalg.eigh(gram).eigenvectors
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return torch.full_like(gram, math.nan)
 
 
 def _probe(tau: Tensor, U: Tensor, s: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,12 +6,14 @@ The full decomposition takes the eigenvectors V of the float64 Gram matrix of th
 B = τV. The Gram matrix squares the condition number, so in float64 directions down to 1e-8 of the largest singular
 value come out right, while in float32 they would not: gates on single directions need the former. Small ranks use
 block Krylov iteration (Musco & Musco, arXiv 1504.05477). Every result is tested with random probes; what fails is
-orthogonalised by QR of B, and what still fails is handed to LAPACK's gesdd.
+orthogonalised by QR of B, and what still fails is handed to LAPACK's gesdd, and where that does not converge to its
+gesvd. Either is slow; that it was needed is warned of, and stands as `route` with the factors.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -40,7 +42,7 @@ class SVD:
 
     error: relative residual of the factors against what they claim, estimated by random probes inside span(V).
     energy: ‖τ‖_F², kept or not; Σ s² / energy is the share that a truncation keeps.
-    route: which algorithm produced the factors ("gram", "qr", "krylov", "gesdd").
+    route: which algorithm produced the factors ("gram", "qr", "krylov", "gesdd", "gesvd").
     """
 
     U: Float[Tensor, "out r"]
@@ -78,7 +80,7 @@ def decompose_matrix(tau: Float[Tensor, "out in"], rank: Rank = "full", *, name:
     flipped = tau.shape[0] < tau.shape[1]
     tall = tau.mT if flipped else tau
     wanted = rank if isinstance(rank, int) else tall.shape[1]
-    result = _checked(tall, energy, wanted)
+    result = _checked(tall, energy, wanted, name)
     if isinstance(rank, Mapping):
         result = _truncate(result, rank_for_energy(result.s, rank["energy"]))
     if flipped:
@@ -94,28 +96,55 @@ def rank_for_energy(s: Float[Tensor, " r"], share: float) -> int:
     return min(len(s), int((cumulative < share * cumulative[-1]).sum()) + 1)
 
 
-def decompose_naive(tau: Float[Tensor, "out in"]) -> SVD:
-    """The plain float64 decomposition by LAPACK's gesdd: twin of the fast routes in tests, and their last resort."""
-    U, s, Vh = torch.linalg.svd(tau.double(), full_matrices=False)
+def decompose_naive(tau: Float[Tensor, "out in"], name: str = "task vector") -> SVD:
+    """The plain float64 decomposition by LAPACK's gesdd: twin of the fast routes in tests, and their last resort; by
+    gesvd where gesdd does not converge. Raises NumericalError where neither does, or s is beyond float32."""
+    route = "gesdd"
+    try:
+        U, s, Vh = torch.linalg.svd(tau.double(), full_matrices=False)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        U, s, Vh = _gesvd(tau, name)
+        route = "gesvd"
     energy = float(torch.linalg.vector_norm(tau, dtype=torch.float64).square())
     U, s, Vh = U.float().contiguous(), s.float(), Vh.float().contiguous()
-    return SVD(U, s, Vh, _probe(tau.float(), U, s, Vh)[0], energy, "gesdd")
+    if not bool(s.isfinite().all()):
+        raise NumericalError(f"{name}: its singular values are beyond float32; leave it out of `modules`")
+    return SVD(U, s, Vh, _probe(tau.float(), U, s, Vh)[0], energy, route)
 
 
-def _checked(tall: Tensor, energy: float, wanted: int) -> SVD:
+def _gesvd(tau: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """By QR iteration, slower than gesdd's divide and conquer and sturdier."""
+    from scipy.linalg import LinAlgError, svd  # type: ignore[import-untyped]
+
+    try:
+        found = svd(tau.double().cpu().numpy(), full_matrices=False, lapack_driver="gesvd")
+    except (LinAlgError, ValueError) as error:
+        raise NumericalError(f"{name}: its SVD does not converge ({error}); leave it out of `modules`") from error
+    U, s, Vh = (torch.from_numpy(part).to(tau.device) for part in found)
+    return U, s, Vh
+
+
+def _last_resort(tall: Tensor, wanted: int, name: str, why: str) -> SVD:
+    """LAPACK's decomposition, and a warning that it was needed."""
+    result = decompose_naive(tall, name)
+    warnings.warn(f"{name}: the fast SVD {why}; decomposed by LAPACK's {result.route}", RuntimeWarning, stacklevel=4)
+    return _truncate(result, wanted)
+
+
+def _checked(tall: Tensor, energy: float, wanted: int, name: str) -> SVD:
     """Fast route, then QR of B, then gesdd: the first that passes the probes, cut to `wanted` directions."""
     width = tall.shape[1]
     krylov = wanted <= KRYLOV_MAX_RANK and KRYLOV_DEPTH * wanted <= width
     try:
         V = _krylov_basis(tall, wanted) if krylov else _gram_basis(tall)
     except (torch.linalg.LinAlgError, numpy.linalg.LinAlgError):  # type: ignore[attr-defined]
-        return _truncate(decompose_naive(tall), wanted)
+        return _last_resort(tall, wanted, name, "did not converge")
     for route, finish in (("krylov" if krylov else "gram", _from_columns), ("qr", _from_qr)):
         U, s, Vh = finish(tall, V)
         error, v_error, u_error = _probe(tall, U, s, Vh)
         if error <= RESIDUAL_TOLERANCE and v_error <= V_TOLERANCE and u_error <= U_TOLERANCE:
             return _truncate(SVD(U, s, Vh, error, energy, route), wanted)
-    return _truncate(decompose_naive(tall), wanted)
+    return _last_resort(tall, wanted, name, "did not pass its check")
 
 
 def _truncate(result: SVD, k: int) -> SVD:

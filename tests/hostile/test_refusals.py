@@ -1,0 +1,39 @@
+"""Everything in the table is refused by the command line: exit code 2; file, field and remedy in one printable line."""
+
+from __future__ import annotations
+
+import logging
+import re
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lies import CASES
+from places import Case, Place
+
+REMEDY = re.compile(
+    r"; (?:download|give|write|rename|take|remove|put|keep|replace|shrink|look|shard|drop|a recipe is|name|no model)"
+    r"|; at most|take|write|give|Write|Convert|merge it|Valid keys|did you mean|shared are|methods:|must be|should be"
+    r"|Input|such as"
+)
+MEMORY = 1_500_000_000
+"""Bytes by which one case may raise the process's peak: the largest parses a text of 36 MB."""
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_it_is_refused(
+    case: Case, vlmgraft: Callable[..., Any], trio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = case.prepare(Place(tmp_path, trio))
+    monkeypatch.setattr(logging, "raiseExceptions", False)  # transformers logs to the stream of an earlier test
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ran = vlmgraft(*arguments)
+    assert ran.code == 2, ran.err
+    said = ran.err.splitlines()[-1]
+    assert said.startswith("vlmgraft: ") and said.isprintable() and "Traceback" not in ran.err
+    assert case.file in said and case.field in said and REMEDY.search(said), said
+    assert len(said) < 2_100
+    assert not (tmp_path / "out").exists() and not (tmp_path / "ran").exists()
+    assert 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < MEMORY
