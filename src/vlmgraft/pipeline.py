@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from vlmgraft.alignment import Alignment, align
+from vlmgraft.alignment import Alignment
 from vlmgraft.card import push_to_hub, side_files, write_model_card
-from vlmgraft.checkpoint.hub import open_headers
-from vlmgraft.checkpoint.index import open_checkpoint
-from vlmgraft.errors import AlignmentError, InputError, OutputError, RecipeError
+from vlmgraft.errors import InputError, OutputError, RecipeError
 from vlmgraft.locks import at_work, locked
-from vlmgraft.merging.plan import MergePlan, plan_merge
 from vlmgraft.methods.base import check_numbers
-from vlmgraft.methods.frism import GatedFold
+from vlmgraft.planning import Plan, RecipeSource, inspect, pair, pairs, plan, read_recipe
 from vlmgraft.publishing import refuse_output, sweep_folders
 from vlmgraft.recipe import Recipe, dump_recipe, load_recipe, save_recipe
 
@@ -32,84 +29,13 @@ if TYPE_CHECKING:
     from vlmgraft.spectral.factors import FactorStore
     from vlmgraft.spectral.gates import Gates
 
+__all__ = [
+    "Plan", "RecipeSource", "decompose", "export", "gates", "inspect", "merge", "pair", "pairs", "plan", "read_recipe"
+]  # fmt: skip
+
 Progress = Callable[[int, int, str], None]
 RECIPE = "recipe.yaml"
 LOWER = "lower method.calibration.batch_size, method.calibration.max_new_tokens or method.rank"
-RecipeSource = str | Path | Mapping[str, Any] | Recipe
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a merge would do, from headers alone: counts by verdict, bytes written, notes, one row per tensor.
-
-    cost: files, bytes, expected seconds and memory of the streaming (for FRISM without decomposition and gates); None
-    when the recipe names no method.
-    """
-
-    family: str
-    layers: int
-    merged: int
-    kept: int
-    excluded: int
-    nbytes: int
-    notes: tuple[str, ...]
-    tensors: tuple[dict[str, Any], ...]
-    cost: MergePlan | None = None
-
-
-def read_recipe(recipe: RecipeSource, overrides: Sequence[str] = (), *, need_method: bool = True) -> Recipe:
-    """A validated recipe from a file, or the given one; raises RecipeError."""
-    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides, need_method=need_method)
-
-
-def pair(recipe: Recipe, *, headers_only: bool = False) -> Alignment:
-    """Open the recipe's checkpoints (headers) and align them; raises CheckpointError and AlignmentError."""
-    opener = open_headers if headers_only else open_checkpoint
-    optional = [opener(source) if source else None for source in (recipe.donor_base, recipe.vlm_base)]
-    return align(opener(recipe.vlm), opener(recipe.donor), *optional, modules=recipe.modules, layers=recipe.layers)
-
-
-def pairs(recipe: Recipe) -> list[Alignment]:
-    """One alignment per donor of the recipe; raises as `pair`, and AlignmentError if their tensors differ."""
-    every = [pair(recipe)]
-    for other in recipe.more_donors:
-        every.append(pair(recipe.model_copy(update={"donor": other.donor, "donor_base": other.donor_base})))
-        odd = {tensor.name for tensor in every[0].merged} ^ {tensor.name for tensor in every[-1].merged}
-        if odd:
-            raise AlignmentError(f"{sorted(odd)[0]}: not all donors have it; leave it out of `modules`")
-    return every
-
-
-def inspect(recipe: RecipeSource, overrides: Sequence[str] = ()) -> Plan:
-    """What pairs with what, reading headers only (of hub ids by range requests)."""
-    loaded = read_recipe(recipe, overrides, need_method=False)
-    return plan(loaded, pair(loaded, headers_only=True))
-
-
-def plan(recipe: Recipe, alignment: Alignment) -> Plan:
-    """The plan of a recipe whose checkpoints are aligned; raises RecipeError for options that fit no tensor."""
-    cost = None
-    if recipe.method is not None:
-        streamed: Any = GatedFold if hasattr(recipe.method, "bind") else recipe.method
-        check_numbers(recipe.method, alignment)
-        cost = plan_merge(alignment, streamed, recipe.output.shard_bytes)
-    verdicts = [tensor.verdict for tensor in alignment.tensors]
-    rows = tuple(
-        {
-            "name": tensor.name,
-            "verdict": tensor.verdict,
-            "reason": tensor.reason,
-            "shape": list(alignment.vlm.tensors[tensor.name].shape),
-            "dtype": alignment.vlm.tensors[tensor.name].dtype,
-            "donor": list(tensor.donor.names) if tensor.donor else [],
-        }
-        for tensor in alignment.tensors
-    )
-    counts = {verdict: verdicts.count(verdict) for verdict in ("merged", "kept", "excluded")}
-    nbytes = sum(info.nbytes for info in alignment.vlm.tensors.values())
-    return Plan(
-        alignment.family, alignment.layers, **counts, nbytes=nbytes, notes=alignment.notes, tensors=rows, cost=cost
-    )
 
 
 def merge(
