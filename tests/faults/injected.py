@@ -10,6 +10,7 @@ import builtins
 import errno
 import io
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ class Writes:
     def __init__(self, under: Path, act: Action | None = None, first: int = 1) -> None:
         self.under, self.act, self.first = under.resolve(), act, first
         self.seen: list[tuple[str, Path]] = []
+        self.lock = threading.Lock()
 
     def __call__(self, call: str, path: Any) -> None:
         try:
@@ -40,8 +42,10 @@ class Writes:
         where = where.absolute()
         if self.under not in (where, *where.parents):
             return
-        self.seen.append((call, where.relative_to(self.under)))
-        if self.act is not None and len(self.seen) >= self.first:
+        with self.lock:  # several threads write, and each must find its own number
+            self.seen.append((call, where.relative_to(self.under)))
+            number = len(self.seen)
+        if self.act is not None and number >= self.first:
             self.act(call, where)
 
 
@@ -66,15 +70,17 @@ def full(call: str, path: Path) -> None:
 
 
 def at(moment: int, number: int) -> Callable[[Path], Writes]:
-    """Writes that send this process a signal at one of them."""
+    """Writes that send this process a signal once, at the write of this number."""
 
     def made(under: Path) -> Writes:
+        sent: list[int] = []
+
         def stop(call: str, path: Path) -> None:
-            if len(writes.seen) == moment:
+            if not sent:
+                sent.append(number)
                 os.kill(os.getpid(), number)
 
-        writes = Writes(under, stop)
-        return writes
+        return Writes(under, stop, moment)
 
     return made
 

@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -64,6 +65,8 @@ def interruptible() -> Iterator[None]:
     try:
         yield
     finally:
+        told.over = True
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.set_wakeup_fd(wakeup)
         for one, handler in before.items():
             signal.signal(one, handler)
@@ -75,21 +78,30 @@ class _Told:
     """What the main thread knows of signals."""
 
     def __init__(self) -> None:
-        self.times = 0
+        self.times, self.over = 0, False
         self.before = sys.unraisablehook
+        self.raised: weakref.ref[Interrupted] | None = None
 
     def raise_once(self, *_: Any) -> None:
         self.times += 1
         if self.times == 1:
-            raise Interrupted
+            error = Interrupted()
+            self.raised = weakref.ref(error, self.dropped)
+            try:
+                raise error
+            finally:
+                del error  # else its traceback keeps it, and it never goes
+
+    def dropped(self, _: object) -> None:
+        """The interruption is gone and nobody acted on it, as in a destructor, which lets nothing out: again."""
+        if not self.over:
+            self.times = 0
+            signal.setitimer(signal.ITIMER_REAL, AGAIN)
 
     def swallowed(self, unraisable: Any) -> None:
-        """An exception in a destructor goes no further; an interruption must."""
+        """Say nothing of an interruption in a destructor; others are told as ever."""
         if not issubclass(unraisable.exc_type, Interrupted):
             self.before(unraisable)
-            return
-        self.times = 0
-        signal.setitimer(signal.ITIMER_REAL, AGAIN)
 
 
 def _watch(signals: socket.socket, taken: Sequence[int]) -> None:
