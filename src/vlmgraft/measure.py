@@ -188,7 +188,7 @@ def _suite(sources: Sequence[Data], options: Asking) -> Suite:
     for source in sources:
         if isinstance(source, Suite):
             suite = source
-        elif str(source).partition(":")[0] == "lab" and not Path(source).exists():
+        elif str(source).partition(":")[0] == "lab" and not Path(source).is_file():
             suite = _lab(str(source), options.limit)
         else:
             suite = load_suite(

@@ -169,7 +169,11 @@ def test_the_text_model_of_the_lab_answers_questions_without_pictures(trio: Path
     assert found.counts.scored == 2 and found.counts.empty == 0
 
 
-def test_the_lab_is_data_like_any_other(trio: Path, tmp_path: Path, vlmgraft: Callable[..., Any]) -> None:
+def test_the_lab_is_data_like_any_other(
+    trio: Path, tmp_path: Path, vlmgraft: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lab").mkdir()  # a folder of that name is no data
+    monkeypatch.chdir(tmp_path)
     ran = vlmgraft(
         "evaluate", trio / "vlm", "--data", "lab", "--limit", 12, "--out", tmp_path / "e", "--quiet", "--json"
     )
