@@ -72,9 +72,7 @@ def build_targets(
     _check_answers(teacher[0], questions, answers)
     lengths = [prompt + len(answer) for prompt, answer in zip(lengths, answers, strict=True)]
     groups = pack(questions, lengths, batch_size, packing, seed)
-    sides = {
-        id(side[0]): _Prompts(side, questions, answers, groups, stand_ins, tokens) for side in (teacher, student)
-    }
+    sides = {id(side[0]): _Prompts(side, questions, answers, groups, stand_ins, tokens) for side in (teacher, student)}
     reading, learning = sides[id(teacher[0])], sides[id(student[0])]
 
     def log_probabilities(index: int) -> Unit:
