@@ -126,8 +126,15 @@ import hashlib, sys
 from vlmgraft import cli, pipeline
 
 def merge(*_, **__):
-    print("busy", flush=True)
-    hashlib.pbkdf2_hmac("sha256", b"", b"", (1 << 31) - 1)  # no instruction of Python's for half an hour
+    said = False
+    while True:  # a signal that comes before the native code is reached must not end the test's wait
+        try:
+            if not said:
+                said = True
+                print("busy", flush=True)
+            hashlib.pbkdf2_hmac("sha256", b"", b"", (1 << 31) - 1)  # no instruction of Python's for half an hour
+        except BaseException:
+            pass
 
 pipeline.merge = merge
 cli.main()
