@@ -135,10 +135,9 @@ def gates_for(
 ) -> Gates:
     """What `out` holds for this recipe, these questions and factors, or gates learned now and saved there.
 
-    replace_others: in place of gates of another recipe; otherwise OutputError.
-
     Beside `out`, `out.teacher` keeps the teacher's answers and log-probabilities, a batch at a time, and `out.state`
-    the training, every few steps: what was interrupted goes on from them. alignments: one per donor.
+    the training, every few steps: what was interrupted goes on from them. alignments: one per donor. replace_others:
+    gates of another recipe are replaced; otherwise they raise OutputError.
     """
     join_group()
     rank = process()[0]

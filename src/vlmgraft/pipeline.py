@@ -61,11 +61,7 @@ def merge(
     recipe, out = read_recipe(recipe, overrides), Path(out)
     from vlmgraft.merging import merge_tensors
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RecipeError(
-            "merge runs in one process: run decompose (--out WORK/factors) and gates (--factors WORK/factors --out "
-            "WORK/gates) under torchrun, then merge --workdir WORK without it"
-        )
+    _one_process()
     alignments = pairs(recipe)
     alignment = alignments[0]
     check_numbers(recipe.method, alignment)
@@ -103,6 +99,15 @@ def merge(
         if workdir is None:
             shutil.rmtree(work, ignore_errors=True)
     return receipt
+
+
+def _one_process() -> None:
+    """Raise RecipeError under torchrun."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RecipeError(
+            "merge runs in one process: run decompose (--out WORK/factors) and gates (--factors WORK/factors --out "
+            "WORK/gates) under torchrun, then merge --workdir WORK without it"
+        )
 
 
 def _add_side_files(folder: Path, recipe: Recipe, alignment: Alignment) -> None:

@@ -63,7 +63,9 @@ def test_keys_of_files_are_those_that_are_written() -> None:
     def listed(after: str) -> list[str]:
         return re.findall(r"`(\w+)`", re.split(r"\.(?:\s|$)", page.split(after, 1)[1])[0])
 
-    names: Any = lambda cls: [field.name for field in dataclasses.fields(cls)]  # noqa: E731
+    def names(cls: Any) -> list[str]:
+        return [field.name for field in dataclasses.fields(cls)]
+
     assert listed("Keys of `receipt.json`:") == names(Receipt)
     assert listed("Keys of one\ntensor:") == names(TensorReceipt)
     row = page.split("| `inspect --distances --out` | `distances.jsonl` |", 1)[1].splitlines()[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections import Counter
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -99,8 +100,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object whose keys must differ."""
     made = dict(pairs)
     if len(made) != len(pairs):
-        seen: set[str] = set()
-        raise ValueError(f"{next(name for name, _ in pairs if name in seen or seen.add(name))!r:.120} twice")  # type: ignore[func-returns-value]
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{name!r:.120} twice")
     return made
 
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from vlmgraft.errors import RecipeError
 from vlmgraft.recipe.keys import refuse_unknown
-from vlmgraft.recipe.model import _apply, _as_recipe_error, _read, naming
+from vlmgraft.recipe.source import apply_override, as_recipe_error, naming, read_mapping
 from vlmgraft.records import write_text
 
 
@@ -72,13 +72,13 @@ def load_tune_recipe(source: str | Path | Mapping[str, Any] | TuneRecipe, overri
     if isinstance(source, TuneRecipe):
         return source
     with naming(source):
-        return _load(_read(source), overrides)
+        return _load(read_mapping(source), overrides)
 
 
 def _load(raw: dict[str, Any], overrides: Sequence[str]) -> TuneRecipe:
     """A recipe from its raw mapping."""
     for override in overrides:
-        _apply(raw, override)
+        apply_override(raw, override)
     if isinstance(raw.get("prior"), str):
         raw["prior"] = {"mode": raw["prior"]}
     refuse_unknown(raw, TuneRecipe.model_fields, "")
@@ -88,7 +88,7 @@ def _load(raw: dict[str, Any], overrides: Sequence[str]) -> TuneRecipe:
     try:
         recipe = TuneRecipe.model_validate(raw)
     except ValidationError as error:
-        raise _as_recipe_error(error, "", TuneRecipe.model_fields) from None
+        raise as_recipe_error(error, "", TuneRecipe.model_fields) from None
     _refuse_contradictions(recipe)
     return recipe
 

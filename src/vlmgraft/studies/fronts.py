@@ -17,7 +17,7 @@ from vlmgraft.recipe import Recipe
 from vlmgraft.records import write_rows
 from vlmgraft.spectral.donors import open_store
 from vlmgraft.spectral.gates import Gates, load_gates
-from vlmgraft.training.pareto import FrontPoint, pareto_front
+from vlmgraft.training.pareto import FrontPoint, check_budgets, pareto_front
 from vlmgraft.training.processes import barrier, join_group, process
 
 ROWS = "front.jsonl"
@@ -46,7 +46,8 @@ def front(
         RecipeError: there is no budget, one is not above 0, or the method starts elsewhere. CheckpointError: the
             factors are not this recipe's. DataError: the questions.
     """
-    changes = [f"method.kl_budget={max(budgets, default=0)}", "method.inject_weight=null", *overrides]
+    check_budgets(budgets)
+    changes = [f"method.kl_budget={max(budgets)}", "method.inject_weight=null", *overrides]
     loaded, out = read_recipe(recipe, changes), Path(out)
     method = gated_method(loaded)
     if not isinstance(method, Frism) or method.start == "curvature":

@@ -54,8 +54,7 @@ def pareto_front(
     reported, by budget: not made again. settings: other fields of `Training`, such as learning_rate and seed.
     Raises RecipeError when there is no budget, or one is not above 0.
     """
-    if not budgets or min(budgets) <= 0:
-        raise RecipeError(f"budgets: {list(budgets)} must be numbers above 0, at least one")
+    check_budgets(budgets)
     points: list[FrontPoint] = []
     inject = "energy" if donor is None else "donor"
     for budget in sorted(set(budgets), reverse=True):
@@ -76,6 +75,12 @@ def pareto_front(
         if report is not None:
             report(points[-1])
     return tuple(reversed(points))
+
+
+def check_budgets(budgets: Sequence[float]) -> None:
+    """Raise RecipeError when there is no budget, or one is not above 0."""
+    if not budgets or not min(budgets) > 0:
+        raise RecipeError(f"budgets: {list(budgets)} must be numbers above 0, at least one")
 
 
 def _point(budget: float, gates: Gates) -> FrontPoint:
