@@ -7,7 +7,6 @@ can tell what is being written from what a killed process left.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import itertools
 import os
@@ -18,6 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from vlmgraft.locks import NO_LOCKS
 
 FOREIGN = re.compile(r"\.tmp\w{6}")
 """What the safetensors library leaves beside a file, if it is killed while it saves."""
@@ -99,7 +100,7 @@ def lock(handle: int, *, wait: bool) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL):
+        if error.errno not in NO_LOCKS:
             raise
 
 

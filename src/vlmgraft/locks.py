@@ -21,6 +21,7 @@ from vlmgraft.errors import OutputError
 from vlmgraft.resources import cannot_write, explained, out_of_memory
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+"""What a file system answers that knows no locks."""
 READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 

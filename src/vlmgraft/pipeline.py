@@ -65,8 +65,7 @@ def merge(
     alignments = pairs(recipe)
     alignment = alignments[0]
     check_numbers(recipe.method, alignment)
-    sources = (alignment.vlm, alignment.donor, alignment.donor_base, alignment.vlm_base)
-    opened = [source for source in sources if source is not None]
+    opened = [o for o in (alignment.vlm, alignment.donor, alignment.donor_base, alignment.vlm_base) if o is not None]
     if resume and out.is_dir():
         with locked(out):
             if receipt := _finished(recipe, out, [file for source in opened for file in source.files]):
