@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import re
+import resource
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +40,50 @@ def cannot_write(path: str | Path, error: OSError) -> OutputError:
     """The error to raise where `path` cannot be written: why, and what to do."""
     remedy = REMEDIES.get(error.errno or 0, "name another folder")
     return OutputError(f"{path}: cannot be written ({error.strerror or error}); {remedy}")
+
+
+class _Over(BaseException):
+    """Time is up: no Exception, which libraries catch and go on."""
+
+
+@contextmanager
+def bounded(seconds: float, memory: int) -> Iterator[None]:
+    """So many seconds of the process's own time, and bytes beside what it has; for short work that cannot be trusted.
+
+    In the main thread only, where signals arrive and nobody else changes limits, and of memory only on Linux; elsewhere
+    nothing is bounded. Raises TimeoutError, and MemoryError from whatever asks for more.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def over(*_: object) -> None:
+        raise _Over
+
+    before = signal.signal(signal.SIGVTALRM, over)
+    limits = _limit_memory(memory)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    except _Over:
+        raise TimeoutError(f"more than {seconds:g} seconds") from None
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+        if limits is not None:
+            resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def _limit_memory(more: int) -> tuple[int, int] | None:
+    """Let the process have so many bytes of addresses more; the limits before, or None where it cannot be done."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        soft, hard = before = resource.getrlimit(resource.RLIMIT_AS)
+        wanted = pages * resource.getpagesize() + more
+        resource.setrlimit(resource.RLIMIT_AS, (min([wanted, *(one for one in (soft, hard) if one >= 0)]), hard))
+    except (OSError, ValueError):
+        return None
+    return before
 
 
 @contextmanager

@@ -222,7 +222,7 @@ def test_unknown_fields_of_a_column_map_and_missing_splits_are_named(tmp_path: P
         load_suite(tmp_path / "x.jsonl", columns={"picture": "p"})
     data = Dataset.from_list([{"question": "q"}])
     DatasetDict({"a": data, "b": data}).save_to_disk(tmp_path / "saved")
-    with pytest.raises(DataError, match="splits, a, b, with --split"):
+    with pytest.raises(DataError, match="splits a, b; name one"):
         load_suite(tmp_path / "saved")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import struct
@@ -10,7 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from places import F32, INDEX, WEIGHTS, Case, Place, evaluate, merge, put_special, safetensors
+from PIL import Image
+from places import F32, INDEX, WEIGHTS, Case, Place, evaluate, merge, put_special, safetensors, tune
 
 
 def entry(**changes: Any) -> dict[str, Any]:
@@ -371,6 +373,7 @@ QUESTIONS: dict[str, tuple[bytes | str | dict[str, Any], str]] = {
     "digits": ('{"question": ' + "9" * 5000 + "}", "JSON"),
     "not UTF-8": (b'{"question": "\xff"}', "JSON"),
     "huge line": (b'{"question": "' + b"a" * (1 << 26) + b'"}', "bytes"),
+    "half a character": ('{"question": "\\ud800"}', "surrogates"),
     "no question": ({"image": "a.png"}, "question"),
     "question is a number": ({"question": 3}, "question"),
     "image is a number": ({"question": "q", "image": 3}, "image"),
@@ -418,6 +421,13 @@ PICTURES: dict[str, Callable[[], bytes]] = {
 }
 
 
+def png_of(width: int, height: int) -> bytes:
+    """A whole picture."""
+    whole = io.BytesIO()
+    Image.new("RGB", (width, height)).save(whole, "PNG")
+    return whole.getvalue()
+
+
 def questions() -> Iterator[Case]:
     for name, (row, field) in QUESTIONS.items():
 
@@ -448,5 +458,63 @@ def questions() -> Iterator[Case]:
             f"evaluate: {name} that lies", told, f"q.{name.lower()}", "JSON" if "J" in name.upper()[0] else "parquet"
         )
 
+    def marked(place: Place) -> list[str | Path]:
+        (place.folder / "p.png").write_bytes(png_of(28, 28))
+        rows = [{"question": text, "image": "p.png"} for text in ("q", "<|image_pad|> q")]
+        return merge(place, place.calibrated(place.questions(*rows)))
 
-CASES = [case for group in (headers, indexes, configs, specials, folders, recipes, questions) for case in group()]
+    yield Case("questions: a mark that stands for a picture", marked, "q.jsonl", "line 2")
+
+
+CHAT = {"role": "user", "content": "q"}
+TRACES: dict[str, tuple[bytes | str | dict[str, Any], str]] = {
+    **{name: case for name, case in QUESTIONS.items() if "UTF-8" in name or not isinstance(case[0], dict)},
+    "chat is a text": ({"messages": "x" * 10_000}, "list of turns"),
+    "turn is a text": ({"messages": ["x"]}, "list of turns"),
+    "turn says a number": ({"messages": [{"role": "user", "content": 3}, CHAT]}, "part of a turn"),
+    "turn says a mapping": ({"messages": [{"role": "user", "content": {"a": 1}}, CHAT]}, "part of a turn"),
+    "part is a text": ({"messages": [{"role": "user", "content": ["x"]}, CHAT]}, "part of a turn"),
+    "part without text": ({"messages": [{"role": "user", "content": [{"type": "text"}]}, CHAT]}, "part of a turn"),
+    "role is a list": ({"messages": [{"role": ["x"] * 999, "content": "q"}, CHAT]}, "role"),
+    "answer is a mapping": ({"question": "q", "answer": {"a": 1}}, "answer"),
+    "reasoning is a number": ({"question": "q", "answer": "a", "reasoning": 3}, "reasoning"),
+    "other keys": ({"k" * 10_000: 1, "\x1b[2J": 1}, "question"),
+    "image is a number": ({"question": "q", "answer": "a", "image": 3}, "images"),
+    "image is missing": ({"question": "q", "answer": "a", "image": "gone.png"}, "gone.png"),
+    "image is a folder": ({"question": "q", "answer": "a", "image": "."}, "image"),
+    "image is a device": ({"question": "q", "answer": "a", "image": "/dev/zero"}, "/dev/zero"),
+    "image has a NUL": ({"question": "q", "answer": "a", "image": "a\0.png"}, "image"),
+}
+
+
+def traces() -> Iterator[Case]:
+    for name, (row, field) in TRACES.items():
+
+        def prepare(place: Place, row: Any = row) -> list[str | Path]:
+            return tune(place, place.questions(row, row))
+
+        yield Case(f"traces: {name}", prepare, "q.jsonl", field)
+    for name in ("EPS, which would start Ghostscript", "PNG just above the limit", "PNG with texts of 32 MB"):
+
+        def picture(place: Place, make: Callable[[], bytes] = PICTURES[name]) -> list[str | Path]:
+            (place.folder / "p.png").write_bytes(make())
+            row = {"question": "q", "answer": "a", "image": "p.png"}
+            return tune(place, place.questions(row, row))
+
+        yield Case(f"traces: picture: {name}", picture, "p.png", "row 1")
+    for name, data in {"q.json": b"[" * 100_000, "q.parquet": b"PAR1" + bytes(50) + b"PAR1"}.items():
+
+        def told(place: Place, name: str = name, data: bytes = data) -> list[str | Path]:
+            return tune(place, place.questions(data, name=name))
+
+        yield Case(f"traces: {name} that lies", told, name, "JSON" if "json" in name else "parquet")
+
+    def waiting(place: Place) -> list[str | Path]:
+        put_special(place.folder / "q.jsonl", "FIFO")
+        return tune(place, place.folder / "q.jsonl")
+
+    yield Case("traces: FIFO", waiting, "q.jsonl", "no such file")
+
+
+GROUPS = (headers, indexes, configs, specials, folders, recipes, questions, traces)
+CASES = [case for group in GROUPS for case in group()]

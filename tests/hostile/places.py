@@ -95,6 +95,13 @@ def evaluate(place: Place, data: Path, model: str = "vlm") -> list[str | Path]:
     return ["evaluate", place.folder / model, "--data", data, "--out", place.folder / "out", "--quiet"]
 
 
+def tune(place: Place, data: Path) -> list[str | Path]:
+    """Arguments of a fine-tuning."""
+    recipe = {"vlm": str(place.folder / "vlm"), "prior": {"mode": "none"}, "data": {"train": str(data)}}
+    place.text(yaml.safe_dump({**recipe, "train": {"max_steps": 1, "use_cpu": True}}))
+    return ["tune", place.folder / "recipe.yaml", "--out", place.folder / "out"]
+
+
 def safetensors(folder: Path, header: object, data: bytes = b"1234", name: str = WEIGHTS) -> None:
     """A file with this header: bytes and texts as they are, others as JSON."""
     text = header if isinstance(header, bytes) else header.encode() if isinstance(header, str) else _json(header)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import os
 import re
+import resource
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 
 import vlmgraft
 from vlmgraft.errors import VlmgraftError
+from vlmgraft.hf import templates
 from vlmgraft.hf.data import encode
 from vlmgraft.hf.models import load_processor, load_vlm
 from vlmgraft.hf.questions import Question
@@ -67,8 +70,19 @@ BAD_TEMPLATES = {
     "syntax": "{% for %}",
     "raises": "{{ raise_exception('no') }}",
     "divides": "{{ 1 / 0 }}",
+    "loops in loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "a power": "{{ 9 ** (9 ** 9) }}",
+    "a long text": "{{ 'x' * 10 ** 12 }}",
+    "a text beyond the limit": "{{ ('x' * 10 ** 8)|length }}",
+    "a text that doubles": "{% set n = namespace(s='x') %}{% for a in range(60) %}{% set n.s = n.s~n.s %}{% endfor %}",
+    "a list that doubles": "{% set n = namespace(s=[1]) %}{% for a in range(60) %}{% set n.s = n.s+n.s %}{% endfor %}",
     "recursion": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
 }
+
+
+def peak() -> int:
+    """Bytes that this process had at most."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +95,15 @@ def test_templates_are_sandboxed(
     template: str, processor: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(processor, "chat_template", BAD_TEMPLATES[template])
+    monkeypatch.setattr(templates, "SECONDS", 0.5)
+    monkeypatch.setattr(templates, "MEMORY", 50_000_000)
     monkeypatch.chdir(tmp_path)
+    before, limits = peak(), resource.getrlimit(resource.RLIMIT_AS)
     with pytest.raises(VlmgraftError, match=r"chat template cannot be rendered .*take another release") as said:
         encode(processor, [Question("what?")])
     assert said.value.exit_code == 2 and not os.listdir(tmp_path)  # noqa: PTH208
+    assert peak() - before < 200_000_000 and resource.getrlimit(resource.RLIMIT_AS) == limits
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
 
 
 def test_remote_code_is_not_asked_about(trio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

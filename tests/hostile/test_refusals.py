@@ -14,7 +14,8 @@ from lies import CASES
 from places import Case, Place
 
 REMEDY = re.compile(
-    r"; (?:download|give|write|rename|take|remove|put|keep|replace|shrink|look|shard|drop|a recipe is|name|no model)"
+    r"; (?:download|mend|give|write|rename|take|remove|put|keep|replace|shrink|look|shard|drop|a recipe is|name)"
+    r"|; no model"
     r"|; at most|take|write|give|Write|Convert|merge it|Valid keys|did you mean|shared are|methods:|must be|should be"
     r"|Input|such as"
 )

@@ -162,7 +162,7 @@ def test_bad_questions_are_named_before_work(trio: Path, image_calibration: Path
         ({"question": "read glyphs now"}, r'line 2: has no "image"; the calibration set must show images'),
         ({"question": "q", "image": "broken.png"}, r"line 2: image .*broken.png: cannot be read"),
         ({"question": "q", "image": "gone.png"}, r"line 2: image .*gone.png: missing"),
-        ({"question": "sum " * 300, "image": image}, r"question 'sum sum .*the model reads 256; shorten"),
+        ({"question": "sum " * 300, "image": image}, r"line 2: .*the model reads 256; shorten"),
         ({"question": " ", "image": image}, 'line 2: needs a "question"'),
     ]
     for row, message in cases:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vlmgraft.errors import AlignmentError, DataError, RecipeError
+from vlmgraft.errors import AlignmentError, CheckpointError, DataError, RecipeError
+from vlmgraft.hf import templates
 from vlmgraft.hf.models import load_processor, load_vlm
 from vlmgraft.training.sft import add_tokens, build_trainer, freeze_vision, lora_config, trainer_arguments
 from vlmgraft.training.sft_data import Trace, Traces
@@ -127,3 +128,26 @@ def test_what_cannot_be_learned_is_named(model: Any, processor: Any, tmp_path: P
         built(model, processor, tmp_path, trace("<plan> 1"))
     with pytest.raises(Exception, match="tokenizer but no processor"):
         built(model, processor.tokenizer, tmp_path, trace("red"))
+
+
+def test_an_example_that_fails_in_the_middle_is_named(model: Any, processor: Any, tmp_path: Path) -> None:
+    """A picture of an impossible shape, among others: only the longest answer is tried before the training."""
+    thin = Trace(trace("red", "how thin ?").prompt, "red", (Image.new("RGB", (2, 2000)),))
+    trainer = built(model, processor, tmp_path, thin, trace("red red red"), trace("red red"))
+    with pytest.raises(DataError, match=r"cannot be read by the processor \(absolute aspect ratio .*'how thin \?'"):
+        trainer.train()
+
+
+def test_a_text_that_shows_pictures_is_refused(model: Any, processor: Any, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"here, row 2: its text holds <\|image_pad\|>, .*mend the row"):
+        built(model, processor, tmp_path, trace("red"), trace("red", "<|image_pad|> ?"))
+
+
+def test_a_template_without_end_is_refused(
+    model: Any, processor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    monkeypatch.setattr(processor, "chat_template", endless)
+    monkeypatch.setattr(templates, "SECONDS", 0.2)
+    with pytest.raises(CheckpointError, match=r"chat template cannot be rendered \(TimeoutError: more than 0.2 s"):
+        built(model, processor, tmp_path, trace("red"))

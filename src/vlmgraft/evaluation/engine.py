@@ -12,6 +12,7 @@ import torch
 from vlmgraft.errors import InputError, VlmgraftError
 from vlmgraft.hf.data import Question, generate_batch
 from vlmgraft.hf.models import tokenizer_of
+from vlmgraft.hf.templates import prompt_text
 
 
 @dataclass(frozen=True)
@@ -115,15 +116,6 @@ class VllmEngine:
             )
             for prompt, (result, said) in zip(prompts, found, strict=True)
         ]
-
-
-def prompt_text(processor: Any, question: Question) -> str:
-    """The chat template's text for a question, as `hf.data.encode` writes it; images appear as their placeholders."""
-    parts: list[dict[str, str]] = [{"type": "image"} for _ in question.images]
-    text_only = tokenizer_of(processor) is processor
-    content = question.prompt if text_only else [*parts, {"type": "text", "text": question.prompt}]
-    chat = [{"role": "user", "content": content}]
-    return str(processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
 
 
 FAILURES = (VlmgraftError, ValueError, RuntimeError, IndexError)

@@ -18,8 +18,8 @@ from vlmgraft.evaluation.items import ImageSource, Item, Suite, circular, unique
 from vlmgraft.evaluation.metrics import METRICS
 from vlmgraft.evaluation.options import letters
 from vlmgraft.evaluation.presets import PRESETS, Columns, Preset
-from vlmgraft.evaluation.sources import Row, read_rows
 from vlmgraft.evaluation.text import storable
+from vlmgraft.hf.sources import Row, read_rows
 
 _LETTERED = re.compile(
     r"(?:^|[;\n]|\s)\s*\(?([A-H])[.:)]\s*(.*?)(?=\s*;?\s*(?:\s\(?[A-H][.:)]|[;\n]\s*\(?[A-H][.:)])|\s*;?\s*$)",

@@ -9,12 +9,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 
-from vlmgraft.errors import CheckpointError, DataError
+from vlmgraft.errors import DataError
 from vlmgraft.hf.models import tokenizer_of
 from vlmgraft.hf.questions import Question, load_questions, open_images
-from vlmgraft.resources import out_of_memory
+from vlmgraft.hf.templates import prompt_text
+from vlmgraft.resources import is_memory, out_of_memory
 
 __all__ = [
     "Batch",
@@ -39,43 +39,34 @@ Batch = dict[str, Any]
 def encode(processor: Any, questions: Sequence[Question]) -> Batch:
     """Prompts through the chat template as one left-padded batch: input_ids, attention_mask, and the image tensors.
 
-    All questions of a batch have images, or none has: `batches` sees to it.
+    All questions of a batch have images, or none has: `batches` sees to it. Raises DataError, CheckpointError.
     """
     tokenizer = tokenizer_of(processor)
-    texts, images = [], []
-    for question in questions:
-        parts: list[dict[str, str]] = [{"type": "image"} for _ in question.images]
-        content = [*parts, {"type": "text", "text": question.prompt}] if processor is not tokenizer else question.prompt
-        chat = [{"role": "user", "content": content}]
-        texts.append(_rendered(processor, chat))
-        images.append(open_images(question))
+    texts = [prompt_text(processor, question) for question in questions]
+    images = [open_images(question) for question in questions]
     if any(images) and processor is tokenizer:
-        raise DataError(f"question {questions[0].question[:60]!r} has an image, but the model reads text only")
+        raise DataError(f"{questions[0].name}: has an image, but the model reads text only")
     start = tokenizer.bos_token
     options: dict[str, Any] = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
     if start is not None and texts[0].startswith(start):
         options["add_special_tokens"] = False  # the template wrote it already
-    return dict(processor(text=texts, **({"images": images} if any(images) else {}), **options))
+    if any(images):
+        options["images"] = images
+    return _processed(processor, questions, texts, options)
 
 
-def _rendered(processor: Any, chat: list[dict[str, Any]]) -> str:
-    """The prompt by the checkpoint's chat template, which transformers runs in Jinja's sandbox: it reaches no attribute
-    that begins with an underscore and changes nothing it is given; ranges are bounded, loops inside loops are not."""
+def _processed(processor: Any, questions: Sequence[Question], texts: list[str], options: Mapping[str, Any]) -> Batch:
+    """What the processor makes of texts and images; DataError names the question that it refuses."""
     try:
-        return processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    except (
-        TemplateError,
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RecursionError,
-        TypeError,
-        ValueError,
-    ) as error:
-        where = getattr(tokenizer_of(processor), "name_or_path", "the checkpoint")
-        raise CheckpointError(
-            f"{where}: its chat template cannot be rendered ({type(error).__name__}: {error!s:.200}); take another "
-            "release, or mend chat_template.jinja"
+        return dict(processor(text=texts, **options))
+    except (ValueError, TypeError, LookupError, RuntimeError) as error:
+        if is_memory(error):
+            raise
+        if len(questions) > 1:
+            for question in questions:
+                encode(processor, [question])
+        raise DataError(
+            f"{questions[0].name}: the processor cannot read it ({error!s:.200}); mend it, or drop it"
         ) from error
 
 
@@ -218,6 +209,6 @@ def _check_length(config: Any, batch: Mapping[str, Any], questions: Sequence[Que
     for question, length in zip(questions, batch["attention_mask"].sum(1).tolist(), strict=True):
         if limit is not None and length + max_new_tokens > limit:
             raise DataError(
-                f"question {question.question[:60]!r}: prompt and answer need {length + max_new_tokens} tokens, the "
+                f"{question.name}: prompt and answer need {length + max_new_tokens} tokens, the "
                 f"model reads {limit}; shorten the question, shrink its images, or lower max_new_tokens"
             )

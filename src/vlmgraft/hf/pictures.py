@@ -30,7 +30,7 @@ def open_picture(source: Path | bytes | bytearray, name: str) -> Image.Image:
         return image.convert("RGB")
 
 
-def check_picture(source: Path, name: str) -> None:
+def check_picture(source: Path | bytes, name: str) -> None:
     """Look at a picture's header and checksums without decoding it; raises as `open_picture`."""
     with _explained(name), _opened(source) as image:
         image.verify()
@@ -51,15 +51,15 @@ def _opened(source: Path | bytes | bytearray) -> Iterator[Image.Image]:
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
     """Whatever Pillow raises over a picture, as DataError."""
-    remedy = "replace it, or drop the question"
+    remedy = "replace it, or drop its line"
     try:
         yield
     except FileNotFoundError:
-        raise DataError(f"{name}: missing; give its path relative to the question file") from None
+        raise DataError(f"{name}: missing; give its path relative to the file that names it") from None
     except CheckpointError as error:
         raise DataError(f"{error}" if str(error).startswith(name) else f"{name}: {error}") from None
     except Image.DecompressionBombError as error:
-        raise DataError(f"{name}: enormous ({error}); shrink it, or drop the question") from None
+        raise DataError(f"{name}: enormous ({error}); shrink it, or drop its line") from None
     except (
         OSError,
         SyntaxError,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,22 @@ LONGEST_LINE = 1 << 26
 
 @dataclass(frozen=True)
 class Question:
-    """One prompt. Images are paths, or PIL images in memory; only the prompt is used for learning gates."""
+    """One prompt. Images are paths, or PIL images in memory; only the prompt is used for learning gates.
+
+    where: file and line, for messages.
+    """
 
     question: str
     images: tuple[Path | Image.Image, ...] = ()
     answer: str | None = None
     choices: tuple[str, ...] = ()
     category: str | None = None
+    where: str = field(default="", compare=False, repr=False)
+
+    @property
+    def name(self) -> str:
+        """What messages call it: file and line, or how it begins."""
+        return self.where or f"question {self.question[:60]!r}"
 
     @property
     def prompt(self) -> str:
@@ -77,9 +86,18 @@ def json_lines(path: Path, errors: str = "strict") -> Iterator[tuple[int, dict[s
         raise DataError(f"{path}: cannot be read ({error.strerror}); give a file of JSON lines") from None
 
 
+def parse(raw: bytes, errors: str = "strict") -> Any:
+    """The value of a JSON text, with texts that UTF-8 can hold: half of an escaped surrogate pair is no character.
+
+    Raises ValueError or RecursionError; with errors="replace" what is no character becomes a question mark.
+    """
+    value = json.loads(raw.decode("utf-8", errors))
+    return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", errors)) if b"\\u" in raw else value
+
+
 def _object(line: bytes, where: str, errors: str) -> dict[str, Any]:
     try:
-        row = json.loads(line.decode("utf-8", errors))
+        row = parse(line, errors)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error!s:.200}); every line must be one JSON object") from error
     if not isinstance(row, dict):
@@ -113,6 +131,7 @@ def _parse(row: dict[str, Any], path: Path, where: str, need_images: bool) -> Qu
         None if answer is None else str(answer),
         tuple(str(choice) for choice in choices),
         None if category is None else str(category),
+        where,
     )
 
 

@@ -12,6 +12,7 @@ import torch
 
 from vlmgraft.errors import AlignmentError, CheckpointError, DataError, RecipeError
 from vlmgraft.hf.models import output_head, text_model, tokenizer_of
+from vlmgraft.hf.templates import rendered
 from vlmgraft.training.drift_callback import DriftCallback
 from vlmgraft.training.sft_data import Traces
 
@@ -29,6 +30,9 @@ DEFAULTS: Mapping[str, Any] = {
     "report_to": [],
 }
 """Where the trainer's own defaults do not suit: the paper's released run, nothing cut off, nothing reported."""
+
+FAILURES = (ValueError, TypeError, LookupError)
+"""What processors raise over an example that they cannot read."""
 
 NAMES = {"activation_checkpointing": "gradient_checkpointing"}
 NAMES |= {f"{new}_kwargs": f"{old}_kwargs" for new, old in NAMES.items()}
@@ -152,8 +156,43 @@ def build_trainer(
     )
     if drift is not None:
         trainer.callback_handler.callbacks.insert(0, drift)
+    for traces in filter(None, (train, validation)):
+        _check_prompts(processor, traces)
     _check_batch(trainer, train)
+    trainer.data_collator = _Named(trainer.data_collator)
     return trainer
+
+
+class _Named:
+    """A collator whose failures, in the middle of a training, name the example."""
+
+    def __init__(self, collator: Any) -> None:
+        self.collator = collator
+
+    def __call__(self, examples: list[dict[str, Any]]) -> Any:
+        kept = [dict(one) for one in examples]  # TRL replaces what they hold
+        try:
+            return self.collator(examples)
+        except FAILURES as error:
+            if len(examples) > 1:
+                for example in kept:
+                    self([example])
+            asked = "".join(part["text"] or "" for turn in kept[0]["prompt"] for part in turn["content"])
+            raise DataError(f"a trace cannot be read by the processor ({error!s:.200}): {asked!r:.80}") from error
+
+
+def _check_prompts(processor: Any, traces: Traces) -> None:
+    """Render every prompt, within limits: no text may hold a mark that stands for a picture."""
+    marks = [mark for key in ("image_token", "video_token") if isinstance(mark := getattr(processor, key, None), str)]
+    for number, trace in enumerate(traces.traces, 1):
+        rendered(processor, trace.prompt)
+        told = trace.answer + "".join(part.get("text", "") for turn in trace.prompt for part in turn["content"])
+        for mark in marks:
+            if mark in told:
+                raise DataError(
+                    f"{traces.name}, row {number}: its text holds {mark}, which stands for a picture here; mend the "
+                    "row, or drop it"
+                )
 
 
 def _check_batch(trainer: Any, traces: Traces) -> None:
@@ -161,7 +200,7 @@ def _check_batch(trainer: Any, traces: Traces) -> None:
     longest = max(range(len(traces.traces)), key=lambda index: len(traces.traces[index].answer))
     try:
         batch = trainer.data_collator([trainer.train_dataset[longest]])
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except FAILURES as error:
         raise DataError(f"{traces.name}, row {longest + 1}: the processor cannot read it: {error}") from error
     wanted = batch["labels"] != -100
     if not wanted.any() or wanted.all():

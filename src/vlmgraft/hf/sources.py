@@ -5,13 +5,13 @@ Pictures inside parquet files and data sets stay there until they are asked for.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vlmgraft.errors import DataError
-from vlmgraft.hf.questions import json_lines
+from vlmgraft.checkpoint.files import open_regular
+from vlmgraft.errors import CheckpointError, DataError
+from vlmgraft.hf.questions import json_lines, parse
 
 Row = Mapping[str, Any]
 LARGEST_JSON = 1 << 30
@@ -19,19 +19,18 @@ READABLE = ".jsonl, .json, .parquet, a folder of parquet files or one that `data
 
 
 def read_rows(
-    source: str | Path, *, split: str | None = None, config: str | None = None
+    source: str | Path, *, split: str | None = None, config: str | None = None, errors: str = "replace"
 ) -> tuple[list[Row], Path | None]:
     """The rows of a source, and the folder that image paths are relative to (None for the hub).
 
-    JSON files hold a list of objects, or an object of objects (their keys become "id"). Raises DataError.
+    JSON files hold a list of objects, an object of objects (their keys become "id"), or JSON lines. errors: of
+    decoding UTF-8 in JSON lines. Raises DataError.
     """
     path = Path(source)
     if path.suffix in (".jsonl", ".json") and (path.is_file() or not _could_be_id(str(source))):
         if not path.is_file():
-            raise DataError(f"{path}: no such file")
-        return (
-            [row for _, row in json_lines(path, "replace")] if path.suffix == ".jsonl" else _json(path)
-        ), path.parent
+            raise DataError(f"{path}: no such file; give {READABLE}")
+        return ([row for _, row in json_lines(path, errors)] if path.suffix == ".jsonl" else _json(path)), path.parent
     if path.is_dir() or path.suffix == ".parquet":
         return _local_dataset(path, split), path if path.is_dir() else path.parent
     if path.exists() or not _could_be_id(str(source)):
@@ -49,8 +48,16 @@ def _json(path: Path) -> list[Row]:
     if path.stat().st_size > LARGEST_JSON:
         raise DataError(f"{path}: has more than {LARGEST_JSON:,} bytes; write JSON lines, which are read one by one")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            raw = file.read()
+        found = parse(raw)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); give {READABLE}") from None
+    except CheckpointError as error:
+        raise DataError(str(error)) from None
     except (ValueError, RecursionError) as error:
+        if str(error).startswith("Extra data") and raw.lstrip().startswith(b"{"):
+            return [row for _, row in json_lines(path)]
         raise DataError(f"{path}: not JSON ({error!s:.200}); write one JSON object per line as .jsonl") from error
     if isinstance(found, dict) and found and all(isinstance(row, dict) for row in found.values()):
         found = [{"id": name, **row} for name, row in found.items()]
@@ -74,7 +81,7 @@ def _local_dataset(path: Path, split: str | None) -> list[Row]:
     if split and path.is_dir():
         files = [file for file in files if file.name.startswith(split)] or files
     if not files or not files[0].is_file():
-        raise DataError(f"{path}: no such file")
+        raise DataError(f"{path}: no such file; give {READABLE}")
     try:
         return _lazy(concatenate_datasets([Dataset.from_parquet(str(file)) for file in files]))
     except (OSError, ValueError, RuntimeError, TypeError, LookupError, MemoryError) as error:
@@ -102,7 +109,7 @@ def _split_of(found: Any, split: str | None, where: object) -> Any:
     if split is None and len(found) == 1:
         return next(iter(found.values()))
     if split not in found:
-        raise DataError(f"{where}: name one of its splits, {', '.join(found)}, with --split")
+        raise DataError(f"{where}: has the splits {', '.join(found)}; name one of them")
     return found[split]
 
 

@@ -1,0 +1,58 @@
+"""Prompts by a checkpoint's chat template, which is a program of whoever made the checkpoint.
+
+transformers runs it in Jinja's sandbox: it reaches no attribute that begins with an underscore, changes nothing it is
+given, and one range has at most 100,000 numbers. Loops inside loops and texts that double are stopped by limits of
+processor time and of memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+
+from vlmgraft.errors import CheckpointError
+from vlmgraft.hf.models import tokenizer_of
+from vlmgraft.hf.questions import Question
+from vlmgraft.resources import bounded
+
+SECONDS = 10.0
+"""Of processor time for one prompt: thousands of times what templates of thousands of turns take."""
+MEMORY = 2 << 30
+"""Bytes that one prompt may take beside what the process has."""
+
+
+def prompt_text(processor: Any, question: Question) -> str:
+    """The prompt of one question, images as the template's placeholders; raises CheckpointError as `rendered`."""
+    parts: list[dict[str, str]] = [{"type": "image"} for _ in question.images]
+    text_only = tokenizer_of(processor) is processor
+    content = question.prompt if text_only else [*parts, {"type": "text", "text": question.prompt}]
+    return rendered(processor, [{"role": "user", "content": content}])
+
+
+def rendered(processor: Any, chat: Sequence[Mapping[str, Any]]) -> str:
+    """The prompt of a chat, up to where the model's answer begins.
+
+    Raises:
+        CheckpointError: the template fails, or takes longer than `SECONDS` or more than `MEMORY`.
+    """
+    try:
+        with bounded(SECONDS, MEMORY):
+            return str(processor.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=True))
+    except (
+        TemplateError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        MemoryError,
+        RecursionError,
+        TimeoutError,
+        TypeError,
+        ValueError,
+    ) as error:
+        where = getattr(tokenizer_of(processor), "name_or_path", "the checkpoint")
+        raise CheckpointError(
+            f"{where}: its chat template cannot be rendered ({type(error).__name__}: {error!s:.200}); take another "
+            "release, or mend chat_template.jinja"
+        ) from error
