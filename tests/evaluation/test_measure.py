@@ -60,7 +60,13 @@ def whole(trio: Path, questions: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 def test_the_folder_holds_what_was_asked_and_found(whole: Path) -> None:
-    assert {path.name for path in whole.iterdir()} == {"run.json", "records.jsonl", "summary.json", "summary.md"}
+    assert {path.name for path in whole.iterdir()} == {
+        "run.json",
+        "records.jsonl",
+        "summary.json",
+        "summary.md",
+        "receipt.json",
+    }
     records = load_records(whole / "records.jsonl")
     assert [record.task for record in records] == ["sum"] * 24 + ["colour"] * 8
     assert "gone.png: missing" in records[3].fault and records[4].state == "unscored"

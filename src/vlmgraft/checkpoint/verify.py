@@ -1,8 +1,8 @@
 """Checks a folder against its receipt: names, dtypes, shapes, sizes, and a digest of every byte.
 
-For folders of `merge`, `tune`, `decompose` and `export --to lora`. Digests of what we write were taken from memory,
-before the bytes went to the disk; those of what a library wrote, and of copied files, afterwards. What the disk, a copy
-or a later edit changed is found. Needs no torch.
+For folders of `merge`, `tune`, `decompose`, `gates`, `evaluate` and `export --to lora`. Digests of what we write were
+taken from memory, before the bytes went to the disk; those of what a library wrote, and of copied files, afterwards.
+What the disk, a copy or a later edit changed is found. Needs no torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vlmgraft.errors import CheckpointError
 from vlmgraft.records import json_text
 
 Progress = Callable[[int, int, str], None]
-REMEDY = "give a folder that `merge --out`, `tune`, `decompose` or `export --to lora` wrote"
+REMEDY = "give a folder that `merge --out`, `tune`, `decompose`, `gates`, `evaluate` or `export --to lora` wrote"
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Verification:
 
 
 def verify(folder: str | Path, *, threads: int = 2, progress: Progress | None = None) -> Verification:
-    """Compare every byte of a folder with the receipt that `merge`, `tune`, `decompose` or `export` wrote into it.
+    """Compare every byte of a folder with the receipt that the command which made it wrote into it.
 
     Raises:
         CheckpointError: no such folder, no receipt, or a receipt without digests or with file names outside the folder.

@@ -14,7 +14,7 @@ from vlmgraft.cli.app import AsJson, Quiet, app, progress_bar
 
 @app.command()
 def verify(
-    folder: Annotated[Path, typer.Argument(help="folder that merge, tune, decompose or export wrote")],
+    folder: Annotated[Path, typer.Argument(help="folder that merge, tune, decompose, gates, evaluate or export wrote")],
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""The folder of an evaluation: what was asked of whom (run.json), records, summary."""
+"""The folder of an evaluation: what was asked of whom (run.json), records, summary, and a receipt over all of them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from vlmgraft.checkpoint.digests import RECEIPT
+from vlmgraft.checkpoint.receipts import write_receipt
 from vlmgraft.durable import sweep_files
 from vlmgraft.errors import OutputError
 from vlmgraft.evaluation.run_records import Record, drop_partial_line, load_records, save_records
@@ -79,11 +81,14 @@ def found(out: Path) -> list[Record]:
 
 
 def finish(out: Path, records: Sequence[Record], duplicates: int, seed: int) -> Summary:
-    """Write the records in order, and their summary."""
+    """Write the records in order, their summary and the receipt; nothing where that is done already."""
     summary = summarise(records, duplicates=duplicates, seed=seed)
+    if (out / RECEIPT).is_file() and (out / SUMMARY).is_file():
+        return summary
     save_records(out / RECORDS, records)
     write_text(out / TABLE, summary_table(summary))
     write_json(out / SUMMARY, summary.as_json())
+    write_receipt(out, {})
     return summary
 
 

@@ -1,7 +1,8 @@
 """Gates over singular directions: the result of FRISM's second stage, in memory and as a folder.
 
 A folder holds `gates.safetensors` (VLM tensor name on disk → float32 logits g [r]), `gates.json` (scale λ, how the
-gates were made, the digest of the factors they belong to, versions) and `training.jsonl` (one row per logged step).
+gates were made, the digest of the factors they belong to, versions), `training.jsonl` (one row per logged step) and
+`receipt.json` (a digest of every byte).
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vlmgraft.checkpoint.digests import RECEIPT
+from vlmgraft.checkpoint.receipts import write_receipt
 from vlmgraft.checkpoint.saving import save_tensors
 from vlmgraft.durable import FOREIGN
 from vlmgraft.errors import CheckpointError, OutputError
@@ -25,7 +28,7 @@ from vlmgraft.publishing import new_folder
 from vlmgraft.records import read_rows, write_json, write_rows
 
 HISTOGRAM_BINS = 10
-FILES = ("gates.safetensors", "gates.json", "training.jsonl")
+FILES = ("gates.safetensors", "gates.json", "training.jsonl", RECEIPT)
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Gates:
             save_tensors(tensors, made / "gates.safetensors")
             write_rows(made / "training.jsonl", self.log)
             write_json(made / "gates.json", {"scale": self.scale, "factors": self.factors, **self.settings})
+            write_receipt(made, {})
 
 
 def load_gates(folder: str | Path) -> Gates:
