@@ -29,13 +29,13 @@ ALIASES = 16
 
 @contextmanager
 def naming(source: object) -> Iterator[None]:
-    """Put the recipe's file before the RecipeErrors of the block, unless they name it already."""
+    """Put the recipe's file before the errors of the block, unless they name it already."""
     try:
         yield
-    except RecipeError as error:
+    except (RecipeError, CheckpointError) as error:
         if isinstance(source, Mapping) or str(source) in str(error):
             raise
-        raise RecipeError(f"{source}: {error}") from None
+        raise type(error)(f"{source}: {error}") from None
 
 
 def read_mapping(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
