@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from vlmgraft.checkpoint.index import read_header
+from vlmgraft.checkpoint.header import read_header
 from vlmgraft.checkpoint.reader import TORCH_DTYPES
 from vlmgraft.checkpoint.saving import save_tensors
 from vlmgraft.durable import new_file, scratch_folder, sweep_files

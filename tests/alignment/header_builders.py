@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlmgraft.checkpoint.index import Checkpoint, TensorInfo
+from vlmgraft.checkpoint.header import TensorInfo
+from vlmgraft.checkpoint.index import Checkpoint
 
 Shapes = Mapping[str, tuple[int, ...]]
 HIDDEN, FEED, VOCABULARY, KV = 8, 12, 20, 4

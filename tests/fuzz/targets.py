@@ -20,7 +20,8 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from vlmgraft.checkpoint.index import INDEX, open_checkpoint, read_header
+from vlmgraft.checkpoint.header import read_header
+from vlmgraft.checkpoint.index import INDEX, open_checkpoint
 from vlmgraft.errors import VlmgraftError
 from vlmgraft.evaluation import algebra
 from vlmgraft.evaluation.answers import final_answer, judge, repeats

@@ -15,7 +15,8 @@ import pytest
 from merge_builders import aligned, build, build_experts
 
 from vlmgraft.alignment import Alignment, align
-from vlmgraft.checkpoint.index import Checkpoint, TensorInfo
+from vlmgraft.checkpoint.header import TensorInfo
+from vlmgraft.checkpoint.index import Checkpoint
 from vlmgraft.errors import AlignmentError
 from vlmgraft.merging import MergePlan, merge_tensors, plan_merge
 from vlmgraft.merging.plan import CHUNK

@@ -18,7 +18,8 @@ from vlmgraft.alignment.view import TextView, text_view
 from vlmgraft.errors import AlignmentError
 
 if TYPE_CHECKING:
-    from vlmgraft.checkpoint.index import Checkpoint, TensorInfo
+    from vlmgraft.checkpoint.header import TensorInfo
+    from vlmgraft.checkpoint.index import Checkpoint
 
 _LAYER = re.compile(r"(.*?)layers\.(\d+)\.")
 

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vlmgraft.checkpoint.index import Checkpoint, TensorInfo, open_checkpoint
+from vlmgraft.checkpoint.header import TensorInfo
+from vlmgraft.checkpoint.index import Checkpoint, open_checkpoint
 from vlmgraft.errors import CheckpointError
 
 WEIGHTS = ("*.safetensors",)

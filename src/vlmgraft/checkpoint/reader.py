@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from vlmgraft.checkpoint.handles import Handles
-from vlmgraft.checkpoint.index import Checkpoint, TensorInfo
+from vlmgraft.checkpoint.header import TensorInfo
+from vlmgraft.checkpoint.index import Checkpoint
 from vlmgraft.errors import CheckpointError
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmgraft.checkpoint.digests import RECEIPT, FileReceipt, files_in, range_digest, seal, whole_file
-from vlmgraft.checkpoint.index import read_header
+from vlmgraft.checkpoint.header import read_header
 from vlmgraft.records import write_json
 
 SUFFIX = ".safetensors"

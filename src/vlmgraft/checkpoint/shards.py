@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vlmgraft.checkpoint.index import ITEM_SIZES, SINGLE
+from vlmgraft.checkpoint.header import ITEM_SIZES
+from vlmgraft.checkpoint.index import SINGLE
 
 METADATA = {"format": "pt"}
 

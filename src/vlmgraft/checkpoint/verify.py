@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmgraft.checkpoint.digests import RECEIPT, files_in, range_digest, seal
-from vlmgraft.checkpoint.index import TensorInfo, read_header
+from vlmgraft.checkpoint.header import TensorInfo, read_header
 from vlmgraft.errors import CheckpointError
 from vlmgraft.records import json_text
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vlmgraft.alignment import AlignedTensor, Alignment, assemble
-from vlmgraft.checkpoint.index import TensorInfo
+from vlmgraft.checkpoint.header import TensorInfo
 from vlmgraft.checkpoint.reader import TORCH_DTYPES, Reader, as_bytes
 from vlmgraft.errors import NumericalError, WeightsError
 from vlmgraft.merging.plan import CHUNK, WIDEST, lines_up, sources_of

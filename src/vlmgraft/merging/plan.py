@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vlmgraft.alignment.layouts import Source
-from vlmgraft.checkpoint.index import ITEM_SIZES
+from vlmgraft.checkpoint.header import ITEM_SIZES
 from vlmgraft.checkpoint.shards import count_shards
 from vlmgraft.errors import AlignmentError
 

@@ -18,7 +18,7 @@ import torch
 from vlmgraft import __version__
 from vlmgraft.alignment import AlignedTensor, Alignment
 from vlmgraft.checkpoint.digests import RECEIPT, FileReceipt, seal
-from vlmgraft.checkpoint.index import TensorInfo
+from vlmgraft.checkpoint.header import TensorInfo
 from vlmgraft.checkpoint.reader import Reader
 from vlmgraft.checkpoint.shards import TensorSpec
 from vlmgraft.checkpoint.writer import Writer

@@ -1,0 +1,141 @@
+"""What one safetensors file holds, from its header alone: names, dtypes, shapes and where the bytes lie.
+
+Everything a header claims is checked against the file before anyone relies on it: lengths, offsets, overlaps, holes,
+dtypes, names. Nothing here loads torch.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vlmgraft.checkpoint.files import MAX_HEADER, open_regular, parse_json
+from vlmgraft.errors import CheckpointError
+
+ITEM_SIZES: Mapping[str, int] = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "C64": 8,
+    "BOOL": 1,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U64": 8,
+    "U32": 4,
+    "U16": 2,
+    "U8": 1,
+}
+"""Bytes per element of each safetensors dtype that is read; dtypes below one byte are refused."""
+
+LARGEST = 1 << 63
+"""Sizes and offsets are below: what a file can have."""
+LONGEST_NAME = 200
+"""Bytes of a tensor's name: a file of factors is called after it."""
+_AGAIN = "its header lies: download it again, or write it anew with safetensors"
+
+
+class TensorInfo(NamedTuple):
+    """One tensor on disk. dtype: safetensors code such as "BF16". begin: absolute byte offset in `file`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    begin: int
+    nbytes: int
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file in the order of their bytes; raises CheckpointError where it lies."""
+    raw, start, size = _raw_header(file)
+    metadata = raw.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{file}: its __metadata__ is no mapping of texts; write the file anew with safetensors")
+    tensors = [_entry(file, name, entry, start) for name, entry in raw.items()]
+    tensors.sort(key=lambda info: (info.begin, info.nbytes))
+    end, before = start, "the header"
+    for info in tensors:
+        if info.begin + info.nbytes > size:
+            raise CheckpointError(
+                f"{file}: truncated: {info.name} ends at byte {info.begin + info.nbytes}, the file at {size}; "
+                "download it again"
+            )
+        if info.begin != end:
+            where = f"inside {before}, which ends" if info.begin < end else f"with a hole behind {before}, which ends"
+            raise CheckpointError(f"{file}: {info.name} begins at byte {info.begin}, {where} at {end}; {_AGAIN}")
+        end, before = info.begin + info.nbytes, info.name
+    if end < size:
+        raise CheckpointError(f"{file}: {size - end} bytes after the last tensor ({before}); {_AGAIN}")
+    return {info.name: info for info in tensors}
+
+
+def _raw_header(file: Path) -> tuple[dict[str, Any], int, int]:
+    """The parsed header, the offset of the data and the size of the file."""
+    try:
+        with open_regular(file) as handle:
+            size = os.fstat(handle.fileno()).st_size
+            length = int.from_bytes(handle.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER):
+                raise CheckpointError(
+                    f"{file}: {size} bytes with a header of {length}: truncated, or not a safetensors file (a git-lfs "
+                    "pointer is such a file); download the real one"
+                )
+            text = handle.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror}); download it again") from None
+    return parse_json(text, f"{file}: its header"), 8 + length, size
+
+
+def _is_name(name: str) -> bool:
+    """Whether a tensor's name can be printed, and be a file's name that leads nowhere else."""
+    return (
+        0 < len(name.encode("utf-8", "replace")) <= LONGEST_NAME and name.isprintable() and not set(name) & set("/\\")
+    )
+
+
+def _entry(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
+    """One tensor of a header; its length must be what dtype and shape say, its name fit to be printed."""
+    if not _is_name(name):
+        raise CheckpointError(
+            f"{file}: a tensor's name is {name!r:.120}; rename it to 1 to {LONGEST_NAME} printable characters without "
+            "slashes"
+        )
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        raise CheckpointError(
+            f"{file}: {name} has no proper dtype, shape and data_offsets: {entry!r:.120}; {_AGAIN}"
+        ) from None
+    if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
+        raise CheckpointError(
+            f"{file}: {name} has dtype {dtype!r:.60}; known are {', '.join(ITEM_SIZES)}: take a release in one of them"
+        )
+    said = f"{list(shape)!s:.120}"
+    if not all(type(number) is int and 0 <= number < LARGEST for number in (begin, end, *shape)):
+        raise CheckpointError(
+            f"{file}: {name} has shape {said} and data_offsets {f'[{begin}, {end}]':.120}, not whole numbers; {_AGAIN}"
+        )
+    nbytes = 0 if 0 in shape else ITEM_SIZES[dtype]
+    for number in shape:
+        nbytes *= number
+        if nbytes >= LARGEST:
+            raise CheckpointError(
+                f"{file}: {name} is {dtype} {said}, more than a file can hold, but spans {end - begin}; {_AGAIN}"
+            )
+    if end - begin != nbytes:
+        raise CheckpointError(f"{file}: {name} is {dtype} {said}, {nbytes} bytes, but spans {end - begin}; {_AGAIN}")
+    return TensorInfo(name, dtype, shape, file, start + begin, nbytes)
