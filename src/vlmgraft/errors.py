@@ -55,6 +55,13 @@ class OutputError(InputError):
     """The output folder exists, equals an input, or cannot be written."""
 
 
+class DamagedError(InputError, ValueError):
+    """A file that vlmgraft wrote is not what it was: something damaged it, or lies in its place."""
+
+    def __init__(self, path: object, why: object) -> None:
+        super().__init__(f"{path}: is not what vlmgraft wrote ({why!s:.300}); take a whole copy, or make it again")
+
+
 class NumericalError(VlmgraftError):
     """A computation met values it cannot carry: NaN, infinity, overflow on the cast, no convergence."""
 

@@ -65,13 +65,15 @@ def export_lora(
     """Write adapter_model.safetensors, adapter_config.json, report.json and receipt.json to the new folder `out`.
 
     vlm: the folder or hub id that the adapter applies to; only its config is read, to learn the module names.
-    Raises RecipeError on a rank below 1, OutputError when `out` exists, CheckpointError when the config cannot be read.
+    Raises RecipeError on a rank below 1, OutputError when `out` exists, CheckpointError when the config cannot be read
+    or the gates belong to other factors.
     """
     out = Path(out)
     if rank < 1:
         raise RecipeError(f"rank: {rank} must be at least 1")
     if out.exists():
         raise OutputError(f"{out}: exists already; choose a new folder")
+    gates.check(factors)
     places = adapter_places(vlm, factors, list(gates.logits), rank)
     tensors: dict[str, Tensor] = {}
     errors: dict[str, float] = {}

@@ -11,12 +11,13 @@ import gc
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from vlmgraft.durable import new_file, sweep_files
+from vlmgraft.errors import DamagedError
 
 TAIL = 4096
 
@@ -85,15 +86,29 @@ def _drop_cut_line(file: FileIO) -> None:
         file.truncate(end)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object of one JSON document that vlmgraft wrote; raises DamagedError, OSError."""
+    return _mapping(path.read_bytes(), path)
+
+
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a JSON-lines file; a last line cut short by an interruption is dropped."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines):
-        if not line.strip():
-            continue
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            if number == len(lines) - 1:
-                return
-            raise ValueError(f"{path}, line {number + 1}: not JSON: {line[:80]!r}") from None
+    """The rows of a JSON-lines file; a last line cut short by an interruption is dropped.
+
+    Raises DamagedError naming file and line, OSError.
+    """
+    *lines, cut = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield _mapping(line, f"{path}, line {number}")
+    with suppress(DamagedError):
+        yield _mapping(cut, path)  # a whole row but for its line's end
+
+
+def _mapping(text: bytes, where: object) -> dict[str, Any]:
+    try:
+        found = json.loads(text.decode())
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(where, error) from error
+    if not isinstance(found, dict):
+        raise DamagedError(where, f"{type(found).__name__} where a mapping should be")
+    return found

@@ -201,7 +201,7 @@ def test_what_cannot_be_reported_is_said(tmp_path: Path, runs: Path, monkeypatch
         collect([tmp_path])
     copy = shutil.copytree(runs / "work" / "gates", tmp_path / "gates")
     (copy / "gates.safetensors").write_bytes(b"short")
-    with pytest.raises(CheckpointError, match="not a complete gates folder"):
+    with pytest.raises(CheckpointError, match="not of a complete gates folder"):
         collect([tmp_path])
     monkeypatch.setattr(page_module, "MAX_BYTES", 1000)
     with pytest.raises(OutputError, match="fewer folders"):

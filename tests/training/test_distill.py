@@ -203,7 +203,7 @@ def test_gates_survive_a_folder(distiller: Distiller, tmp_path: Path) -> None:
     assert found.scale == gates.scale and found.settings == gates.settings and found.log == gates.log
     assert all(found.logits[name].equal(gates.logits[name]) for name in gates.logits)
     (tmp_path / "gates" / "gates.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="not a complete gates folder"):
+    with pytest.raises(CheckpointError, match="not of a complete gates folder"):
         load_gates(tmp_path / "gates")
     with pytest.raises(CheckpointError, match="3 directions"):
         gates.spectrum(next(iter(gates.logits)), torch.ones(3))

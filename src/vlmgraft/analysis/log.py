@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmgraft.errors import OutputError
-from vlmgraft.records import append_row, read_rows, write_json, write_rows
+from vlmgraft.errors import DamagedError, OutputError
+from vlmgraft.records import append_row, read_json, read_rows, write_json, write_rows
 
 Progress = Callable[[int, int, str], None]
 
@@ -31,6 +31,9 @@ class CellLog:
         self.folder, self.keys = Path(folder), tuple(keys)
         self.path = self.folder / f"{name}.jsonl"
         self.rows: list[dict[str, Any]] = list(read_rows(self.path)) if self.path.is_file() else []
+        for row in self.rows:
+            if not row.keys() >= set(keys):
+                raise DamagedError(self.path, f"a row without {', '.join(keys)}: {row!r:.80}")
         if self.rows and not resume:
             raise OutputError(f"{self.path}: exists already; go on with --resume, or name another folder")
         self._check_settings(name, json.loads(json.dumps(settings)))
@@ -40,7 +43,7 @@ class CellLog:
     def _check_settings(self, name: str, settings: Mapping[str, Any]) -> None:
         file = self.folder / f"{name}.run.json"
         if self.rows and file.is_file():
-            found = json.loads(file.read_text(encoding="utf-8"))
+            found = read_json(file)
             differing = sorted(key for key in {*found, *settings} if found.get(key) != settings.get(key))
             if differing:
                 key = differing[0]

@@ -100,7 +100,7 @@ def _raw_header(file: Path) -> tuple[dict[str, Any], int, int]:
     return parse_json(text, f"{file}: its header"), 8 + length, size
 
 
-def _is_name(name: str) -> bool:
+def is_name(name: str) -> bool:
     """Whether a tensor's name can be printed, and be a file's name that leads nowhere else."""
     return (
         0 < len(name.encode("utf-8", "replace")) <= LONGEST_NAME and name.isprintable() and not set(name) & set("/\\")
@@ -109,7 +109,7 @@ def _is_name(name: str) -> bool:
 
 def _entry(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
     """One tensor of a header; its length must be what dtype and shape say, its name fit to be printed."""
-    if not _is_name(name):
+    if not is_name(name):
         raise CheckpointError(
             f"{file}: a tensor's name is {name!r:.120}; rename it to 1 to {LONGEST_NAME} printable characters without "
             "slashes"

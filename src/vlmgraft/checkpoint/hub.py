@@ -7,13 +7,13 @@ to align and to plan. huggingface_hub is imported when a hub id is met, not befo
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from vlmgraft.checkpoint.files import load_json
 from vlmgraft.checkpoint.header import TensorInfo
 from vlmgraft.checkpoint.index import Checkpoint, open_checkpoint
 from vlmgraft.errors import CheckpointError
@@ -74,7 +74,7 @@ def remote_headers(source: str) -> Checkpoint:
         from huggingface_hub import HfApi, hf_hub_download
 
         found = HfApi().get_safetensors_metadata(name, revision=revision)
-        config = json.loads(Path(hf_hub_download(name, "config.json", revision=revision)).read_text(encoding="utf-8"))
+        config = load_json(Path(hf_hub_download(name, "config.json", revision=revision)))
     folder = Path(source)
     tensors: dict[str, TensorInfo] = {}
     for file in sorted(found.files_metadata):

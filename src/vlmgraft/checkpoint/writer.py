@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,6 +20,7 @@ from vlmgraft.checkpoint.handles import Handles
 from vlmgraft.checkpoint.index import INDEX
 from vlmgraft.checkpoint.reader import TORCH_DTYPES, as_bytes
 from vlmgraft.checkpoint.shards import Shard, TensorSpec, plan_shards
+from vlmgraft.errors import DamagedError
 from vlmgraft.publishing import Publication
 from vlmgraft.publishing import refuse_output as refuse_output
 from vlmgraft.records import append_row, read_rows, write_json, write_rows
@@ -163,9 +164,11 @@ class Writer:
         journal, names = self.folder / JOURNAL, {shard.name for shard in self.shards}
         head = {"boot": _boot_id(), "block": BLOCK, "shards": [[shard.name, shard.size] for shard in self.shards]}
         found = {path.name for path in self.folder.iterdir()}
-        rows = list(read_rows(journal)) if JOURNAL in found else []
+        rows: list[dict[str, Any]] = []
+        with suppress(DamagedError):
+            rows = list(read_rows(journal)) if JOURNAL in found else []
         if rows and rows[0] == head and names <= found:
-            self.done = {row.pop("name"): row for row in rows[1:]}
+            self.done = {row.pop("name"): row for row in rows[1:] if "name" in row}
         for stray in found - names - {JOURNAL}:  # side files and temporary ones, which are written again
             (self.folder / stray).unlink()
         write_rows(journal, (head, *({"name": name, **facts} for name, facts in self.done.items())))

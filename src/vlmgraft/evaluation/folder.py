@@ -17,7 +17,7 @@ from vlmgraft.evaluation.run_records import Record, drop_partial_line, load_reco
 from vlmgraft.evaluation.summary import Summary, summarise
 from vlmgraft.evaluation.tables import summary_table
 from vlmgraft.publishing import Publication, refuse_output
-from vlmgraft.records import write_json, write_text
+from vlmgraft.records import read_json, write_json, write_text
 
 RECORDS, RUN, SUMMARY, TABLE = "records.jsonl", "run.json", "summary.json", "summary.md"
 
@@ -57,16 +57,20 @@ def opened(out: Path, settings: dict[str, Any], resume: bool, model: str | Path)
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Raise OutputError where a folder was begun with other settings."""
-    before, now = (_kept(found) for found in (json.loads((folder / RUN).read_text(encoding="utf-8")), settings))
+    before, now = (_kept(found) for found in (read_json(folder / RUN), settings))
     changed = [name for name in now if before.get(name) != now[name]]
     if changed:
         one, other = ({name: found.get(name) for name in changed} for found in (before, now))
-        raise OutputError(f"{folder}: was begun with other settings, {one}, not {other}; use them, or another folder")
+        raise OutputError(
+            f"{folder / RUN}: was begun with other settings, {one}, not {other}; use them, or another folder"
+        )
 
 
 def _kept(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that a resumed run must share, as JSON values."""
-    asking = {name: value for name, value in settings["asking"].items() if name not in ("batch_size", "device")}
+    asking = settings.get("asking")
+    if isinstance(asking, dict):
+        asking = {name: value for name, value in asking.items() if name not in ("batch_size", "device")}
     return json.loads(json.dumps({**settings, "asking": asking}))
 
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vlmgraft.checkpoint.files import load_json
 from vlmgraft.errors import DataError, InputError, VlmgraftError
 from vlmgraft.evaluation.answers import read_final, repeats
 from vlmgraft.evaluation.items import Item
@@ -112,7 +113,7 @@ def harness_command(
 def _harness_model(model: str | Path) -> str:
     """The harness's name for a folder's kind of model; its generic one where it has none."""
     config = Path(model) / "config.json"
-    kind = json.loads(config.read_text(encoding="utf-8")).get("model_type") if config.is_file() else None
+    kind = load_json(config).get("model_type") if config.is_file() else None
     return _MODELS.get(str(kind), "huggingface")
 
 
@@ -138,13 +139,13 @@ def task_of(file: Path) -> str:
 def read_samples(file: Path) -> list[Record]:
     """The records of one sample log; raises DataError naming file and line."""
     records = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
         if not line:
             continue
         try:
             row = json.loads(line)
             records.append(translate(row, task_of(file)))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{file}, line {number}: no sample of lmms-eval ({error!r})") from error
     return records
 

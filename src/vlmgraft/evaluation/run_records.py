@@ -140,20 +140,34 @@ def load_records(path: str | Path) -> list[Record]:
             continue
         try:
             records.append(read_record(json.loads(line)))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             if number == len(lines):
                 break
-            raise DataError(f"{path}, line {number}: no record of an evaluation ({error})") from error
+            raise DataError(
+                f"{path}, line {number}: no record of an evaluation ({error!s:.200}); take a whole copy of the folder"
+            ) from error
     return records
 
 
 def read_record(row: dict[str, Any]) -> Record:
-    """A record from its JSON object; raises TypeError for missing fields. Unknown fields are ignored."""
-    known = {field.name for field in fields(Record)}
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in row.items() if name in known
-    }
-    return Record(**values)
+    """A record from its JSON object; raises TypeError for missing fields and other types. Unknown ones are ignored."""
+    if not isinstance(row, dict):
+        raise TypeError(f"{type(row).__name__} where a mapping should be")
+    values = {field.name: row[field.name] for field in fields(Record) if field.name in row}
+    for name, value in values.items():
+        if not isinstance(value, _TYPES.get(name, str)):
+            raise TypeError(f"{name} is {value!r:.60}")
+    lists = {name: tuple(map(str, value)) for name, value in values.items() if isinstance(value, list)}
+    return Record(**{**values, **lists})
+
+
+_TYPES: dict[str, Any] = {
+    **dict.fromkeys(("expected", "choices"), list),
+    **dict.fromkeys(("cut", "found", "repeated"), bool),
+    **dict.fromkeys(("images", "tokens", "prompt_tokens"), int),
+    "score": int | float | None,
+}
+"""Of the fields that are no texts, what JSON makes of them."""
 
 
 def drop_partial_line(path: Path) -> None:

@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,14 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 
-from vlmgraft.errors import CheckpointError, InputError
-from vlmgraft.records import read_rows
+from vlmgraft.errors import CheckpointError, DamagedError, InputError, VlmgraftError
+from vlmgraft.records import read_json, read_rows
 from vlmgraft.report.evaluations import Evaluation, evaluation_points, read_evaluation, side_by_side
 
 Rows = list[dict[str, Any]]
 BINS = 16
 DEPTH = 5
+ODD = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, OSError, SafetensorError)
+"""What comes of rows that no command wrote."""
 _IN_LAYER = re.compile(r"layers\.(\d+)\.(?:.*\.)?(\w+)$")
 
 
@@ -89,13 +91,19 @@ def collect(folders: Sequence[str | Path]) -> Collected:
 
     Raises:
         InputError: a folder is missing, or no file of a run is in any of them. CheckpointError: unreadable gates.
+        DamagedError: another file is not what a command wrote.
     """
     found = Collected()
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder; give folders that vlmgraft wrote")
         for path in _files(folder, DEPTH):
-            _READERS[path.name](found, path)
+            try:
+                _READERS[path.name](found, path)
+            except VlmgraftError:
+                raise
+            except ODD as error:
+                raise DamagedError(path, error) from error
     _join_evaluations(found)
     if found.empty:
         names = ", ".join(sorted(_READERS))
@@ -130,15 +138,17 @@ def _rows_into(place: str) -> Callable[[Collected, Path], None]:
 
 def _json_into(place: str) -> Callable[[Collected, Path], None]:
     def read(found: Collected, path: Path) -> None:
-        getattr(found, place).append((path.parent, json.loads(path.read_text(encoding="utf-8"))))
+        getattr(found, place).append((path.parent, read_json(path)))
 
     return read
 
 
 def _receipt(found: Collected, path: Path) -> None:
     """Of merges; the receipts of stores, adapters and tuned folders say nothing but their bytes."""
-    receipt = json.loads(path.read_text(encoding="utf-8"))
+    receipt = read_json(path)
     if "method" in receipt:
+        if not isinstance(receipt.get("tensors"), list):
+            raise DamagedError(path, "it lists no tensors")
         found.receipts.append((path.parent, receipt))
 
 
@@ -160,14 +170,13 @@ def _gates(found: Collected, path: Path) -> None:
 
 def read_gates(folder: Path) -> GatedRun:
     """A gates folder as rows, read without torch; raises CheckpointError when it is not complete."""
-    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
+    settings, file = read_json(folder / "gates.json"), folder / "gates.safetensors"
     try:
-        settings = json.loads((folder / "gates.json").read_text(encoding="utf-8"))
-        logits = load_file(folder / "gates.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: not a complete gates folder ({error}); learn the gates again") from error
+        logits = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: not of a complete gates folder ({error}); learn the gates again") from error
     log = folder / "training.jsonl"
     opened = {name: 1 / (1 + np.exp(-value.astype(np.float64))) for name, value in logits.items()}
     every = np.concatenate([value.ravel() for value in opened.values()]) if opened else np.zeros(0)

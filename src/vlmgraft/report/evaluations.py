@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-from vlmgraft.records import read_rows
+from vlmgraft.errors import DamagedError
+from vlmgraft.records import read_json, read_rows
 
 Rows = list[dict[str, Any]]
 SHOWN = 24
@@ -28,13 +28,15 @@ class Evaluation:
 
 def read_evaluation(folder: Path) -> Evaluation | None:
     """The evaluation in a folder; None when it holds something else under these names."""
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     records, run = folder / "records.jsonl", folder / "run.json"
-    if not isinstance(summary, dict) or "averages" not in summary or not records.is_file():
+    averages = read_json(folder / "summary.json").get("averages") if records.is_file() else None
+    if not isinstance(averages, dict):
         return None
-    asked = json.loads(run.read_text(encoding="utf-8")) if run.is_file() else {}
+    if not all(isinstance(one, dict) and "mean" in one for one in averages.values()):
+        raise DamagedError(folder / "summary.json", f"averages {averages!r:.80}")
+    asked = read_json(run) if run.is_file() else {}
     name = Path(str(asked.get("model", folder.name))).name
-    return Evaluation(folder, name, summary["averages"], list(read_rows(records)))
+    return Evaluation(folder, name, averages, list(read_rows(records)))
 
 
 def evaluation_points(found: Sequence[Evaluation]) -> Rows:

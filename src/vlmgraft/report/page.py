@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlmgraft import __version__
-from vlmgraft.errors import OutputError
+from vlmgraft.errors import InputError, OutputError, VlmgraftError
 from vlmgraft.records import write_text
 from vlmgraft.report import parts
-from vlmgraft.report.collect import Collected, collect
+from vlmgraft.report.collect import ODD, Collected, collect
 from vlmgraft.report.sections import Section, render_section
 from vlmgraft.report.svg import escape
 
@@ -41,16 +41,24 @@ def write_report(
 
 def render(found: Collected, title: str, folders: Sequence[str]) -> str:
     """The page as text; a section appears where there are rows for it."""
-    sections: list[Section] = [section for make in parts.ALL for section in make(found)]
+    try:
+        sections: list[Section] = [section for make in parts.ALL for section in make(found)]
+        drawn, figures = "\n".join(map(render_section, sections)), parts.summary(found)
+    except VlmgraftError:
+        raise
+    except ODD as error:
+        raise InputError(
+            f"{', '.join(folders)}: a file holds rows that no command wrote ({type(error).__name__}: {error!s:.200}); "
+            "make them again, or leave their folder out"
+        ) from error
     links = "".join(f'<a href="#{section.id}">{escape(section.topic)}</a>' for section in sections)
     css, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         '<meta name="viewport" content="width=device-width,initial-scale=1"><link rel="icon" href="data:,">'
-        f"<style>\n{css}</style></head>\n<body><header><h1>{escape(title)}</h1>{parts.summary(found)}"
+        f"<style>\n{css}</style></head>\n<body><header><h1>{escape(title)}</h1>{figures}"
         f'<nav>{links}<button id="theme" type="button">light / dark</button></nav></header>\n<main>'
-        + "\n".join(render_section(section) for section in sections)
-        + f"</main>\n<footer>Made by vlmgraft {__version__} from {escape(', '.join(folders))}. "
+        + f"{drawn}</main>\n<footer>Made by vlmgraft {__version__} from {escape(', '.join(folders))}. "
         "Bars and brackets are 95 % bootstrap intervals over questions.</footer>"
         f'<div id="tip" role="status" hidden></div><script>\n{script}</script></body></html>\n'
     )

@@ -21,12 +21,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vlmgraft.checkpoint.digests import RECEIPT, FileReceipt, block_digests, joined, whole_text
+from vlmgraft.checkpoint.header import is_name
 from vlmgraft.checkpoint.reader import as_bytes
 from vlmgraft.checkpoint.receipts import seal_receipt, tensor_file
 from vlmgraft.checkpoint.saving import save_tensors
 from vlmgraft.durable import sweep_files
-from vlmgraft.errors import CheckpointError
-from vlmgraft.records import json_text, write_json
+from vlmgraft.errors import CheckpointError, DamagedError
+from vlmgraft.records import json_text, read_json, write_json
 from vlmgraft.spectral.stack import decompose_stack
 from vlmgraft.spectral.svd import Rank, decompose_matrix
 
@@ -119,13 +120,17 @@ class FactorStore(Mapping[str, Factors]):
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """The content of factors.json."""
+        """The content of factors.json; raises CheckpointError."""
         try:
-            return json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            found = read_json(self.folder / MANIFEST)
+            matrices = found.get("matrices")
+            if not isinstance(matrices, dict) or not all(map(is_name, matrices)) or "digest" not in found:
+                raise DamagedError(self.folder / MANIFEST, "it lacks the digest, or the names of matrices")
+        except (OSError, DamagedError) as error:
             raise CheckpointError(
                 f"{self.folder}: not a complete store of factors ({error}); run decompose, with --resume to go on"
             ) from error
+        return found
 
     @property
     def complete(self) -> bool:
@@ -159,22 +164,25 @@ class FactorStore(Mapping[str, Factors]):
                 stored, header = set(file.keys()), file.metadata()
                 suffix = "_train" if self.training and "U_train" in stored else ""
                 U, s, Vh = (file.get_tensor(key) for key in (f"U{suffix}", "s", f"Vh{suffix}"))
-        except (OSError, SafetensorError) as error:
+            if not U.shape[-1] == s.shape[-1] == Vh.shape[-2] or not U.ndim == Vh.ndim == s.ndim + 1:
+                raise ValueError(f"U {list(U.shape)}, s {list(s.shape)} and Vh {list(Vh.shape)} do not fit")
+            figures = float(header["energy"]), float(header["error"])
+            return Factors(name, header["role"], U, s, Vh, *figures, header.get("route", ""))
+        except (OSError, SafetensorError, ValueError, TypeError, LookupError) as error:
             raise CheckpointError(f"{path}: no factors of this matrix ({error}); run decompose --resume") from error
-        return Factors(
-            name, header["role"], U, s, Vh, float(header["energy"]), float(header["error"]), header.get("route", "")
-        )
 
     def header(self, name: str) -> dict[str, str] | None:
-        """The header of one matrix's file, or None when there is no readable file."""
+        """The header of one matrix's file, or None when there is no file with a header of ours."""
         path = self.folder / f"{name}{SUFFIX}"
         if not path.is_file():
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                return dict(file.metadata())
-        except (OSError, SafetensorError):
+                header = dict(file.metadata() or {})
+            float(header["energy"]), float(header["error"])
+        except (OSError, SafetensorError, KeyError, ValueError):
             return None
+        return header if {"role", "digest"} <= header.keys() else None
 
     def save(self, factors: Factors, digest: str, *, train_copy: bool = False) -> None:
         """Write one matrix's file under a temporary name, flush it and rename it into place."""

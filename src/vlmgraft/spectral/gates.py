@@ -7,7 +7,7 @@ gates were made, the digest of the factors they belong to, versions), `training.
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,7 @@ from vlmgraft.checkpoint.saving import save_tensors
 from vlmgraft.durable import FOREIGN
 from vlmgraft.errors import CheckpointError, OutputError
 from vlmgraft.publishing import new_folder
-from vlmgraft.records import read_rows, write_json, write_rows
+from vlmgraft.records import read_json, read_rows, write_json, write_rows
 
 HISTOGRAM_BINS = 10
 FILES = ("gates.safetensors", "gates.json", "training.jsonl", RECEIPT)
@@ -57,6 +57,15 @@ class Gates:
             )
         return self.scale * self.open(name).to(s.device) * s.float()
 
+    def check(self, factors: object) -> None:
+        """Raise CheckpointError where these gates were made for other factors than a store that has a digest."""
+        digest = getattr(factors, "digest", None)
+        if None not in (digest, self.factors) and digest != self.factors:
+            raise CheckpointError(
+                f"{getattr(factors, 'folder', 'factors')}: the gates were made for factors {self.factors}, these are "
+                f"{digest}; name those factors, or learn the gates again"
+            )
+
     def save(self, folder: Path) -> None:
         """Write the folder, in place of gates that are there; raises OutputError where it holds anything else."""
         others = sorted(path.name for path in folder.iterdir() if not _ours(path)) if folder.is_dir() else []
@@ -71,16 +80,23 @@ class Gates:
 
 
 def load_gates(folder: str | Path) -> Gates:
-    """Read a gates folder; raises CheckpointError when it is incomplete or unreadable."""
+    """Read a gates folder; raises CheckpointError when it is incomplete, unreadable, or holds what is no number."""
     folder = Path(folder)
+    log, file = folder / "training.jsonl", folder / "gates.json"
     try:
-        settings = json.loads((folder / "gates.json").read_text(encoding="utf-8"))
-        logits = load_file(folder / "gates.safetensors")
-        scale, factors = float(settings.pop("scale")), settings.pop("factors", None)
+        settings = read_json(file)
+        scale, factors = settings.pop("scale"), settings.pop("factors", None)
+        if type(scale) not in (int, float) or not math.isfinite(scale) or not isinstance(factors, str | None):
+            raise ValueError(f"scale {scale!r:.60} or factors {factors!r:.60}")
+        rows = tuple(read_rows(log)) if log.is_file() else ()
+        file = folder / "gates.safetensors"
+        logits = load_file(file)
+        for name, value in logits.items():
+            if value.dtype != torch.float32 or value.ndim not in (1, 2) or value.isnan().any():
+                raise ValueError(f"{name} is {value.dtype} {list(value.shape)}, or holds NaN")
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: not a complete gates folder ({error}); learn the gates again") from error
-    log = folder / "training.jsonl"
-    return Gates(logits, scale, settings, tuple(read_rows(log)) if log.is_file() else (), factors)
+        raise CheckpointError(f"{file}: not of a complete gates folder ({error}); learn the gates again") from error
+    return Gates(logits, float(scale), settings, rows, factors)
 
 
 def unfinished(folder: Path) -> bool:

@@ -7,13 +7,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from vlmgraft.analysis.blocks import MODES, PARTS, Mode, Part
 from vlmgraft.analysis.knockout import Knockout
 from vlmgraft.analysis.swap import StoredWeights
 from vlmgraft.checkpoint.index import open_checkpoint
 from vlmgraft.locks import at_work
+from vlmgraft.recipe.source import read_mapping
 from vlmgraft.studies.questions import Asked, layer_list, open_vlm
 
 Progress = Callable[[int, int, str], None]
@@ -64,4 +63,4 @@ def knockout(
 def _vlm_of(model: Path) -> str | None:
     """The VLM of a merged folder, as its recipe names it."""
     recipe = model / "recipe.yaml"
-    return yaml.safe_load(recipe.read_text(encoding="utf-8")).get("vlm") if recipe.is_file() else None
+    return read_mapping(recipe).get("vlm") if recipe.is_file() else None

@@ -17,7 +17,7 @@ from torch import Tensor
 from vlmgraft.alignment import AlignedTensor, Alignment, align, assemble
 from vlmgraft.checkpoint.index import open_checkpoint
 from vlmgraft.checkpoint.reader import Reader
-from vlmgraft.errors import AlignmentError, CheckpointError, WeightsError
+from vlmgraft.errors import AlignmentError, WeightsError
 from vlmgraft.spectral.factors import Factors, FactorStore
 from vlmgraft.spectral.gates import Gates, load_gates
 from vlmgraft.training.prior import Mode, PushRule, Schedule
@@ -129,9 +129,7 @@ def filtered_prior(
         CheckpointError: the gates belong to other factors. AlignmentError: no merged tensor has gates, or all are shut.
     """
     gates = gates if isinstance(gates, Gates) else load_gates(gates)
-    digest = getattr(factors, "digest", None)
-    if digest is not None and gates.factors is not None and digest != gates.factors:
-        raise CheckpointError(f"gates: made from factors {gates.factors}, these are {digest}; decompose again")
+    gates.check(factors)
     logits = gates.logits
 
     def load(tensor: AlignedTensor, _: Tensor) -> Tensor | None:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from vlmgraft.checkpoint.saving import save_tensors
-from vlmgraft.errors import NumericalError, RecipeError
+from vlmgraft.errors import CheckpointError, NumericalError, RecipeError
 from vlmgraft.hf.data import Progress
 from vlmgraft.spectral.gates import histogram
 from vlmgraft.training.budget import BudgetControl, FixedWeight, largest_within
@@ -228,10 +228,14 @@ class Run:
         """Take a kept state over; the number of steps it has behind it, 0 when there is none."""
         if not state.is_file():
             return 0
-        with safe_open(state, framework="pt") as file:
-            rest = json.loads(file.metadata()["state"])
-            tensors = {key: file.get_tensor(key).to(self.vector.logits.device) for key in file.keys()}  # noqa: SIM118
-        if rest["identity"] != self._known:
+        try:
+            with safe_open(state, framework="pt") as file:
+                rest = json.loads(file.metadata()["state"])
+                tensors = {key: file.get_tensor(key).to(self.vector.logits.device) for key in file.keys()}  # noqa: SIM118
+            ours = rest["identity"] == self._known
+        except (SafetensorError, ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"{state}: is damaged ({error!s:.200}); remove it to learn from the start") from error
+        if not ours:
             raise RecipeError(
                 f"{state}: belongs to a training with other settings, factors or questions; remove it, or use these"
             )
