@@ -23,7 +23,7 @@ TIMES = ("receipt.json", "trainer_state.json", "training_args.bin", "rng_state.p
 
 EVERYWHERE = os.environ.get("VLMGRAFT_FAULTS") == "all"
 """Faults at every write instead of at some: hours."""
-LAST = {"decompose": "factors.json", "sweep": "sweep.recipes.json"}
+LAST = {"decompose": "factors.json", "sweep": "sweep.recipes.json", "front": "front.jsonl"}
 """Folders that are filled under their own name: the file that is written last."""
 
 
@@ -66,6 +66,7 @@ def make_jobs(trio: Path, calibration: Path, inputs: Path) -> dict[str, Callable
         "ties": job("merge", recipe["ties"]),
         "frism": job("merge", recipe["frism"]),
         "decompose": job("decompose", recipe["frism"]),
+        "front": job("front", recipe["frism"], "--factors", factors, "--budgets", "0.01,0.05", again=()),
         "gates": job("gates", recipe["frism"], "--factors", factors, again=()),
         "evaluate": job("evaluate", str(trio / "vlm"), "--data", questions, "--batch-size", "2"),
         "sweep": job(*sweep),

@@ -80,6 +80,7 @@ EVERY: dict[str, tuple[str, ...]] = {
     "frism": ("write", "pwrite"),
     "decompose": ("write",),
     "gates": ("write",),
+    "front": ("write",),
     "evaluate": ("open", "replace"),
     "sweep": ("write",),
     "tune": ("torch.save", "serialize_file"),

@@ -25,7 +25,7 @@ AGAIN = 0.05
 
 RESUMED = ("merge", "decompose", "tune", "evaluate", "compare", "knockout", "ranks", "sweep", "lab report")
 """Commands that go on with --resume."""
-KEPT = ("gates",)
+KEPT = ("gates", "front")
 """Commands that go on by themselves."""
 
 
