@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from vlmgraft.checkpoint.header import read_header
 from vlmgraft.checkpoint.reader import TORCH_DTYPES
 from vlmgraft.checkpoint.saving import save_tensors
 from vlmgraft.durable import new_file, scratch_folder, sweep_files
+from vlmgraft.folders import make_folder
 from vlmgraft.records import append_row, read_rows
 
 KILLED = """
@@ -48,6 +50,21 @@ def killed_while_writing(path: Path) -> None:
     """A process that is killed in the middle of writing `path`."""
     done = subprocess.run([sys.executable, "-c", KILLED, path], check=False)
     assert done.returncode == -signal.SIGKILL
+
+
+def test_a_file_system_that_cannot_flush_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some over a network answer EINVAL; a full disk is still an error."""
+    answer = errno.EINVAL
+
+    def fsync(handle: int) -> None:
+        raise OSError(answer, os.strerror(answer))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    answer = errno.ENOSPC
+    with pytest.raises(OSError, match="No space"):
+        make_folder(tmp_path / "c")
 
 
 def test_a_killed_writer_leaves_the_old_file_and_a_stray_that_is_found(tmp_path: Path) -> None:

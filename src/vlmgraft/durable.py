@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from vlmgraft.folders import flush_folder
 from vlmgraft.locks import NO_LOCKS
 
 FOREIGN = re.compile(r"\.tmp\w{6}")
@@ -115,15 +116,6 @@ def remove_folder_if_dead(folder: Path) -> None:
         shutil.rmtree(folder)
     except OSError:  # its writer lives, or it is not ours to remove
         pass
-    finally:
-        os.close(handle)
-
-
-def flush_folder(folder: Path) -> None:
-    """Put a folder's list of names on disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
     finally:
         os.close(handle)
 

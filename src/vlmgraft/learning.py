@@ -17,6 +17,7 @@ from vlmgraft.alignment import Alignment
 from vlmgraft.checkpoint.reader import Reader
 from vlmgraft.durable import sweep_files
 from vlmgraft.errors import OutputError, RecipeError, WeightsError
+from vlmgraft.folders import make_folder
 from vlmgraft.hf.data import Question, check_lengths, load_questions
 from vlmgraft.hf.models import load_config, load_processor, load_text_model, load_vlm
 from vlmgraft.methods.curvature import Curvature
@@ -107,7 +108,7 @@ def factors_for(
 ) -> Store:
     """Factors of every donor under `out`, as `decompose` makes them; on a GPU, with the copies that training reads."""
     rank: Any = gated_method(recipe).rank
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     device = local_device()
     options: dict[str, Any] = {"resume": resume, "train_copy": device.type == "cuda", "device": device}
     join_group()

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlmgraft.errors import OutputError
+from vlmgraft.folders import make_folder
 from vlmgraft.resources import cannot_write, explained, out_of_memory
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
@@ -90,7 +91,7 @@ def _open(path: Path, named: Path, shared: bool) -> tuple[int, Path | None]:
     while True:
         try:
             if not shared:
-                file.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(file.parent)
             handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             if error.errno == errno.ENOENT and not shared:

@@ -19,6 +19,7 @@ from vlmgraft.evaluation.readers import load_suite
 from vlmgraft.evaluation.run_records import Record, load_records
 from vlmgraft.evaluation.summary import Summary
 from vlmgraft.evaluation.tables import comparison_table
+from vlmgraft.folders import make_folder
 from vlmgraft.locks import at_work
 from vlmgraft.records import write_json, write_text
 
@@ -154,7 +155,7 @@ def compare(
             )
         place = Path(out) / side
         if not (resume and (place / folder.SUMMARY).is_file()):
-            place.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(place.parent)
             evaluate(model, data, place, resume=resume, progress=progress, **asking)
         runs.append(place)
     names = _names(first, second)
@@ -162,7 +163,7 @@ def compare(
         load_records(runs[0] / folder.RECORDS), load_records(runs[1] / folder.RECORDS), names, _asking(asking).seed
     )
     if out is not None:
-        Path(out).mkdir(parents=True, exist_ok=True)
+        make_folder(Path(out))
         write_text(Path(out) / "comparison.md", comparison_table(found))
         write_json(Path(out) / "comparison.json", found.as_json())
     return found

@@ -16,8 +16,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
-from vlmgraft.durable import flush_folder, lock, remove_folder_if_dead
+from vlmgraft.durable import lock, remove_folder_if_dead
 from vlmgraft.errors import OutputError, VlmgraftError
+from vlmgraft.folders import flush_folder, make_folder
 from vlmgraft.resources import cannot_write
 
 HERE = -100  # AT_FDCWD
@@ -73,7 +74,7 @@ class Publication:
 
     def __enter__(self) -> Publication:
         try:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.out.parent)
             sweep_folders(self.out)
             self._lock = self._made()
             if self.anew:

@@ -19,6 +19,7 @@ import torch
 from vlmgraft.alignment import Alignment, align
 from vlmgraft.checkpoint.index import INDEX, Checkpoint, open_checkpoint
 from vlmgraft.errors import OutputError, RecipeError
+from vlmgraft.folders import make_folder
 from vlmgraft.hf.models import load_processor, load_vlm
 from vlmgraft.locks import at_work
 from vlmgraft.publishing import refuse_output, sweep_folders
@@ -129,7 +130,7 @@ def _last_checkpoint(recipe: TuneRecipe, work: Path, resume: bool, *, main: bool
         return str(work / "trainer" / f"checkpoint-{found}") if found else None
     if main:
         shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
+        make_folder(work)
         save_tune_recipe(recipe, note)
     return None
 

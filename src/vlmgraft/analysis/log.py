@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmgraft.errors import DamagedError, OutputError
+from vlmgraft.folders import make_folder
 from vlmgraft.records import append_row, read_json, read_rows, write_json, write_rows
 
 Progress = Callable[[int, int, str], None]
@@ -52,7 +53,7 @@ class CellLog:
                     "name another folder"
                 )
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         write_json(file, settings)
 
     def find(self, cell: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from vlmgraft import __version__
 from vlmgraft.errors import InputError, OutputError, VlmgraftError
+from vlmgraft.folders import make_folder
 from vlmgraft.records import write_text
 from vlmgraft.report import parts
 from vlmgraft.report.collect import ODD, Collected, collect
@@ -34,7 +35,7 @@ def write_report(
     if size >= MAX_BYTES:
         raise OutputError(f"{out}: the page would weigh {size:,} bytes; give fewer folders at a time")
     path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_text(path, text)
     return path
 

@@ -27,6 +27,7 @@ from vlmgraft.checkpoint.receipts import seal_receipt, tensor_file
 from vlmgraft.checkpoint.saving import save_tensors
 from vlmgraft.durable import sweep_files
 from vlmgraft.errors import CheckpointError, DamagedError
+from vlmgraft.folders import make_folder
 from vlmgraft.records import json_text, read_json, write_json
 from vlmgraft.spectral.stack import decompose_stack
 from vlmgraft.spectral.svd import Rank, decompose_matrix
@@ -186,7 +187,7 @@ class FactorStore(Mapping[str, Factors]):
 
     def save(self, factors: Factors, digest: str, *, train_copy: bool = False) -> None:
         """Write one matrix's file under a temporary name, flush it and rename it into place."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         tensors = {"U": factors.U, "s": factors.s, "Vh": factors.Vh}
         tensors = {key: value.cpu().float().contiguous() for key, value in tensors.items()}
         if train_copy:

@@ -9,6 +9,7 @@ from typing import Any
 from vlmgraft import pipeline
 from vlmgraft.analysis.merged import Rebuilder
 from vlmgraft.analysis.ranks import DEFAULT_SCALES, By, measure_ranks, rank_cells
+from vlmgraft.folders import make_folder
 from vlmgraft.locks import at_work
 from vlmgraft.spectral.decompose import decompose
 from vlmgraft.studies.questions import Asked, open_vlm
@@ -37,7 +38,7 @@ def ranks(
     loaded = pipeline.read_recipe(recipe, overrides, need_method=False)
     alignment = pipeline.pair(loaded)
     with at_work(out, "measuring bands", "lower batch_size or max_new_tokens"):
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         store = decompose(alignment, out / "factors", resume=True, progress=progress)
         model, processor = open_vlm(alignment.vlm.path)
         exam = asked.exam(processor)

@@ -19,6 +19,7 @@ from vlmgraft.analysis.grid import as_override, grid_points
 from vlmgraft.analysis.merged import Rebuilder
 from vlmgraft.analysis.sweep import Point, run_sweep
 from vlmgraft.errors import RecipeError
+from vlmgraft.folders import make_folder
 from vlmgraft.locks import at_work
 from vlmgraft.methods.base import check_numbers
 from vlmgraft.methods.spectral import Spectral
@@ -149,7 +150,7 @@ class Bench:
     def _factors(self, key: str) -> FactorStore:
         alignment = self.alignments[key]
         name = hashlib.sha256(key.encode()).hexdigest()[:8]
-        self.out.mkdir(parents=True, exist_ok=True)
+        make_folder(self.out)
         return decompose(alignment, self.out / f"factors-{name}", resume=True, progress=self.progress)
 
 

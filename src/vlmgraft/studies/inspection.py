@@ -12,6 +12,7 @@ from vlmgraft.alignment.distance import Distance, Verdict, judge
 from vlmgraft.analysis.bases import Candidate, compare_bases, name_base
 from vlmgraft.analysis.differences import Difference, differences
 from vlmgraft.errors import RecipeError
+from vlmgraft.folders import make_folder
 from vlmgraft.locks import at_work
 from vlmgraft.records import write_json, write_rows
 
@@ -37,7 +38,7 @@ class Inspection:
 
     def save(self, folder: Path) -> None:
         """Write distances.jsonl, spectra.jsonl and inspection.json, which `vlmgraft report` reads."""
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         write_rows(folder / "distances.jsonl", self.rows)
         if self.spectra:
             write_rows(folder / "spectra.jsonl", self.spectra)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from vlmgraft.checkpoint.saving import save_tensors
 from vlmgraft.durable import scratch_folder, sweep_files
+from vlmgraft.folders import make_folder
 from vlmgraft.hf.questions import Question
 from vlmgraft.resources import cannot_write
 from vlmgraft.training.processes import barrier, process
@@ -74,7 +75,7 @@ class UnitCache:
                 path.unlink()
         unit = {name: tensor.detach().cpu().contiguous() for name, tensor in make(index).items()}
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             save_tensors(unit, path)
         except OSError as error:
             raise cannot_write(path, error) from error

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from vlmgraft.checkpoint.saving import save_tensors
 from vlmgraft.errors import CheckpointError, NumericalError, RecipeError
+from vlmgraft.folders import make_folder
 from vlmgraft.hf.data import Progress
 from vlmgraft.spectral.gates import histogram
 from vlmgraft.training.budget import BudgetControl, FixedWeight, largest_within
@@ -216,7 +217,7 @@ class Run:
         adam = self.optimizer.state[self.vector.logits]
         tensors = {"logits": self.vector.logits.detach(), "mean": adam["exp_avg"], "square": adam["exp_avg_sq"]}
         rest = {"step": step, "control": self.control.state(), "log": self.log, "identity": self._known}
-        state.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(state.parent)
         tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
         save_tensors(tensors, state, {"state": json.dumps(rest)})
 
