@@ -25,6 +25,7 @@ def flush_folder(folder: Path) -> None:
         os.fsync(handle)
     except OSError as error:
         if error.errno not in UNKNOWN:
+            error.filename = str(folder)  # os.fsync knows no name
             raise
     finally:
         os.close(handle)
