@@ -9,7 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,14 @@ from vlmgraft.cli.interrupts import how_to_go_on
 
 Jobs = dict[str, Callable[[Path], Job]]
 Run = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """A shell lets what it runs in the background ignore SIGINT, as the commands then do."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def stopped_and_continued(name: str, share: float, number: int, whole: Whole, jobs: Jobs, run: Run, tmp: Path) -> None:
