@@ -104,6 +104,13 @@ def _open(path: Path, named: Path, shared: bool) -> tuple[int, Path | None]:
                 raise cannot_write(named, error) from None
         try:
             fcntl.flock(handle, how | fcntl.LOCK_NB)
+            if file == path:
+                return handle, None
+            if _same(handle, file):  # else whoever held it removed it between our two calls
+                with suppress(OSError):  # on a full disk the file stays empty, and is a lock all the same
+                    os.ftruncate(handle, 0)
+                    os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+                return handle, file
         except BlockingIOError:
             holder = "another process" if file == path else _holder(handle)
             os.close(handle)
@@ -113,13 +120,9 @@ def _open(path: Path, named: Path, shared: bool) -> tuple[int, Path | None]:
             if error.errno in NO_LOCKS:
                 return -1, None
             raise cannot_write(file, error) from None
-        if file == path:
-            return handle, None
-        if _same(handle, file):  # else whoever held it removed it between our two calls
-            with suppress(OSError):  # on a full disk the file stays empty, and is a lock all the same
-                os.ftruncate(handle, 0)
-                os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-            return handle, file
+        except BaseException:  # an interruption: this process, if it goes on, must not be locked out by itself
+            os.close(handle)
+            raise
         os.close(handle)
 
 

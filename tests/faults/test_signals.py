@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,6 +53,22 @@ def stopped_and_continued(name: str, share: float, number: int, whole: Whole, jo
     finished = [path for path in kept if path.exists() and "partial" not in str(path)]
     assert all(path.stat().st_ino == kept[path] for path in finished if name in ("decompose", "gates"))
     assert not [path for path in tmp.iterdir() if path.name.startswith(".")], "nothing hidden stays"
+
+
+def test_stopped_while_it_locks(small_jobs: Jobs, vlmgraft: Run, tmp_path: Path) -> None:
+    """Whoever goes on in the same process, as in a notebook, is not locked out by what was stopped."""
+    job = small_jobs["export"](tmp_path)
+    with counted(Writes(tmp_path)) as writes:
+        assert vlmgraft(*job.arguments).code == 0
+    locking = [number for number, (_, path) in enumerate(writes.seen, 1) if path.name.endswith(".lock")]
+    assert len(locking) > 1
+    for number in locking:
+        shutil.rmtree(job.out, ignore_errors=True)
+        with counted(at(number, signal.SIGINT)(tmp_path)):
+            assert vlmgraft(*job.arguments).code == 130
+        ran = vlmgraft(*job.arguments)
+        assert ran.code == 0, ran.err
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(("name", "number"), [("merge", signal.SIGINT), ("evaluate", signal.SIGTERM)])
