@@ -125,7 +125,7 @@ def test_the_recipe_filters_by_a_gates_folder(recipe: Any, tmp_path: Path) -> No
     assert prior is not None and set(prior.deltas) == set(store) and prior.rule.schedule == "linear"
     half = store[Q0].update() / 2
     assert (prior.deltas[Q0].value.float() - half).norm() < 1e-2 * half.norm()
-    with pytest.raises(CheckpointError, match="not a complete gates folder"):
+    with pytest.raises(CheckpointError, match="not of a complete gates folder"):
         vg.tune({**recipe, "prior": {"gates": str(tmp_path / "none")}}, tmp_path / "out")
 
 
