@@ -8,11 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from targets import TARGETS
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
 
-from targets import TARGETS  # noqa: E402
 
 KEPT = [case for case in sorted(HERE.glob("corpus/*/*")) if case.is_file()]
 RUNS = {"header": 4000, "index": 1500, "recipe": 150, "answers": 40}

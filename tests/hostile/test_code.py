@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
 import resource
 import signal
@@ -73,7 +72,7 @@ BAD_TEMPLATES = {
     "loops in loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "a power": "{{ 9 ** (9 ** 9) }}",
     "a long text": "{{ 'x' * 10 ** 12 }}",
-    "a text beyond the limit": "{{ ('x' * 10 ** 8)|length }}",
+    "a text beyond the limit": "{{ ('x' * (3 * 10 ** 9))|length }}",
     "a text that doubles": "{% set n = namespace(s='x') %}{% for a in range(60) %}{% set n.s = n.s~n.s %}{% endfor %}",
     "a list that doubles": "{% set n = namespace(s=[1]) %}{% for a in range(60) %}{% set n.s = n.s+n.s %}{% endfor %}",
     "recursion": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
@@ -101,7 +100,7 @@ def test_templates_are_sandboxed(
     before, limits = peak(), resource.getrlimit(resource.RLIMIT_AS)
     with pytest.raises(VlmgraftError, match=r"chat template cannot be rendered .*take another release") as said:
         encode(processor, [Question("what?")])
-    assert said.value.exit_code == 2 and not os.listdir(tmp_path)  # noqa: PTH208
+    assert said.value.exit_code == 2 and not list(tmp_path.iterdir())
     assert peak() - before < 200_000_000 and resource.getrlimit(resource.RLIMIT_AS) == limits
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
 

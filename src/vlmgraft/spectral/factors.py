@@ -113,6 +113,7 @@ class FactorStore(Mapping[str, Factors]):
     def __init__(self, folder: str | Path, *, training: bool = False) -> None:
         self.folder = Path(folder)
         self.training = training
+        self._read: tuple[tuple[int, int, int], dict[str, Any]] | None = None
 
     @property
     def names(self) -> list[str]:
@@ -122,15 +123,21 @@ class FactorStore(Mapping[str, Factors]):
     @property
     def manifest(self) -> dict[str, Any]:
         """The content of factors.json; raises CheckpointError."""
+        file = self.folder / MANIFEST
         try:
-            found = read_json(self.folder / MANIFEST)
+            stat = file.stat()
+            version = stat.st_ino, stat.st_mtime_ns, stat.st_size
+            if self._read is not None and self._read[0] == version:  # asked for every name
+                return self._read[1]
+            found = read_json(file)
             matrices = found.get("matrices")
             if not isinstance(matrices, dict) or not all(map(is_name, matrices)) or "digest" not in found:
-                raise DamagedError(self.folder / MANIFEST, "it lacks the digest, or the names of matrices")
+                raise DamagedError(file, "it lacks the digest, or the names of matrices")
         except (OSError, DamagedError) as error:
             raise CheckpointError(
                 f"{self.folder}: not a complete store of factors ({error}); run decompose, with --resume to go on"
             ) from error
+        self._read = version, found
         return found
 
     @property
@@ -150,7 +157,7 @@ class FactorStore(Mapping[str, Factors]):
         return len(self.names)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.names
+        return name in self.manifest["matrices"]
 
     def __getitem__(self, name: str) -> Factors:
         if not (self.folder / f"{name}{SUFFIX}").is_file():

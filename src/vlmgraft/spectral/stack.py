@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vlmgraft.errors import NumericalError
 from vlmgraft.spectral.svd import (
+    NOT_CONVERGED,
     PROBES,
     RESIDUAL_TOLERANCE,
     SVD,
@@ -87,7 +88,7 @@ def _eigenvectors(gram: Tensor) -> Tensor:
     """Of every matrix; NaN where one does not converge, which the check finds: those experts are decomposed alone."""
     try:
         return torch.linalg.eigh(gram).eigenvectors
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+    except NOT_CONVERGED:
         return torch.full_like(gram, math.nan)
 
 

@@ -27,6 +27,8 @@ from vlmgraft.errors import NumericalError, RecipeError
 
 Rank = int | Literal["full"] | Mapping[str, float]
 
+NOT_CONVERGED = (torch.linalg.LinAlgError, numpy.linalg.LinAlgError)  # type: ignore[attr-defined]
+"""What torch, numpy and scipy raise; torch does not declare its own."""
 RESIDUAL_TOLERANCE = 1e-5
 V_TOLERANCE = 1e-5
 U_TOLERANCE = 1e-3
@@ -102,7 +104,7 @@ def decompose_naive(tau: Float[Tensor, "out in"], name: str = "task vector") -> 
     route = "gesdd"
     try:
         U, s, Vh = torch.linalg.svd(tau.double(), full_matrices=False)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+    except NOT_CONVERGED:
         U, s, Vh = _gesvd(tau, name)
         route = "gesvd"
     energy = float(torch.linalg.vector_norm(tau, dtype=torch.float64).square())
@@ -114,11 +116,11 @@ def decompose_naive(tau: Float[Tensor, "out in"], name: str = "task vector") -> 
 
 def _gesvd(tau: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
     """By QR iteration, slower than gesdd's divide and conquer and sturdier."""
-    from scipy.linalg import LinAlgError, svd  # type: ignore[import-untyped]
+    from scipy.linalg import svd  # type: ignore[import-untyped]
 
     try:
         found = svd(tau.double().cpu().numpy(), full_matrices=False, lapack_driver="gesvd")
-    except (LinAlgError, ValueError) as error:
+    except (*NOT_CONVERGED, ValueError) as error:
         raise NumericalError(f"{name}: its SVD does not converge ({error}); leave it out of `modules`") from error
     U, s, Vh = (torch.from_numpy(part).to(tau.device) for part in found)
     return U, s, Vh
@@ -137,7 +139,7 @@ def _checked(tall: Tensor, energy: float, wanted: int, name: str) -> SVD:
     krylov = wanted <= KRYLOV_MAX_RANK and KRYLOV_DEPTH * wanted <= width
     try:
         V = _krylov_basis(tall, wanted) if krylov else _gram_basis(tall)
-    except (torch.linalg.LinAlgError, numpy.linalg.LinAlgError):  # type: ignore[attr-defined]
+    except NOT_CONVERGED:
         return _last_resort(tall, wanted, name, "did not converge")
     for route, finish in (("krylov" if krylov else "gram", _from_columns), ("qr", _from_qr)):
         U, s, Vh = finish(tall, V)
