@@ -1,7 +1,7 @@
-"""Tables of what carries what on the lab, from folders that `vlmgraft lab report` wrote.
+"""Tables of what carries what on the lab, from folders that `python -m experiments.lab report` wrote.
 
-    vlmgraft lab report --out /tmp/report-0
-    vlmgraft lab report --trio /tmp/trio1 --out /tmp/report-1
+    python -m experiments.lab report --out /tmp/report-0
+    python -m experiments.lab report --trio /tmp/trio1 --out /tmp/report-1
     python benchmarks/analysis.py 0=/tmp/report-0 1=/tmp/report-1 --out benchmarks/results/analysis
 
 Writes tables.md and, per seed, the rows of knock-outs, bands and sweep without their single items.
@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmgraft.records import read_rows, write_rows, write_text
 from vlmgraft.report.parts.layers import KINDS, centre
+from vlmgraft.storage.jsonl import read_rows, write_rows, write_text
 
 Row = Mapping[str, Any]
 MODES = {

@@ -22,9 +22,8 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from vlmgraft.training.drift_callback import DriftCallback
-from vlmgraft.training.prior import PushRule
-from vlmgraft.training.prior_delta import Delta, Prior
+from vlmgraft.finetuning.callback import DriftCallback
+from vlmgraft.finetuning.prior import Delta, Prior, PushRule
 
 BLOCKS = 3
 

@@ -1,4 +1,4 @@
-"""Fuzz the targets of tests/fuzz side by side until each has had so much time, going on after every finding.
+"""Fuzz the targets of tests/fuzz in turn until each has had so much time; a finding ends a round, not the run.
 
     pip install atheris && nice -n 19 python benchmarks/fuzz.py --minutes 30 --state /tmp/fuzz --out benchmarks/results
 
@@ -15,12 +15,12 @@ import re
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-TARGETS = ("header", "index", "recipe", "answers")
+TARGETS = ("receipt", "factors", "gates", "config", "pictures", "header", "index", "recipe", "answers")
 ROUND = 300
 
 
@@ -68,9 +68,15 @@ def rows_of(state: Path, target: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def fuzz(target: str, state: Path, minutes: float) -> None:
-    """Rounds until the target has had its processor time."""
-    while (done := sum(row["cpu"] for row in rows_of(state, target))) < 60 * minutes:
+def seconds_of(state: Path, target: str) -> float:
+    """Processor time that a target has had."""
+    return float(sum(row["cpu"] for row in rows_of(state, target)))
+
+
+def fuzz(targets: Sequence[str], state: Path, minutes: float) -> None:
+    """Rounds, one process at a time, for the target that has had least, until each has had its processor time."""
+    while (least := min((seconds_of(state, target), target) for target in targets))[0] < 60 * minutes:
+        done, target = least
         row = fuzz_round(target, state, int(min(ROUND, 60 * minutes - done)) + 1)
         with (state / target / "rounds.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -103,8 +109,7 @@ def main() -> None:
     parser.add_argument("--state", type=Path, required=True)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    with ThreadPoolExecutor(len(options.targets)) as pool:
-        list(pool.map(lambda target: fuzz(target, options.state, options.minutes), options.targets))
+    fuzz(options.targets, options.state, options.minutes)
     report = summary(options.state)
     if options.out:
         (options.out / "fuzz.json").write_text(json.dumps(report, indent=2) + "\n")

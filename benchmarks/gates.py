@@ -24,9 +24,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from vlmgraft.distillation.gated_layers import gated
+from vlmgraft.distillation.projections import FactoredProjection, RebuiltProjection, choose_backend, gated_naive
 from vlmgraft.spectral.factors import Factors
-from vlmgraft.training.gated import gated
-from vlmgraft.training.projections import FactoredProjection, RebuiltProjection, choose_backend, gated_naive
 
 # hidden, feed-forward, heads, key-value heads: Qwen2.5-VL's language models
 LAYERS = {"tiny": (64, 128, 4, 2), "3B": (2048, 11008, 16, 2), "7B": (3584, 18944, 28, 4), "32B": (5120, 27648, 40, 8)}

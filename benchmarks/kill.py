@@ -22,7 +22,7 @@ import numpy
 
 import vlmgraft as vg
 from vlmgraft.lab import trio_path, world
-from vlmgraft.records import write_json, write_rows
+from vlmgraft.storage.jsonl import write_json, write_rows
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "faults"))
 from jobs import make_jobs

@@ -13,7 +13,7 @@ import platform
 import shutil
 from pathlib import Path
 
-from vlmgraft.records import read_rows
+from vlmgraft.storage.jsonl import read_rows
 
 SHOWN = (
     "VLM",
@@ -27,8 +27,8 @@ SHOWN = (
 
 def run(seed: int, out: Path) -> Path:
     """Train the trio of one seed (unless it is there) and run the demo on it; gives the file of rows."""
+    from experiments.lab.train import train_trio
     from vlmgraft.lab.demo import demo
-    from vlmgraft.lab.train import train_trio
 
     trio = out / f"trio-{seed}"
     if not trio.exists():

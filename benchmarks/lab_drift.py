@@ -3,8 +3,9 @@
     python benchmarks/lab_drift.py --trios embedded TRIO1 TRIO2 --out benchmarks/results/lab
     python benchmarks/lab_drift.py --summarise benchmarks/results/lab/drift-*.jsonl
 
-TRIO1 and TRIO2 are folders of `vlmgraft lab train --seed N`. Strengths are chosen on the validation split of the first
-trio and carried over to the others; the learning rate of plain fine-tuning, which every arm uses, on each trio's own.
+TRIO1 and TRIO2 are folders of `python -m experiments.lab train --seed N`. Strengths are chosen on the validation split
+of the first trio and carried over to the others; the learning rate of plain fine-tuning, which every arm uses, on each
+trio's own.
 Rows go to OUT/drift-N.jsonl; what a file holds is not made again: about seven minutes of one core for the first trio,
 three for each other. `--summarise` prints the marks per trio, and what each arm is above plain fine-tuning, paired by
 item over all trios, with 95 % bootstrap intervals over items.
@@ -20,7 +21,7 @@ import numpy as np
 
 from vlmgraft.evaluation.intervals import bootstrap
 from vlmgraft.lab.world import PERCEPTION
-from vlmgraft.records import read_rows
+from vlmgraft.storage.jsonl import read_rows
 
 BASELINE = "SFT"
 
@@ -30,7 +31,7 @@ def run(trio: Path, out: Path, seed: int, carried: Path | None) -> None:
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from vlmgraft.lab.tuning import Study
+    from experiments.lab.tuning import Study
 
     disable_progress_bar()
     torch.set_num_threads(1)

@@ -10,10 +10,10 @@ from typing import Any
 from lab_budgets import control, fronts, landing, scatter
 from lab_rows import ARITHMETIC, Items, Row, Trio, has_budget, over_seeds, read_trio, signed
 
+from experiments.lab.experiments import point_of
+from experiments.lab.experiments_jobs import DONOR_WEIGHTS, ENERGY_WEIGHTS, KINDS, RANKS, SPECTRA, TRANSFERRED
 from vlmgraft.evaluation.intervals import bootstrap
-from vlmgraft.lab.experiments import point_of
-from vlmgraft.lab.experiments_jobs import DONOR_WEIGHTS, ENERGY_WEIGHTS, KINDS, RANKS, SPECTRA, TRANSFERRED
-from vlmgraft.records import write_json, write_text
+from vlmgraft.storage.jsonl import write_json, write_text
 
 _, ENERGY, DONOR = TRANSFERRED
 TABLE = (
@@ -91,8 +91,8 @@ def _heading(trios: Sequence[Trio]) -> str:
         "# The lab's variants\n\n"
         f"Base seeds {seeds}; exam and training seed 0; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, torch "
         f"{trios[0].head['torch']}, one core. Rows: `variants-SEED.jsonl`, made by `python benchmarks/lab_variants.py "
-        "all --trio T --out variants-SEED.jsonl` (T of seeds 1 and 2: `vlmgraft lab train --seed SEED --out T`), this "
-        "page by `python benchmarks/lab_variants.py report --out benchmarks/results/lab`.\n\n"
+        "all --trio T --out variants-SEED.jsonl` (T of seeds 1 and 2: `python -m experiments.lab train --seed "
+        "SEED --out T`), this page by `python benchmarks/lab_variants.py report --out benchmarks/results/lab`.\n\n"
         f"Test split: {sizes['sums']} sums, {sizes['perception']} questions per perception task; {sizes['steps']} "
         f"training steps; λ 1. A cell is reasoning / perception / drift (reasoning above task arithmetic at the same "
         "drift, paired by item). Budgets are controlled on "

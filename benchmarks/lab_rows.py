@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from experiments.lab.experiments import point_of
 from vlmgraft.evaluation.intervals import Estimate, bootstrap
 from vlmgraft.lab.compare import Point, above_items
-from vlmgraft.lab.experiments import point_of
-from vlmgraft.records import read_rows
+from vlmgraft.storage.jsonl import read_rows
 
 ARITHMETIC = "task arithmetic"
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
@@ -55,7 +55,7 @@ def read_trio(file: Path) -> Trio:
 
 
 def signed(estimate: Estimate) -> str:
-    return f"{100 * estimate.mean:+.1f} [{100 * estimate.low:+.1f}, {100 * estimate.high:+.1f}]"
+    return estimate.signed()
 
 
 def has_budget(row: Row) -> bool:

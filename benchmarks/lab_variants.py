@@ -31,9 +31,9 @@ def main() -> None:
 
         write_report(arguments.out)
         return
+    from experiments.lab.experiments import FULL, QUICK, Bench
+    from experiments.lab.experiments_jobs import EXPERIMENTS as JOBS
     from vlmgraft.lab import trio_path
-    from vlmgraft.lab.experiments import FULL, QUICK, Bench
-    from vlmgraft.lab.experiments_jobs import EXPERIMENTS as JOBS
 
     names = EXPERIMENTS if "all" in arguments.experiments else arguments.experiments
     bench = Bench(arguments.trio or trio_path(), QUICK if arguments.quick else FULL)

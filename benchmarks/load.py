@@ -171,10 +171,10 @@ def images(folder: Path, count: int) -> dict[str, Any]:
     import numpy
     from PIL import Image
 
-    from vlmgraft.hf.data import check_lengths, load_questions
+    from vlmgraft.data.questions import questions_digest
+    from vlmgraft.hf.batches import check_lengths, load_questions
     from vlmgraft.hf.models import load_config, load_processor
     from vlmgraft.lab import trio_path
-    from vlmgraft.training.cache import questions_digest
 
     rng, rows = numpy.random.default_rng(0), []
     for number in range(count):
@@ -214,13 +214,13 @@ def repeated(run: Callable[[int], object], times: int) -> dict[str, Any]:
 def sweeps(folder: Path, times: int) -> dict[str, Any]:
     """Sweeps of one point on the lab."""
     import vlmgraft as vg
+    from vlmgraft.analysis import EvalData
     from vlmgraft.lab import trio_path
-    from vlmgraft.studies import Asked
 
     trio = trio_path()
     places = {"vlm": str(trio / "vlm"), "donor": str(trio / "donor"), "donor_base": str(trio / "base")}
-    recipe, asked = places | {"method": {"name": "task_arithmetic"}}, Asked(samples=4)
-    return repeated(lambda n: vg.sweep({"t": recipe}, ["method.scale=0.5"], folder / str(n), asked), times)
+    recipe, asked = places | {"method": {"name": "task_arithmetic"}}, EvalData(samples=4)
+    return repeated(lambda n: vg.analysis.sweep({"t": recipe}, ["method.scale=0.5"], folder / str(n), asked), times)
 
 
 def merges(folder: Path, times: int) -> dict[str, Any]:

@@ -26,16 +26,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vlmgraft.alignment import align
 from vlmgraft.checkpoint.index import open_checkpoint
-from vlmgraft.hf.models import match_projections, text_experts, text_linears, text_model
+from vlmgraft.costs.cost import decomposition_memory, forward, gate_step
+from vlmgraft.costs.models import Model
+from vlmgraft.distillation.gate_vector import GateVector
+from vlmgraft.distillation.gated_layers import checkpointed, gated
+from vlmgraft.distillation.memory import Shapes, memory_of
+from vlmgraft.hf.modules import match_projections, text_experts, text_linears, text_model
 from vlmgraft.lab import trio_path
 from vlmgraft.merging.plan import plan_merge
 from vlmgraft.methods import METHODS
-from vlmgraft.scale.cost import decomposition_memory, forward, gate_step
-from vlmgraft.scale.models import Model
 from vlmgraft.spectral.factors import Factors
-from vlmgraft.training.gate_vector import GateVector
-from vlmgraft.training.gated import checkpointed, gated
-from vlmgraft.training.memory import Shapes, memory_of
 
 Row = dict[str, Any]
 
@@ -207,7 +207,7 @@ CHILDREN: dict[str, Callable[[], list[Row]]] = {
 
 def seconds() -> list[Row]:
     """Times measured earlier against operations: one rate for all, that of the first shape."""
-    from vlmgraft.spectral.decompose import matrix_cost
+    from vlmgraft.spectral.svd import matrix_cost
 
     results = Path(__file__).parent / "results"
     lines = [

@@ -21,8 +21,7 @@ from pathlib import Path
 
 import torch
 
-from vlmgraft.spectral.decompose import matrix_cost
-from vlmgraft.spectral.svd import Rank, decompose_matrix
+from vlmgraft.spectral.svd import Rank, decompose_matrix, matrix_cost
 
 # hidden, feed-forward, width of keys and values, layers: Qwen2.5-VL's language models
 MODELS = {

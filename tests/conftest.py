@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,21 @@ from hypothesis import settings
 from vlmgraft import cli
 from vlmgraft.lab import trio_path
 
+pytest_plugins = ["tests.tiny_models"]
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded: the models are tiny, threads only wait
 settings.register_profile("patient", deadline=None)  # a busy machine is no failure
 settings.load_profile("patient")
+STARTED = time.monotonic()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--begin-within", type=float, default=float("inf"), help="seconds after which no test is begun")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """CI's time is limited: slow tests that it does not reach are counted as skipped, with this reason."""
+    if time.monotonic() - STARTED > (limit := item.config.getoption("--begin-within")):
+        pytest.skip(f"not begun within {limit:.0f} s")
 
 
 @dataclass(frozen=True)
@@ -42,7 +55,7 @@ def image_calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import numpy
 
     from vlmgraft.lab import world
-    from vlmgraft.records import write_rows
+    from vlmgraft.storage.jsonl import write_rows
 
     folder, rng = tmp_path_factory.mktemp("calibration"), numpy.random.default_rng(0)
     rows = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,8 +17,9 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from typer.main import get_command
 
-from vlmgraft import pipeline
+from vlmgraft import cli, pipeline
 
 WEIGHTS = "model.safetensors"
 UP, DOWN = "model.layers.1.mlp.up_proj.weight", "model.layers.2.mlp.down_proj.weight"
@@ -292,6 +294,8 @@ def test_inspect_by_recipe_and_by_options_agree(trio: Path, tmp_path: Path, vlmg
     assert planned["layers"] == 4
     assert "28 merged" in vlmgraft("inspect", *models).out
     assert vlmgraft("inspect", "--vlm", place.recipe["vlm"]).code == 2
+    both = vlmgraft("inspect", tmp_path / "recipe.yaml", *models[:2])
+    assert both.code == 2 and "--set vlm=FOLDER" in both.err
 
 
 def test_inspect_refuses_a_truncated_file(trio: Path, tmp_path: Path, vlmgraft: Any) -> None:
@@ -329,3 +333,271 @@ def test_exit_code_of_the_process(fault: str, trio: Path, tmp_path: Path) -> Non
     assert ran.returncode == 2
     assert all(part in ran.stderr for part in said)
     assert not list(place.out.parent.iterdir())
+
+
+def options_of(command: Any) -> set[str]:
+    return {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+
+
+def commands() -> dict[str, Any]:
+    """Every command by its words."""
+    found: dict[str, Any] = {}
+    for name, command in get_command(cli.app).commands.items():  # type: ignore[attr-defined]
+        inner = getattr(command, "commands", None)
+        found |= {f"{name} {key}": value for key, value in inner.items()} if inner else {name: command}
+    return found
+
+
+LOADS_MODELS = {
+    "merge", "decompose", "gates", "front", "evaluate", "compare", "drift", "knockout", "ranks", "sweep", "choose",
+    "attention", "steer", "tune",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(commands()))
+def test_every_command_keeps_the_conventions(name: str, vlmgraft: Any) -> None:
+    options = options_of(commands()[name])
+    assert {"--json", "--quiet", "-q", "--verbose", "-v"} <= options
+    assert ("--out" in options) == ("-o" in options)
+    assert ({"--device", "--dtype"} <= options) == (name in LOADS_MODELS)
+    short = vlmgraft(*name.split(), "-h")
+    assert short.code == 0 and "Exit codes: 0 done" in short.out
+    assert short.out == vlmgraft(*name.split(), "--help").out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["merge", "--nonsense"], ["--nonsense", "vlmgraft merge --help"]),
+        (["nonsense"], ["nonsense", "vlmgraft --help"]),
+        (["attention", "m", "--samples", "many"], ["--samples", "integer", "vlmgraft attention --help"]),
+        (["evaluate", "m", "-o", "o", "--dtype", "int3"], ["--dtype", "int3", "bfloat16"]),
+        (["export", "m"], ["--to", "lora", "hub", "vlmgraft export --help"]),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_with_its_remedy(
+    arguments: list[str], parts: list[str], vlmgraft: Any
+) -> None:
+    ran = vlmgraft(*arguments)
+    assert ran.code == 2 and ran.out == ""
+    assert ran.err.startswith("vlmgraft: ") and ran.err.count("\n") == 1
+    assert [part for part in parts if part not in ran.err] == []
+
+
+def test_vlm_and_donor_exchanged_are_told(trio: Path, tmp_path: Path, vlmgraft: Any) -> None:
+    place = Place(tmp_path, trio, "task_arithmetic")
+    place.recipe |= {"vlm": place.recipe["donor"], "donor": place.recipe["vlm"]}
+    ran = vlmgraft("merge", place.write(), "-o", place.out)
+    assert ran.code == 2 and "exchange the two" in ran.err
+
+
+def test_force_replaces_what_vlmgraft_wrote_and_nothing_else(trio: Path, tmp_path: Path, vlmgraft: Any) -> None:
+    place = Place(tmp_path, trio, "task_arithmetic")
+    recipe = place.write()
+    assert vlmgraft("merge", recipe, "-o", place.out, "-q").code == 0
+    before = (place.out / WEIGHTS).read_bytes()
+    assert vlmgraft("merge", recipe, "-o", place.out, "-q").code == 2
+    failed = vlmgraft("merge", recipe, "-o", place.out, "-q", "--force", "--set", "vlm=absent/absent")
+    assert failed.code == 2 and (place.out / WEIGHTS).read_bytes() == before, "what was there is put back"
+    assert vlmgraft("merge", recipe, "-o", place.out, "-q", "--force", "--set", "method.scale=0").code == 0
+    assert (place.out / WEIGHTS).read_bytes() == (trio / "vlm" / WEIGHTS).read_bytes() != before
+    assert [path.name for path in place.out.parent.iterdir()] == ["merged"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    refused = vlmgraft("merge", recipe, "-o", tmp_path / "mine", "-q", "--force")
+    assert refused.code == 2 and "this is none" in refused.err and (tmp_path / "mine" / "thesis.tex").exists()
+    assert "give one of them" in vlmgraft("merge", recipe, "-o", place.out, "--force", "--resume").err
+
+
+def test_nothing_that_is_written_says_where_files_lie(trio: Path, tmp_path: Path, vlmgraft: Any) -> None:
+    place = Place(tmp_path, trio, "task_arithmetic")
+    assert vlmgraft("merge", place.write(), "-o", place.out, "-q").code == 0
+    for path in place.out.iterdir():
+        if path.suffix in (".md", ".json", ".yaml"):
+            assert str(tmp_path) not in path.read_text() and str(trio) not in path.read_text(), path.name
+    card = yaml.safe_load((place.out / "README.md").read_text().split("---")[1])
+    assert card["license"] == "apache-2.0"
+    sources = [f"--set={key}={place.recipe[key]}" for key in ("vlm", "donor", "donor_base")]
+    again = tmp_path / "again"
+    assert "--set vlm=PATH" in vlmgraft("merge", place.out / "recipe.yaml", "-o", again, "-q").err
+    assert vlmgraft("merge", place.out / "recipe.yaml", "-o", again, "-q", *sources).code == 0
+    assert (again / WEIGHTS).read_bytes() == (place.out / WEIGHTS).read_bytes()
+
+
+def test_json_is_one_object_and_everything_else_is_on_standard_error(trio: Path, tmp_path: Path, vlmgraft: Any) -> None:
+    place = Place(tmp_path, trio, "task_arithmetic")
+    for arguments in (
+        ("lab", "path"), ("inspect", place.write()), ("merge", place.write(), "-o", place.out), ("verify", place.out),
+    ):  # fmt: skip
+        assert isinstance(json.loads(vlmgraft(*arguments, "--json").out), dict), arguments
+
+
+def test_device_and_token_reach_their_libraries_and_nothing_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vlmgraft.cli.options import environment
+    from vlmgraft.errors import InputError
+    from vlmgraft.hf.placement import default_device, default_dtype
+
+    monkeypatch.delenv("VLMGRAFT_DEVICE", raising=False)
+    with environment(VLMGRAFT_DEVICE="cpu", VLMGRAFT_DTYPE="bfloat16", HF_TOKEN=None):
+        assert default_device() == torch.device("cpu") and default_dtype(default_device()) == torch.bfloat16
+    assert "VLMGRAFT_DEVICE" not in os.environ
+    with environment(VLMGRAFT_DEVICE="nonsense"), pytest.raises(InputError, match="--device nonsense"):
+        default_device()
+
+
+def test_progress_without_a_terminal_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    from vlmgraft.cli.output import Lines
+
+    with Lines(every=0.01) as lines:
+        lines(0, 40, "q_proj")
+        lines(10, 40, "q_proj")
+        while "10 of 40" not in (said := capsys.readouterr().err):
+            pass
+    assert "q_proj: 10 of 40 (25 %), " in said and " left\n" in said
+
+
+def test_init_writes_a_recipe_that_merges(trio: Path, tmp_path: Path, vlmgraft: Any) -> None:
+    donor = tmp_path / "donor"
+    shutil.copytree(trio / "donor", donor)
+    (donor / "README.md").write_text(f"---\nbase_model: {trio / 'base'}\n---\n")
+    recipe = tmp_path / "of a new folder" / "recipe.yaml"
+    ran = vlmgraft("init", "--vlm", trio / "vlm", "--donor", donor, "-o", recipe, "--json")
+    assert json.loads(ran.out) == {"out": str(recipe), "donor_base": str(trio / "base")}
+    assert vlmgraft("merge", recipe, "-o", tmp_path / "merged", "-q").code == 0
+    assert vlmgraft("init", "-o", recipe).code == 2, "it exists"
+    assert vlmgraft("init", "-o", recipe, "--force", "--data", "questions: 1.jsonl").code == 0
+    loaded = yaml.safe_load(recipe.read_text())
+    assert loaded["method"]["name"] == "frism" and loaded["method"]["calibration"]["data"] == "questions: 1.jsonl"
+
+
+def test_a_dry_run_has_a_line_for_every_stage_and_says_what_is_there(trio: Path, tmp_path: Path, vlmgraft: Any) -> None:
+    place = Place(tmp_path, trio, "frism")
+    work = tmp_path / "work"
+    before = vlmgraft("merge", place.write(), "-o", place.out, "--workdir", work, "--dry-run", "--json")
+    assert before.code == 0, before.err
+    stages = {stage["name"]: stage for stage in json.loads(before.out)["stages"]}
+    assert list(stages) == ["decompose", "answer", "learn", "fold"]
+    assert not any(stage["done"] for stage in stages.values())
+    assert stages["fold"]["disk"] == pytest.approx((trio / "vlm" / WEIGHTS).stat().st_size, rel=0.02)
+    assert vlmgraft("decompose", place.write(), "-o", work / "factors", "-q").code == 0
+    after = json.loads(vlmgraft("merge", place.write(), "-o", place.out, "--workdir", work, "--dry-run", "--json").out)
+    assert "28 of 28" in after["stages"][0]["done"]
+
+
+def test_a_dry_run_says_what_it_chose_and_what_the_rank_holds(trio: Path, tmp_path: Path, vlmgraft: Any) -> None:
+    """The share in the dry run is of one layer; decompose and the receipt have all of them."""
+    place = Place(tmp_path, trio, "frism")
+    place.recipe["method"] |= {"rank": 16}
+    rehearsed = json.loads(vlmgraft("merge", place.write(), "--dry-run", "--json").out)["notes"]
+    assert any("without checkpointing" in note for note in rehearsed)
+    about = next(re.search(r"rank 16 holds about ([\d.]+)% of ‖τ‖² \(in layer 2\)", note) for note in rehearsed
+                 if note.startswith("rank"))  # fmt: skip
+    assert about is not None
+    printed = vlmgraft("decompose", place.write(), "-o", tmp_path / "factors").out
+    whole = re.search(r"28 matrices, ([\d.]+)% of ‖τ‖²", printed)
+    assert whole is not None and 10 < float(whole[1]) < 95
+    assert float(about[1]) == pytest.approx(float(whole[1]), abs=15)
+    ran = vlmgraft("merge", place.write(), "-o", place.out)
+    assert f"the factors hold {whole[1]}% of ‖τ‖²; rank: full holds all" in ran.out
+
+
+def no_questions(place: Place) -> tuple[list[str], list[str]]:
+    (place.folder / "calibration.jsonl").unlink()
+    return [], ["calibration.jsonl", "no such question file"]
+
+
+def no_column(place: Place) -> tuple[list[str], list[str]]:
+    (place.folder / "calibration.jsonl").write_text('{"prompt": "read", "image": "grey.png"}\n')
+    return [], ["line 1", '"question"']
+
+
+def no_image(place: Place) -> tuple[list[str], list[str]]:
+    (place.folder / "grey.png").unlink()
+    return [], ["grey.png"]
+
+
+def no_processor(place: Place) -> tuple[list[str], list[str]]:
+    (place.copy("vlm") / "processor_config.json").unlink()
+    return [], ["calibration.jsonl, line 1", "the model reads text only"]
+
+
+def no_device(place: Place) -> tuple[list[str], list[str]]:
+    return ["--device", "cuda:63"], ["cuda:63", "cpu"]
+
+
+def too_few(place: Place) -> tuple[list[str], list[str]]:
+    place.recipe["method"] |= {"kl_budget": 0.01}
+    del place.recipe["method"]["inject_weight"]
+    return [], ["has 4 questions", "method.calibration.samples"]
+
+
+def workdir_in_output(place: Place) -> tuple[list[str], list[str]]:
+    return ["--workdir", str(place.out / "work")], ["--workdir", "beside"]
+
+
+def output_exists(place: Place) -> tuple[list[str], list[str]]:
+    place.out.mkdir()
+    return [], ["exists"]
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [no_questions, no_column, no_image, no_processor, no_device, too_few, workdir_in_output, output_exists],
+    ids=lambda mistake: mistake.__name__,
+)
+def test_a_dry_run_finds_what_would_fail(mistake: Any, trio: Path, tmp_path: Path, vlmgraft: Any) -> None:
+    place = Place(tmp_path, trio, "frism")
+    more, parts = mistake(place)
+    before = place.files()
+    ran = vlmgraft("merge", place.write(), "-o", place.out, "--dry-run", *more)
+    assert (ran.code, place.files()) == (2, before), ran.err
+    fault = next(line for line in ran.err.splitlines() if line.startswith("vlmgraft: "))
+    assert [part for part in parts if part not in fault] == [], ran.err
+    assert all(f"│ {stage} " in ran.out for stage in ("decompose", "answer", "learn", "fold")), "priced all the same"
+
+
+def test_a_dry_run_tells_a_fault_before_what_takes_longer(
+    trio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vlmgraft.costs import device, dry_run
+
+    place, told = Place(tmp_path, trio, "frism"), list[str]()
+    no_questions(place)
+    device_of, by_then = device.device_of, list[int]()
+    monkeypatch.setattr(device, "device_of", lambda *one: (by_then.append(len(told)), device_of(*one))[1])
+    rehearsed = dry_run.dry_run(place.write(), tell=told.append)
+    assert by_then[0] == 1 and list(rehearsed.faults) == told
+    assert rehearsed.notes[0] == "the questions were not read: 132 of 1000 tokens each are assumed"
+
+
+def test_a_full_disk_and_a_folder_without_access_are_seen_before(
+    trio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from collections import namedtuple
+
+    from vlmgraft.costs import dry_run as rehearsal
+    from vlmgraft.recipe.model import load_recipe
+    from vlmgraft.storage import outputs
+
+    place = Place(tmp_path, trio, "task_arithmetic")
+    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(1_000_000))
+    monkeypatch.setattr(rehearsal.os, "access", lambda *_: False)
+    faults = rehearsal.dry_run(load_recipe(place.write()), place.out).faults
+    assert any("may not be written" in fault for fault in faults)
+    assert any("make room" in fault and "0.00 GB will be written" in fault for fault in faults)
+
+
+def test_costs_of_a_published_size(vlmgraft: Any) -> None:
+    printed = json.loads(vlmgraft("costs", "--size", "7b", "--gpus", "8", "--json").out)
+    assert printed["model"] == "Qwen2.5-VL-7B"
+    assert [stage["name"] for stage in printed["stages"]] == [
+        "merge", "decompose", "teacher", "gates", "fold", "evaluate",
+    ]  # fmt: skip
+    assert vlmgraft("costs").code == vlmgraft("costs", "--size", "7b", "--rank", "half").code == 2
+
+
+def test_drift_of_a_model_from_itself_is_zero(trio: Path, tmp_path: Path, vlmgraft: Any) -> None:
+    place = Place(tmp_path, trio, "frism")
+    data = place.recipe["method"]["calibration"]["data"]
+    ran = vlmgraft("drift", trio / "vlm", trio / "vlm", "--data", data, "--max-new-tokens", 4, "-q", "--json")
+    assert json.loads(ran.out)["kl"] == pytest.approx(0, abs=1e-6)

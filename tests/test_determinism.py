@@ -23,7 +23,7 @@ from vlmgraft.checkpoint.index import open_checkpoint
 from vlmgraft.merging import merge_tensors
 from vlmgraft.methods import METHODS
 from vlmgraft.methods.base import check_numbers
-from vlmgraft.recipe import Recipe, load_recipe
+from vlmgraft.recipe.model import Recipe, load_recipe
 from vlmgraft.spectral.decompose import decompose
 from vlmgraft.spectral.gates import Gates
 
@@ -153,7 +153,7 @@ def test_the_same_bytes(method: str, models: Path, tmp_path: Path, monkeypatch: 
     assert len(list((tmp_path / "cut").glob("*.safetensors"))) > 5
     other = resharded(models, tmp_path / "inputs", lambda names: names[::-1], 4)
     assert merged(other, method, tmp_path / "resharded", **known) == expected, "order and number of input files"
-    for module in ("plan", "engine", "pieces", "passes"):
+    for module in ("plan", "engine", "pieces"):
         monkeypatch.setattr(f"vlmgraft.merging.{module}.CHUNK", 1 << 17)
     monkeypatch.setattr("vlmgraft.merging.engine.RANGE", 1 << 17)
     assert merged(models, method, tmp_path / "chunks", threads=2, **known) == expected, "pieces"

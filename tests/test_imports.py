@@ -24,13 +24,14 @@ except SystemExit as stop:
     "code",
     [
         "import vlmgraft",
-        "import vlmgraft.alignment, vlmgraft.checkpoint.index, vlmgraft.recipe, vlmgraft.pipeline",
+        "import vlmgraft.alignment, vlmgraft.checkpoint.index, vlmgraft.recipe.model, vlmgraft.pipeline",
         HELP.format(arguments=["--help"]),
         HELP.format(arguments=["merge", "--help"]),
         HELP.format(arguments=["merge", "--schema"]),
         HELP.format(arguments=["lab", "path"]),
+        HELP.format(arguments=["--version"]),
     ],
-    ids=["package", "header-only modules", "help", "merge help", "schema", "lab path"],
+    ids=["package", "header-only modules", "help", "merge help", "schema", "lab path", "version"],
 )
 def test_loads_nothing_heavy(code: str) -> None:
     ran = subprocess.run([sys.executable, "-c", f"{code}\n{REPORT}"], capture_output=True, text=True, timeout=60)

@@ -21,11 +21,11 @@ from vlmgraft.merging import Receipt, merge_tensors
 from vlmgraft.methods import METHODS
 from vlmgraft.methods.frism import GatedFold
 from vlmgraft.pipeline import merge
-from vlmgraft.recipe import load_recipe
+from vlmgraft.recipe.model import load_recipe
 from vlmgraft.spectral import svd
 from vlmgraft.spectral.decompose import decompose
 from vlmgraft.spectral.gates import constant_gates
-from vlmgraft.spectral.stack import decompose_stack
+from vlmgraft.spectral.svd_stack import decompose_stack
 
 KEYS = ("vlm", "donor", "donor_base", "vlm_base")
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -162,6 +162,36 @@ def test_nan_and_infinity_are_named(method: str, bad: float, tmp_path: Path) -> 
         assert not (folder / "out").exists() and (method in GATED or said.value.exit_code == 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.bfloat16, torch.float8_e5m2])
+def test_what_is_kept_is_counted_too(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Kept and excluded tensors are copied; the copy looks at their values."""
+    for name in ("visual.patch", "model.embed_tokens.weight"):
+        tensors = models(torch.bfloat16)
+        odd = torch.ones(5, 400).to(dtype)
+        odd[3, 399], odd[4, 0], odd[0, 0] = float("inf"), float("nan"), 3e4
+        tensors["vlm"] |= {name: odd if name == "visual.patch" else odd[:, :8].bfloat16()}
+        if name != "visual.patch":
+            tensors = {key: {**weights, name: odd[:, :8].bfloat16()} for key, weights in tensors.items()}
+        count = 2 if name == "visual.patch" else 1
+        folder = tmp_path / name
+        with pytest.raises(WeightsError, match=rf"{name} in .*, and {count} of its values are NaN or infinite") as said:
+            run(folder, tensors, "task_arithmetic")
+        assert said.value.exit_code == 2 and not (folder / "out").exists()
+        recipe = {key: str(folder / key) for key in KEYS} | {"output": {"allow_nonfinite": True}}
+        receipt = merge({**recipe, "method": "task_arithmetic"}, folder / "out")
+        assert {row.name: row.nonfinite for row in receipt.tensors if row.nonfinite} == {name: count}
+        assert any(note.startswith(f"{name}: {count} values are NaN") for note in receipt.notes)
+        written = merged(folder)[name].contiguous().view(torch.uint8)
+        assert written.equal(tensors["vlm"][name].contiguous().view(torch.uint8))
+
+
+def test_large_finite_values_are_kept(tmp_path: Path) -> None:
+    """Their squares are beyond float32, they are not."""
+    tensors = models()
+    tensors["vlm"]["visual.large"] = torch.full((9,), 3e38)
+    assert not any(row.nonfinite for row in run(tmp_path, tensors, "task_arithmetic").tensors)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("other", [torch.float16, torch.float32, torch.bfloat16])
 def test_dtypes_mix_and_the_vlms_is_written(dtype: torch.dtype, other: torch.dtype, tmp_path: Path) -> None:
@@ -198,6 +228,9 @@ def test_overflow_on_the_cast_is_refused_or_clamped(method: str, tmp_path: Path)
         "ties": {"density": 1.0},
         "dare_linear": {"density": 1.0},
         "dare_ties": {"density": 1.0},
+        "della": {"density": 1.0},
+        "breadcrumbs": {"density": 1.0},
+        "slerp": {"t": 0.5},
         "frank": {"decay": 0.5},
         "ip_merging": {"threshold": 0.0, "rank": 8},
         "linear": {"vlm_weight": 0.5},
@@ -210,7 +243,9 @@ def test_overflow_on_the_cast_is_refused_or_clamped(method: str, tmp_path: Path)
         assert str(tmp_path / "no" / "vlm" / "model.safetensors") in str(error)
         assert not (tmp_path / "no" / "out").exists()
     else:
-        assert method in ("ip_merging", "frank", "layer_swap"), "the others do not shrink or leave out this task vector"
+        assert method in ("ip_merging", "frank", "layer_swap", "model_stock"), (
+            "the others do not shrink or leave out this task vector"
+        )
         assert not any(row.clamped for row in receipt.tensors)
         return
     receipt = run(tmp_path / "yes", overflowing(), method, clamp=True, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,10 @@ def test_every_dependency_has_its_row_and_every_row_its_dependency() -> None:
 def test_the_version_is_said_once(vlmgraft: Callable[..., Any]) -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", package.__version__)
     ran = vlmgraft("--version")
-    assert (ran.code, ran.out) == (0, f"vlmgraft {package.__version__}\n")
+    first, *others = ran.out.splitlines()
+    assert (ran.code, first) == (0, f"vlmgraft {package.__version__}")
+    assert [line.split()[0] for line in others] == ["python", "torch", "transformers"]
+    assert f"torch {metadata.version('torch')}" in others
     assert f"\n## {package.__version__}" in (ROOT / "CHANGELOG.md").read_text()
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == package.__version__
@@ -74,3 +78,9 @@ def test_a_bug_report_asks_for_receipt_inspect_and_versions() -> None:
     assert {path.stem for path in TEMPLATES} == {"bug", "method", "family", "config"}
     text = (ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text()
     assert all(word in text for word in ("receipt.json", "vlmgraft inspect", "vlmgraft --version"))
+
+
+def test_the_workflow_runs_what_developers_run() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    assert [step["run"] for step in workflow["jobs"]["all"]["steps"] if "run" in step] == [".ci/run"]
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o100

@@ -15,14 +15,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vlmgraft as vg
+from vlmgraft.distillation.distill import Distiller
 from vlmgraft.errors import OutputError
-from vlmgraft.hf.data import Question, encode, load_questions
+from vlmgraft.hf.batches import Question, encode, load_questions
 from vlmgraft.hf.models import load_processor, load_text_model, load_vlm
 from vlmgraft.lab import world
 from vlmgraft.pipeline import pair
-from vlmgraft.spectral.factors import FactorStore
-from vlmgraft.spectral.gates import load_gates
-from vlmgraft.training.distill import Distiller
+from vlmgraft.recipe.model import dump_recipe
+from vlmgraft.spectral.factor_store import FactorStore
+from vlmgraft.spectral.gate_store import load_gates
 
 WEIGHTS = "model.safetensors"
 
@@ -143,8 +144,8 @@ def test_reloaded_folder_gives_the_logits_of_the_gated_model(
 def test_merged_folder_is_complete(merged: tuple[Path, Path], trio: Path) -> None:
     out, _ = merged
     beside = {path.name for path in (trio / "vlm").iterdir()}
-    assert {path.name for path in out.iterdir()} == beside | {"README.md", "recipe.yaml", "receipt.json"}
-    for name in beside - {WEIGHTS}:
+    assert {path.name for path in out.iterdir()} == beside | {"README.md", "recipe.yaml", "receipt.json", "gates"}
+    for name in beside - {WEIGHTS, "README.md"}:
         assert (out / name).read_bytes() == (trio / "vlm" / name).read_bytes(), name
     card = (out / "README.md").read_text()
     assert card.startswith("---\n") and "frism" in card
@@ -169,8 +170,17 @@ def test_receipt_has_a_verdict_and_a_reason_for_every_tensor(merged: tuple[Path,
     assert receipt["method"] == "frism" and receipt["seconds"] > 0
 
 
-def test_recipe_in_the_folder_replays_to_the_same_weights(merged: tuple[Path, Path], tmp_path: Path) -> None:
-    vg.merge(merged[0] / "recipe.yaml", tmp_path / "again")
+@pytest.fixture(scope="module")
+def replayed(merged: tuple[Path, Path], trio: Path, calibration: Path) -> Any:
+    """The recipe in the merged folder, told where its sources are."""
+    sources = [f"{key}={trio / name}" for key, name in (("vlm", "vlm"), ("donor", "donor"), ("donor_base", "base"))]
+    return vg.load_recipe(merged[0] / "recipe.yaml", [*sources, f"method.calibration.data={calibration}"])
+
+
+def test_recipe_in_the_folder_replays_to_the_same_weights(
+    merged: tuple[Path, Path], replayed: Any, tmp_path: Path
+) -> None:
+    vg.merge(replayed, tmp_path / "again")
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (merged[0] / WEIGHTS).read_bytes()
     assert (tmp_path / "again" / "recipe.yaml").read_bytes() == (merged[0] / "recipe.yaml").read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["again"], "the hidden workdir is gone"
@@ -182,12 +192,12 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def test_workdir_is_reused_for_the_same_inputs_only(
-    merged: tuple[Path, Path], trio: Path, calibration: Path, tmp_path: Path
+    merged: tuple[Path, Path], replayed: Any, trio: Path, calibration: Path, tmp_path: Path
 ) -> None:
     out, work = merged
     before = snapshot(work)
     assert any("factors" in name for name in before) and any("gates.safetensors" in name for name in before)
-    vg.merge(out / "recipe.yaml", tmp_path / "again", workdir=work)
+    vg.merge(replayed, tmp_path / "again", workdir=work)
     assert snapshot(work) == before
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (out / WEIGHTS).read_bytes()
     gates = (work / "gates" / "gates.safetensors").read_bytes()
@@ -197,11 +207,11 @@ def test_workdir_is_reused_for_the_same_inputs_only(
         assert {n: after[n] for n in before if "factors" in n} == {n: before[n] for n in before if "factors" in n}
         assert (work / "gates" / "gates.safetensors").read_bytes() != gates, "another recipe learns its own gates"
     finally:
-        vg.merge(out / "recipe.yaml", tmp_path / "restored", workdir=work)
+        vg.merge(replayed, tmp_path / "restored", workdir=work)
 
 
-def test_stages_by_hand_equal_the_merge(merged: tuple[Path, Path], tmp_path: Path) -> None:
-    recipe = merged[0] / "recipe.yaml"
+def test_stages_by_hand_equal_the_merge(merged: tuple[Path, Path], replayed: Any, tmp_path: Path) -> None:
+    recipe = dump_recipe(replayed)
     vg.decompose(recipe, tmp_path / "factors")
     learned = vg.gates(recipe, tmp_path / "factors", tmp_path / "gates")
     whole = load_gates(merged[1] / "gates")
@@ -257,3 +267,18 @@ def test_a_receipt_carries_what_the_method_says_per_layer(trio: Path, tmp_path: 
     }
     receipt = vg.merge(recipe, tmp_path / "merged")
     assert sum(note.startswith("frank, layer") for note in receipt.notes) == 4
+
+
+def test_a_merge_in_float32_loads_in_float32(trio: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(trio, {"name": "task_arithmetic", "scale": 0.01}) | {"output": {"dtype": "float32"}}
+    vg.merge(recipe, tmp_path / "out")
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    written, before = load_file(tmp_path / "out" / WEIGHTS), load_file(trio / "vlm" / WEIGHTS)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    wide = {name for name, value in written.items() if value.dtype == torch.float32}
+    assert wide == {tensor.name for tensor in pair(recipe_for(trio)).merged}
+    name = min(wide)
+    loaded_value = next(
+        v for n, v in loaded.named_parameters() if n.endswith(name.split("layers.")[1]) and "language" in n
+    )
+    assert torch.equal(loaded_value, written[name]) and not torch.equal(written[name], before[name].float())

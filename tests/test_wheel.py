@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -16,6 +17,8 @@ import vlmgraft
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
+FEW = ("method.steps=20", "method.calibration.samples=128", "method.calibration.held_out=64")
+"""The stranger has the 192 questions of the quick demo; the refusal of more says to lower these."""
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
@@ -48,7 +51,10 @@ def test_the_wheel_holds_what_it_should(wheel: Path) -> None:
     assert not [name for name in names if "__pycache__" in name or name.startswith(("tests", "docs", "benchmarks"))]
 
 
-def test_the_wheel_runs_the_demo_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
+def test_a_strangers_first_hour_with_the_wheel(wheel: Path, tmp_path: Path) -> None:
+    """Far from the checkout, with the README's words alone: the demo, an own recipe from `init`, what it would take,
+    the merge, its check, a report and a model card."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     site, work = tmp_path / "site", tmp_path / "work"
     work.mkdir()
     run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site, wheel, cwd=work)
@@ -57,13 +63,41 @@ def test_the_wheel_runs_the_demo_outside_the_checkout(wheel: Path, tmp_path: Pat
     said = run(sys.executable, "-c", where, cwd=work, PYTHONPATH=str(site)).split()
     assert said == [str(site / "vlmgraft" / "__init__.py"), vlmgraft.__version__]
     script = site / "bin" / "vlmgraft"
-    assert run(script, "--version", cwd=work, PYTHONPATH=str(site)) == f"vlmgraft {vlmgraft.__version__}\n"
+    assert run(script, "--version", cwd=work, PYTHONPATH=str(site)).startswith(f"vlmgraft {vlmgraft.__version__}\n")
     run(script, "demo", "--quick", cwd=work, PYTHONPATH=str(site))
     rows = {row["method"]: row for row in map(json.loads, (work / "demo" / "results.jsonl").read_text().splitlines())}
     assert rows["merged folder, reloaded"]["reasoning"]["mean"] > rows["VLM"]["reasoning"]["mean"]
     recipe = (work / "demo" / "recipe.yaml").read_text()
     assert str(site) in recipe and str(ROOT) not in recipe
     assert (work / "demo" / "merged" / "receipt.json").is_file()
+    trio = Path(run(script, "lab", "path", cwd=work, PYTHONPATH=str(site)).strip())
+    pair = ("--vlm", trio / "vlm", "--donor", trio / "donor", "--donor-base", trio / "base")
+    steps: dict[str, tuple[str | Path, ...]] = {
+        "vlmgraft init --vlm": ("init", *pair, "--data", "demo/data/calibration.jsonl"),
+        "vlmgraft inspect recipe.yaml": ("inspect", "recipe.yaml"),
+        "vlmgraft merge recipe.yaml --out merged --dry-run": ("merge", "recipe.yaml", "--out", "merged", "--dry-run"),
+        "vlmgraft merge recipe.yaml --out merged ": ("merge", "recipe.yaml", "--out", "merged"),
+        "vlmgraft verify merged": ("verify", "merged"),
+        "and a report](docs/report.md)": ("report", "merged", "demo", "--out", "report.html"),
+    }
+    for words, arguments in steps.items():
+        assert words in readme, f"the README does not say it: {words}"
+        few = FEW if arguments[0] == "merge" else ()
+        run(
+            script,
+            *arguments,
+            *(word for setting in few for word in ("--set", setting)),
+            cwd=work,
+            PYTHONPATH=str(site),
+            HF_HUB_OFFLINE="1",
+        )
+    assert {"gates.json", "training.jsonl"} <= {path.name for path in (work / "merged" / "gates").iterdir()}
+    page, card = ((work / name).read_text() for name in ("report.html", "merged/README.md"))
+    assert all(f'<section id="{name}"' in page for name in ("tradeoff", "gates", "receipt", "recipe"))
+    assert "| KL from the VLM on" in card and "library_name: transformers" in card
+    texts = [path for path in (work / "merged").rglob("*") if path.suffix in (".md", ".json", ".jsonl", ".yaml")]
+    said = "".join(path.read_text() for path in texts)
+    assert str(work) not in said and str(site) not in said, "no file says where anything lies here"
 
 
 def test_the_source_archive_holds_sources_only(tmp_path: Path) -> None:
@@ -73,4 +107,29 @@ def test_the_source_archive_holds_sources_only(tmp_path: Path) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "LICENSE", "NOTICE", "README.md", "src/vlmgraft/py.typed"} <= names
     assert not [name for name in names if "_cache/" in name or name.endswith((".pyc", ".whl"))]
+    assert not [name for name in names if name.startswith(("tests", "docs", "benchmarks", "experiments", "recipes"))]
     assert made.stat().st_size < 15_000_000
+
+
+def test_the_container_without_a_daemon(tmp_path: Path) -> None:
+    """The Dockerfile's own steps in a folder: what it copies, the README's install of it (without the dependencies,
+    which are here), and its entry point."""
+    steps = [line.split(maxsplit=1) for line in (ROOT / "Dockerfile").read_text().splitlines() if line[:1].isupper()]
+    assert [word for word, _ in steps] == ["FROM", "COPY", "COPY", "RUN", "WORKDIR", "ENTRYPOINT"]
+    assert steps[0][1].startswith("python:3.1")
+    ignored = {name.rstrip("/") for name in (ROOT / ".dockerignore").read_text().split()}
+    for *names, target in (rest.split() for word, rest in steps if word == "COPY"):
+        for name in names:
+            place = tmp_path / target.strip("/")
+            place = place if (ROOT / name).is_dir() else place / name  # COPY puts a folder's content there, and a file
+            place.parent.mkdir(parents=True, exist_ok=True)
+            assert name not in ignored
+            (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, place)
+    install = steps[3][1]
+    assert install == "pip install --no-cache-dir /src" and "\npip install .\n" in (ROOT / "README.md").read_text()
+    words = install.replace("/src", str(tmp_path / "src")).split()[2:]
+    bare = ("--no-deps", "--no-build-isolation", "--target", tmp_path / "site")
+    run(sys.executable, "-m", "pip", "install", "-q", *bare, *words, cwd=tmp_path)
+    (entry,) = json.loads(steps[5][1])
+    said = run(tmp_path / "site" / "bin" / entry, "lab", "path", cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert Path(said.strip()) == tmp_path / "site" / "vlmgraft" / "lab" / "weights"

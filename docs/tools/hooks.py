@@ -25,8 +25,11 @@ SHOWN = {".yaml": "yaml", ".py": "python", ".txt": "text", ".toml": "toml", ".sh
 LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
 GENERATED = {
     "commands": tables.commands,
+    "families": tables.families,
+    "formulas": tables.formulas,
     "python": tables.python,
     "recipe": tables.recipe,
+    "refused": tables.refused,
     "tune": tables.tune,
 }
 

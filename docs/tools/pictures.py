@@ -16,32 +16,33 @@ from typing import Any
 
 from vlmgraft import pipeline
 from vlmgraft.lab import trio_path, world
-from vlmgraft.lab.exam import draw_exam
-from vlmgraft.lab.tour import save_questions
-from vlmgraft.records import read_rows, write_text
-from vlmgraft.report.charts import MARKS, SERIES, Axes, Dot, Heat, Series, heat_map, line_chart, mark
+from vlmgraft.lab.exam import draw_exam, save_questions
+from vlmgraft.report.charts import Chart, Dot, Heat, Lines, Series, svg_and_pdf
 from vlmgraft.report.collect import BINS, read_gates
-from vlmgraft.report.svg import label
-from vlmgraft.spectral.donors import open_store
+from vlmgraft.spectral.factor_store import open_store
+from vlmgraft.storage.jsonl import read_rows, write_text
 
 DOCS = Path(__file__).parents[1]
 RESULTS = DOCS.parent / "benchmarks" / "results"
 PICTURES = DOCS / "pictures"
+SIZE = (6.2, 4.2)
 MATRICES = {"q_proj": "self_attn.q_proj", "o_proj": "self_attn.o_proj", "up_proj": "mlp.up_proj"}
 
 
 def main() -> None:
     """Draw everything."""
     rows = [row for row in read_rows(RESULTS / "lab" / "seed-0.jsonl") if row["drawn"]]
-    lines("tradeoff", tradeoff(rows), Axes("perception, % right", "reasoning, % right", x_limits=(80, 100.5)))
-    lines("drift", by_drift(rows), Axes("KL from the VLM, nats per token", "reasoning, % right", log_x=True))
-    lines("overshoot", overshoot(), Axes("λ of task arithmetic", "% right", y_limits=(0, 103)))
-    lines("bands", bands(), Axes("perception, % right", "reasoning, % right", x_limits=(60, 100)))
+    drift, both = "KL from the VLM, nats per token", ("perception, % right", "reasoning, % right")
+    write("tradeoff", Lines(tradeoff(rows), *both, x_limits=(80, 100.5), size=SIZE))
+    write("drift", Lines(by_drift(rows), drift, "reasoning, % right", log_x=True, size=SIZE))
+    write("overshoot", Lines(overshoot(), "λ of task arithmetic", "% right", y_limits=(0, 103), size=SIZE))
+    write("bands", Lines(bands(), *both, x_limits=(60, 100), size=SIZE))
     with tempfile.TemporaryDirectory() as folder:
         work = learned(Path(folder))
-        lines("spectrum", spectrum(work / "factors"), Axes("singular directions, largest first", "% of Σ s²"))
-        run = read_gates(work / "gates")
-        write("gates", heat_map("gates by layer and rank", opened(run.matrices), 560), 560)
+        write(
+            "spectrum", Lines(spectrum(work / "factors"), "singular directions, largest first", "% of Σ s²", size=SIZE)
+        )
+        write("gates", opened(read_gates(work / "gates").matrices))
 
 
 def tradeoff(rows: Sequence[Mapping[str, Any]]) -> list[Series]:
@@ -152,35 +153,23 @@ def percent(estimate: Mapping[str, float]) -> tuple[float, float]:
     return 100 * estimate["low"], 100 * estimate["high"]
 
 
-def lines(name: str, series: Sequence[Series], axes: Axes, width: int = 560, tall: int = 340) -> None:
-    """A chart of lines with its legend below."""
-    write(name, line_chart(name, series, axes, width, tall), width, series)
-
-
-def write(name: str, chart: str, width: int, series: Sequence[Series] = ()) -> None:
-    """The chart as a file of its own: colours, background and legend inside."""
-    height = int(float(re.findall(r'viewBox="0 0 \d+ (\d+)', chart)[0]))
-    columns = 2 if len(series) > 1 else 1
-    made = []
-    for place, one in enumerate(series):
-        x, y = 62 + (place % columns) * (width - 62) / columns, height + 14 + (place // columns) * 18
-        shape = mark(MARKS[place % len(MARKS)], x, y - 4, one.name).replace(' tabindex="0"', "")
-        made.append(f'<g class="series s{place % SERIES}">{shape}</g>' + label(x + 12, y, one.name))
-    total = height + (18 * -(-len(series) // columns) + 8 if series else 0)
-    inside = re.sub(r"^<svg[^>]*>|</svg>$", "", chart).replace(' tabindex="0"', "")
-    inside = re.sub(r' data-tip="[^"]*"', "", inside)
-    box = f'xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {total}" width="{width}" height="{total}"'
-    paper = f'<rect class="paper" width="{width}" height="{total}"/>'
-    svg = f'<svg {box} role="img">\n<style>\n{style()}</style>\n{paper}{inside}{"".join(made)}</svg>\n'
-    write_text(PICTURES / f"{name}.svg", svg.replace("><", ">\n<"))
+def write(name: str, chart: Chart) -> None:
+    """The chart as a file of its own: colours and background inside, nothing for the pointer."""
+    svg = re.sub(r' (?:tabindex|role|aria-label|data-\w+)="[^"]*"', "", svg_and_pdf(chart, name, name)[0])
+    width, height = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)[0]
+    spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    head = f'<svg {spaces} role="img" width="{width}" '
+    paper = f'<rect class="paper" width="{width}" height="{height}"/>'
+    svg = svg.replace("<svg ", head, 1).replace(">", f">\n<style>\n{style()}</style>\n{paper}", 1)
+    write_text(PICTURES / f"{name}.svg", "\n".join(line for line in svg.splitlines() if line.strip()) + "\n")
 
 
 def style() -> str:
-    """Colours and the rules for charts, from the report's style sheet."""
+    """Colours, light and dark, and the rule for cells, from the report's style sheet."""
     sheet = (files("vlmgraft.report") / "page.css").read_text(encoding="utf-8")
     colours = sheet[: sheet.index(':root[data-theme="light"]')]
-    chart = sheet[sheet.index("svg text") : sheet.index("[data-tip]:hover")]
-    return f"{colours}text {{ font-family: system-ui, sans-serif; }}\n.paper {{ fill: var(--paper); }}\n{chart}"
+    rules = "".join(re.findall(r"^(?:svg text|\.cell path) .*\n", sheet, re.M))
+    return f"{colours}.paper {{ fill: var(--paper); }}\n{rules}"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -18,12 +19,19 @@ import nbformat
 from nbclient import NotebookClient
 
 HERE = Path(__file__).parents[1] / "notebooks"
+SKIPPED = "skip-execution"
+"""The tag of cells that run elsewhere only, by nbclient's name."""
 RICHER = ("image/png", "text/markdown", "text/plain")
 
 
 def notebooks() -> list[Path]:
     """In reading order."""
     return sorted(HERE.glob("*.ipynb"))
+
+
+def skipped(cell: Any) -> bool:
+    """Whether a cell is not run here."""
+    return SKIPPED in cell.metadata.get("tags", [])
 
 
 def sources_digest(notebook: Any) -> str:
@@ -46,9 +54,11 @@ def tidy(notebook: Any) -> None:
         cell.id = f"cell-{number}"
         if cell.cell_type != "code":
             continue
-        cell.metadata = {}
+        cell.metadata = {"tags": [SKIPPED]} if skipped(cell) else {}
         cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
         for output in cell.outputs:
+            if "text" in output:
+                output.text = re.sub(r"\x1b\[[0-9;]*m", "", output.text)  # kernels ask commands for colours
             if "data" in output:
                 kept = next(kind for kind in RICHER if kind in output.data)
                 output.data, output.metadata = {kept: output.data[kept]}, {}

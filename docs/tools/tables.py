@@ -13,12 +13,13 @@ SECTIONS = {
     "pipeline": "From recipes to checkpoints",
     "recipe": "From recipes to checkpoints",
     "checkpoint": "From recipes to checkpoints",
-    "measure": "Measuring",
+    "distillation": "From recipes to checkpoints",
+    "costs": "From recipes to checkpoints",
+    "export": "From recipes to checkpoints",
     "evaluation": "Measuring",
-    "studies": "Looking inside",
+    "analysis": "Looking inside",
     "report": "Looking inside",
-    "tuning": "Fine-tuning",
-    "training": "Fine-tuning",
+    "finetuning": "Fine-tuning",
     "lab": "The lab",
 }
 """Headings of the Python reference, by the first part of a name's home."""
@@ -43,7 +44,8 @@ def _walk(group: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _command(name: str, command: Any) -> str:
-    hints = typing.get_type_hints(inspect.unwrap(command.callback))
+    parameters = inspect.signature(inspect.unwrap(command.callback)).parameters
+    hints = {key: typing.get_args(parameter.annotation)[0] for key, parameter in parameters.items()}
     rows = [
         (_names(one), _kind(hints[one.name]), _default(one), _cell(one.help or ""))
         for one in command.params
@@ -62,6 +64,8 @@ def _names(one: Any) -> str:
 
 def _kind(hint: Any) -> str:
     """A parameter's type in words; a list may be given several times."""
+    if typing.get_origin(hint) is typing.Literal:
+        return ", ".join(f"`{value}`" for value in typing.get_args(hint))
     options = [one for one in (typing.get_args(hint) or (hint,)) if one is not type(None)]
     if typing.get_origin(hint) is list:
         return f"{KINDS[options[0]]}, several"
@@ -75,21 +79,43 @@ def _default(one: Any) -> str:
     return "" if value in (None, False, (), []) or str(value) == "" else f"`{value}`"
 
 
+def homes() -> list[str]:
+    """The full name of every public function and class, those of `vlmgraft.analysis` after those of the package."""
+    import vlmgraft
+    from vlmgraft import analysis
+
+    ours = [
+        f"{vlmgraft._HOME.get(name, 'vlmgraft.pipeline')}.{name}" for name in vlmgraft.__all__ if name != "analysis"
+    ]
+    return [*ours, *(f"vlmgraft.analysis.{analysis._HOME[name]}.{name}" for name in analysis.__all__)]
+
+
 def python() -> str:
     """Every public name, by where it lives, for mkdocstrings."""
-    import vlmgraft
-
     parts: dict[str, list[str]] = {title: [] for title in (*SECTIONS.values(), "More")}
-    for name in vlmgraft.__all__:
-        home = vlmgraft._HOME.get(name, "vlmgraft.pipeline")
-        parts[SECTIONS.get(home.split(".")[1], "More")].append(f"::: {home}.{name}")
+    for home in homes():
+        parts[SECTIONS.get(home.split(".")[1], "More")].append(f"::: {home}")
     return "\n\n".join("\n\n".join([f"## {title}", *names]) for title, names in parts.items() if names)
+
+
+def formulas() -> str:
+    """The text at the head of every method's file, under its methods' names."""
+    from vlmgraft.methods import METHODS
+
+    shown: dict[str, str] = {}
+    sections = []
+    for name, cls in METHODS.items():
+        first = shown.setdefault(cls.__module__, name)
+        options = "{members: false, show_root_heading: false, show_root_toc_entry: false}"
+        text = f"::: {cls.__module__}\n    options: {options}" if first == name else f"Under [{first}](#{first})."
+        sections.append(f"## {name}\n\n{text}")
+    return "\n\n".join(sections)
 
 
 def recipe() -> str:
     """The fields of a recipe, then one section per method."""
     from vlmgraft.methods import METHODS
-    from vlmgraft.recipe import json_schema
+    from vlmgraft.recipe.schema import json_schema
 
     schema = json_schema()
     parts = [_fields(schema, schema), "## Methods"]
@@ -111,6 +137,48 @@ def tune() -> str:
     return _fields(schema, schema)
 
 
+def families() -> str:
+    """Every VLM class of the results file with the donors that merge into it, and what else works with which."""
+    rows = []
+    for vlm, found in _swept().items():
+        right = [row for row in found if row["state"] == "right"]
+        if right:
+            cells = [_donors(right, [row for row in right if row[key]]) for key in ("frism", "drift")]
+            rows.append((f"`{vlm}`", ", ".join(dict.fromkeys(map(_donor, right))), *cells, right[0]["evaluated"]))
+    return _table(("VLM class", "merges with", "FRISM", "DRIFT", "evaluated by"), rows)
+
+
+def refused() -> str:
+    """The rows of the results file that do not merge, with the reason that the command gives."""
+    rows = []
+    for vlm, found in _swept().items():
+        for row in found:
+            if row["state"] != "right":
+                donor = "" if row["donor"] == "?" else _donor(row)
+                rows.append(
+                    (f"`{vlm}`", donor, row["state"], _cell(row.get("why", "").replace("donor /donor", "the donor")))
+                )
+    return _table(("VLM class", "donor", "", "why"), rows)
+
+
+def _swept() -> dict[str, list[dict[str, Any]]]:
+    """The rows of docs/reference/families.json by VLM class; its first entry is about the release."""
+    file = Path(__file__).parents[1] / "reference" / "families.json"
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in json.loads(file.read_text(encoding="utf-8"))[1:]:
+        found.setdefault(row["vlm"], []).append(row)
+    return dict(sorted(found.items()))
+
+
+def _donors(every: Sequence[Mapping[str, Any]], some: Sequence[Mapping[str, Any]]) -> str:
+    """ "all", "none", or which of them."""
+    return "all" if len(some) == len(every) else ", ".join(dict.fromkeys(map(_donor, some))) or "none"
+
+
+def _donor(row: Mapping[str, Any]) -> str:
+    return "itself" if row["donor"] == "itself" else f"`{row['donor']}`"
+
+
 def _fields(schema: Mapping[str, Any], whole: Mapping[str, Any], prefix: str = "") -> str:
     return _table(("key", "type", "default", "what it is"), list(_rows(schema, whole, prefix)))
 
@@ -129,7 +197,9 @@ def _rows(schema: Mapping[str, Any], whole: Mapping[str, Any], prefix: str) -> I
 
 
 def _part(field: Mapping[str, Any], whole: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    reference = field.get("$ref") or next((one["$ref"] for one in field.get("allOf", ()) if "$ref" in one), None)
+    reference = field.get("$ref") or next(
+        (one["$ref"] for one in (*field.get("allOf", ()), *field.get("anyOf", ())) if "$ref" in one), None
+    )
     return whole["$defs"][reference.rpartition("/")[2]] if reference else None
 
 

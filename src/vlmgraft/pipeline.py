@@ -1,41 +1,55 @@
 """The public functions behind the commands: recipe in, finished folders out.
 
-Each arrow leaves files that can be looked at and resumed from:
-recipe → alignment → factors/ → gates/ → merged checkpoint with receipt. torch is loaded when work starts, not before.
+A recipe is resolved once into a job, which check, decompose, learn and fold are handed. Each arrow leaves files that
+can be looked at and resumed from: job → factors/ → gates/ → merged checkpoint with receipt. A checkpoint is read once
+by the stage that needs it: donor and base by decompose, the VLM by check, learn and fold; what is ready is not made
+again. torch is loaded when work starts, not before.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
-from vlmgraft.alignment import Alignment
-from vlmgraft.card import push_to_hub, side_files, write_model_card
+import yaml
+
+from vlmgraft.checkpoint.packed import without_quantisation
 from vlmgraft.errors import InputError, OutputError, RecipeError
-from vlmgraft.locks import at_work, locked
-from vlmgraft.methods.base import check_numbers
-from vlmgraft.planning import Plan, RecipeSource, inspect, pair, pairs, plan, read_recipe
-from vlmgraft.publishing import refuse_output, sweep_folders
-from vlmgraft.recipe import Recipe, dump_recipe, load_recipe, save_recipe
+from vlmgraft.export.card import REPLAY, copy_side_files, declare_dtype, write_model_card
+from vlmgraft.methods.frism import MEMORY_REMEDY, GatedFold, GatedMethod
+from vlmgraft.recipe.model import dump_recipe
+from vlmgraft.recipe.resolve import Job, Plan, RecipeSource, inspect, pair, pairs, plan, read_recipe, resolve
+from vlmgraft.recipe.source import read_mapping
+from vlmgraft.storage.jsonl import write_json, write_text
+from vlmgraft.storage.locks import at_work, locked
+from vlmgraft.storage.outputs import free_space, refuse_output, refuse_place
+from vlmgraft.storage.portable import portable
+from vlmgraft.storage.progress import LogProgress, Progress
+from vlmgraft.storage.publish import sweep_folders
+from vlmgraft.storage.resources import usable_cores
+from vlmgraft.storage.torchrun import rank_and_world
 
 if TYPE_CHECKING:
+    from vlmgraft.export.lora import LoraReport
     from vlmgraft.merging import Receipt
-    from vlmgraft.spectral.donors import JoinedStore
-    from vlmgraft.spectral.factors import FactorStore
+    from vlmgraft.merging.rounding import Survival
+    from vlmgraft.methods.base import Method
+    from vlmgraft.spectral.factor_store import Store
     from vlmgraft.spectral.gates import Gates
 
 __all__ = [
-    "Plan", "RecipeSource", "decompose", "export", "gates", "inspect", "merge", "pair", "pairs", "plan", "read_recipe"
+    "Job", "Plan", "RecipeSource", "decompose", "export_lora", "gates", "inspect", "merge", "pair", "pairs", "plan",
+    "read_recipe", "resolve",
 ]  # fmt: skip
 
-Progress = Callable[[int, int, str], None]
 RECIPE = "recipe.yaml"
-LOWER = "lower method.calibration.batch_size, method.calibration.max_new_tokens or method.rank"
+MOST_THREADS = 8
+"""Of a streamed merge: more wait for the disk, and each holds ten megabytes."""
 
 
 def merge(
@@ -45,108 +59,42 @@ def merge(
     overrides: Sequence[str] = (),
     resume: bool = False,
     workdir: str | Path | None = None,
-    threads: int = 2,
+    threads: int | None = None,
     progress: Progress | None = None,
 ) -> Receipt:
     """Merge as the recipe says and publish a finished checkpoint at `out`.
 
     A FRISM recipe decomposes, learns and folds in one go; `workdir` (default: a hidden folder beside `out`, removed
-    after success) keeps factors and gates, and what it already holds for the same inputs is not computed again.
-    resume: go on with what an interruption left; an `out` that the same recipe finished is left as it is.
+    after success) keeps factors and gates, and what it already holds for the same inputs is not computed again. The
+    gates with their log are in `out`/gates too. threads: of the streaming; default: as many as this process has cores,
+    up to eight, and two for whole tensors. resume: go on with what an interruption left; an `out` that the same recipe
+    finished is left as it is. progress: by default a line in the log of `vlmgraft` every 30 seconds.
 
     Raises:
-        RecipeError, CheckpointError, AlignmentError, OutputError: before anything is written.
+        RecipeError, CheckpointError, AlignmentError, OutputError: before anything is written; the last also where the
+            disk has no room for the result.
         NumericalError: NaN, infinity or overflow, naming the tensor; nothing is published.
     """
-    recipe, out = read_recipe(recipe, overrides), Path(out)
-    from vlmgraft.merging import merge_tensors
-
     _one_process()
-    alignments = pairs(recipe)
-    alignment = alignments[0]
-    check_numbers(recipe.method, alignment)
-    opened = [o for o in (alignment.vlm, alignment.donor, alignment.donor_base, alignment.vlm_base) if o is not None]
-    if resume and out.is_dir():
-        with locked(out):
-            if receipt := _finished(recipe, out, [file for source in opened for file in source.files]):
-                return receipt
-    refuse_output(out, [source.path for source in opened])
-    gated = hasattr(recipe.method, "bind")
+    out = Path(out)
+    loaded = read_recipe(recipe, overrides)
+    if not resume:  # before anything is downloaded
+        sources = (loaded.vlm, loaded.donor, loaded.donor_base, loaded.vlm_base)
+        refuse_output(out, [source for source in sources if source is not None])
+    job = resolve(loaded)
+    if resume and (receipt := _finished(job, out)):
+        return receipt
     work = Path(workdir) if workdir else _workdir(out)
-    lower = LOWER if gated else "whole tensors do not fit; `merge --dry-run` says how much a merge needs"
-    with ExitStack() as stack:
-        stack.enter_context(at_work(out, "merging", lower))
-        for folder in (work / "factors", work / "gates") if gated else ():
-            stack.enter_context(locked(folder))
-        try:
-            method = _bound(recipe, alignments, work, progress)
-            receipt = merge_tensors(
-                alignment,
-                method,
-                out,
-                shard_size=recipe.output.shard_bytes,
-                threads=threads,
-                progress=progress,
-                fill=lambda folder: _add_side_files(folder, recipe, alignment),
-                resume=resume,
-                clamp=recipe.output.overflow == "clamp",
-            )
-        except InputError as error:
-            if workdir is None and not isinstance(error, OutputError):  # with more room the next run goes on
-                shutil.rmtree(work, ignore_errors=True)
-            raise
-        if workdir is None:
-            shutil.rmtree(work, ignore_errors=True)
-    return receipt
-
-
-def _one_process() -> None:
-    """Raise RecipeError under torchrun."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RecipeError(
-            "merge runs in one process: run decompose (--out WORK/factors) and gates (--factors WORK/factors --out "
-            "WORK/gates) under torchrun, then merge --workdir WORK without it"
-        )
-
-
-def _add_side_files(folder: Path, recipe: Recipe, alignment: Alignment) -> None:
-    """The VLM's own side files, the recipe that replays the merge, and a model card."""
-    for file in side_files(alignment.vlm.path):
-        shutil.copyfile(file, folder / file.name)
-    save_recipe(recipe, folder / RECIPE)
-    write_model_card(folder, dump_recipe(recipe), alignment)
-
-
-def _finished(recipe: Recipe, out: Path, inputs: Sequence[Path]) -> Receipt | None:
-    """The receipt of an `out` that this very merge finished, if it was killed after that; removes what it left."""
-    from vlmgraft.merging.stream import finished_receipt
-
-    try:
-        receipt = finished_receipt(out, inputs) if load_recipe(out / RECIPE) == recipe else None
-    except RecipeError:
-        return None
-    if receipt is not None:
-        sweep_folders(out, finished=True)
-        shutil.rmtree(_workdir(out), ignore_errors=True)
-    return receipt
-
-
-def _workdir(out: Path) -> Path:
-    """Where a merge keeps factors and gates if it is not told."""
-    return out.with_name(f".{out.name}.work")
-
-
-def _bound(recipe: Recipe, alignments: Sequence[Alignment], work: Path, progress: Progress | None) -> Any:
-    """The recipe's method, ready to merge: with factors and gates if it has them."""
-    if getattr(recipe.method, "bind", None) is None:
-        return recipe.method
-    from vlmgraft.learning import check_inputs, factors_for, gates_for
-    from vlmgraft.spectral.donors import open_store
-
-    check_inputs(recipe, alignments)
-    store = factors_for(recipe, alignments, work / "factors", resume=True, progress=progress)
-    light = open_store(work / "factors", training=True)
-    return recipe.method.bind(store, gates_for(recipe, alignments, light, work / "gates", progress))
+    refuse_output(out, job.folders)
+    refuse_place(work, job.folders)
+    refuse_place(out, [work / "factors", work / "gates"])
+    if not resume and os.access(out.resolve().parent, os.W_OK):  # else the writer says why not
+        free_space(out, sum(tensor.nbytes for tensor in job.vlm.tensors.values()))
+    progress = progress or LogProgress()
+    with _working(job, out, work, keep=workdir is not None):
+        method = _learned(job, work, progress) if isinstance(job.recipe.method, GatedMethod) else job.recipe.method
+        streaming = 2 if method.whole_tensors else min(MOST_THREADS, usable_cores())
+        return _folded(job, method, out, threads or streaming, resume, progress)
 
 
 def decompose(
@@ -156,14 +104,14 @@ def decompose(
     overrides: Sequence[str] = (),
     resume: bool = False,
     progress: Progress | None = None,
-) -> FactorStore | JoinedStore:
+) -> Store:
     """SVD of the donor's task vector into a factor store at `out`, one file per matrix; further donors' beside it."""
-    from vlmgraft.learning import factors_for
+    from vlmgraft.distillation.learn import factors_for
 
-    recipe = read_recipe(recipe, overrides)
-    alignments = pairs(recipe)
-    with at_work(out, "decomposing", "write a smaller method.rank, or run it where there is more memory"):
-        return factors_for(recipe, alignments, Path(out), resume=resume, progress=progress)
+    job = resolve(recipe, overrides, questions=False)
+    lower = "write a smaller method.rank, or run it where there is more memory"
+    with at_work(out, "decomposing", lower, job.folders):
+        return factors_for(job, Path(out), resume=resume, progress=progress or LogProgress())
 
 
 def gates(
@@ -175,54 +123,145 @@ def gates(
     progress: Progress | None = None,
 ) -> Gates:
     """FRISM's second stage on a factor store; writes the gates folder `out`, or finds it finished."""
-    from vlmgraft.learning import check_factors, check_questions, gates_for
-    from vlmgraft.spectral.donors import open_store
-    from vlmgraft.spectral.gates import unfinished
+    from vlmgraft.distillation.learn import check_factors, check_inputs, gates_for
+    from vlmgraft.spectral.factor_store import open_store
+    from vlmgraft.spectral.gate_store import unfinished
 
-    recipe = read_recipe(recipe, overrides)
-    if Path(out).exists() and not (unfinished(Path(out)) or (Path(out) / "gates.json").is_file()):
+    out = Path(out)
+    if out.exists() and not (unfinished(out) or (out / "gates.json").is_file()):
         raise OutputError(f"{out}: exists already; name another folder, or remove it first")
-    alignments = pairs(recipe)
-    check_questions(recipe, alignments)
-    with at_work(out, "learning gates", LOWER), locked(factors, shared=True):
-        check_factors(recipe, alignments, Path(factors))
-        store = open_store(factors, training=True)
-        return gates_for(recipe, alignments, store, Path(out), progress, replace_others=False)
+    job = resolve(recipe, overrides)
+    check_inputs(job, out)
+    with at_work(out, "learning gates", MEMORY_REMEDY, [*job.folders, factors]), locked(factors, shared=True):
+        check_factors(job, Path(factors))
+        return gates_for(job, open_store(factors, training=True), out, progress or LogProgress(), replace_others=False)
 
 
-def export(
-    source: str | Path,
-    to: Literal["lora", "hub"],
-    *,
-    out: str | Path | None = None,
-    factors: str | Path | None = None,
-    vlm: str | None = None,
-    rank: int = 64,
-    name: str | None = None,
-    private: bool = True,
-) -> dict[str, Any]:
-    """A merged folder to the hub, or a gates folder as a LoRA adapter in PEFT's format with its error per matrix.
+def _learned(job: Job, work: Path, progress: Progress | None) -> Method:
+    """Check, decompose and learn: the job's factors and gates as a method that reads nothing but the VLM."""
+    from vlmgraft.distillation.learn import check_inputs, factors_for, gates_for
+    from vlmgraft.hf.placement import default_device
+    from vlmgraft.spectral.factor_store import open_store
+
+    check_inputs(job, work / "gates")
+    store = factors_for(job, work / "factors", resume=True, progress=progress)
+    gates = gates_for(job, open_store(work / "factors", training=True), work / "gates", progress)
+    device = default_device()
+    return job.method.bind(store, gates, device.type if device.type == "cpu" else str(device))
+
+
+def _keep_gates(gates: Gates, folder: Path) -> None:
+    """The gates and their log beside the merged weights, without what they are found again by in a work folder."""
+    from vlmgraft.spectral.gate_store import save_gates
+
+    settings = {key: value for key, value in gates.settings.items() if key != "from"}
+    save_gates(replace(gates, settings=settings), folder / "gates")
+
+
+def _folded(job: Job, method: Method, out: Path, threads: int, resume: bool, progress: Progress | None) -> Receipt:
+    """Stream the merged checkpoint to `out`, with its side files."""
+    from vlmgraft.merging import merge_tensors
+
+    divergence = method.divergence if isinstance(method, GatedFold) else None
+
+    def add_side_files(folder: Path, survival: Survival) -> None:
+        copy_side_files(job.vlm.path, folder)
+        if job.vlm.packed:
+            write_json(folder / "config.json", without_quantisation(job.vlm.config))
+        plain = portable(dump_recipe(job.recipe), out)  # `folder` becomes `out`
+        if job.recipe.output.dtype == "float32":
+            declare_dtype(folder / "config.json", "float32")
+        write_text(folder / RECIPE, REPLAY + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+        if isinstance(method, GatedFold):
+            _keep_gates(method.gates, folder)
+        write_model_card(folder, plain, job.alignment, [*method.notes(), survival.line()], divergence)
+
+    output = job.recipe.output
+    return merge_tensors(
+        job.alignment,
+        method,
+        out,
+        shard_size=output.shard_bytes,
+        float32=output.dtype == "float32",
+        threads=threads,
+        progress=progress,
+        fill=add_side_files,
+        resume=resume,
+        clamp=output.overflow == "clamp",
+        allow_nonfinite=output.allow_nonfinite,
+        seed=output.seed if output.rounding == "stochastic" else None,
+    )
+
+
+@contextmanager
+def _working(job: Job, out: Path, work: Path, *, keep: bool) -> Iterator[None]:
+    """Hold the locks of `out` and of the folders in `work`, which goes after success, and where the inputs are refused,
+    unless the user named it (`keep`)."""
+    gated = isinstance(job.recipe.method, GatedMethod)
+    lower = MEMORY_REMEDY if gated else "whole tensors do not fit; `merge --dry-run` says how much a merge needs"
+    with ExitStack() as stack:
+        stack.enter_context(at_work(out, "merging", lower))
+        for folder in (work / "factors", work / "gates") if gated else ():
+            stack.enter_context(locked(folder))
+        try:
+            yield
+        except InputError as error:
+            if not keep and not isinstance(error, OutputError):  # with more room the next run goes on
+                shutil.rmtree(work, ignore_errors=True)
+            raise
+        if not keep:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _one_process() -> None:
+    """Raise RecipeError under torchrun."""
+    if rank_and_world()[1] > 1:
+        raise RecipeError(
+            "merge runs in one process: run decompose (--out WORK/factors) and gates (--factors WORK/factors --out "
+            "WORK/gates) under torchrun, then merge --workdir WORK without it"
+        )
+
+
+def _finished(job: Job, out: Path) -> Receipt | None:
+    """The receipt of an `out` that this very merge finished, if it was killed after that; removes what it left."""
+    if not out.is_dir():
+        return None
+    from vlmgraft.merging.merge import finished_receipt
+
+    sources = (job.alignment.vlm, job.alignment.donor, job.alignment.donor_base, job.alignment.vlm_base)
+    files = [file for source in sources if source is not None for file in source.files]
+    with locked(out):
+        try:
+            same = read_mapping(out / RECIPE) == portable(dump_recipe(job.recipe), out)
+        except RecipeError:
+            return None
+        receipt = finished_receipt(out, files) if same else None
+        if receipt is not None:
+            sweep_folders(out, finished=True)
+            shutil.rmtree(_workdir(out), ignore_errors=True)
+        return receipt
+
+
+def _workdir(out: Path) -> Path:
+    """Where a merge keeps factors and gates if it is not told."""
+    return out.with_name(f".{out.name}.work")
+
+
+def export_lora(
+    gates: str | Path, out: str | Path, *, factors: str | Path, vlm: str | Path, rank: int = 64
+) -> LoraReport:
+    """Write a gates folder as a LoRA adapter in PEFT's format to the new folder `out`, with its error per matrix.
 
     Args:
-        source: a merged folder (hub) or a gates folder (lora).
-        out: folder of the adapter.
-        factors: factors of the gates, for an adapter.
-        vlm: the VLM that the adapter applies to.
+        gates: folder of learned gates. factors: the factors that they were learned on.
+        vlm: folder or hub id of the VLM that the adapter applies to; only its config is read.
         rank: of the adapter.
-        name: organisation/name on the hub.
-        private: others cannot see it there.
     Raises:
-        RecipeError: an argument is missing. CheckpointError, OutputError: as the parts say.
+        RecipeError: rank below 1. OutputError: `out` exists. CheckpointError: gates and factors do not belong together.
     """
-    if to == "hub":
-        if name is None:
-            raise RecipeError("export --to hub: give --name organisation/name")
-        return {"address": push_to_hub(Path(source), name, private=private)}
-    if not (out and factors and vlm):
-        raise RecipeError("export --to lora: give --out, --factors (of `decompose` or the workdir) and --vlm")
-    from vlmgraft.lora import export_lora
-    from vlmgraft.spectral.donors import open_store
-    from vlmgraft.spectral.gates import load_gates
+    from vlmgraft.export.lora import write_lora
+    from vlmgraft.spectral.factor_store import open_store
+    from vlmgraft.spectral.gate_store import load_gates
 
-    with at_work(out, "exporting", "write a smaller --rank"), locked(factors, shared=True):
-        return asdict(export_lora(vlm, open_store(factors), load_gates(source), out, rank))
+    with at_work(out, "exporting", "write a smaller --rank", [gates, factors, vlm]), locked(factors, shared=True):
+        return write_lora(vlm, open_store(factors), load_gates(gates), out, rank)

@@ -16,8 +16,8 @@ from analysis_tools import LogitExam
 from vlmgraft.alignment import Alignment, align
 from vlmgraft.checkpoint.index import open_checkpoint
 from vlmgraft.hf.models import load_processor, load_vlm
-from vlmgraft.spectral.delta import TaskVectors
 from vlmgraft.spectral.factors import Factors, factorize
+from vlmgraft.spectral.task_vector import TaskVectors
 
 
 @pytest.fixture(scope="session")

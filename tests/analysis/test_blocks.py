@@ -13,8 +13,8 @@ from vlmgraft.analysis.blocks import MODES, PARTS, Blocks, Mode, Part
 from vlmgraft.analysis.swap import StoredWeights, swapped, text_parameters
 from vlmgraft.checkpoint.index import open_checkpoint
 from vlmgraft.errors import RecipeError
-from vlmgraft.hf.data import Question, encode
-from vlmgraft.hf.models import text_model
+from vlmgraft.hf.batches import Question, encode
+from vlmgraft.hf.modules import text_model
 
 PROMPTS = [Question(text) for text in ("copy 1 2 3", "copy 4", "what is 3 + 4 ?")]
 

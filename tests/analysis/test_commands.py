@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from shutil import copytree
 from typing import Any
 
 import pytest
 import yaml
 
-from vlmgraft.lab.exam import draw_exam
-from vlmgraft.lab.files import save_questions
-from vlmgraft.records import read_rows, write_rows
-from vlmgraft.studies.grids import _own_grids
+from vlmgraft.lab.exam import draw_exam, save_questions
+from vlmgraft.storage.jsonl import read_rows, write_rows
 
 Run = Callable[..., Any]
 
@@ -33,7 +30,7 @@ def recipe(trio: Path, tmp_path: Path) -> Callable[..., Path]:
 def test_knockout_of_one_layer(vlmgraft: Run, trio: Path, tmp_path: Path) -> None:
     asked = ("knockout", trio / "vlm", "--samples", "8", "--layers", "3", "--part", "mlp", "--mode", "zero", "--quiet")
     ran = vlmgraft(*asked, "--out", tmp_path / "k", "--json")
-    rows = json.loads(ran.out)
+    rows = json.loads(ran.out)["rows"]
     assert ran.code == 0 and [row["mode"] for row in rows] == ["intact", "zero"]
     assert rows == list(read_rows(tmp_path / "k" / "knockout.jsonl"))
     assert vlmgraft(*asked, "--out", tmp_path / "k").code == 2
@@ -47,7 +44,7 @@ def test_sweep_overlays_methods_and_leaves_out_what_a_method_has_not(
     files = recipe("ta", name="task_arithmetic"), recipe("star", name="spectral", rule="star")
     asked = ("sweep", *files, "--grid", "method.scale=0.5,1", "--grid", "method.eta=0.9", "--samples", "8")
     ran = vlmgraft(*asked, "--out", tmp_path / "s", "--quiet", "--json")
-    rows = json.loads(ran.out)
+    rows = json.loads(ran.out)["rows"]
     assert ran.code == 0, ran.err
     assert [(row["method"], row["setting"]) for row in rows] == [
         ("VLM", ""),
@@ -59,12 +56,6 @@ def test_sweep_overlays_methods_and_leaves_out_what_a_method_has_not(
     assert rows[0]["kl"] == 0 and 0 < rows[1]["kl"] < rows[2]["kl"]
     assert set(json.loads((tmp_path / "s" / "sweep.recipes.json").read_text())) == {row["id"] for row in rows[1:]}
     assert "*" in vlmgraft(*asked, "--out", tmp_path / "s", "--quiet", "--resume").out
-
-
-def test_a_grid_of_one_recipe_replaces_the_general_one() -> None:
-    grids = ["method.scale=0,1", "ties:method.scale=2", "ties:method.density=0.5"]
-    assert _own_grids("ties", grids) == ["method.scale=2", "method.density=0.5"]
-    assert _own_grids("ta", grids) == ["method.scale=0,1"]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +84,7 @@ def test_gates_are_learned_on_the_loaded_model(vlmgraft: Run, recipe: Callable[.
         "--quiet", "--json",
     )  # fmt: skip
     assert ran.code == 0, ran.err
-    rows = json.loads(ran.out)
+    rows = json.loads(ran.out)["rows"]
     assert [row["setting"] for row in rows[1:]] == ["α 0.0001", "α 10"] and 0 < rows[1]["kl"] < rows[2]["kl"]
 
 
@@ -102,27 +93,6 @@ def test_ranks(vlmgraft: Run, recipe: Callable[..., Path], tmp_path: Path) -> No
     ran = vlmgraft(*asked, "--by", "energy", "--out", tmp_path / "r", "--quiet")
     assert ran.code == 0 and "2 of 2" in ran.out
     assert len(list(read_rows(tmp_path / "r" / "ranks.jsonl"))) == 4
-
-
-def test_inspect_reads_weights_only_when_asked(vlmgraft: Run, trio: Path, tmp_path: Path) -> None:
-    sides = ("inspect", "--vlm", trio / "vlm", "--donor", trio / "donor", "--donor-base", trio / "base")
-    assert "28 merged" in vlmgraft(*sides).out
-    assert "need --distances" in vlmgraft(*sides, "--spectra").err
-    ran = vlmgraft(*sides, "--distances", "--spectra", "--quiet", "--out", tmp_path / "i")
-    assert ran.code == 0 and "verdict: risky" in ran.out
-    assert len(list(read_rows(tmp_path / "i" / "spectra.jsonl"))) == 28
-    found = json.loads(vlmgraft(*sides, "--distances", "--quiet", "--json").out)
-    assert found["verdict"]["level"] == "risky" and len(found["distances"]) == 8
-
-
-def test_inspect_says_what_the_models_do_not_share(vlmgraft: Run, trio: Path, tmp_path: Path) -> None:
-    other = copytree(trio / "donor", tmp_path / "donor")
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps({**config, "num_key_value_heads": 4}))
-    sides = ("inspect", "--vlm", trio / "vlm", "--donor", other)
-    assert "harmful: num_key_value_heads is 2 in the VLM, 4 in donor" in vlmgraft(*sides).out
-    found = json.loads(vlmgraft(*sides, "--json").out)
-    assert found["merged"] == 28 and found["differences"][0]["field"] == "num_key_value_heads"
 
 
 def test_a_question_file_is_asked_by_category(vlmgraft: Run, trio: Path, tmp_path: Path) -> None:
@@ -135,7 +105,7 @@ def test_a_question_file_is_asked_by_category(vlmgraft: Run, trio: Path, tmp_pat
     asked = ("knockout", trio / "vlm", "--data", tmp_path / "q.jsonl", "--mode", "mean", "--part", "mlp")
     asked = (*asked, "--layers", "0", "--max-new-tokens", "28", "--quiet", "--json", "--out", tmp_path / "k")
     assert "both are needed" in vlmgraft(*asked).err
-    found = json.loads(vlmgraft(*asked, "--reasoning", "sum").out)
+    found = json.loads(vlmgraft(*asked, "--reasoning", "sum").out)["rows"]
     assert set(found[0]["tasks"]) == {"reasoning: sum", "perception: colour"}
     assert found[0]["tasks"]["perception: colour"] == 1
     write_rows(tmp_path / "q.jsonl", [{**row, "image": "gone.png"} for row in rows])
@@ -152,23 +122,6 @@ def test_rows_say_their_kind_and_may_come_from_several_files(vlmgraft: Run, trio
         write_rows(tmp_path / f"{task}.jsonl", answered)
     files = ("--data", tmp_path / "sum.jsonl", "--data", tmp_path / "colour.jsonl", "--max-new-tokens", "28")
     asked = ("knockout", trio / "vlm", *files, "--mode", "zero", "--part", "mlp", "--layers", "0", "--quiet", "--json")
-    found = json.loads(vlmgraft(*asked, "--out", tmp_path / "k").out)
+    found = json.loads(vlmgraft(*asked, "--out", tmp_path / "k").out)["rows"]
     assert set(found[0]["tasks"]) == {"reasoning: sum", "perception: colour"}
     assert found[0]["tasks"]["perception: colour"] == 1
-
-
-def test_a_question_and_its_rotations_count_once(trio: Path) -> None:
-    """As an evaluation counts them: right only when all are right."""
-    from dataclasses import replace
-
-    from vlmgraft.analysis.exams import SuiteExam
-    from vlmgraft.hf.models import load_processor, load_vlm
-
-    suite = draw_exam(0, "validation", {"sum": 2, "colour": 2}).suite
-    exam = SuiteExam(suite, load_processor(trio / "vlm"))
-    single = exam(load_vlm(trio / "vlm", "float32"))
-    assert [len(right) for right in single.values()] == [2, 2]
-    turned = [replace(item, group=item.task, pairing="all_right") for item in suite.items]
-    grouped = SuiteExam(replace(suite, items=tuple(turned)), load_processor(trio / "vlm"))
-    found = grouped(load_vlm(trio / "vlm", "float32"))
-    assert found == {task: [all(right)] for task, right in single.items()}

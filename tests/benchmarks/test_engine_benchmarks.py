@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -28,3 +30,24 @@ def test_a_table_is_written(
     command, machine, header, *lines = out.read_text().splitlines()
     assert command.startswith(f"python benchmarks/{script} {arguments[0]}") and "torch" in machine and header
     assert len(lines) == rows
+
+
+@pytest.mark.slow
+def test_the_card_benchmark_checks_itself_and_runs_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its quick form: the device's results are the CPU twin's, every stage leaves rows, ratios are of those rows."""
+    out = tmp_path / "gpu.json"
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--quick", "--out", str(out)])
+    runpy.run_path(str(BENCHMARKS / "gpu.py"), run_name="__main__")
+    written = json.loads(out.read_text())
+    rows = {row["what"]: row for row in written["rows"]}
+    assert written["left_out"] == [] and len(rows) == len(written["rows"]) == 20
+    assert all(row["seconds"] > 0 for row in rows.values())
+    step, plain = rows["gate step, factored, rank 8"], rows["plain forward and backward"]
+    assert step["ratio"] == pytest.approx(step["seconds"] / plain["seconds"])
+    narrow = sum(
+        rows[f"decompose ({shape}, 64), rank 8"]["seconds"] * count for shape, count in ((64, 2), (32, 2), (128, 3))
+    )
+    assert rows["decompose the whole model, rank, by counting"]["seconds"] == pytest.approx(2 * narrow)
+    gpu = runpy.run_path(str(BENCHMARKS / "gpu.py"))
+    with pytest.raises(SystemExit, match="off the CPU's result"):
+        gpu["_close"]("a value", torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.1]), 1e-3)

@@ -88,6 +88,10 @@ def test_the_committed_report_is_that_of_the_committed_rows(tmp_path: Path, repo
     assert len(files) == 3
     for file in files:
         shutil.copy(file, tmp_path)
-    text, data = report(tmp_path)
+    text, _ = report(tmp_path)
     assert text == (RESULTS / "variants.md").read_text()
-    assert data == json.loads((RESULTS / "variants.json").read_text())
+    made, kept = (  # the last digits of quantiles are those of scipy's release
+        json.loads((folder / "variants.json").read_text(), parse_float=lambda digits: round(float(digits), 9))
+        for folder in (tmp_path, RESULTS)
+    )
+    assert made == kept

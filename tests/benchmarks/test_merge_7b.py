@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "merge_7b.py"
 
 
+@pytest.mark.slow
 def test_quick_writes_its_results(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--quick", "--folder", str(tmp_path), "--out", str(tmp_path / "r")]
     subprocess.run(command, check=True, capture_output=True, timeout=240)

@@ -37,6 +37,7 @@ def test_the_loop_it_is_compared_with_computes_the_same(benchmark: ModuleType, t
         torch.testing.assert_close(tensor, theirs[name], rtol=2**-7, atol=0)  # one rounding apart at most
 
 
+@pytest.mark.slow
 def test_quick_writes_its_results(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--quick", "--folder", str(tmp_path), "--out", str(tmp_path / "r")]
     subprocess.run(command, check=True, capture_output=True, timeout=240)

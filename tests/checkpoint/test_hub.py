@@ -12,7 +12,8 @@ import pytest
 from huggingface_hub import errors
 from huggingface_hub.utils import filter_repo_objects
 
-from vlmgraft.checkpoint.hub import fetch, is_hub_id, open_headers, remote_headers, split_id
+from vlmgraft.checkpoint.hub import fetch, is_hub_id, split_id
+from vlmgraft.checkpoint.index import open_headers, remote_headers
 from vlmgraft.errors import CheckpointError
 
 REPOSITORY = [
@@ -24,6 +25,7 @@ REPOSITORY = [
     "tokenizer.model",
     "consolidated.safetensors",
     "onnx/model.onnx",
+    "additional_chat_templates/tool_use.jinja",
     "onnx/config.json",
     "original/model.safetensors",
     "pytorch_model.bin",
@@ -42,6 +44,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any
         files = sorted(filter_repo_objects(REPOSITORY, **patterns))
         calls.append({"name": name, "revision": options["revision"], "files": files})
         for file in files:
+            (tmp_path / file).parent.mkdir(exist_ok=True)
             (tmp_path / file).touch()
         return str(tmp_path)
 
@@ -51,7 +54,8 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any
 
 def test_only_what_is_needed_is_downloaded(asked: list[dict[str, Any]], tmp_path: Path) -> None:
     assert fetch("org/name@v1") == tmp_path
-    (call,) = asked
+    call, templates = asked
+    assert templates["files"] == ["additional_chat_templates/tool_use.jinja"]
     assert (call["name"], call["revision"]) == ("org/name", "v1")
     assert call["files"] == sorted(REPOSITORY[:6])
 
@@ -66,7 +70,7 @@ def test_a_model_without_safetensors_is_refused_with_the_command(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
-    with pytest.raises(CheckpointError, match=r"pickled .bin weights are not read.*save_pretrained"):
+    with pytest.raises(CheckpointError, match=r"pickled .bin weights are not read.*hf download org/name"):
         fetch("org/name")
 
 

@@ -8,18 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
 import vlmgraft as vg
-from vlmgraft.checkpoint.digests import RECEIPT, files_in
-from vlmgraft.checkpoint.receipts import write_receipt
+from vlmgraft.checkpoint.digests import BLOCK, RECEIPT, files_in, joined, write_receipt
 from vlmgraft.errors import CheckpointError
 from vlmgraft.lab.exam import draw_exam
-from vlmgraft.records import write_rows
-from vlmgraft.spectral.factors import FactorStore
+from vlmgraft.spectral.factor_store import FactorStore, JoinedStore, sources_of_factors
+from vlmgraft.spectral.gate_store import save_gates
 from vlmgraft.spectral.gates import constant_gates
+from vlmgraft.storage.jsonl import write_rows
 
 Make = Callable[[str], Path]
 
@@ -38,14 +40,14 @@ def made(trio: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
             _traces(home)
             vg.evaluate(places["vlm"], home / "traces.jsonl", out, max_new_tokens=4)
         elif kind == "gates":
-            constant_gates({"one": 3, "two": 4, "three": (2, 3)}, 0.0, 1.0).save(out)
+            save_gates(constant_gates({"one": 3, "two": 4, "three": (2, 3)}, 0.0, 1.0), out)
         elif kind == "store":
             vg.decompose({**places, "method": "frism", "layers": "0"}, out)
         elif kind == "adapter":
             store = FactorStore(run("store"))
             gates = constant_gates({name: len(store[name].s) for name in store}, 0.0, 1.0)
-            gates.save(home / "gates")
-            vg.export(home / "gates", "lora", out=out, factors=store.folder, vlm=places["vlm"], rank=2)
+            save_gates(gates, home / "gates")
+            vg.export_lora(home / "gates", out, factors=store.folder, vlm=places["vlm"], rank=2)
         else:
             _traces(home)
             train = {"max_steps": 1, "use_cpu": True, "disable_tqdm": True, "report_to": "tensorboard"}
@@ -67,6 +69,25 @@ def _traces(home: Path) -> None:
 
 TUNED = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("tuned", "tuned adapter")]
 KINDS = ["store", "adapter", "gates", "evaluation", *TUNED]
+
+
+@pytest.mark.parametrize("kind", ["store", pytest.param("tuned", marks=pytest.mark.slow)])
+def test_sources_are_digested_as_they_are_read(kind: str, made: Make, trio: Path) -> None:
+    receipt = json.loads((made(kind) / RECEIPT).read_text())
+    assert set(receipt["sources"]) == {"donor", "donor_base" if kind == "store" else "vlm"}
+    folders = {"vlm": trio / "vlm", "donor": trio / "donor", "donor_base": trio / "base"}
+    for key, read in receipt["sources"].items():
+        with safe_open(folders[key] / "model.safetensors", "pt") as file:
+            assert len(read) >= 4
+            for name, digest in read.items():
+                raw = file.get_tensor(name).view(torch.uint8).numpy().tobytes()
+                assert len(raw) < BLOCK and digest == joined([xxhash.xxh3_128_digest(raw)])
+    assert vg.verify(made(kind), sources={key: folders[key] for key in receipt["sources"]}).unchanged
+    if kind == "store":
+        store = FactorStore(made(kind))
+        joint = sources_of_factors(JoinedStore([store, store]))
+        assert sources_of_factors(store) == receipt["sources"]
+        assert joint == receipt["sources"] | {f"{key}-2": read for key, read in receipt["sources"].items()}
 
 
 @pytest.mark.parametrize("kind", KINDS)

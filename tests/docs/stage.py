@@ -7,9 +7,8 @@ from pathlib import Path
 
 from vlmgraft.lab import trio_path, world
 from vlmgraft.lab.demo import QUICK
-from vlmgraft.lab.exam import draw_exam
-from vlmgraft.lab.tour import save_questions
-from vlmgraft.records import write_rows
+from vlmgraft.lab.exam import draw_exam, save_questions
+from vlmgraft.storage.jsonl import write_rows
 
 NAMES = {
     "Qwen/Qwen2.5-VL-7B-Instruct": "vlm",

@@ -20,9 +20,9 @@ import stage
 from shell import Shell, options
 
 from vlmgraft import cli
-from vlmgraft.recipe import load_recipe
+from vlmgraft.recipe.model import load_recipe
 from vlmgraft.recipe.tune import load_tune_recipe
-from vlmgraft.records import read_rows
+from vlmgraft.storage.jsonl import read_rows
 
 SLOW = ("docs/tutorial.md",)
 PAGES = pages.pages()

@@ -10,16 +10,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from experiments.pretrained.results import chosen, marks
 from vlmgraft.alignment.distance import Distance
+from vlmgraft.costs.cost import Work, stages
+from vlmgraft.costs.models import MODELS
+from vlmgraft.evaluation.intervals import score_interval
 from vlmgraft.evaluation.presets import PRESETS
-from vlmgraft.evaluation.run_records import Record
-from vlmgraft.merging.stream import Receipt, TensorReceipt
-from vlmgraft.recipe import json_schema
+from vlmgraft.evaluation.records import Record
+from vlmgraft.merging.merge import Receipt, TensorReceipt
+from vlmgraft.methods.frism import DEFAULT_RANK
+from vlmgraft.recipe.schema import json_schema
 from vlmgraft.recipe.tune import TuneRecipe
-from vlmgraft.records import read_rows
+from vlmgraft.storage.jsonl import read_rows
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
+PRETRAINED = ROOT / "experiments" / "pretrained" / "results"
 
 
 def text(name: str) -> str:
@@ -117,6 +123,49 @@ def test_estimates_on_the_pages_about_papers_are_in_the_results() -> None:
             above = row["above_task_arithmetic_at_equal_kl"]
             known |= {tuple(round(100 * above[key], 1) for key in ("mean", "low", "high"))} if above else set()
     known |= {(-mean, -high, -low) for mean, low, high in known}
-    for page in sorted((ROOT / "docs" / "papers").glob("*.md")):
+    known |= estimates(text("measured.md").split("Over three base seeds", 1)[0])  # what `vlmgraft demo` prints
+    for page in (ROOT / "docs" / "measured.md", *sorted((ROOT / "docs" / "papers").glob("*.md"))):
         told = estimates(page.read_text(encoding="utf-8"))
         assert told <= known, f"{page.name}: {sorted(told - known)}"
+
+
+def test_the_readme_is_short_and_its_tables_are_the_results() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(re.sub(r"[|`]", " ", readme).split()) <= 800
+    toy = {
+        row["method"]: f"{100 * row['reasoning']['mean']:.1f} %" for row in read_rows(RESULTS / "lab" / "seed-0.jsonl")
+    }
+    assert toy["task arithmetic, chosen"] in readme and toy["FRISM, energy term"] in readme
+    measured = json.loads((PRETRAINED / "seed-0-vlm-replay-donor.json").read_text())
+    on_test = {(row["method"], row["setting"]): row for row in measured["rows"] if row["split"] == "test"}
+    named = {"its VLM": ("VLM", ""), "task arithmetic, λ 0.3": ("task arithmetic", "λ 0.3")}
+    for name, method in (("FRISM, donor matching", "FRISM donor"), ("task arithmetic, chosen", "task arithmetic")):
+        named[name] = method, chosen(measured["rows"])[method]["setting"]
+    for name, key in named.items():
+        row = on_test[key]
+        scores = [score_interval([marks(row["right"][part])]).percent() for part in ("sums", "perception")]
+        drift = f"{row['kl']:.3f}" if row["kl"] else "0"
+        assert f"| {name} | {scores[0]} | {scores[1]} | {drift} |" in readme
+    models = {model.name.removeprefix("Qwen2.5-VL-"): model for model in MODELS}
+    for size in ("3B", "7B", "32B"):
+        stage = {stage.name: stage for stage in stages(models[size], Work(rank=DEFAULT_RANK))}
+        figures = stage["gates"].memory, stage["teacher"].memory, stage["decompose"].written, stage["fold"].written
+        assert f"| {size} | {' | '.join(f'{figure / 1e9:.1f} GB' for figure in figures)} |" in readme
+
+
+def test_the_rooms_and_the_files_that_contributing_names_are_there() -> None:
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    package = ROOT / "src" / "vlmgraft"
+    rooms = {path.name for path in package.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    named = set(re.findall(r"^\| `(\w+)/` \|", contributing, re.M)) - {"experiments"}
+    assert named == rooms
+    tree = (ROOT / "README.md").read_text(encoding="utf-8").split("```text", 1)[1].split("```", 1)[0]
+    assert rooms <= set(re.findall(r"\w+", tree))
+    answers = contributing.split("## Where is …", 1)[1].split("\n## ", 1)[0]
+    rows = [
+        re.findall(r"`((?:src|tests)/[^`]+)`", line)
+        for line in answers.splitlines()
+        if line.startswith("| a") or "?" in line
+    ]
+    assert len(rows) == 8 and all(1 <= len(files) <= 3 for files in rows)
+    assert [file for files in rows for file in files if not (ROOT / file).is_file()] == []

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import pages
 
-TEXTS = [*(pages.ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))]
+TEXTS = [*(pages.ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"))]
 TEXTS += sorted((pages.ROOT / "docs").rglob("*.md"))
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 ARXIV = re.compile(r"\b(?:arxiv\.org/abs/|arXiv:? ?)(\d{4}\.\d{4,5})\b", re.I)
@@ -43,6 +43,14 @@ def test_links_inside_the_repository_lead_to_files_and_headings(page: Path) -> N
         assert target.exists(), f"{pages.name(page)}: {link} leads nowhere"
         generated = "<!-- generate" in target.read_text(encoding="utf-8") if target.suffix == ".md" else True
         assert not anchor or generated or anchor in headings(target), f"{pages.name(page)}: {link} names no heading"
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=pages.name)
+def test_files_of_ours_that_a_page_names_are_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"\b(?:tests|src|benchmarks|experiments|docs)/[\w/.-]+\.(?:py|md|yaml|json)\b", text)
+    made_there = "src/vlmgraft/methods/shrunk.py", "tests/methods/test_shrunk.py"  # by the reader of CONTRIBUTING
+    assert [name for name in named if not (pages.ROOT / name).is_file() and name not in made_there] == []
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=pages.name)

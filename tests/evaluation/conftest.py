@@ -9,7 +9,7 @@ import pytest
 
 from vlmgraft.evaluation.engine import Answer
 from vlmgraft.evaluation.items import Item, Suite
-from vlmgraft.hf.data import Question
+from vlmgraft.hf.batches import Question
 
 
 class Scripted:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import struct
 import zlib
@@ -15,9 +14,8 @@ from PIL import Image
 
 from vlmgraft.errors import VlmgraftError
 from vlmgraft.evaluation.ask import ask
-from vlmgraft.evaluation.images import MAX_PIXELS, open_image
 from vlmgraft.evaluation.items import Item, Suite
-from vlmgraft.evaluation.run_records import append_records, drop_partial_line, load_records, record_of
+from vlmgraft.evaluation.records import drop_partial_line, load_records, record_of
 from vlmgraft.evaluation.summary import count, summarise
 
 
@@ -121,11 +119,6 @@ def test_bad_pictures_are_counted_and_the_rest_goes_on(
     assert summary.tasks[0].score is not None and summary.tasks[0].score.mean == 1
 
 
-def test_a_picture_is_measured_before_it_is_decoded(pictures: dict[str, Path]) -> None:
-    assert MAX_PIXELS < 11_000**2
-    assert [open_image(source).size for source in (pictures["good"], pictures["good"].read_bytes())] == [(8, 8)] * 2
-
-
 def test_an_empty_question_is_not_asked(scripted: Any) -> None:
     engine = scripted(lambda question: "x")
     (record,) = ask(engine, Suite("s", (Item("a", "  ", answers=("x",)),), suffix="Answer."))
@@ -148,13 +141,6 @@ def test_killed_at_any_byte_and_resumed_gives_the_same(
     assert again == whole and summarise(again) == summarise(whole)
     assert len(engine.asked) == 40 - len(kept) == 40 - data[:left].count(b"\n")
     assert {record.id for record in load_records(log)} == {item.id for item in suite.items}
-
-
-def test_records_survive_the_file(scripted: Any, sums: Any, adds: Any, tmp_path: Path) -> None:
-    records = ask(scripted(adds), sums(3))
-    append_records(tmp_path / "r.jsonl", records)
-    assert load_records(tmp_path / "r.jsonl") == records
-    assert all(json.loads(line)["state"] == "scored" for line in (tmp_path / "r.jsonl").read_text().splitlines())
 
 
 def test_sampling_is_seeded_by_run_and_items(sums: Any) -> None:

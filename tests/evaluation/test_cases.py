@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,3 @@ def test_the_table_is_large_and_has_both_verdicts() -> None:
 def test_verdict(case: dict[str, Any]) -> None:
     verdict = judge(case["output"], case["expected"], case.get("choices", ()), precision=case.get("precision"))
     assert verdict.score == float(case["right"]), (verdict, case.get("why"))
-
-
-def test_hostile_outputs_are_read_in_linear_time() -> None:
-    """Processor time, so that a busy machine is no failure; what is tried is that no regular expression runs away."""
-    pieces = ("\\boxed{", "Answer: ", "(", "A or ", "the answer is ", "1,", "**", "$", "not ", "=", "<think>", "is 1 ")
-    for piece in pieces:
-        for choices in ((), ("red", "green")):
-            started = time.process_time()
-            judge(piece * (200_000 // len(piece)), "17", choices)
-            assert time.process_time() - started < 20, piece

@@ -17,7 +17,7 @@ import torch
 from vlmgraft.errors import InputError
 from vlmgraft.evaluation.ask import ask
 from vlmgraft.evaluation.engine import Sampling, TransformersEngine, VllmEngine
-from vlmgraft.hf.data import Question, generate
+from vlmgraft.hf.batches import Question, generate
 from vlmgraft.hf.models import load_processor, load_vlm
 from vlmgraft.lab import world
 from vlmgraft.lab.exam import Exam, draw_exam
@@ -65,7 +65,7 @@ def test_marks_are_the_records(vlm: Any, processor: Any, exam: Exam) -> None:
     records = ask(TransformersEngine(vlm, processor, Sampling(28)), exam.suite, batch_size=256)
     for task, right in marks.right.items():
         assert right.tolist() == [record.score == 1 for record in records if record.task == task]
-    assert marks.said == tuple(record.output for record in records)
+    assert marks.outputs == tuple(record.output for record in records)
 
 
 def test_sampled_answers_depend_on_the_seed_alone(vlm: Any, processor: Any, exam: Exam) -> None:
@@ -134,5 +134,5 @@ def test_vllm_gives_the_same_bookkeeping(monkeypatch: pytest.MonkeyPatch, proces
 
 def test_without_vllm_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, processor: Any) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(InputError, match="pip install vllm"):
+    with pytest.raises(InputError, match=r"pip install 'vlmgraft\[vllm\]'"):
         VllmEngine("folder", processor, Sampling())

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmgraft.evaluation.intervals import Estimate, bootstrap
+from vlmgraft.evaluation.intervals import Estimate, bootstrap, score_interval
 
 
 @settings(max_examples=25, deadline=None)
@@ -45,8 +45,26 @@ def test_covers_the_truth_about_95_times_in_100() -> None:
     assert 178 <= covered <= 198  # 190 expected, standard deviation 3
 
 
-def test_no_spread_gives_no_width() -> None:
-    assert bootstrap([[1.0, 1.0, 1.0]]) == Estimate(1.0, 1.0, 1.0)
+def test_differences_without_spread_have_no_width() -> None:
+    assert bootstrap([[0.0, 0.0, 0.0]]) == Estimate(0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("count", [1, 20, 400])
+def test_all_right_or_none_has_wilsons_interval(count: int) -> None:
+    """Of n right answers of n Wilson's lower end is n / (n + z²), z = 1.96; of none the upper end is its complement."""
+    lower = count / (count + 1.959964**2)
+    right, wrong = score_interval([[1.0] * count]), score_interval([[0.0] * count])
+    assert (right.mean, right.low, right.high) == pytest.approx((1, lower, 1), abs=1e-6)
+    assert (wrong.mean, wrong.low, wrong.high) == pytest.approx((0, 0, 1 - lower), abs=1e-6)
+
+
+def test_constant_groups_average_their_intervals() -> None:
+    lower = 20 / (20 + 1.959964**2)
+    found = score_interval([[1.0] * 20, [0.0] * 20])
+    assert (found.mean, found.low, found.high) == pytest.approx((0.5, lower / 2, (2 - lower) / 2), abs=1e-6)
+    assert score_interval([[0.5, 0.5]]) == Estimate(0.5, 0.5, 0.5), "partial scores are no successes"
+    mixed = [[1.0, 0.0, 1.0], [1.0, 1.0]]
+    assert score_interval(mixed) == bootstrap(mixed)
 
 
 @pytest.mark.parametrize("groups", [[], [[]], [[1.0], []]])

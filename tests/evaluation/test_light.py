@@ -14,7 +14,7 @@ HEAVY = ("torch", "transformers", "datasets", "math_verify", "sympy", "vllm", "l
     "code",
     [
         "from vlmgraft.evaluation import answers, metrics; answers.judge('17', '17')",
-        "import vlmgraft.measure, vlmgraft.evaluation.lmms",
+        "import vlmgraft.evaluation.evaluate, vlmgraft.evaluation.lmms",
         "import vlmgraft; vlmgraft.compare",
     ],
 )

@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 
-from vlmgraft import measure
 from vlmgraft.errors import DataError, InputError, OutputError, VlmgraftError
-from vlmgraft.evaluation import lmms
+from vlmgraft.evaluation import evaluate, lmms
 from vlmgraft.evaluation.lmms import read_samples, sample_files, task_of, translate
 from vlmgraft.evaluation.summary import summarise
 
@@ -44,7 +43,7 @@ def test_a_task_that_logs_an_object_per_measure() -> None:
     """As pope does."""
     scored = {"question_id": "1", "score": 1.0, "prediction": "yes", "ground_truth": "yes"}
     record = translate(sample(pope_accuracy=scored, pope_f1_score=scored), "pope")
-    assert (record.score, record.kind, record.metric, record.answer) == (1.0, "perception", "yes_no", "yes")
+    assert (record.score, record.kind, record.metric, record.answer) == (1.0, "perception", "pope", "yes")
     assert summarise([record]).tasks[0].others["F1"] == 1
 
 
@@ -56,7 +55,7 @@ def test_without_a_score_of_the_harness_ours_is_taken(said: str, target: str, sc
     """As tasks do that ask a judge, which nobody here can."""
     logged = {"gpt_eval_score": {"question_id": "1", "prediction": said}, "submission": {"a": 1}}
     record = translate(sample(filtered_resps=[said], target=target, **logged), "mathvista_testmini_cot")
-    assert (record.score, record.kind, record.metric, record.state) == (score, "reasoning", "auto", "scored")
+    assert (record.score, record.kind, record.metric, record.state) == (score, "reasoning", "mathvista", "scored")
 
 
 def test_scores_beyond_one_and_missing_targets_are_not_taken() -> None:
@@ -91,7 +90,7 @@ def test_without_the_harness_the_way_to_install_it_is_said(
     assert not (tmp_path / "e").exists()
     monkeypatch.setenv(lmms.PYTHON, "/nowhere/python")
     with pytest.raises(InputError, match="/nowhere/python: no such file"):
-        measure.evaluate(trio / "vlm", "lmms:pope", tmp_path / "e")
+        evaluate.evaluate(trio / "vlm", "lmms:pope", tmp_path / "e")
 
 
 @pytest.fixture
@@ -114,7 +113,7 @@ def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_harness_is_run_on_the_folder_and_its_logs_are_kept(harness: Path, trio: Path) -> None:
-    found = measure.evaluate(trio / "vlm", "lmms:lab_tiny,lab_facts", harness / "e", limit=6, batch_size=2)
+    found = evaluate.evaluate(trio / "vlm", "lmms:lab_tiny,lab_facts", harness / "e", limit=6, batch_size=2)
     assert [task.task for task in found.tasks] == ["lab_facts", "lab_tiny"]
     said = json.loads((harness / "said.json").read_text())
     assert said[1:5] == ["-m", "lmms_eval", "--model", "qwen2_5_vl"] if said[0] == "-m" else "qwen2_5_vl" in said
@@ -123,7 +122,7 @@ def test_the_harness_is_run_on_the_folder_and_its_logs_are_kept(harness: Path, t
     assert len((harness / "e" / "records.jsonl").read_text().splitlines()) == 10
     (harness / "said.json").unlink()
     assert (
-        measure.evaluate(trio / "vlm", "lmms:lab_tiny,lab_facts", harness / "e", limit=6, batch_size=2, resume=True)
+        evaluate.evaluate(trio / "vlm", "lmms:lab_tiny,lab_facts", harness / "e", limit=6, batch_size=2, resume=True)
         == found
     )
     assert not (harness / "said.json").exists()
@@ -132,12 +131,12 @@ def test_the_harness_is_run_on_the_folder_and_its_logs_are_kept(harness: Path, t
 def test_a_harness_that_fails_without_saying_so_is_noticed(harness: Path, trio: Path) -> None:
     """lmms-eval 0.7.3 ends with exit code 0 after an error; only the missing log tells."""
     with pytest.raises(VlmgraftError, match=r"ended with 0: ValueError: no such task; see .*harness.log"):
-        measure.evaluate(trio / "vlm", "lmms:broken", harness / "e")
+        evaluate.evaluate(trio / "vlm", "lmms:broken", harness / "e")
 
 
 def test_the_harness_does_not_mix_with_other_data(tmp_path: Path, trio: Path) -> None:
     with pytest.raises(InputError, match="cannot be mixed"):
-        measure.evaluate(trio / "vlm", ["lmms:pope", "lab"], tmp_path / "e")
+        evaluate.evaluate(trio / "vlm", ["lmms:pope", "lab"], tmp_path / "e")
     (tmp_path / "e").mkdir()
     with pytest.raises(OutputError, match="exists"):
-        measure.evaluate(trio / "vlm", "lab", tmp_path / "e")
+        evaluate.evaluate(trio / "vlm", "lab", tmp_path / "e")

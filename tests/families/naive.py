@@ -83,17 +83,19 @@ def both(models: Models) -> Tensors:
     return {n: base + models.tau_vlm[n] + 0.5 * models.tau[n] for n, base in models.vlm_base.items()}
 
 
-def ip_merging(models: Models, threshold: float = 0.3, k: int = 4) -> Tensors:
-    """V + U_k U_kᵀ τ' V_k V_kᵀ where one of the first k right singular vectors has |cos| ≥ T; a matrix per expert."""
+def ip_merging(models: Models, threshold: float = 0.1, k: int = 4) -> Tensors:
+    """V + τ_k·Σs/Σs' Σ p_i² v_i v_iᵀ, p = softmax(32 c), where some c_i ≥ T; a matrix per expert."""
     merged = {name: vlm.clone() for name, vlm in models.vlm.items()}
     for name, own in models.tau_vlm.items():
         targets = merged[name].view(-1, *own.shape[-2:])
         for target, a, b in zip(targets, own.view(targets.shape), models.tau[name].view(targets.shape), strict=True):
-            U, _, Vh = torch.linalg.svd(a.double(), full_matrices=False)
-            other = torch.linalg.svd(b.double(), full_matrices=False)[2]
-            if (Vh * other).sum(1)[:k].abs().max() >= threshold:
-                b = b.double() * a.double().norm() / b.double().norm()
-                target += (U[:, :k] @ U[:, :k].T @ b @ Vh[:k].T @ Vh[:k]).float()
+            U, s, Vh = (part.double() for part in torch.linalg.svd(a.double(), full_matrices=False))
+            donor_U, donor_s, donor_Vh = torch.linalg.svd(b.double(), full_matrices=False)
+            cosines = torch.stack([(Vh[i] @ donor_Vh[i]) * (U[:, i] @ donor_U[:, i]).sign() for i in range(k)])
+            if cosines.max() >= threshold:
+                weighted = (32 * cosines).softmax(0)[:, None] * Vh[:k]
+                low_rank = donor_U[:, :k] @ torch.diag(donor_s[:k]) @ donor_Vh[:k]
+                target += (s[:k].sum() / donor_s[:k].sum() * low_rank @ weighted.T @ weighted).float()
     return merged
 
 
@@ -122,6 +124,47 @@ def truncated(models: Models) -> Tensors:
     return merged
 
 
+def per_matrix(models: Models, rule: Callable[..., torch.Tensor]) -> Tensors:
+    """B + rule(τ_vlm, τ) in float64, a matrix per expert."""
+    merged = {}
+    for name, base in models.vlm_base.items():
+        stacks = [(t if t.ndim == 3 else t[None]).double() for t in (models.tau_vlm[name], models.tau[name])]
+        update = torch.stack([rule(vlm, donor) for vlm, donor in zip(*stacks, strict=True)])
+        merged[name] = (base.double() + update.reshape(base.shape)).float()
+    return merged
+
+
+def sce(vlm: torch.Tensor, donor: torch.Tensor) -> torch.Tensor:
+    """Mean of those that agree, weighted by their energy in the matrix."""
+    taus = torch.stack([vlm, donor])
+    weights = torch.stack([vlm.square().sum(), donor.square().sum()]).reshape(2, *[1] * vlm.ndim)
+    agree = (taus.sign() == taus.sum(0).sign()) * weights
+    return (taus * agree).sum(0) / agree.sum(0).clamp(min=1e-30)
+
+
+def model_stock(vlm: torch.Tensor, donor: torch.Tensor) -> torch.Tensor:
+    """t (τ_vlm + τ)/2 with t = 2c/(1 + c)."""
+    norms = vlm.norm() * donor.norm()
+    c = float((vlm * donor).sum() / norms) if norms > 0 else 0.0
+    return c / (1 + c) * (vlm + donor)
+
+
+def slerp(models: Models, t: float = 0.3) -> Tensors:
+    """Along the great circle from V to D, a matrix per expert; the mean where they are nearly collinear."""
+    merged = {}
+    for name, vlm in models.vlm.items():
+        parts = []
+        for a, b in zip(
+            *((one if one.ndim == 3 else one[None]).double() for one in (vlm, models.donor[name])), strict=True
+        ):
+            angle = torch.acos(((a * b).sum() / a.norm() / b.norm()).clamp(-1, 1))
+            mean = (1 - t) * a + t * b
+            arc = (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
+            parts.append(mean if not abs(torch.cos(angle)) <= 0.9995 else arc)
+        merged[name] = torch.stack(parts).reshape(vlm.shape).float()
+    return merged
+
+
 MATRICES = ("attention", "mlp")
 ROWS: dict[str, Row] = {
     "linear": Row(linear, {"vlm_weight": 0.9}),
@@ -130,12 +173,17 @@ ROWS: dict[str, Row] = {
     "ties": Row(ties, {"density": 0.5}),
     "dare_linear": Row(both, {"density": 1.0, "weights": [1.0, 0.5]}),
     "dare_ties": Row(lambda models: ties(models, 1.0), {"density": 1.0}),
-    "ip_merging": Row(ip_merging, {"threshold": 0.3, "rank": 4}, MATRICES),
+    "della": Row(lambda models: ties(models, 1.0), {"density": 1.0}),
+    "breadcrumbs": Row(both, {"density": 1.0, "weights": [1.0, 0.5]}),
+    "sce": Row(lambda models: per_matrix(models, sce)),
+    "model_stock": Row(lambda models: per_matrix(models, model_stock)),
+    "slerp": Row(slerp, {"t": 0.3}),
+    "ip_merging": Row(ip_merging, {"threshold": 0.1, "rank": 4}, MATRICES),
     "frank": Row(frank, {"decay": 0.5}),
     "spectral": Row(truncated, {"rule": "truncate", "rank": 2}, MATRICES),
     "frism": Row(lambda models: task_arithmetic(models, 0.25), {"scale": 0.5}, MATRICES, gates=0.0),
     "curvature": Row(task_arithmetic, {"scale": 0.5}, MATRICES, gates=math.inf),
 }
-"""One row per registered method. DARE is compared at density one: which entries it drops is a matter of its own tests,
-that it finds its tensors is a matter of these. FRISM and curvature gates have gates that nobody learned: all half open,
-and all open."""
+"""One row per registered method. DARE, DELLA and breadcrumbs are compared at density one: which entries they drop is a
+matter of their own tests, that they find their tensors is a matter of these. FRISM and curvature gates have gates that
+nobody learned: all half open, and all open."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from shutil import copytree
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from zoo import Trio, text_model
 
 from vlmgraft.alignment import align
-from vlmgraft.alignment.distance import Distance, judge, measure_distances
+from vlmgraft.alignment.distance import Distance, extent_of, measure_distances
 from vlmgraft.checkpoint.index import open_checkpoint
 from vlmgraft.errors import AlignmentError
 from vlmgraft.lab import trio_path
@@ -55,20 +56,29 @@ def test_a_base_is_needed(trio: Trios) -> None:
         measure_distances(align(open_checkpoint(folders.vlm), open_checkpoint(folders.donor)))
 
 
-def test_the_verdict_names_the_worst_row() -> None:
-    safe = Distance(0, "attention", 10.0, 0.5, 0.5, 0.2)
-    far = Distance(3, "mlp", 10.0, 5.0, 0.5, 0.2)
-    opposed = Distance(None, "norm", 10.0, 0.5, 0.5, -0.4)
-    assert judge((safe,)).level == "safe"
-    verdict = judge((safe, far, opposed))
-    assert verdict.level == "risky"
-    assert "mlp of layer 3" in verdict.reason and "norm: cosine -0.400" in verdict.reason
+def test_layers_stand_in_the_order_of_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not as texts, in which a file lists them: 10 before 2. Tensors outside the layers come last."""
+    order = [("10", 10), ("2", 2), (None, None), ("0", 0)]
+    tensors = [SimpleNamespace(name=str(name), layer=layer, group="mlp") for name, layer in order]
+    chunk = torch.ones(4)
+    reader = SimpleNamespace(chunks=lambda tensor: [(chunk, 2 * chunk, chunk, chunk)])
+    monkeypatch.setattr("vlmgraft.alignment.distance._Readers", lambda *_: reader)
+    rows = measure_distances(SimpleNamespace(merged=tensors, donor_base="base"))  # type: ignore[arg-type]
+    assert [row.layer for row in rows] == [0, 2, 10, None]
 
 
-@pytest.mark.parametrize(("donor", "vlm", "who"), [(14.1, 0.5, "the donor from its base"), (0.5, 14.1, "the VLM")])
-def test_models_without_a_common_base_are_hopeless(donor: float, vlm: float, who: str) -> None:
-    verdict = judge((Distance(0, "mlp", 10.0, donor, vlm, 0.0), Distance(1, "mlp", 10.0, donor, vlm, 0.0)))
-    assert verdict.level == "hopeless" and f"{who} by 1.41" in verdict.reason
+def test_the_extent_names_the_extreme_rows_and_calls_nothing_safe() -> None:
+    """Medians of three rows by hand."""
+    rows = (
+        Distance(0, "attention", 10.0, 0.5, 0.6, 0.2),
+        Distance(3, "mlp", 10.0, 5.0, 0.8, 0.2),
+        Distance(None, "norm", 10.0, 0.7, 14.1, -0.4),
+    )
+    extent = extent_of(rows)
+    assert (extent.median_ratio, extent.median_vlm_ratio) == pytest.approx((0.07, 0.08))
+    assert (extent.largest_ratio, extent.largest_at) == (pytest.approx(0.5), "mlp of layer 3")
+    assert (extent.smallest_cosine, extent.smallest_at) == (-0.4, "norm")
+    assert "at most 0.500 (mlp of layer 3)" in str(extent) and "safe" not in str(extent)
 
 
 def test_unchanged_entries_are_counted(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from vlmgraft.checkpoint.index import open_checkpoint
 from vlmgraft.merging import merge_tensors
 from vlmgraft.methods import METHODS
 from vlmgraft.methods.base import check_numbers
-from vlmgraft.recipe import Recipe, load_recipe
+from vlmgraft.recipe.model import Recipe, load_recipe
 from vlmgraft.spectral.decompose import decompose
 from vlmgraft.spectral.gates import constant_gates
 

@@ -15,7 +15,7 @@ from injected import Writes, counted
 from safetensors import safe_open
 
 from vlmgraft.lab.exam import draw_exam
-from vlmgraft.records import write_rows
+from vlmgraft.storage.jsonl import write_rows
 
 TIMES = ("receipt.json", "trainer_state.json", "training_args.bin", "rng_state.pth", "optimizer.pt")
 """Files that hold seconds, or paths of the run."""
@@ -23,8 +23,12 @@ TIMES = ("receipt.json", "trainer_state.json", "training_args.bin", "rng_state.p
 
 EVERYWHERE = os.environ.get("VLMGRAFT_FAULTS") == "all"
 """Faults at every write instead of at some: hours."""
-LAST = {"decompose": "factors.json", "sweep": "sweep.recipes.json", "front": "front.jsonl"}
+LAST = {
+    "decompose": "factors.json", "sweep": "sweep.recipes.json", "front": "front.jsonl", "choose": "choose.svg",
+}  # fmt: skip
 """Folders that are filled under their own name: the file that is written last."""
+LOGS = ("knockout", "ranks")
+"""Folders that are logs: whole after every row."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +49,23 @@ def make_jobs(trio: Path, calibration: Path, inputs: Path) -> dict[str, Callable
     places = {"vlm": str(trio / "vlm"), "donor": str(trio / "donor"), "donor_base": str(trio / "base")}
     asked = {"data": str(calibration), "samples": 8, "held_out": 4, "max_new_tokens": 4, "batch_size": 4}
     frism = {"name": "frism", "steps": 10, "learning_rate": 0.2, "inject_weight": 0.1, "calibration": asked}
+    curvature = {"name": "curvature", "kl_budget": 0.02, "calibration": asked}
+    bound = {"kind": "expectation", "prompts": 8, "cap": 0.05}
+    guarantee = {key: value for key, value in frism.items() if key != "inject_weight"}
+    guarantee |= {"kl_budget": 0.02, "budget_guarantee": bound}
     recipes = {
         "merge": places | {"method": {"name": "task_arithmetic"}, "output": {"shard_size": "400KB"}},
         "ties": places | {"vlm_base": places["donor_base"], "method": {"name": "ties"}},
         "frism": places | {"method": frism, "layers": "0"},
+        "curvature": places | {"method": curvature, "layers": "0"},
+        "guarantee": places | {"method": guarantee, "layers": "0"},
         "tune": places | {"data": {"train": str(_traces(inputs))}, "train": TRAIN},
     }
     for name, recipe in recipes.items():
         (inputs / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
     recipe = {name: str(inputs / f"{name}.yaml") for name in recipes}
-    questions = str(_questions(inputs, calibration))
+    questions, texts = str(_questions(inputs, calibration)), str(inputs / "texts.jsonl")
+    write_rows(inputs / "texts.jsonl", [{"question": f"What is {number} + 3?"} for number in range(4)])
 
     def job(*words: str, out: str = "out", again: tuple[str, ...] = ("--resume",)) -> Callable[[Path], Job]:
         return lambda folder: Job((*words, "--out", str(folder / out), "--quiet"), folder / out, again)
@@ -65,6 +76,38 @@ def make_jobs(trio: Path, calibration: Path, inputs: Path) -> dict[str, Callable
         "merge": job("merge", recipe["merge"]),
         "ties": job("merge", recipe["ties"]),
         "frism": job("merge", recipe["frism"]),
+        "curvature": job("merge", recipe["curvature"]),
+        "guarantee": job("merge", recipe["guarantee"]),
+        "knockout": job(
+            "knockout", places["vlm"], "--alone", "--data", "lab", "--samples", "4", "--layers", "0", "--part", "mlp"
+        ),
+        "ranks": job("ranks", recipe["frism"], "--data", "lab", "--samples", "4", "--bands", "2", "--scale", "1"),
+        "choose": job(
+            "choose",
+            recipe["merge"],
+            "--data",
+            "lab",
+            "--samples",
+            "4",
+            "--rule",
+            "task_arithmetic",
+            "--rounds",
+            "1",
+            "--budget",
+            "0.05",
+        ),
+        "steer": job(
+            "steer",
+            recipe["merge"],
+            "--questions",
+            texts,
+            "--max-new-tokens",
+            "2",
+            "--batch-size",
+            "1",
+            out="out.safetensors",
+            again=(),
+        ),
         "decompose": job("decompose", recipe["frism"]),
         "front": job("front", recipe["frism"], "--factors", factors, "--budgets", "0.01,0.05", again=()),
         "gates": job("gates", recipe["frism"], "--factors", factors, again=()),
@@ -139,7 +182,7 @@ def _timeless(row: dict[str, Any]) -> dict[str, Any]:
 
 def unfinished(name: str, out: Path) -> bool:
     """Whether nothing stands under the final name that could be taken for a result."""
-    return not out.exists() or (name in LAST and not (out / LAST[name]).exists())
+    return not out.exists() or name in LOGS or (name in LAST and not (out / LAST[name]).exists())
 
 
 class Whole:

@@ -21,7 +21,7 @@ from jobs import Job, content
 
 from vlmgraft.checkpoint.verify import verify
 from vlmgraft.errors import CheckpointError
-from vlmgraft.spectral.factors import FactorStore
+from vlmgraft.spectral.factor_store import FactorStore
 
 KILLED = -9
 

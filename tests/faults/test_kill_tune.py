@@ -12,11 +12,11 @@ import pytest
 from jobs import Job, content
 
 import vlmgraft as vg
-from vlmgraft import tuning
 from vlmgraft.errors import OutputError
-from vlmgraft.records import read_rows
-from vlmgraft.training.drift_callback import DriftCallback
-from vlmgraft.training.whole_log import whole_log
+from vlmgraft.finetuning import tune
+from vlmgraft.finetuning.callback import DriftCallback
+from vlmgraft.finetuning.trainer import whole_log
+from vlmgraft.storage.jsonl import read_rows
 
 pytestmark = pytest.mark.slow
 STEPS = 3
@@ -100,7 +100,7 @@ def test_after_the_rename(recipe: Any, whole: Path, tmp_path: Path, monkeypatch:
     (tmp_path / ".out.tune" / "saved").mkdir(parents=True)
     (tmp_path / ".out.partial-99999").mkdir()
     with monkeypatch.context() as patched:
-        patched.setattr(tuning, "_tune", lambda *_: pytest.fail("it is finished"))
+        patched.setattr(tune, "_tune", lambda *_: pytest.fail("it is finished"))
         tuned = vg.tune(recipe, tmp_path / "out", resume=True)
     assert tuned.steps == STEPS and tuned.log and tuned.verdicts
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -19,9 +19,6 @@ import torch
 from injected import Writes, counted, full
 from jobs import EVERYWHERE, Job, Whole, content, inputs_digest, unfinished
 
-from vlmgraft.errors import VlmgraftError
-from vlmgraft.resources import out_of_memory
-
 Jobs = dict[str, Callable[[Path], Job]]
 Run = Callable[..., Any]
 
@@ -225,37 +222,13 @@ def test_links_for_folders(whole: Whole, small_jobs: Jobs, vlmgraft: Run, tmp_pa
     assert (tmp_path / "work" / "factors.json").is_file() and (tmp_path / "link" / "factors").is_symlink()
 
 
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        (MemoryError(), "out of memory while merging: lower this"),
-        (
-            RuntimeError("[enforce fail at alloc_cpu.cpp:119] . DefaultCPUAllocator: not enough memory: you tried"),
-            "tried",
-        ),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "lower this"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "lower this .*CUDA"),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "lower this"),
-    ],
-)
-def test_memory_that_runs_out_is_named(error: Exception, said: str) -> None:
-    with pytest.raises(VlmgraftError, match=said) as caught, out_of_memory("merging", "lower this"):
-        raise error
-    assert caught.value.exit_code == 1 and str(caught.value).startswith("out of memory while merging: lower this")
-
-
-def test_other_errors_are_not_taken_for_memory() -> None:
-    with pytest.raises(RuntimeError, match="shapes"), out_of_memory("merging", "lower this"):
-        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-
-
 OUT_OF_MEMORY = {
     "merge": ("vlmgraft.merging.engine.Merger.run", "--dry-run"),
     "decompose": ("vlmgraft.spectral.decompose.factorize", "method.rank"),
-    "gates": ("vlmgraft.learning.Distiller", "method.calibration.batch_size"),
-    "evaluate": ("vlmgraft.measure._engine", "batch_size"),
-    "sweep": ("vlmgraft.studies.grids.run_sweep", "batch_size"),
-    "tune": ("vlmgraft.tuning.build_trainer", "per_device_train_batch_size"),
+    "gates": ("vlmgraft.distillation.learn.Distiller", "method.calibration.batch_size"),
+    "evaluate": ("vlmgraft.evaluation.evaluate._engine", "batch_size"),
+    "sweep": ("vlmgraft.analysis.recipe_sweep.run_sweep", "batch_size"),
+    "tune": ("vlmgraft.finetuning.tune.build_trainer", "per_device_train_batch_size"),
 }
 
 

@@ -80,7 +80,11 @@ def test_stopped_and_continued(
 
 PLACES = [
     *[("frism", share) for share in (0.2, 0.6)],
-    *[(name, 0.6) for name in ("decompose", "gates", "front", "sweep", "tune", "export")],
+    *[
+        (name, 0.6)
+        for name in ("decompose", "gates", "front", "sweep", "tune", "export", "knockout", "ranks", "choose", "steer")
+    ],
+    *[(name, 0.8) for name in ("curvature", "guarantee")],
 ]
 if EVERYWHERE:
     names = ("merge", "frism", "decompose", "gates", "front", "evaluate", "sweep", "tune", "export")
@@ -196,8 +200,9 @@ def test_after_the_handlers_everything_is_as_before(small_jobs: Jobs, vlmgraft: 
         (("merge", "r.yaml", "--out", "o", "--resume"), "go on with: vlmgraft merge r.yaml --out o --resume"),
         (("gates", "r.yaml", "--out", "g"), "what is done was kept; go on with: vlmgraft gates r.yaml --out g"),
         (("front", "r.yaml", "--out", "g"), "what is done was kept; go on with: vlmgraft front r.yaml --out g"),
-        (("lab", "report", "--out", "o"), "go on with: vlmgraft lab report --out o --resume"),
-        (("lab", "train", "--out", "o"), "nothing was finished; start again with: vlmgraft lab train --out o"),
+        (("demo", "--out", "o"), "nothing was finished; start again with: vlmgraft demo --out o"),
+        (("merge", "r.yaml", "--token", "hf_a", "--out", "o"), "go on with: vlmgraft merge r.yaml --out o --resume"),
+        (("front", "r.yaml", "--token=hf_a"), "what is done was kept; go on with: vlmgraft front r.yaml"),
         (("export", "m", "--to", "hub"), "nothing was finished; start again with: vlmgraft export m --to hub"),
     ],
 )

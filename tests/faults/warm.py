@@ -25,8 +25,8 @@ from injected import Writes, counted
 
 IMPORTS = (
     "vlmgraft.cli",
-    "vlmgraft.learning",
-    "vlmgraft.measure",
+    "vlmgraft.distillation.learn",
+    "vlmgraft.evaluation.evaluate",
     "vlmgraft.merging",
     "vlmgraft.pipeline",
     "vlmgraft.evaluation.ask",
@@ -35,7 +35,7 @@ IMPORTS = (
     "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
     "transformers.models.qwen2_5_vl.processing_qwen2_5_vl",
 )
-TRAINER = ("vlmgraft.tuning", "trl.trainer.sft_trainer")
+TRAINER = ("vlmgraft.finetuning.tune", "trl.trainer.sft_trainer")
 """Slow to import: only where `tune` is among the commands."""
 
 
@@ -57,12 +57,12 @@ def changes(writes: Writes) -> Iterator[None]:
 
         setattr(owner, name, call)
 
-    from vlmgraft import publishing
-
     for name in ("unlink", "remove", "rmdir"):
         wrap(os, name)
     wrap(os, "open", lambda _, flags, *__, **___: bool(flags & os.O_CREAT))
-    wrap(publishing, "_renameat2")
+    from vlmgraft.storage import publish
+
+    wrap(publish, "_renameat2")
     try:
         with counted(writes):
             yield

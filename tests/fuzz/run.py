@@ -17,7 +17,19 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 warnings.simplefilter("ignore")
 
-PARSERS = ("vlmgraft.checkpoint", "vlmgraft.recipe", "vlmgraft.evaluation", "yaml", "json")
+PARSERS = (
+    "vlmgraft.alignment",
+    "vlmgraft.checkpoint",
+    "vlmgraft.data",
+    "vlmgraft.hf.limits",
+    "vlmgraft.recipe",
+    "vlmgraft.evaluation",
+    "vlmgraft.spectral",
+    "vlmgraft.storage",
+    "yaml",
+    "json",
+    "PIL",
+)
 
 
 def main() -> None:

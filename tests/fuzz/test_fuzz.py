@@ -14,7 +14,9 @@ HERE = Path(__file__).parent
 
 
 KEPT = [case for case in sorted(HERE.glob("corpus/*/*")) if case.is_file()]
-RUNS = {"header": 4000, "index": 1500, "recipe": 150, "answers": 40}
+RUNS = {"header": 4000, "index": 1500, "recipe": 150, "answers": 40} | dict.fromkeys(
+    ("config", "receipt", "factors", "gates", "pictures"), 1000
+)
 
 
 def test_the_corpus_is_small_and_complete() -> None:

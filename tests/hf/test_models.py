@@ -1,51 +1,69 @@
-"""Finding the text model's linear layers inside a model, and loading errors."""
+"""Loading models, configs and processors: what is wrong with a folder is an input error that names it."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import nn
+from transformers import PreTrainedTokenizerFast
 
-from vlmgraft.errors import AlignmentError, CheckpointError
-from vlmgraft.hf.models import load_vlm, match_linears, output_head, role_of, text_linears, text_model
-
-PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-
-
-def test_the_same_roles_in_a_vlm_and_a_text_model(vlm: Any, llm: Any) -> None:
-    roles = text_linears(vlm)
-    assert roles.keys() == text_linears(llm).keys()
-    assert {role.split(".")[-2] for role in roles} == PROJECTIONS and len(roles) == 28
-    tower = {id(module) for module in vlm.model.visual.modules()}
-    assert not any(id(linear) in tower for linear in roles.values())
-    assert text_model(vlm) is vlm.model.language_model and text_model(llm) is llm.model
-    assert output_head(vlm) is vlm.lm_head
-
-
-@pytest.mark.parametrize(
-    "prefix", ["model.", "language_model.model.", "model.text_model.", "model.language_model.", ""]
-)
-def test_tensor_names_of_every_family_lead_to_the_layer(vlm: Any, prefix: str) -> None:
-    role = "layers.3.self_attn.q_proj.weight"
-    assert role_of(prefix + role) == role
-    assert match_linears(vlm, [prefix + role])[prefix + role] is vlm.model.language_model.layers[3].self_attn.q_proj
-
-
-def test_a_tensor_without_a_linear_layer_is_named(vlm: Any) -> None:
-    with pytest.raises(AlignmentError, match="input_layernorm"):
-        match_linears(vlm, ["model.layers.0.input_layernorm.weight"])
-
-
-def test_a_model_without_a_text_stack_is_refused(vlm: Any) -> None:
-    class Empty(nn.Module):
-        config = vlm.config
-
-    with pytest.raises(AlignmentError, match="0 modules look like a text model of 4 layers"):
-        text_model(Empty())
+from vlmgraft.errors import CheckpointError
+from vlmgraft.hf import models
+from vlmgraft.hf.models import load_config, load_processor, load_text_model, load_vlm
 
 
 def test_a_folder_that_is_no_model_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=str(tmp_path)):
         load_vlm(tmp_path)
+
+
+def test_what_transformers_refuses_is_named(trio: Path, tmp_path: Path) -> None:
+    shutil.copytree(trio / "donor", tmp_path / "donor")
+    file = tmp_path / "donor" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "num_attention_heads": 0}))
+    with pytest.raises(CheckpointError, match=r"donor.*(cannot be loaded|config\.json is not one)"):
+        load_text_model(tmp_path / "donor")
+    file.write_text(json.dumps({**config, "model_type": "unheard-of"}))
+    with pytest.raises(CheckpointError, match=r"config\.json is not one that transformers reads"):
+        load_config(tmp_path / "donor")
+
+
+def test_a_mistake_of_ours_is_not_blamed_on_the_folder(trio: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*args: Any) -> Any:
+        raise TypeError("our own")
+
+    monkeypatch.setattr(models, "load_json", wrong)
+    with pytest.raises(TypeError, match="our own"):
+        load_processor(trio / "donor")
+
+
+def test_a_text_folder_that_declares_the_generic_tokenizer_gets_it(trio: Path, tmp_path: Path) -> None:
+    shutil.copytree(trio / "donor", tmp_path / "donor")
+    file = tmp_path / "donor" / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}))
+    assert type(load_processor(tmp_path / "donor")) is PreTrainedTokenizerFast
+
+
+@pytest.mark.parametrize("declared", ["PreTrainedTokenizerFast", "TokenizersBackend", "Qwen2Tokenizer"])
+def test_processors_of_transformers_4_are_processors(declared: str, trio: Path, tmp_path: Path) -> None:
+    """Their class stands in preprocessor_config.json alone."""
+    folder = tmp_path / "vlm"
+    shutil.copytree(trio / "vlm", folder)
+    new = json.loads((folder / "processor_config.json").read_text())
+    (folder / "processor_config.json").unlink()
+    old = {**new["image_processor"], "processor_class": new["processor_class"]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(old))
+    file = folder / "tokenizer_config.json"
+    tokenizer = {**json.loads(file.read_text()), "tokenizer_class": declared}
+    file.write_text(json.dumps({key: value for key, value in tokenizer.items() if key != "processor_class"}))
+    assert type(load_processor(folder)).__name__ == new["processor_class"]
+    (folder / "preprocessor_config.json").write_text(json.dumps({**old, "processor_class": "NoSuchProcessor"}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    with pytest.raises(
+        CheckpointError, match=r"no processor that this .*preprocessor_config\.json names 'NoSuchProcessor'"
+    ):
+        load_processor(folder)

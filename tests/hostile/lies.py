@@ -204,6 +204,15 @@ CONFIGS: dict[str, tuple[str, str]] = {
     "a billion layers": (json.dumps({"num_hidden_layers": 10**9}), "num_hidden_layers"),
     "negative layers": (json.dumps({"vision_config": {"depth": -1}}), "vision_config.depth"),
     "infinite experts": ('{"num_experts": Infinity}', "num_experts"),
+    "thirty million layers below": (
+        json.dumps({"model_type": "qwen2", "a": {"b": {"num_hidden_layers": 30_000_000}}}),
+        "a.b.num_hidden_layers",
+    ),
+    "more layers than tensors": (json.dumps({"model_type": "qwen2", "num_hidden_layers": 9_999}), "num_hidden_layers"),
+    "n_layer": (json.dumps({"model_type": "qwen2", "n_layer": 30_000_000}), "n_layer"),
+    "millions of experts": (json.dumps({"text_config": {"n_routed_experts": 10**7}}), "n_routed_experts"),
+    "infinite layers": ('{"num_hidden_layers": Infinity}', "num_hidden_layers"),
+    "layers that are no number": ('{"num_hidden_layers": NaN}', "num_hidden_layers"),
     "deep": ("[" * 100_000, "JSON"),
     "large": ('{"a": "' + "a" * 10_000_000 + '"}', "10,000,000 bytes"),
 }
@@ -217,6 +226,83 @@ def configs() -> Iterator[Case]:
             return merge(place)
 
         yield Case(f"config: {name}", prepare, "config.json", field)
+
+
+GROWTH: dict[str, tuple[str, Any, str]] = {
+    "beams": ("generation_config.json", {"num_beams": 10_000_000}, "num_beams"),
+    "returned sequences": ("generation_config.json", {"num_return_sequences": 1e9}, "num_return_sequences"),
+    "beams in config.json": ("config.json", {"num_beams": 10_000_000}, "num_beams"),
+    "a tokenizer that doubles": ("tokenizer.json", {"normalizer": "doubles"}, "normalizer"),
+    "a token of a million characters": ("tokenizer.json", {"model": "long"}, "1,000,000 characters"),
+    "an enormous tokenizer": ("tokenizer.json", {"added": "x" * 64_000_000}, "64,000,000 bytes"),
+}
+
+
+def growths() -> Iterator[Case]:
+    """Folders that load, and then take for ever or all memory."""
+    doubles = {
+        "type": "Sequence",
+        "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 40,
+    }
+    for name, (file, changes, field) in GROWTH.items():
+
+        def prepare(place: Place, file: str = file, changes: Any = changes) -> list[str | Path]:
+            path = place.own("vlm", weights=True) / file
+            found = json.loads(path.read_text()) if path.exists() else {}
+            if changes == {"normalizer": "doubles"}:
+                found["normalizer"] = doubles
+            elif changes == {"model": "long"}:
+                found["model"]["vocab"] = {**found["model"]["vocab"], "x" * 1_000_000: 10**6}
+            else:
+                found |= changes
+            path.write_text(json.dumps(found))
+            return evaluate(place, place.questions({"question": "q", "answer": "a"}))
+
+        yield Case(f"growth: {name}", prepare, file, field)
+
+
+def packed(place: Place, *, rows: int, width: int) -> Path:
+    """A parquet file whose column unpacks to rows × width bytes of zeros."""
+    import pyarrow
+    from pyarrow import parquet
+
+    cells = pyarrow.array(["0" * width] * rows)
+    table = pyarrow.table({"question": cells, "answer": ["a"] * rows})
+    parquet.write_table(table, place.folder / "q.parquet", compression="zstd", use_dictionary=False)
+    return place.folder / "q.parquet"
+
+
+def parquets() -> Iterator[Case]:
+    for name, rows, width in (("one cell", 1, 70_000_000), ("a column", 1000, 100_000)):
+
+        def prepare(place: Place, rows: int = rows, width: int = width) -> list[str | Path]:
+            return evaluate(place, packed(place, rows=rows, width=width))
+
+        yield Case(f"parquet: {name} that unpacks to a hundred megabytes", prepare, "q.parquet", "'question'")
+
+
+def repeated(place: Place, rows: int, *, nested: bool) -> Path:
+    """A parquet file of one text of 20 MB that a dictionary repeats in every row, as a column or inside a picture's."""
+    import pyarrow
+    from pyarrow import parquet
+
+    values = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * rows), pyarrow.array([b"0" * 20_000_000]))
+    column = pyarrow.StructArray.from_arrays([values], ["bytes"]) if nested else values
+    table = pyarrow.table({"image": column, "question": ["q"] * rows})
+    parquet.write_table(table, place.folder / "q.parquet", compression="zstd")
+    return place.folder / "q.parquet"
+
+
+def dictionaries() -> Iterator[Case]:
+    for nested in (False, True):
+
+        def prepare(place: Place, nested: bool = nested) -> list[str | Path]:
+            return evaluate(place, repeated(place, 1000, nested=nested))
+
+        field = "image.bytes" if nested else "'image' unpacks"
+        yield Case(
+            f"parquet: a dictionary that repeats {'pictures' if nested else 'a text'}", prepare, "q.parquet", field
+        )
 
 
 def specials() -> Iterator[Case]:
@@ -302,6 +388,14 @@ def grown() -> str:
     return text
 
 
+def doubled() -> str:
+    """Merge keys that each hold the one before twice."""
+    text = "a0: &a0 {x: 1}\n"
+    for n in range(1, 8):
+        text += f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}\n"
+    return text
+
+
 MODELS = "vlm: a\ndonor: b\ndonor_base: c\n"
 RECIPES: dict[str, tuple[str | bytes, str]] = {
     "runs a command": ("vlm: !!python/object/apply:os.system [touch ran]\n", "python/object"),
@@ -309,7 +403,7 @@ RECIPES: dict[str, tuple[str | bytes, str]] = {
     "includes": ("vlm: !include /etc/passwd\n", "!include"),
     "aliases": (f"{MODELS}method: {{name: {grown()}}}", "aliases"),
     "aliases in modules": (f"{MODELS}modules: {grown()}", "aliases"),
-    "alias of itself": (f"{MODELS}modules: &a [*a]\nmethod: linear", "modules"),
+    "alias of itself": (f"{MODELS}modules: &a [*a]\nmethod: linear", "nested too deeply"),
     "deep": ("vlm: " + "[" * 5_000 + "]" * 5_000, "nested"),
     "large": ("vlm: " + "a" * 1_000_001, "1,000,000 bytes"),
     "not YAML": ("vlm: [", "YAML"),
@@ -338,6 +432,20 @@ RECIPES: dict[str, tuple[str | bytes, str]] = {
     "enormous scale": (f"{MODELS}method: {{name: task_arithmetic, scale: {'9' * 400}}}", "method.scale"),
     "shards of nothing": (f"{MODELS}method: linear\noutput: {{shard_size: 0}}", "shard_size"),
     "shards of text": (f"{MODELS}method: linear\noutput: {{shard_size: lots}}", "shard_size"),
+    "layers is true": (f"{MODELS}method: linear\nlayers: true", "layers"),
+    "a layer is true": (f"{MODELS}method: linear\nlayers: [0, true]", "layers.1"),
+    "scale is true": (f"{MODELS}method: {{name: task_arithmetic, scale: true}}", "method.scale"),
+    "a key twice": (f"{MODELS}vlm: b\nmethod: linear", "vlm stands in lines"),
+    "an option twice": (
+        f"{MODELS}method: {{name: task_arithmetic, scale: 1, scale: 2}}",
+        "method.scale stands in lines",
+    ),
+    "merge keys": (f"{MODELS}method: {{<<: {{name: linear}}}}", "merge keys"),
+    "merge keys that double": (doubled(), "merge keys"),
+    "learning rate without end": (
+        f"{MODELS}method: {{name: frism, learning_rate: .inf, calibration: {{data: d}}}}",
+        "method.learning_rate",
+    ),
     "mergekit of one model": ("merge_method: linear\nmodels: [{model: a}]", "models"),
     "mergekit of texts": ("merge_method: linear\nmodels: [a, b]", "models"),
     "mergekit models as a number": ("merge_method: linear\nmodels: 3", "models"),
@@ -352,6 +460,12 @@ def recipes() -> Iterator[Case]:
             return merge(place, place.text(text))
 
         yield Case(f"recipe: {name}", prepare, "" if name == "long vlm" else "recipe.yaml", field)
+    for text in ("0-999999999", "0-99999999999999", "9" * 5000, "999999999-0"):
+
+        def selected(place: Place, text: str = text) -> list[str | Path]:
+            return merge(place, place.recipe(layers=text))
+
+        yield Case(f"recipe: layers {text[:20]}", selected, "", "layers: ")
     for name, override in {
         "tag": "method.scale=!!python/name:os.system",
         "deep": "method.scale=" + "[" * 1500,
@@ -378,7 +492,7 @@ QUESTIONS: dict[str, tuple[bytes | str | dict[str, Any], str]] = {
     "question is a number": ({"question": 3}, "question"),
     "image is a number": ({"question": "q", "image": 3}, "image"),
     "image is a mapping": ({"question": "q", "image": {"a": 1}}, "image"),
-    "choices are a text": ({"question": "q", "image": "good.png", "choices": "A"}, "good.png: missing"),
+    "choices are a text": ({"question": "q", "image": "good.png", "choices": "A"}, '"choices" must be a list'),
     "image is missing": ({"question": "q", "image": "gone.png"}, "gone.png"),
     "image is a folder": ({"question": "q", "image": "."}, "image"),
     "image is a device": ({"question": "q", "image": "/dev/zero"}, "/dev/zero"),
@@ -516,5 +630,5 @@ def traces() -> Iterator[Case]:
     yield Case("traces: FIFO", waiting, "q.jsonl", "no such file")
 
 
-GROUPS = (headers, indexes, configs, specials, folders, recipes, questions, traces)
+GROUPS = (headers, indexes, configs, growths, parquets, dictionaries, specials, folders, recipes, questions, traces)
 CASES = [case for group in GROUPS for case in group()]

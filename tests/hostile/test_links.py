@@ -10,7 +10,7 @@ from typing import Any
 
 from places import Place, merge
 
-from vlmgraft.card import side_files
+from vlmgraft.export.card import side_files
 
 
 def cached(folder: Path, source: Path) -> Path:

@@ -17,9 +17,9 @@ import yaml
 from safetensors.numpy import load_file, save, save_file
 
 import vlmgraft as vg
-from vlmgraft.records import write_rows
-from vlmgraft.studies.grids import sweep
-from vlmgraft.studies.questions import Asked
+from vlmgraft.analysis import EvalData
+from vlmgraft.analysis.recipe_sweep import sweep
+from vlmgraft.storage.jsonl import write_rows
 
 Spoil = Callable[[Path], None]
 GATES = ("gates", "{made}/recipe.yaml", "--factors", "{here}/factors", "--out", "{here}/out", "--quiet")
@@ -48,7 +48,7 @@ def made(trio: Path, image_calibration: Path, tmp_path_factory: pytest.TempPathF
     vg.decompose(home / "recipe.yaml", home / "factors")
     vg.gates(home / "recipe.yaml", home / "factors", home / "gates")
     vg.evaluate(places["vlm"], home / "asked.jsonl", home / "run", max_new_tokens=4, limit=3)
-    sweep({"plain": home / "plain.yaml"}, ["method.scale=1"], home / "sweep", Asked(samples=2))
+    sweep({"plain": home / "plain.yaml"}, ["method.scale=1"], home / "sweep", EvalData(samples=2))
     vg.merge(home / "plain.yaml", home / "merged")
     for file in (home / "merged").glob("*.safetensors"):
         file.unlink()

@@ -10,13 +10,13 @@ import pytest
 from vlmgraft import pipeline
 from vlmgraft.lab import world
 from vlmgraft.lab.compare import Comparison, Point, Sizes, above_curve
-from vlmgraft.lab.exam import Marks, draw_exam
+from vlmgraft.lab.exam import ExamResult, draw_exam
 
 
 def point(kl: float, solved: int, of: int = 100) -> Point:
     """A point that solves the first `solved` items."""
     right = {"sum": np.arange(of) < solved, **{task: np.ones(10, bool) for task in world.PERCEPTION}}
-    return Point("any", {"scale": kl}, Marks(right, ()), kl)
+    return Point("any", {"scale": kl}, ExamResult(right, ()), kl)
 
 
 CURVE = [point(0.1, 60), point(0.0, 20), point(0.2, 40)]
@@ -50,7 +50,7 @@ def comparison(trio: Path, tmp_path_factory: pytest.TempPathFactory) -> Comparis
     places = {"vlm": str(trio / "vlm"), "donor": str(trio / "donor"), "donor_base": str(trio / "base")}
     recipe = pipeline.read_recipe({**places, "method": method})
     store = pipeline.decompose(recipe, tmp_path_factory.mktemp("lab") / "factors")
-    sizes = Sizes(sums=120, perception=40, calibration=96, held_out=48, control=48, steps=60)
+    sizes = Sizes(sums=120, perception=40, calibration=96, held_out=48, steps=60)
     factors = {name: store[name] for name in store}
     made = Comparison(trio, pipeline.pair(recipe), factors, report=lambda _: None, sizes=sizes)
     made.test = draw_exam(7, "test", {"sum": 120, **dict.fromkeys(world.PERCEPTION, 40)})
@@ -94,13 +94,13 @@ def test_frism_raises_reasoning_and_keeps_perception(comparison: Comparison) -> 
 def test_a_choice_is_the_best_reasoner_that_sees_well_enough(
     comparison: Comparison, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def marks(reasoning: float, perception: float) -> Marks:
+    def marks(reasoning: float, perception: float) -> ExamResult:
         seen = {task: np.arange(100) < 100 * perception for task in world.PERCEPTION}
-        return Marks({"sum": np.arange(100) < 100 * reasoning, **seen}, ())
+        return ExamResult({"sum": np.arange(100) < 100 * reasoning, **seen}, ())
 
     table = {"blind": marks(0.9, 0.7), "good": marks(0.6, 0.97), "timid": marks(0.3, 0.98)}
     monkeypatch.setattr(comparison, "mark", lambda exam, weights: table[weights])
     candidates = [({"scale": float(index)}, lambda name=name: name) for index, name in enumerate(table)]
-    assert comparison.choose(candidates, sight=0.975).weights == "good"
-    assert comparison.choose(candidates[:1], sight=0.975).weights == "blind"
-    assert comparison.choose(candidates, sight=1.0).weights == "timid"
+    assert comparison.choose(candidates, vlm_perception=0.975).weights == "good"
+    assert comparison.choose(candidates[:1], vlm_perception=0.975).weights == "blind"
+    assert comparison.choose(candidates, vlm_perception=1.0).weights == "timid"

@@ -5,18 +5,15 @@ from __future__ import annotations
 import pytest
 
 from vlmgraft.errors import CheckpointError, OutputError
-from vlmgraft.lab import compare
-from vlmgraft.lab.demo import demo
-from vlmgraft.records import read_rows
+from vlmgraft.lab.compare import Sizes
+from vlmgraft.lab.demo import Settings, demo
+from vlmgraft.storage.jsonl import read_rows
 
 
 @pytest.mark.slow
-def test_demo_writes_a_table_a_picture_and_a_checkpoint_that_reasons(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "SCALES", (0.25, 1.0))
-    monkeypatch.setattr(compare, "DONOR_SHARES", (0.25,))
-    monkeypatch.setattr(compare, "ENERGY_GRID", ((1.0, 0.1),))
-    monkeypatch.setattr(compare, "DONOR_GRID", ((1.0, 3.0),))
-    demo(tmp_path / "demo", report=lambda line: None)
+def test_demo_writes_a_table_a_picture_and_a_checkpoint_that_reasons(tmp_path):
+    settings = Settings((0.25, 1.0), (0.25,), ((1.0, 0.1),), ((1.0, 3.0),), Sizes())
+    demo(tmp_path / "demo", settings=settings, report=lambda line: None)
     rows = {(row["method"], row["setting"]): row for row in read_rows(tmp_path / "demo" / "results.jsonl")}
     by_method = {method: row for (method, _), row in rows.items()}
     vlm, merged = by_method["VLM"], by_method["merged folder, reloaded"]
@@ -35,6 +32,6 @@ def test_demo_writes_a_table_a_picture_and_a_checkpoint_that_reasons(tmp_path, m
 def test_demo_refuses_an_existing_folder_and_a_folder_without_a_trio(tmp_path):
     with pytest.raises(OutputError, match="exists"):
         demo(tmp_path)
-    with pytest.raises(CheckpointError, match="lab train"):
+    with pytest.raises(CheckpointError, match="no vlm folder"):
         demo(tmp_path / "demo", trio=tmp_path)
     assert not (tmp_path / "demo").exists()

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from vlmgraft.errors import DataError
 from vlmgraft.evaluation.engine import Answer
-from vlmgraft.hf.data import Question
+from vlmgraft.hf.batches import Question
 from vlmgraft.lab import exam as exam_module
 from vlmgraft.lab import world
-from vlmgraft.lab.exam import Exam, draw_exam
+from vlmgraft.lab.exam import Exam, draw_exam, draw_rows
 
-COUNTS: dict[world.Task, int] = {"sum": 6, **dict.fromkeys(world.PERCEPTION, 4)}
+COUNTS: dict[str, int] = {"sum": 6, **dict.fromkeys(world.PERCEPTION, 4)}
 
 
 class Parrot:
@@ -75,3 +76,8 @@ def test_image_form_shows_the_scene_and_text_form_tells_it() -> None:
         assert not set(question.question.split()) & set(world.COLOURS)
     for item, question in zip(told.items, told.questions, strict=True):
         assert not question.images and question.question == item.text_question
+
+
+def test_more_questions_than_can_be_drawn_are_refused() -> None:
+    with pytest.raises(DataError, match="20,000 at most"):
+        draw_rows("", "test", 999_999_999)

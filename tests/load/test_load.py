@@ -25,7 +25,7 @@ from vlmgraft.checkpoint.handles import Handles
 from vlmgraft.checkpoint.index import open_checkpoint
 from vlmgraft.checkpoint.verify import verify
 from vlmgraft.errors import DataError
-from vlmgraft.hf.data import load_questions
+from vlmgraft.hf.batches import load_questions
 from vlmgraft.merging import merge_tensors, plan_merge
 from vlmgraft.methods import METHODS
 
@@ -134,9 +134,9 @@ def test_handles_in_use_stay_open(tmp_path: Path) -> None:
             with handles.of(file) as handle:
                 assert os.pread(handle, 9, 0).decode() == file.name
         assert os.pread(first, 9, 0) == b"0"
-        assert list(handles._opened) == [*files[:3], files[5]]
+        assert list(handles._files) == [*files[:3], files[5]]
     with handles.of(files[4]):
-        assert list(handles._opened) == [files[5], files[4]]
+        assert list(handles._files) == [files[5], files[4]]
     handles.close()
     with pytest.raises(OSError, match="Bad file"):
         os.pread(first, 9, 0)
@@ -201,10 +201,10 @@ def grown(run: Callable[[int], object], warm: int, times: int) -> dict[str, int]
 
 
 @pytest.mark.slow
-def test_a_hundred_merges_leave_nothing(trio: Path, tmp_path: Path) -> None:
+def test_two_hundred_merges_leave_nothing(trio: Path, tmp_path: Path) -> None:
     places = {"vlm": str(trio / "vlm"), "donor": str(trio / "donor"), "donor_base": str(trio / "base")}
     names = ("task_arithmetic", "linear")
-    made = grown(lambda n: vg.merge(places | {"method": {"name": names[n % 2]}}, tmp_path / str(n)), 10, 90)
+    made = grown(lambda n: vg.merge(places | {"method": {"name": names[n % 2]}}, tmp_path / str(n)), 10, 190)
     assert made["open"] == 0 and made["threads"] == 0
     assert made["bytes"] < 30e6, made
 
@@ -212,10 +212,10 @@ def test_a_hundred_merges_leave_nothing(trio: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_sweeps_leave_nothing(trio: Path, tmp_path: Path) -> None:
     """A dozen sweeps; `benchmarks/load.py` makes a hundred."""
-    from vlmgraft.studies import Asked
+    from vlmgraft.analysis import EvalData
 
     places = {"vlm": str(trio / "vlm"), "donor": str(trio / "donor"), "donor_base": str(trio / "base")}
-    recipe, asked = places | {"method": {"name": "task_arithmetic"}}, Asked(samples=4)
-    made = grown(lambda n: vg.sweep({"t": recipe}, ["method.scale=0.5"], tmp_path / str(n), asked), 3, 9)
+    recipe, asked = places | {"method": {"name": "task_arithmetic"}}, EvalData(samples=4)
+    made = grown(lambda n: vg.analysis.sweep({"t": recipe}, ["method.scale=0.5"], tmp_path / str(n), asked), 3, 9)
     assert made["open"] == 0 and made["threads"] == 0
     assert made["bytes"] < 40e6, made

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,11 @@ import torch
 from merge_builders import EXPERTS, SIDE, aligned, build, build_experts, bytes_in, facts_in, tensors_in
 from safetensors.torch import load_file, save_file
 
+from vlmgraft.alignment import align
 from vlmgraft.checkpoint.index import open_checkpoint
 from vlmgraft.errors import AlignmentError, CheckpointError, NumericalError, OutputError, VlmgraftError, WeightsError
-from vlmgraft.merging import engine, merge_tensors
+from vlmgraft.merging import engine, merge_tensors, plan_merge
+from vlmgraft.merging.merge import finished_receipt
 from vlmgraft.merging.plan import CHUNK
 from vlmgraft.methods.linear import Linear
 from vlmgraft.methods.task_arithmetic import TaskArithmetic
@@ -165,6 +169,34 @@ def test_refusals_leave_nothing(tmp_path: Path) -> None:
             assert raised.value.exit_code == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["donor", "donor_base", "vlm"]
     assert not (tmp_path / "donor" / "inside").exists()
+
+
+def test_a_method_without_its_base_is_refused(tmp_path: Path) -> None:
+    build(tmp_path)
+    alignment = align(*(open_checkpoint(tmp_path / key) for key in ("vlm", "donor")))
+    with pytest.raises(AlignmentError, match="donor_base: method task_arithmetic needs it"):
+        merge_tensors(alignment, TaskArithmetic(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_receipt_is_of_its_inputs_and_names_all_that_was_read(tmp_path: Path) -> None:
+    build(tmp_path)
+    alignment = aligned(tmp_path)
+    receipt = merge_tensors(alignment, TaskArithmetic(0.3), tmp_path / "out")
+    merged = {tensor.name for tensor in alignment.merged}
+    assert set(receipt.sources) == {"vlm", "donor", "donor_base"}
+    assert set(receipt.sources["donor"]) == set(receipt.sources["donor_base"]) == merged
+    assert merged <= set(receipt.sources["vlm"])
+    assert not any(row.clamped or row.nonfinite for row in receipt.tensors)
+    files = [tmp_path / key / "model.safetensors" for key in ("vlm", "donor", "donor_base")]
+    assert finished_receipt(tmp_path / "out", files) == receipt
+    os.utime(files[1], ns=(1, 1))
+    assert finished_receipt(tmp_path / "out", files) is None, "made from a file of another time"
+
+
+def test_a_shard_has_five_gigabytes_in_plan_and_merge() -> None:
+    defaults = [signature(function).parameters["shard_size"].default for function in (plan_merge, merge_tensors)]
+    assert defaults == [5 * 10**9] * 2
 
 
 def test_a_shard_that_is_missing_or_gets_shorter(tmp_path: Path) -> None:

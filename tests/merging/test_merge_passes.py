@@ -20,7 +20,7 @@ from torch import Tensor
 from vlmgraft.alignment import assemble
 from vlmgraft.errors import WeightsError
 from vlmgraft.merging import merge_tensors
-from vlmgraft.merging.passes import AHEAD, in_order
+from vlmgraft.merging.pieces import AHEAD, in_order
 from vlmgraft.merging.plan import CHUNK
 from vlmgraft.methods.base import Passes, TensorContext
 from vlmgraft.methods.task_arithmetic import TaskArithmetic

@@ -24,8 +24,10 @@ from vlmgraft.methods.task_arithmetic import TaskArithmetic
 
 
 def headers(layers: int, key: str) -> Checkpoint:
-    """A text model of `layers` layers that exists only as headers."""
+    """A text model of `layers` layers, for the VLM with a tower beside it, that exists only as headers."""
     shapes = {"model.embed_tokens.weight": (20, 8), "model.norm.weight": (8,)}
+    if key == "vlm":
+        shapes["visual.patch_embed.proj.weight"] = (8, 8)
     for layer in range(layers):
         inside = f"model.layers.{layer}."
         shapes.update({f"{inside}self_attn.{x}_proj.weight": (8, 8) for x in "qkvo"})
@@ -110,6 +112,13 @@ def test_a_method_with_passes_reads_the_merged_tensors_again() -> None:
     assert thrice.read == once.read + 3 * 3 * merged and thrice.written == once.written
 
 
+def test_a_method_with_factors_of_its_own_reads_the_vlm_and_these() -> None:
+    """U and Vh of full rank 8 and s, in float32, beside every merged matrix of 8 × 8 in bfloat16."""
+    alignment = align(*(headers(3, key) for key in ("vlm", "donor", "donor_base")))
+    plan = plan_merge(alignment, OwnUpdate())
+    assert plan.read == alignment.vlm.nbytes + len(alignment.merged) * 4 * (8 * 8 + 8 + 8 * 8)
+
+
 def test_refusals() -> None:
     alignment = align(headers(2, "vlm"), headers(2, "donor"))
     with pytest.raises(AlignmentError, match="donor_base: method task_arithmetic needs it"):
@@ -125,9 +134,16 @@ def test_planning_loads_no_torch() -> None:
 
 @dataclass(frozen=True)
 class WholeTensors(TaskArithmetic):
-    granularity: ClassVar = "tensor"
+    whole_tensors: ClassVar = True
 
 
 @dataclass(frozen=True)
 class ThreePasses(TaskArithmetic):
     passes: ClassVar[int] = 3
+
+
+@dataclass(frozen=True)
+class OwnUpdate(TaskArithmetic):
+    needs: ClassVar = frozenset()
+    whole_tensors: ClassVar = True
+    reads_sources: ClassVar = False

@@ -91,14 +91,14 @@ def models(seed: int = 0, shapes: Mapping[str, tuple[int, ...]] = SHAPES, *, low
 def run(method: Any, fake: Fake) -> dict[str, Tensor]:
     """Check, prepare, stream: {name: merged float32 tensor}."""
     check_numbers(method, fake.alignment)
-    method = method.prepare(fake) if hasattr(method, "prepare") else method
+    method = method.prepare(fake)
     merged = {name: torch.full(one.shape, torch.nan) for name, one in fake.models["vlm"].items()}
-    if method.granularity == "tensor":
+    if method.whole_tensors:
         for context, load in fake.tensors():
-            merged[context.name] = method.combine({key: load(key) for key in fake.models}, context)
+            merged[context.name] = method.apply({key: load(key) for key in fake.models}, context)
         return merged
     for context, pieces in fake.chunks():
-        piece = method.combine(pieces, context)
+        piece = method.apply(pieces, context)
         merged[context.name].view(-1)[context.start : context.start + len(piece)] = piece
     return merged
 

@@ -60,8 +60,8 @@ def test_matrix_methods_are_not_given_vectors() -> None:
 @pytest.mark.parametrize("value", [2.0, [0.5, 2.0], {"mlp": -1.0}, 0.0])
 def test_ranges(value: Any) -> None:
     with pytest.raises(RecipeError, match="above 0 and at most 1"):
-        check_range(TaskArithmetic(value), "scale", 0, 1, above=True)
-    check_range(TaskArithmetic([0.5, 1.0]), "scale", 0, 1, above=True)
+        check_range(TaskArithmetic(value), "scale", low=0, high=1, above=True)
+    check_range(TaskArithmetic([0.5, 1.0]), "scale", low=0, high=1, above=True)
 
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - {"frism", "curvature"}))
@@ -69,12 +69,12 @@ def test_tensors_may_lie_transposed_in_memory(name: str) -> None:
     """Sources that are put together from other layouts are views; every method treats them as what they are."""
     method: Any = METHODS[name](**{"frank": {"decay": 0.1}, "layer_swap": {"keep_layers": 1}}.get(name, {}))
     fake = Fake(models(), 10**6)
-    method = method.prepare(fake) if hasattr(method, "prepare") else method
+    method = method.prepare(fake)
     for tensor in ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.experts.down_proj"):
         whole = {key: model[tensor] for key, model in fake.models.items()}
         turned = {key: one.mT.contiguous().mT for key, one in whole.items()}
         context = fake.context(tensor)
-        torch.testing.assert_close(method.combine(turned, context), method.combine(whole, context))
+        torch.testing.assert_close(method.apply(turned, context), method.apply(whole, context))
         assert all(turned[key].equal(whole[key]) for key in whole)
 
 

@@ -15,9 +15,8 @@ from pydantic import TypeAdapter
 
 from vlmgraft.errors import RecipeError
 from vlmgraft.methods import METHODS
-from vlmgraft.methods.dare import BLOCK, drop, keep_mask
-from vlmgraft.methods.dare_linear import DareLinear
-from vlmgraft.methods.dare_ties import DareTies
+from vlmgraft.methods.dare import DareLinear, DareTies, drop, keep_mask
+from vlmgraft.methods.draws import BLOCK
 from vlmgraft.methods.ties import Ties
 
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -85,7 +84,7 @@ def test_what_is_left_is_merged_as_peft_does(rescale: bool, chunk: int) -> None:
 @pytest.mark.parametrize("combine", ["mean", "weighted_mean", "sum"])
 def test_nothing_dropped_is_ties_with_nothing_trimmed(election: Any, combine: Any) -> None:
     fake = Fake(models())
-    expected = run(Ties(1.0, (0.5, 2.0), 0.7, "global", election, combine), fake)
+    expected = run(Ties(1.0, (0.5, 2.0), 0.7, "global", election=election, combine=combine), fake)
     found = run(DareTies(1.0, (0.5, 2.0), 0.7, election=election, combine=combine), fake)
     assert all(found[name].equal(expected[name]) for name in fake.names)
 

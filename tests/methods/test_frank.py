@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fake_merge import SHAPES, Fake, models, run
@@ -68,8 +69,8 @@ def test_a_layer_that_is_all_vision_stays_the_vlm() -> None:
 
 def test_the_weights_can_be_printed() -> None:
     method = Frank(decay=0.5).prepare(Fake(models()))
-    assert [one.layer for one in method.layers] == [0, 1, 2]
-    assert all(one.vlm + one.donor == pytest.approx(1) for one in method.layers)
+    assert [weights.layer for weights in method.layers] == [0, 1, 2]
+    assert all(weights.vlm + weights.donor == pytest.approx(1) for weights in method.layers)
     assert len(method.notes()) == 3 and method.notes()[0].startswith("frank, layer 0: λ_V 1.0000, λ_R 0.0000")
 
 
@@ -82,20 +83,26 @@ def test_a_model_that_did_not_move_takes_the_others_side() -> None:
 
 @settings(max_examples=15, deadline=None)
 @given(st.floats(-1, 2), st.floats(0.05, 1), st.integers(3, 40))
-def test_an_exponential_is_found_again(decay: float, height: float, layers: int) -> None:
+def test_an_exponential_is_found_again_by_the_fit(decay: float, height: float, layers: int) -> None:
     first = 0 if decay >= 0 else layers - 1
     shares = [height * math.exp(-decay * (layer - first)) for layer in range(layers)]
     assert fit_decay(shares) == pytest.approx(decay, abs=1e-5)
 
 
-def test_the_fit_has_the_least_squares() -> None:
-    def error(decay: float) -> float:
-        e = torch.exp(-decay * torch.arange(3, dtype=torch.float64))
-        a = torch.tensor(ATTENTION, dtype=torch.float64)
-        return float((a - (a @ e) / (e @ e) * e).square().sum())
+def test_equation_16_by_hand() -> None:
+    """Shares e⁰, e⁻¹, e⁻¹, e⁻⁴ of layers 0 to 3: slope Σ(l − 1.5)(log a + 1.5)/Σ(l − 1.5)² = −6/5."""
+    shares = [1.0, math.exp(-1), math.exp(-1), math.exp(-4)]
+    assert fit_decay(shares) == pytest.approx(1.2, abs=1e-12)
+    layers = [math.exp(-1.2 * layer) for layer in range(4)]
+    assert Frank("literal", visual_attention=shares).visual_prior(4) == pytest.approx([w / sum(layers) for w in layers])
 
-    best = fit_decay(ATTENTION)
-    assert all(error(best) <= error(best + shift) for shift in (-0.3, -1e-3, 1e-3, 0.3))
+
+def test_late_layers_count_as_early_ones_do() -> None:
+    """Shares that fall late, where a fit to the shares themselves would hardly fall; the reference is numpy."""
+    shares = [0.9, 0.9, 0.85, 0.8, 0.7, 0.5, 0.2, 0.05]
+    slope = np.polyfit(np.arange(8), np.log(shares), 1)[0]
+    assert Frank(visual_attention=shares).visual_prior(8)[1] == pytest.approx(math.exp(slope))
+    assert fit_decay(shares) == pytest.approx(-slope)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +112,7 @@ def test_the_fit_has_the_least_squares() -> None:
         ({"visual_attention": [0.5, 0.4, 0.3], "decay": 0.1}, "remove one"),
         ({"visual_attention": [0.5, 1.4]}, "shares from 0 to 1"),
         ({"visual_attention": [0.5]}, "two or more"),
+        ({"visual_attention": [0.5, 0.0]}, "layer 1 has share 0, which has no logarithm"),
         ({"decay": float("nan")}, "decay"),
     ],
 )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +16,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from vlmgraft.errors import CheckpointError, RecipeError
 from vlmgraft.methods.base import TensorContext
-from vlmgraft.methods.frism import Frism, GatedFold, fold
+from vlmgraft.methods.curvature import Curvature
+from vlmgraft.methods.frism import BudgetGuarantee, Calibration, Frism, GatedFold, fold
+from vlmgraft.spectral.factor_store import FactorStore
 from vlmgraft.spectral.factors import Factors, factorize
 from vlmgraft.spectral.gates import Gates, constant_gates
 
@@ -44,10 +49,10 @@ def test_a_merge_runs_it_on_whole_matrices() -> None:
     weight, tau, factors = example(6, 4, 0)
     context, sources = TensorContext(NAME, (6, 4), layers=1, layer=0), {"vlm": weight}
     open_ = Frism(scale=0.5).bind({NAME: factors}, constant_gates({NAME: 4}, math.inf, 0.5))
-    assert open_.granularity == "tensor" and open_.needs == frozenset()
-    assert torch.allclose(open_.combine(sources, context), weight + 0.5 * tau, atol=1e-5)
+    assert open_.whole_tensors and open_.needs == frozenset()
+    assert torch.allclose(open_.apply(sources, context), weight + 0.5 * tau, atol=1e-5)
     closed = Frism().bind({NAME: factors}, constant_gates({NAME: 4}, -math.inf, 0.5))
-    assert closed.combine(sources, context) is weight
+    assert closed.apply(sources, context) is weight
 
 
 def test_bfloat16_weights_stay_bit_identical_behind_closed_gates() -> None:
@@ -68,7 +73,7 @@ def test_the_fold_is_the_sum_over_directions(rows: int, columns: int, seed: int)
     assert torch.allclose(merged.double(), expected, atol=1e-5)
 
 
-def test_parts_that_do_not_belong_together_are_named() -> None:
+def test_parts_that_do_not_belong_together_are_named(tmp_path: Path) -> None:
     weight, _, factors = example(6, 4, 0)
     with pytest.raises(CheckpointError, match="no factors"):
         GatedFold({}, constant_gates({NAME: 4}, 0, 1))
@@ -80,11 +85,14 @@ def test_parts_that_do_not_belong_together_are_named() -> None:
     with pytest.raises(CheckpointError, match="3 gates for 4 directions"):
         GatedFold({NAME: factors}, constant_gates({NAME: 3}, 0, 1)).matrix(NAME, weight)
 
-    class Store(dict[str, Factors]):
-        digest = "abc"
-
-    with pytest.raises(CheckpointError, match=r"learned on factors xyz, not on these \(abc\)"):
-        GatedFold(Store({NAME: factors}), Gates({NAME: torch.zeros(4)}, 1.0, factors="xyz"))
+    store = FactorStore(tmp_path)
+    store.save(replace(factors, name=NAME), "of the inputs")
+    store.finish([NAME], {})
+    with pytest.raises(CheckpointError, match=f"made for factors xyz, these are {store.digest}"):
+        GatedFold(store, Gates({NAME: torch.zeros(4)}, 1.0, factors="xyz"))
+    assert GatedFold(store, Gates({NAME: torch.zeros(4)}, 1.0)).task_vector_norm(NAME) == pytest.approx(
+        float((factors.U * factors.s @ factors.Vh).norm()), rel=1e-5
+    )
 
 
 def test_the_recipe_validates_strictly() -> None:
@@ -102,7 +110,13 @@ def test_the_recipe_validates_strictly() -> None:
         ({"inject_weight": 1.0, "kl_budget": 0.1}, "exclude each other"),
         ({"kl_budget": 0.0}, "kl_budget"),
         ({"inject": "donor"}, "method.questions"),
+        ({"kl_budget": 0.1, "calibration": Calibration("c.jsonl", held_out=0)}, "set method.calibration.held_out"),
+        ({"start": "curvature"}, "method.start"),
+        ({"budget_guarantee": BudgetGuarantee()}, "budget_guarantee"),
         ({"steps": -1}, "steps"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"batches_per_step": 0}, "batches_per_step"),
+        ({"donor_tokens": 0}, "donor_tokens"),
         ({"rank": 0}, "rank"),
         ({"rank": {"energy": 2.0}}, "rank"),
     ],
@@ -112,8 +126,33 @@ def test_options_that_contradict_each_other_are_refused(options: dict[str, Any],
         Frism(**options)
 
 
+def test_the_least_that_an_option_may_be_is_taken() -> None:
+    least = Frism(steps=0, batches_per_step=1, donor_tokens=1, calibration=Calibration("c.jsonl", held_out=0))
+    assert Frism().rank == Curvature().rank == 128, "docs/measured.md says why"
+    assert least.donor_length == 1 and Frism().donor_length == Calibration("c.jsonl").max_new_tokens == 64
+    assert Calibration("c.jsonl", 1, 0, 1, 1, 1, 1, 1).samples == BudgetGuarantee(prompts=1).prompts == 1
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(
+            partial(BudgetGuarantee, **{name: value})
+            for name, value in (("level", 0.0), ("level", 1.0), ("prompts", 0))
+        ),
+        *(partial(BudgetGuarantee, cap=cap) for cap in (0.0, math.inf)),
+        *(partial(Calibration, "c.jsonl", **{name: 0}) for name in ("samples", "max_new_tokens", "batch_tokens")),
+        partial(Calibration, "c.jsonl", held_out=-1),
+    ],
+)
+def test_less_is_refused(make: Any) -> None:
+    with pytest.raises(RecipeError, match=rf"\.{next(iter(make.keywords))}: .* must"):
+        make()
+
+
 def test_a_fold_is_named_by_what_it_holds_not_by_where_it_lies() -> None:
     def fold_of(logit: float) -> GatedFold:
         return GatedFold({"w": factorize(torch.eye(3), "w", "w")}, constant_gates({"w": 3}, logit, scale=1.0))
 
     assert repr(fold_of(0.5)) == repr(fold_of(0.5)) != repr(fold_of(0.6))
+    assert "cpu" not in repr(fold_of(0.5)) and repr(replace(fold_of(0.5), device="cuda")).endswith(", cuda)")

@@ -24,7 +24,7 @@ def test_scale_zero_gives_back_the_very_object() -> None:
     fake = Fake(models())
     name = fake.names[0]
     pieces = {key: model[name] for key, model in fake.models.items()}
-    assert TaskArithmetic(0.0).combine(pieces, fake.context(name)) is pieces["vlm"]
+    assert TaskArithmetic(0.0).apply(pieces, fake.context(name)) is pieces["vlm"]
 
 
 def test_scales_over_depth_and_by_group() -> None:

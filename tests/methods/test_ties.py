@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from fake_merge import Fake, models, run
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from peft.utils import merge_utils
 from pydantic import TypeAdapter
 from torch import Tensor
 
 from vlmgraft.errors import RecipeError
-from vlmgraft.methods.base import TensorContext
-from vlmgraft.methods.ties import Ties, merge_signs
-from vlmgraft.methods.trim import find_thresholds, rank_of
+from vlmgraft.methods.ties import Ties
 
 Tensors = dict[str, Tensor]
 
@@ -42,12 +36,16 @@ def naive(fake: Fake, recipe: Ties, density: dict[str, float]) -> Tensors:
     for name, base in fake.models["vlm_base"].items():
         entries = []
         for pair in zip(*(one[name].flatten().tolist() for one in trimmed), strict=True):
-            vote = (
-                sum(w * x for w, x in zip(recipe.weights, pair, strict=True))
-                if recipe.election == "weighted"
-                else sum(pair)
-            )
-            agreeing = [(w, x) for w, x in zip(recipe.weights, pair, strict=True) if x * vote > 0]
+            vote = {
+                "weighted": sum(w * x for w, x in zip(recipe.weights, pair, strict=True)),
+                "frequency": sum(x > 0 for x in pair) - sum(x < 0 for x in pair),
+                "unweighted": sum(pair),
+            }[recipe.election]
+            voted = [w * x if recipe.election == "weighted" else x for w, x in zip(recipe.weights, pair, strict=True)]
+            agreeing = [(w, x) for w, x, y in zip(recipe.weights, pair, voted, strict=True) if y * vote > 0]
+            if recipe.combine == "max":
+                entries.append(max((w * x for w, x in agreeing), key=abs, default=0.0))
+                continue
             total = sum(w * x for w, x in agreeing)
             count = {"sum": 1.0, "mean": float(len(agreeing)), "weighted_mean": float(sum(w for w, _ in agreeing))}
             entries.append(total / (count[recipe.combine] or 1.0))
@@ -56,15 +54,34 @@ def naive(fake: Fake, recipe: Ties, density: dict[str, float]) -> Tensors:
 
 
 @pytest.mark.parametrize("trim", ["global", "tensor"])
-@pytest.mark.parametrize("election", ["unweighted", "weighted"])
-@pytest.mark.parametrize("combine", ["mean", "weighted_mean", "sum"])
+@pytest.mark.parametrize("election", ["unweighted", "weighted", "frequency"])
+@pytest.mark.parametrize("combine", ["mean", "weighted_mean", "sum", "max"])
 def test_it_is_the_formula(trim: Any, election: Any, combine: Any) -> None:
-    for density, weights, chunk in ((0.2, (1.6, 0.2), 16), (0.5, (1.0, 1.0), 1), (1.0, (0.5, 2.0), 10**6)):
-        recipe = Ties(density, weights, 0.7, trim, election, combine)
+    for density, weights, chunk in (
+        (0.2, (1.6, 0.2), 16),
+        (0.5, (1.0, 1.0), 1),
+        (1.0, (0.5, 2.0), 10**6),
+        (0.5, (1.0, -0.5), 16),
+    ):
+        recipe = Ties(density, weights, 0.7, trim, election=election, combine=combine)
         fake = Fake(models(), chunk)
         expected = naive(fake, recipe, dict.fromkeys(fake.names, density))
         for name, merged in run(recipe, fake).items():
             torch.testing.assert_close(merged, expected[name], atol=1e-6, rtol=1e-5, msg=f"{name} at density {density}")
+
+
+def test_the_donors_density_may_be_another() -> None:
+    """Each task vector is trimmed to its share; the signs and the mean are those of what is left."""
+    for trim in ("global", "tensor"):
+        fake, recipe = Fake(models()), Ties(0.2, trim=trim, donor_density=0.6)  # type: ignore[arg-type]
+        vlm, donor = (naive_trim(fake.tau(k), share, trim == "global") for k, share in (("vlm", 0.2), ("donor", 0.6)))
+        for name, merged in run(recipe, fake).items():
+            pairs = zip(vlm[name].flatten().tolist(), donor[name].flatten().tolist(), strict=True)
+            agreeing = [[x for x in pair if x * sum(pair) > 0] for pair in pairs]
+            mean = torch.tensor([sum(xs) / max(1, len(xs)) for xs in agreeing]).reshape(merged.shape)
+            torch.testing.assert_close(merged, fake.models["vlm_base"][name] + mean, atol=1e-6, rtol=1e-5)
+    with pytest.raises(RecipeError, match="donor_density"):
+        Ties(0.2, donor_density={"mlp": 0.5})
 
 
 def test_a_density_over_depth_when_every_tensor_has_its_threshold() -> None:
@@ -88,53 +105,6 @@ def test_per_tensor_it_is_pefts(density: float) -> None:
     torch.testing.assert_close(merged, fake.models["vlm_base"][name] + expected)
 
 
-magnitudes = st.lists(
-    st.floats(-1e3, 1e3, width=32) | st.sampled_from([0.0, 0.5, -0.5, 1e-40, 2.0**-20]), min_size=1, max_size=60
-)
-
-
-@settings(max_examples=150, deadline=None)
-@given(magnitudes, st.floats(0.01, 1), st.sampled_from([1, 7, 64]))
-def test_the_threshold_is_a_sorts(values: list[float], density: float, chunk: int) -> None:
-    """Zeros, equal magnitudes, both signs and denormals included; the k-th largest is found exactly."""
-    tau = torch.tensor(values)
-    expected = tau.abs().sort(descending=True).values[rank_of(density, len(values)) - 1]
-    assert threshold_of(tau, density, chunk) == float(expected)
-
-
-@pytest.mark.parametrize("shift", [-3.0, 0.0, 3.0])
-def test_a_sample_that_misleads_costs_passes_and_no_exactness(shift: float) -> None:
-    """What is sampled (the first of every 64) is smaller or larger than the rest."""
-    tau = torch.randn(1 << 16, generator=torch.Generator().manual_seed(0))
-    tau[::64] *= 10**shift
-    for density in (0.001, 0.2, 0.9):
-        expected = tau.abs().sort(descending=True).values[rank_of(density, len(tau)) - 1]
-        seen: list[int] = []
-        assert threshold_of(tau, density, 64, seen) == float(expected)
-        assert seen[0] == 64 and 2 <= len(seen) <= 4
-
-
-def test_one_pass_after_the_sample_is_enough_for_weights() -> None:
-    tau = 1e-3 * torch.randn(1 << 25, generator=torch.Generator().manual_seed(0))
-    seen: list[int] = []
-    threshold_of(tau, 0.2, 1 << 18, seen)
-    assert seen == [64, 1]
-
-
-def threshold_of(tau: torch.Tensor, density: float, chunk: int, seen: list[int] | None = None) -> float:
-    """Through passes over chunks of one tensor; `seen` collects the passes' samples."""
-
-    def chunks(function: Any, *, sample: int = 1) -> Iterator[tuple[TensorContext, Any]]:
-        if seen is not None:
-            seen.append(sample)
-        context = TensorContext("w", tuple(tau.shape), 1)
-        for part in tau.split(chunk):
-            yield context, function({"tau": part[: -(-len(part) // sample)].clone()}, context)
-
-    passes: Any = SimpleNamespace(map=chunks)
-    return find_thresholds(passes, dict, lambda _: "", lambda _: density)[""]["tau"]
-
-
 def test_the_threshold_does_not_depend_on_chunks() -> None:
     for trim in ("global", "tensor"):
         found = [Ties(0.3, trim=trim).prepare(Fake(models(), chunk)).thresholds for chunk in (1, 7, 10**6)]
@@ -150,12 +120,6 @@ def test_equal_magnitudes_at_the_threshold_are_kept_together() -> None:
     assert merged["model.layers.0.mlp.up_proj.weight"].tolist() == [3, 1, -1, 1, 0, 0]
 
 
-def test_opposite_entries_of_one_size_elect_nothing() -> None:
-    own, donor = torch.tensor([1.0, 1.0, 0.0]), torch.tensor([-1.0, -0.5, 0.0])
-    assert merge_signs(own.clone(), donor.clone(), (1.0, 1.0), "unweighted", "mean").tolist() == [0, 1, 0]
-    assert merge_signs(own, donor, (1.0, 3.0), "weighted", "sum").tolist() == [-3, -1.5, 0]
-
-
 def test_identities() -> None:
     """Without the donor's task vector, untrimmed, TIES is the VLM; at scale zero it is the VLM's base."""
     found = models()
@@ -169,7 +133,7 @@ def test_identities() -> None:
 def test_inputs_are_not_changed() -> None:
     fake = Fake(models(), 10**6)
     pieces = {key: model[fake.names[0]].clone() for key, model in fake.models.items()}
-    Ties().prepare(fake).combine(pieces, fake.context(fake.names[0]))
+    Ties().prepare(fake).apply(pieces, fake.context(fake.names[0]))
     assert all(piece.equal(fake.models[key][fake.names[0]]) for key, piece in pieces.items())
 
 

@@ -10,8 +10,13 @@ from typing import Any
 
 import nbformat
 import pytest
+import yaml
+from typer.main import get_command
 
-TOOLS = Path(__file__).parents[2] / "docs" / "tools"
+from vlmgraft.cli import app
+
+ROOT = Path(__file__).parents[2]
+TOOLS = ROOT / "docs" / "tools"
 
 
 def tool(name: str) -> ModuleType:
@@ -37,8 +42,8 @@ def kinds(notebook: Any) -> list[Counter[str]]:
     ]
 
 
-def test_there_are_three() -> None:
-    assert [path.stem[0] for path in NOTEBOOKS] == ["1", "2", "3"]
+def test_there_are_four() -> None:
+    assert [path.stem[0] for path in NOTEBOOKS] == ["1", "2", "3", "4"]
 
 
 @each
@@ -47,9 +52,10 @@ def test_the_stored_outputs_are_those_of_the_cells_as_they_are(path: Path) -> No
     notebook = nbformat.read(path, 4)
     nbformat.validate(notebook)
     assert notebook.metadata["vlmgraft"]["cells"] == RUN.sources_digest(notebook)
-    counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
-    assert counts == list(range(1, len(counts) + 1))
-    assert sum(kinds(notebook), Counter()).keys() == {"stdout", "image/png", "text/markdown"}
+    run = [cell for cell in notebook.cells if cell.cell_type == "code" and not RUN.skipped(cell)]
+    assert [cell.execution_count for cell in run] == list(range(1, len(run) + 1))
+    colab = path.stem == "4-colab"
+    assert sum(kinds(notebook), Counter()).keys() == {"stdout", *(() if colab else ("image/png", "text/markdown"))}
 
 
 @each
@@ -65,8 +71,23 @@ def test_a_notebook_becomes_a_page(path: Path) -> None:
     markdown, pictures = tool("notebooks").converted(path)
     notebook = nbformat.read(path, 4)
     assert markdown.startswith("# ") and markdown.count("```python") == len(kinds(notebook))
-    assert len(pictures) == sum(kinds(notebook), Counter())["image/png"] > 0
+    assert len(pictures) == sum(kinds(notebook), Counter())["image/png"]
     assert all(content.startswith(b"\x89PNG") and f"({name})" in markdown for name, content in pictures.items())
+
+
+def test_what_runs_on_colab_only_says_so_and_has_the_words_of_the_pages() -> None:
+    """Of the cells that no test runs, the commands are parsed: every option exists; the donors are a recipe's."""
+    notebook = nbformat.read(TOOLS.parent / "notebooks" / "4-colab.ipynb", 4)
+    elsewhere = [number for number, cell in enumerate(notebook.cells) if RUN.skipped(cell)]
+    assert len(elsewhere) == 3
+    assert all("on colab only" in " ".join(notebook.cells[number - 1].source.lower().split()) for number in elsewhere)
+    text = "\n".join(notebook.cells[number].source for number in elsewhere).replace("\\\n", " ")
+    lines = [line.partition("|")[0].split() for line in text.splitlines() if line.startswith("vlmgraft ")]
+    assert len(lines) == 5
+    for _, name, *words in lines:
+        get_command(app).commands[name].make_context(name, words)  # type: ignore[attr-defined]
+    ready = yaml.safe_load((ROOT / "recipes" / "frism-qwen2.5-vl-3b-smallthinker.yaml").read_text())
+    assert all(ready[key] in text for key in ("vlm", "donor", "donor_base"))
 
 
 @pytest.mark.slow

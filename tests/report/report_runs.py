@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import save_file
 
-from vlmgraft.records import write_json, write_rows
+from vlmgraft.storage.jsonl import write_json, write_rows
 
 
 def estimate(mean: float) -> dict[str, float]:
@@ -76,8 +76,7 @@ def write_runs(folder: Path) -> Path:
     write_rows(folder / "ranks" / "ranks.jsonl", ranks())
     write_rows(folder / "inspect" / "distances.jsonl", distances())
     _spectra(folder / "inspect")
-    reason = "the donor moved far from its base"
-    found: dict[str, Any] = {"verdict": {"level": "risky", "reason": reason}, "base": "from base ‖τ‖ is 0.1 of ‖W‖"}
+    found: dict[str, Any] = {"extent": {"median_ratio": 0.09}, "base": "from base ‖τ‖ is 0.1 of ‖W‖"}
     write_json(folder / "inspect" / "inspection.json", {**found, "bases": [], "differences": []})
     _gates(folder / "work")
     tensor = {"name": "model.layers.0.mlp.up_proj.weight", "verdict": "merged", "reason": "mlp", "added": 0.5}

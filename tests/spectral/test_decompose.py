@@ -12,25 +12,13 @@ from safetensors.torch import load_file, save_file
 from vlmgraft.alignment import Alignment, align
 from vlmgraft.checkpoint.index import open_checkpoint
 from vlmgraft.errors import AlignmentError, NumericalError, OutputError
-from vlmgraft.lab.models import build_text_model, build_vlm, save
-from vlmgraft.spectral.decompose import decompose, matrix_cost, share
-from vlmgraft.spectral.delta import TaskVectors, task_vector
+from vlmgraft.spectral import decompose as decomposing
+from vlmgraft.spectral import task_vector as module
+from vlmgraft.spectral.decompose import decompose, share
+from vlmgraft.spectral.svd import matrix_cost
+from vlmgraft.spectral.task_vector import TaskVectors, task_vector
 
 LAYERS = [1]
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """vlm, base, and a donor near the base, as transformers saves them."""
-    root = tmp_path_factory.mktemp("trio")
-    save(build_vlm(0), root / "vlm")
-    base = build_text_model(0)
-    save(base, root / "base")
-    with torch.no_grad():
-        for parameter in base.parameters():
-            parameter += 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-    save(base, root / "donor")
-    return root
 
 
 def aligned(root: Path, donor: str = "donor", layers: list[int] = LAYERS) -> Alignment:
@@ -40,13 +28,6 @@ def aligned(root: Path, donor: str = "donor", layers: list[int] = LAYERS) -> Ali
 
 def watch(calls: list[str]) -> object:
     return lambda done, total, what: calls.append(what) if done < total else None
-
-
-def test_tau_is_donor_minus_base(folders: Path) -> None:
-    name = "model.layers.1.mlp.up_proj.weight"
-    tau = task_vector(aligned(folders), name)
-    donor, base = (load_file(folders / side / "model.safetensors")[name] for side in ("donor", "base"))
-    assert tau.dtype == torch.float32 and tau.equal(donor.float() - base.float())
 
 
 def test_the_store_holds_every_matrix_and_a_second_run_does_nothing(folders: Path, tmp_path: Path) -> None:
@@ -61,6 +42,47 @@ def test_the_store_holds_every_matrix_and_a_second_run_does_nothing(folders: Pat
     decompose(alignment, store.folder, progress=watch(again))  # type: ignore[arg-type]
     assert again == [] and stamps.keys() == set(store.folder.iterdir())
     assert all(path.stat().st_mtime_ns == stamps[path] for path in stamps)
+
+
+def test_a_gpu_is_read_for_and_written_from_beside_the_work(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device that is not called cpu, and moves nothing, the bytes are the same; several τ are read ahead."""
+    alignment = aligned(folders)
+    plain = decompose(alignment, tmp_path / "plain")
+    events: list[str] = []
+    load, factorized = TaskVectors.load, decomposing.factorize
+    monkeypatch.setattr(TaskVectors, "load", lambda taus, name: events.append("read") or load(taus, name))
+    monkeypatch.setattr(decomposing, "factorize", lambda *given: events.append("svd") or factorized(*given))
+    ordinary = torch.Tensor.to
+    monkeypatch.setattr(
+        torch.Tensor,
+        "to",
+        lambda tensor, *args, **options: tensor if args == ("mps",) else ordinary(tensor, *args, **options),
+    )
+    beside = decompose(alignment, tmp_path / "beside", device="mps")
+    monkeypatch.undo()
+    assert beside.digest == plain.digest and events.count("svd") == events.count("read") == len(plain) == 7
+    assert events.index("svd") > 1, "the next one was asked for before the first was decomposed"
+    for name in plain.names:
+        files = (tmp_path / folder / f"{name}.safetensors" for folder in ("plain", "beside"))
+        assert len({file.read_bytes() for file in files}) == 1
+
+
+def test_a_finished_store_of_the_same_files_is_believed_and_of_others_read(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "trio"
+    shutil.copytree(folders, root)
+    monkeypatch.setattr(module, "SETTLED", -1.0)
+    digest, read = TaskVectors.digest, []  # type: ignore[var-annotated]
+    decompose(aligned(root), tmp_path / "factors")
+    monkeypatch.setattr(TaskVectors, "digest", lambda taus, name: read.append(name) or digest(taus, name))
+    decompose(aligned(root), tmp_path / "factors")
+    assert read == [], "the files have not changed"
+    (root / "donor" / "model.safetensors").touch()
+    decompose(aligned(root), tmp_path / "factors")
+    assert len(read) == 7, "other times: their content is compared"
 
 
 def test_an_interruption_costs_one_matrix(folders: Path, tmp_path: Path) -> None:

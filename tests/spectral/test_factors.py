@@ -1,73 +1,17 @@
-"""The store of factors: what is written is read back, and what is damaged or missing is named."""
+"""Factors of one matrix and of several donors side by side, against the matrices themselves."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 import torch
 
 from vlmgraft.errors import CheckpointError
-from vlmgraft.spectral.factors import Factors, FactorStore, factorize, join_donors
+from vlmgraft.spectral.factors import Factors, factorize, join_donors
 
 
 def example(name: str = "model.layers.0.mlp.up_proj.weight", seed: int = 0) -> Factors:
     tau = torch.randn(7, 5, generator=torch.Generator().manual_seed(seed))
     return factorize(tau, name, name.removeprefix("model."))
-
-
-def test_a_matrix_survives_the_store_bit_for_bit(tmp_path: Path) -> None:
-    factors, store = example(), FactorStore(tmp_path / "factors")
-    store.save(factors, "d1")
-    found = store.load(factors.name)
-    assert found.U.equal(factors.U) and found.s.equal(factors.s) and found.Vh.equal(factors.Vh)
-    assert (found.name, found.role, found.energy, found.error) == (
-        factors.name,
-        factors.role,
-        factors.energy,
-        factors.error,
-    )
-    assert [path.name for path in store.folder.iterdir()] == [f"{factors.name}.safetensors"], "no temporary file stays"
-
-
-def test_the_training_copy_is_bfloat16_and_the_fold_reads_float32(tmp_path: Path) -> None:
-    factors = example()
-    FactorStore(tmp_path).save(factors, "d1", train_copy=True)
-    low, full = FactorStore(tmp_path, training=True).load(factors.name), FactorStore(tmp_path).load(factors.name)
-    assert low.U.dtype == low.Vh.dtype == torch.bfloat16 and low.s.dtype == torch.float32
-    assert full.U.equal(factors.U) and low.U.equal(factors.U.bfloat16())
-
-
-def test_the_manifest_makes_a_mapping_and_its_digest_follows_the_inputs(tmp_path: Path) -> None:
-    store, names = FactorStore(tmp_path), ["model.layers.1.a.weight", "model.layers.0.a.weight"]
-    with pytest.raises(CheckpointError, match="not a complete store"):
-        len(store)
-    for number, name in enumerate(names):
-        store.save(example(name, number), f"digest{number}")
-    store.finish(names, {"rank": "full"})
-    assert list(store) == names and len(store) == 2 and names[0] in store and "other" not in store
-    assert store[names[1]].s.equal(example(names[1], 1).s)
-    before = store.digest
-    store.save(example(names[0], 5), "digest5")
-    store.finish(names, {"rank": "full"})
-    assert store.digest != before
-    store.reopen()
-    with pytest.raises(CheckpointError, match="not a complete store"):
-        len(store)
-
-
-def test_damaged_and_missing_files_are_named(tmp_path: Path) -> None:
-    store, factors = FactorStore(tmp_path), example()
-    store.save(factors, "d")
-    path = tmp_path / f"{factors.name}.safetensors"
-    path.write_bytes(path.read_bytes()[:100])
-    assert store.header(factors.name) is None
-    with pytest.raises(CheckpointError, match=factors.name):
-        store.load(factors.name)
-    with pytest.raises(CheckpointError, match="other is missing"):
-        store.finish(["other"], {})
-    with pytest.raises(KeyError):
-        store["other"]
 
 
 def test_joined_donors_add_up_and_keep_a_gate_each() -> None:
@@ -79,3 +23,22 @@ def test_joined_donors_add_up_and_keep_a_gate_each() -> None:
     assert joined["b"].s.equal(example("b", 3).s) and joined["a"].energy == first.energy + second.energy
     with pytest.raises(CheckpointError, match="a: the donors' factors have shapes"):
         join_donors([{"a": first}, {"a": factorize(torch.ones(2, 2), "a", "a")}])
+
+
+def test_factors_multiply_to_the_matrix_and_to_other_spectra() -> None:
+    tau = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
+    factors = factorize(tau, "a.weight", "weight")
+    assert factors.shape == (7, 5) and factors.energy == pytest.approx(float(tau.square().sum()), rel=1e-6)
+    assert torch.allclose(factors.update(), tau, atol=1e-5)
+    assert torch.allclose(factors.update(2 * factors.s), 2 * tau, atol=1e-5)
+    low = factors.to(dtype=torch.bfloat16)
+    assert low.U.dtype == low.Vh.dtype == torch.bfloat16 and low.s.dtype == torch.float32
+
+
+def test_shuffled_factors_keep_spectrum_and_vectors_in_other_pairs() -> None:
+    factors = example()
+    control = factors.shuffled(1)
+    assert control.s.equal(factors.s) and control.U.equal(factors.U)
+    assert not control.Vh.equal(factors.Vh)
+    assert sorted(control.Vh[:, 0].tolist()) == sorted(factors.Vh[:, 0].tolist())
+    assert control.Vh.equal(factors.shuffled(1).Vh) and not control.Vh.equal(factors.shuffled(2).Vh)

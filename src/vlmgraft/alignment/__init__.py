@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vlmgraft.alignment.align import AlignedTensor, Alignment, align
-from vlmgraft.alignment.families import FAMILIES, Family, Place
+from vlmgraft.alignment.families import Place
 from vlmgraft.alignment.layouts import Layout, Source, assemble
 
-__all__ = ["FAMILIES", "AlignedTensor", "Alignment", "Family", "Layout", "Place", "Source", "align", "assemble"]
+__all__ = ["AlignedTensor", "Alignment", "Layout", "Place", "Source", "align", "assemble"]

@@ -6,20 +6,25 @@ or excluded by the recipe, or kept where the donor has nothing to give. What can
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from vlmgraft.alignment.families import find_family
+from vlmgraft.alignment.differences import config_differences
+from vlmgraft.alignment.families import TEXT_TYPES, same_kind, text_config
 from vlmgraft.alignment.layouts import Source
-from vlmgraft.alignment.pair import Pairing, pair_tensor
+from vlmgraft.alignment.pair import FLOATS, Pairing, pair_tensor
 from vlmgraft.alignment.select import select_layers, select_modules
-from vlmgraft.alignment.structure import locate
-from vlmgraft.alignment.view import Group, Held, TextView, find_place, text_view
+from vlmgraft.alignment.tokens import compare_tokens
+from vlmgraft.alignment.view import VISION, Group, Held, TextView, text_view
+from vlmgraft.checkpoint.adapter import merging
+from vlmgraft.checkpoint.ggml import GGUF, LLAMA_IN_GGUF
+from vlmgraft.checkpoint.packed import quantisation
 from vlmgraft.errors import AlignmentError
-from vlmgraft.records import collection_paused
+from vlmgraft.storage.resources import collection_paused
 
 if TYPE_CHECKING:
     from vlmgraft.checkpoint.index import Checkpoint
@@ -56,6 +61,14 @@ class Alignment:
     family: str
     notes: tuple[str, ...]
 
+    @property
+    def left_out(self) -> str:
+        """One line that counts the language model's tensors which are not merged, by group."""
+        counts = Counter(tensor.group for tensor in self.tensors if tensor.role and tensor.verdict != "merged")
+        total = counts.total() + len(self.merged)
+        groups = ", ".join(f"{count} {group}" for group, count in sorted(counts.items()))
+        return f"language model: {len(self.merged)} of {total} tensors merged; not merged: {groups or 'none'}"
+
     @cached_property
     def merged(self) -> tuple[AlignedTensor, ...]:
         """The tensors whose verdict is "merged", in disk order."""
@@ -82,27 +95,65 @@ def align(
             a quantised tensor, or a selection that selects nothing.
     """
     _refuse_same_folder(vlm, donor, donor_base, vlm_base)
+    if _sees(donor) and not _sees(vlm):
+        raise AlignmentError(
+            f"vlm {vlm.path} is a text model and donor {donor.path} a vision-language model: exchange the two"
+        )
     others = {"donor": donor, "donor_base": donor_base, "vlm_base": vlm_base}
+    notes = _made_of_several({"vlm": vlm, **others})
     views = {key: text_view(checkpoint) for key, checkpoint in others.items() if checkpoint is not None}
-    text, family, notes = _view_vlm(vlm, views["donor"])
+    text = text_view(vlm)
+    if text_config(vlm.config) is vlm.config and text.text_type not in TEXT_TYPES.values():
+        text = replace(text, text_type=None)  # a flat config names the VLM's kind, not its language model's
+    _refuse_without_tower(vlm, text)
+    notes += [
+        f"{key.replace('_', ' ')}: its config.json names Python code of its own (auto_map), which is never run"
+        for key, checkpoint in {"vlm": vlm, **others}.items()
+        if checkpoint is not None and "auto_map" in checkpoint.config
+    ]
     for key, view in views.items():
         notes += _check_kind(text, view, key)
-    pairing = Pairing(text, views)
+    for key, view in views.items():
+        notes += [
+            f"warning: {row.field} is {row.vlm} in the VLM, {row.theirs} in {key.replace('_', ' ')}: {row.meaning}"
+            for row in config_differences(vlm, view.checkpoint, key)
+            if row.weight == "harmful"
+        ]
     chosen_layers = select_layers(layers, text.layers)
     chosen = select_modules(modules, text.held.values())
+    vocabulary = any(text.held[name].group in ("embeddings", "head") for name in chosen)
+    said, foreign = _compare_tokenizers(vlm, views, vocabulary)
+    notes += said
+    pairing = Pairing(text, views, foreign=foreign)
     tensors = tuple(_verdict(name, text.held.get(name), chosen, chosen_layers, pairing) for name in vlm.tensors)
     if not any(tensor.verdict == "merged" for tensor in tensors):
         raise AlignmentError(
             f"nothing to merge: modules {list(modules)} and layers {layers!r} leave no tensor of {vlm.path}"
         )
+    family = str(vlm.config.get("model_type") or "unknown")
     return Alignment(vlm, donor, donor_base, vlm_base, tensors, text.layers, family, (*notes, *pairing.notes()))
+
+
+def _compare_tokenizers(
+    vlm: Checkpoint, views: Mapping[str, TextView], vocabulary: bool
+) -> tuple[list[str], frozenset[int]]:
+    """Notes on tokens that are others, and the rows that must stay the VLM's where a `vocabulary` is merged."""
+    tokens = [compare_tokens(vlm, view.checkpoint, key.replace("_", " ")) for key, view in views.items()]
+    notes = [note for compared in tokens if compared is not None for note in compared.notes()]
+    if not vocabulary:
+        return notes, frozenset()
+    if None in tokens:
+        notes.append("not every checkpoint has a tokenizer.json: whether rows of embeddings mean the same is not known")
+    return notes, frozenset().union(*(compared.foreign for compared in tokens if compared is not None))
 
 
 def _verdict(
     name: str, held: Held | None, modules: frozenset[str], layers: frozenset[int], pairing: Pairing
 ) -> AlignedTensor:
     """The verdict on one tensor of the VLM."""
-    if held is None:
+    outside = held is not None and held.layer is None and held.group in ("norm", "other", "attention", "mlp")
+    only_here = held is not None and held.role not in pairing.views["donor"].parts
+    if held is None or (outside and only_here) or held.role.startswith(VISION):
         return AlignedTensor(name, "kept", "outside the language model: never changed")
     known = (held.role, held.layer, held.group)
     if name not in modules:
@@ -115,17 +166,47 @@ def _verdict(
     return AlignedTensor(name, "merged", reason, *known, **sources)
 
 
-def _view_vlm(vlm: Checkpoint, donor: TextView) -> tuple[TextView, str, list[str]]:
-    """The VLM's text model by its family's names, else by structure; the family's name; notes."""
-    family = find_family(vlm.config)
-    place = find_place(vlm, family.places) if family else None
-    if family is not None and place is not None:
-        return text_view(vlm, place), family.name, []
-    place = locate(vlm, donor)
-    model_type = vlm.config.get("model_type")
-    why = f"names unusual for {family.name}" if family else f"model_type {model_type!r} is not a listed family"
-    note = f"{why}: aligned by structure, language model at {place.body}layers.*"
-    return text_view(vlm, place), f"{model_type or 'unknown'} (by structure)", [note]
+def _made_of_several(checkpoints: Mapping[str, Checkpoint | None]) -> list[str]:
+    """Notes on adapters and on quantised weights that are read; quantised ones that are not are refused for what they
+    are, since their names and shapes would look like another architecture's. Notes are published: they name no path."""
+    notes = []
+    for key, checkpoint in checkpoints.items():
+        if checkpoint is not None and checkpoint.adapter_of is not None:
+            if key == "vlm":
+                raise AlignmentError(
+                    f"vlm {checkpoint.path}: is an adapter; merge it with `{merging(checkpoint.path)}`, copy the "
+                    f"processor's files of {checkpoint.adapter_of} into that folder and give it"
+                )
+            notes.append(
+                f"{key.replace('_', ' ')}: an adapter that changes {len(checkpoint.packed)} matrices of its base; "
+                "their sums are read in float32"
+            )
+        method = quantisation(checkpoint.config).get("quant_method") if checkpoint is not None else None
+        if checkpoint is None or method is None:
+            continue
+        who = f"{key.replace('_', ' ')} {checkpoint.path}"
+        left = next((info for info in checkpoint.tensors.values() if info.dtype not in FLOATS), None)
+        if left is not None:
+            raise AlignmentError(
+                f"{who}: config.json says that its weights are quantised by {method} ({left.name} is {left.dtype}), "
+                f"which is not read in this form; take the {', '.join(FLOATS)} release that it was made from"
+            )
+        quantised = {name: packed for name, packed in checkpoint.packed.items() if packed.error}
+        if quantised:
+            name, packed = next(iter(quantised.items()))
+            notes.append(
+                f"{key.replace('_', ' ')}: {len(quantised)} matrices are quantised by {method} and read as "
+                f"{checkpoint.tensors[name].dtype}; each value may be off by {packed.error}, and so may the task vector"
+            )
+    return notes
+
+
+def _refuse_without_tower(vlm: Checkpoint, text: TextView) -> None:
+    """A VLM holds more than a language model; donor and VLM given the wrong way round do not."""
+    if len(text.held) == len(vlm.tensors) and text_config(vlm.config) is vlm.config:
+        raise AlignmentError(
+            f"vlm {vlm.path}: has no vision tower, every tensor is of a language model; are vlm and donor swapped?"
+        )
 
 
 def _check_kind(text: TextView, view: TextView, key: str) -> list[str]:
@@ -136,15 +217,27 @@ def _check_kind(text: TextView, view: TextView, key: str) -> list[str]:
             f"{who} {view.label} has {view.layers} layers, the VLM {text.label} has {text.layers}: "
             f"choose a {who} of the VLM's size"
         )
-    if text.text_type is None or view.text_type is None:
-        silent = text if text.text_type is None else view
-        return [f"{silent.label}: config.json names no listed kind of text model; paired by names and shapes alone"]
-    if text.text_type != view.text_type:
+    said = view.text_type
+    if (
+        said == "llama"
+        and text.text_type in LLAMA_IN_GGUF
+        and view.checkpoint.config.get("quantization_config") == GGUF
+    ):
+        said = None
+    if text.text_type is None or said is None:
+        silent = "vlm" if text.text_type is None else who
+        return [f"{silent}: its config names no kind of text model; paired by names and shapes alone"]
+    if not same_kind(text.text_type, said):
         raise AlignmentError(
-            f"{who} {view.label} is a {view.text_type} model, the language model of {text.label} is {text.text_type}: "
+            f"{who} {view.label} is a {said} model, the language model of {text.label} is {text.text_type}: "
             f"choose a {who} tuned from the same base as the VLM's language model"
         )
     return []
+
+
+def _sees(checkpoint: Checkpoint) -> bool:
+    """Whether the config speaks of a vision tower."""
+    return any("vision" in key or "visual" in key for key in checkpoint.config)
 
 
 def _refuse_same_folder(

@@ -1,7 +1,7 @@
-"""How far donor and VLM have moved, per layer and module group: is merging safe?
+"""How far donor and VLM have moved, per layer and module group.
 
 DRIFT (arXiv 2510.15050) finds merging harmless where the donor's task vector is small and does not oppose the VLM's
-own, and harmful where they differ much. Measured here, over all tensors that the alignment merges:
+own, and harmful where they differ much; it gives no thresholds. Measured here, over all tensors that are merged:
 
     donor_norm ‖τ‖, τ = W_donor − W_base        vlm_norm ‖τ_vlm‖, τ_vlm = W_vlm − W_vlm_base
     weight_norm ‖W_vlm‖                          cosine cos(τ_vlm, τ)
@@ -15,11 +15,11 @@ elements, which the cache holds, and float64 over chunks: good to about five dig
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from vlmgraft.alignment.align import AlignedTensor, Alignment
 from vlmgraft.alignment.layouts import assemble
@@ -29,12 +29,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK = 1 << 16
-SMALL_RATIO, OPPOSED, STRANGERS = 0.1, -0.1, 0.7
-"""Our choice of what a table is called; the paper has no numbers. Safe: ‖τ‖ ≤ 0.1 ‖W‖ and cosine ≥ −0.1 in every row.
-Hopeless: ‖τ‖ or ‖τ_vlm‖ over 0.7 ‖W‖ in the median row, half of the √2 that two unrelated matrices of one norm are
-apart. Risky: between the two."""
-
-Level = Literal["safe", "risky", "hopeless"]
 
 
 @dataclass(frozen=True)
@@ -61,17 +55,28 @@ class Distance:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Whether merging looks safe, and why, in words."""
+class Extent:
+    """The rows in figures: medians and extremes, with the row where an extreme stands."""
 
-    level: Level
-    reason: str
+    median_ratio: float
+    largest_ratio: float
+    largest_at: str
+    median_vlm_ratio: float
+    smallest_cosine: float
+    smallest_at: str
+
+    def __str__(self) -> str:
+        return (
+            f"‖τ‖/‖W‖ {self.median_ratio:.3f} in the median row, at most {self.largest_ratio:.3f} ({self.largest_at}); "
+            f"‖τ_vlm‖/‖W‖ {self.median_vlm_ratio:.3f} in the median row; cosine of τ and τ_vlm at least "
+            f"{self.smallest_cosine:.3f} ({self.smallest_at}); two unrelated matrices of one norm would be 1.414 apart"
+        )
 
 
 def measure_distances(
     alignment: Alignment, progress: Callable[[int, int, str], None] | None = None
 ) -> tuple[Distance, ...]:
-    """One row per layer and module group of the tensors that `alignment` merges, in the order of the VLM's file.
+    """One row per layer and module group of the tensors that `alignment` merges, layers in the order of their numbers.
 
     Raises:
         AlignmentError: there is no donor_base to take the task vector from.
@@ -87,30 +92,22 @@ def measure_distances(
                 row[:] = [total + float(part) for total, part in zip(row, _products(*chunk), strict=True)]
             if progress is not None:
                 progress(number + 1, len(alignment.merged), tensor.name)
-    return tuple(_row(layer, group, *values) for (layer, group), values in sums.items())
+    rows = (_row(layer, group, *values) for (layer, group), values in sums.items())
+    return tuple(sorted(rows, key=lambda row: (row.layer is None, row.layer or 0)))
 
 
-def judge(rows: tuple[Distance, ...]) -> Verdict:
-    """Whether merging looks safe by DRIFT's diagnostic: it found merging harmless for LLaVA-NeXT and Idefics, whose
-    donors moved little and not against the VLM, and harmful for Qwen, where they differ much."""
-    moved = max(rows, key=lambda row: row.ratio)
-    opposed = min(rows, key=lambda row: row.cosine)
-    far = {"donor from its base": median(row.ratio for row in rows), "VLM": median(row.vlm_ratio for row in rows)}
-    strangers = [f"the {who} by {value:.2f} of ‖W‖" for who, value in far.items() if value > STRANGERS]
-    if strangers:
-        return Verdict(
-            "hopeless",
-            f"in the median row {' and '.join(strangers)} moved; unrelated weights are 1.41 apart, so there is no "
-            "common base to add a task vector to: look for the donor's true base, or for another donor",
-        )
-    reasons = []
-    if moved.ratio > SMALL_RATIO:
-        reasons.append(f"the donor moved far from its base ({_where(moved)}: ‖τ‖ is {moved.ratio:.3f} of ‖W‖)")
-    if opposed.cosine < OPPOSED:
-        reasons.append(f"donor and VLM were tuned against each other ({_where(opposed)}: cosine {opposed.cosine:.3f})")
-    if reasons:
-        return Verdict("risky", "; ".join(reasons) + ": use a small scale, or a method that measures the drift")
-    return Verdict("safe", f"‖τ‖ ≤ {moved.ratio:.3f} ‖W‖ and cosine ≥ {opposed.cosine:.3f} everywhere")
+def extent_of(rows: Sequence[Distance]) -> Extent:
+    """What the rows come to. No threshold says from here which merge is harmless: that takes a measurement of it."""
+    largest = max(rows, key=lambda row: row.ratio)
+    smallest = min(rows, key=lambda row: row.cosine)
+    return Extent(
+        median(row.ratio for row in rows),
+        largest.ratio,
+        _where(largest),
+        median(row.vlm_ratio for row in rows),
+        smallest.cosine,
+        _where(smallest),
+    )
 
 
 def _where(row: Distance) -> str:

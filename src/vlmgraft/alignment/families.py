@@ -1,107 +1,112 @@
-"""Where each VLM family keeps its language model on disk, and which text models it accepts: data, not code.
+"""What configs and names say of a language model: its section, its kind, and one name for one role.
 
-The names are those of the files (`save_pretrained` of transformers writes the hub's names back), not those of
-`state_dict()`. A place is a prefix in front of `layers.N.` and the name of the head; a family lists the places its
-releases have used, the usual one first, and the first one whose `layers.0.` exists in the file is taken.
+Where a checkpoint keeps its language model is found from its config and its tensors (`alignment/view.py`). The tables
+here hold what neither tells: kinds of text models that are one architecture, and other names for Llama's roles. Names
+are those of the files (`save_pretrained` of transformers writes the hub's names back), not those of `state_dict()`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Place:
-    """`body` stands before `layers.N.`, `embed_tokens.` and `norm.`; `head` is the head's name without `.weight`."""
+    """Where a language model is on disk. `body` stands before its embeddings and norms, `body + stack` before the
+    number of a layer, `head` is the head's name without `.weight`, `embed` that of the token embeddings."""
 
     body: str
     head: str
+    stack: str = "layers."
+    embed: str = "embed_tokens"
 
-
-@dataclass(frozen=True)
-class Family:
-    """One VLM family: `model_types` as config.json spells them; `text_type` where the config does not name one."""
-
-    name: str
-    model_types: tuple[str, ...]
-    places: tuple[Place, ...]
-    text_type: str | None = None
-
-
-BARE = Place("model.", "lm_head")
-NESTED = Place("model.language_model.", "lm_head")
-WRAPPED = Place("language_model.model.", "language_model.lm_head")
-TEXT_MODEL = Place("model.text_model.", "lm_head")
-HEADLESS = Place("", "lm_head")
-
-FAMILIES: tuple[Family, ...] = (
-    Family("qwen2_vl", ("qwen2_vl",), (BARE, NESTED, WRAPPED), "qwen2"),
-    Family("qwen2_5_vl", ("qwen2_5_vl",), (BARE, NESTED, WRAPPED), "qwen2"),
-    Family("qwen3_vl", ("qwen3_vl",), (NESTED, BARE), "qwen3"),
-    Family("qwen3_vl_moe", ("qwen3_vl_moe",), (NESTED, BARE), "qwen3_moe"),
-    Family("llava", ("llava", "llava_llama", "llava_mistral", "llava_qwen"), (WRAPPED, NESTED, BARE), "llama"),
-    Family("llava_next", ("llava_next",), (WRAPPED, NESTED), "llama"),
-    Family("llava_onevision", ("llava_onevision",), (WRAPPED, NESTED), "qwen2"),
-    Family("idefics2", ("idefics2",), (TEXT_MODEL,), "mistral"),
-    Family("idefics3", ("idefics3",), (TEXT_MODEL,), "llama"),
-    Family("smolvlm", ("smolvlm",), (TEXT_MODEL,), "llama"),
-    Family("internvl", ("internvl",), (WRAPPED, NESTED), "qwen2"),
-    Family("internvl_chat", ("internvl_chat",), (WRAPPED, Place("language_model.model.", "language_model.output"))),
-    Family("gemma3", ("gemma3",), (WRAPPED, NESTED), "gemma3"),
-    Family("paligemma", ("paligemma",), (WRAPPED, NESTED), "gemma"),
-    Family("mistral3", ("mistral3",), (WRAPPED, NESTED), "mistral"),
-)
-
-TEXT_PLACES: tuple[Place, ...] = (BARE, Place("model.", "output"), HEADLESS)
-"""Where a text model keeps its layers: `…ForCausalLM` (Llama and InternLM2 names), then a bare `…Model`."""
 
 TEXT_TYPES: dict[str, str] = {
     **{kind: kind for kind in ("llama", "mistral", "ministral3", "mixtral", "phi3")},
     **{kind: kind for kind in ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3", "granite")},
-    "qwen2_vl": "qwen2",
-    "qwen2_vl_text": "qwen2",
-    "qwen2_5_vl": "qwen2",
-    "qwen2_5_vl_text": "qwen2",
-    "qwen3_vl_text": "qwen3",
-    "qwen3_vl_moe_text": "qwen3_moe",
+    **dict.fromkeys(("qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text", "qwen2_5_omni_text"), "qwen2"),
+    **dict.fromkeys(("llava_onevision", "llava_qwen", "llava_qwen2", "internvl"), "qwen2"),
+    **dict.fromkeys(("qwen3_vl", "qwen3_vl_text"), "qwen3"),
+    **dict.fromkeys(("qwen3_vl_moe", "qwen3_vl_moe_text", "qwen3_omni_moe_text"), "qwen3_moe"),
+    **dict.fromkeys(("llava", "llava_next", "llava_llama", "idefics3", "smolvlm", "internlm2", "vicuna"), "llama"),
+    **dict.fromkeys(("llava_mistral", "idefics2", "mistral3"), "mistral"),
+    "paligemma": "gemma",
     "gemma3_text": "gemma3",
-    "internlm2": "llama",
-    "vicuna": "llama",
+    **dict.fromkeys(("mllama", "mllama_text_model"), "llama"),
+    **dict.fromkeys(("phi4mm", "phi4_multimodal"), "phi3"),
+    **dict.fromkeys(("deepseek_v3", "kimi_k2"), "deepseek_v3"),
+    "paddleocr_vl_text": "ernie4_5",
+    "molmo2_text": "qwen3",
+    "granite4_vision_text": "granite",
 }
-"""The kind of text model behind a `model_type`. Donor and VLM must be of one kind; a type that is not listed is paired
-by names and shapes alone. InternLM2 is Llama with q, k and v fused (`alignment/layouts.py` takes them apart)."""
+"""The kind of text model behind a `model_type`: of a text section, or of a VLM whose config leaves its text model's
+out (the default of its class in transformers). InternLM2 is Llama with q, k and v fused (`alignment/layouts.py`)."""
 
 RENAMES: tuple[tuple[str, str], ...] = (
+    (".base_layer.", "."),
     ("attention.wqkv.", "self_attn.wqkv."),
     ("attention.wo.", "self_attn.o_proj."),
-    ("feed_forward.w1.", "mlp.gate_proj."),
-    ("feed_forward.w2.", "mlp.down_proj."),
-    ("feed_forward.w3.", "mlp.up_proj."),
-    ("attention_norm.", "input_layernorm."),
-    ("ffn_norm.", "post_attention_layernorm."),
-    ("tok_embeddings.", "embed_tokens."),
+    ("block_sparse_moe.", "mlp."),
+    ("feed_forward.", "mlp."),
+    (".w1.", ".gate_proj."),
+    (".w2.", ".down_proj."),
+    (".w3.", ".up_proj."),
+    ("mlp.e_score_correction_bias", "mlp.gate.e_score_correction_bias"),
+    *((f"{name}norm.", "input_layernorm.") for name in ("attention_", "attn_")),
+    *((f"{name}norm.", "post_attention_layernorm.") for name in ("ffn_", "ff_")),
+    ("self_attn.attn_out.", "self_attn.o_proj."),
+    ("mlp.ff_out.", "mlp.down_proj."),
+    ("ln_f.", "norm."),
+    *((f"self_attn.to_{letter}.", f"self_attn.{letter}_proj.") for letter in "qkv"),
+    ("self_attn.to_out.", "self_attn.o_proj."),
+    ("self_attn.norm_q.", "self_attn.q_norm."),
+    ("self_attn.norm_k.", "self_attn.k_norm."),
 )
-"""InternLM2's names and Llama's, which this package uses as roles."""
+"""Other names (PEFT, InternLM2, Mixtral, LFM2, Llama 4, Molmo2, …) and Llama's, which this package uses as roles."""
 
 
-def find_family(config: dict[str, Any]) -> Family | None:
-    """The listed family of a config.json, by its `model_type`; None when it is not listed."""
-    model_type = config.get("model_type")
-    return next((family for family in FAMILIES if model_type in family.model_types), None)
+@lru_cache(maxsize=1 << 14)  # layers repeat each other, and a mixture of experts has 50,000 tensors
+def renamed(inside: str) -> str:
+    """The name of a tensor inside a decoder layer in Llama's words: its role."""
+    for theirs, ours in RENAMES:
+        inside = inside.replace(theirs, ours)
+    return inside
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a config.json that describes the language model; the whole of it for text models and flat configs."""
-    for key in ("text_config", "llm_config", "language_config"):
+    for key in ("text_config", "llm_config", "language_config", "thinker_config"):
         if isinstance(config.get(key), dict):
-            return config[key]
+            return text_config(config[key])
     return config
 
 
+def has_tower(config: dict[str, Any]) -> bool:
+    """Whether a config.json speaks of a vision tower."""
+    return any("vision" in key or key == "vq_config" for key, value in config.items() if value)
+
+
 def text_type(config: dict[str, Any]) -> str | None:
-    """The kind of language model a config.json describes ("qwen2", "llama", …), or None when it is not a listed one."""
+    """The kind of language model that a config.json describes ("qwen2", "llama", …); None where it names none."""
     inner = text_config(config)
-    kind = TEXT_TYPES.get(str(inner.get("model_type")))
-    family = find_family(config)
-    return family.text_type if kind is None and family is not None else kind
+    named = inner.get("model_type") if inner is not config else None
+    kind = str(named or config.get("model_type"))
+    return TEXT_TYPES.get(kind) or (str(named) if named else _flat_type(config))
+
+
+def same_kind(one: str, other: str) -> bool:
+    """Whether two kinds may be one architecture: listed as one, or of one name but for what says it sees images."""
+    listed = TEXT_TYPES.values()
+    return one == other or (not (one in listed and other in listed) and _stem(one) == _stem(other))
+
+
+def _flat_type(config: dict[str, Any]) -> str | None:
+    return None if has_tower(config) else config.get("model_type")
+
+
+def _stem(kind: str) -> str:
+    """`glm4` of glm4v_text, `hunyuan` of hunyuan_vl_text; glm4 is not glm, cohere2 not cohere."""
+    first = kind.split("_")[0]
+    return first[:-1] if first.endswith("v") and first[-2:-1].isdigit() else first

@@ -5,6 +5,7 @@ A form says how one tensor holds one or several parts (the matrices that Llama-l
 | form     | on disk                                             | parts                        |
 |----------|-----------------------------------------------------|------------------------------|
 | whole    | the matrix itself                                   | 1                            |
+| rows     | one matrix's rows below the other's                 | q, k, v; gate, up; up, gate  |
 | wqkv     | [kv_heads · (group + 2) · head_dim, …] (InternLM2)  | q, k, v                      |
 | gate_up  | [experts, 2·ff, hidden], or transposed              | gate, up of expert 0, 1, …   |
 | down     | [experts, hidden, ff], or transposed                | down of expert 0, 1, …       |
@@ -29,10 +30,12 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Form:
-    """How a tensor holds its parts. `heads` is (kv_heads, group, head_dim) of wqkv; `count` the number of experts."""
+    """How a tensor holds its parts. `heads` is (kv_heads, group, head_dim) of wqkv; `rows` the rows of each part;
+    `count` the number of experts."""
 
-    kind: Literal["whole", "wqkv", "gate_up", "down"] = "whole"
+    kind: Literal["whole", "rows", "wqkv", "gate_up", "down"] = "whole"
     heads: tuple[int, int, int] = (0, 0, 0)
+    rows: tuple[int, ...] = ()
     count: int = 1
     transposed: bool = False
 
@@ -53,12 +56,13 @@ class Pick:
 class Layout:
     """How a source's tensors become one of the VLM's shape.
 
-    `whole`: one tensor of the same shape, streamable in chunks. `rows`: a vocabulary of another length, of which the
-    first `rows` rows are taken and the others filled from the VLM. `parts`: `picks` are joined in the form `into`.
+    `whole`: one tensor of the same shape, streamable in chunks. `rows`: another vocabulary, of which the first `rows`
+    rows but `kept` are taken and the others filled from the VLM. `parts`: `picks` are joined in the form `into`.
     """
 
     kind: Literal["whole", "rows", "parts"] = "whole"
     rows: int = 0
+    kept: tuple[int, ...] = ()
     picks: tuple[Pick, ...] = ()
     into: Form = field(default=WHOLE_FORM)
 
@@ -82,6 +86,10 @@ def part_shapes(form: Form, shape: Shape) -> list[Shape]:
     """Shapes of the parts that a tensor of `shape` holds; raises ValueError where the form does not fit the shape."""
     if form.kind == "whole":
         return [shape]
+    if form.kind == "rows":
+        if shape[0] != sum(form.rows):
+            raise ValueError(f"{' + '.join(map(str, form.rows))} are not {shape[0]} rows")
+        return [(rows, *shape[1:]) for rows in form.rows]
     if form.kind == "wqkv":
         heads, group, dim = form.heads
         if shape[0] != heads * (group + 2) * dim:
@@ -99,6 +107,8 @@ def split(tensor: Tensor, form: Form) -> list[Tensor]:
     """The parts of `tensor` held in `form`, as views where the form allows."""
     if form.kind == "whole":
         return [tensor]
+    if form.kind == "rows":
+        return list(tensor.split(form.rows))
     if form.kind == "wqkv":
         heads, group, dim = form.heads
         tail = tensor.shape[1:]
@@ -117,6 +127,8 @@ def join(parts: Sequence[Tensor], form: Form) -> Tensor:
 
     if form.kind == "whole":
         return parts[0]
+    if form.kind == "rows":
+        return torch.cat(list(parts))
     if form.kind == "wqkv":
         heads, _, dim = form.heads
         tail = parts[0].shape[1:]
@@ -146,13 +158,13 @@ def assemble(source: Source, read: Callable[[str], Tensor], shape: Shape, fill: 
             if pick.name not in held:
                 held[pick.name] = split(read(source.names[pick.name]), pick.form)
         result = join([held[pick.name][pick.part] for pick in layout.picks], layout.into)
-    elif layout.kind == "rows" and layout.rows < shape[0]:
+    elif layout.kind == "rows" and (layout.rows < shape[0] or layout.kept):
         if fill is None:
-            missing = f"rows {layout.rows} to {shape[0] - 1}"
-            raise AlignmentError(f"{source.names[0]}: {missing} are not shared; pass the VLM's tensor as fill")
+            raise AlignmentError(f"{source.names[0]}: not all rows are shared; pass the VLM's tensor as fill")
         own = read(source.names[0])
         result = fill.to(torch.promote_types(fill.dtype, own.dtype), copy=True)
         result[: layout.rows] = own[: layout.rows]
+        result[list(layout.kept)] = fill[list(layout.kept)].to(result.dtype)
     else:
         result = read(source.names[0])[: shape[0]] if layout.kind == "rows" else read(source.names[0])
     if tuple(result.shape) != tuple(shape):

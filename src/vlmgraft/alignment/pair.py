@@ -25,11 +25,13 @@ class Sources(TypedDict, total=False):
 
 @dataclass
 class Pairing:
-    """The VLM's text model beside the others' (`views`, by key of the recipe); counts what the notes will say."""
+    """The VLM's text model beside the others' (`views`, by key of the recipe); counts what the notes will say.
+    foreign: rows of the vocabulary whose token is another one's in one of them."""
 
     text: TextView
     views: dict[str, TextView]
     dtypes: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    foreign: frozenset[int] = frozenset()
 
     def notes(self) -> list[str]:
         """Notes on what was met: other dtypes, and tensors of the others that have no place in the VLM."""
@@ -75,7 +77,11 @@ def pair_tensor(pairing: Pairing, held: Held) -> tuple[str, Sources | None]:
         elif held.role == "lm_head.weight" and view.parts[_role(view, held.role)][0].role != held.role:
             extras.append(f"{key} ties its head to its embeddings")
     if rows is not None and any(source.layout.kind == "rows" for source in found.values()):  # type: ignore[attr-defined]
-        extras.append(f"the vocabularies share the first {rows} of {info.shape[0]} rows; the others stay as they are")
+        kept = sum(row < rows for row in pairing.foreign)
+        what = f" but {kept} of other tokens" if kept else ""
+        extras.append(
+            f"the vocabularies share the first {rows} of {info.shape[0]} rows{what}; the others stay as they are"
+        )
     reason = f"language model, {held.group}"
     return "; ".join([reason, *extras]) if extras else reason, found
 
@@ -113,7 +119,8 @@ def _find(view: TextView, held: Held, pairing: Pairing, key: str, rows: int | No
             if held.group in _OPTIONAL:
                 return None
             raise AlignmentError(
-                f"{held.name}: {key} {view.label} has no {part}; it is another architecture or an incomplete checkpoint"
+                f"{held.name}: {key} {view.label} has no {part}; it is another architecture, "
+                "incomplete, or saved under other names: save VLM and text models with one release of transformers"
             )
         theirs, position = entry
         info = view.checkpoint.tensors[theirs.name]
@@ -124,8 +131,9 @@ def _find(view: TextView, held: Held, pairing: Pairing, key: str, rows: int | No
             if info.dtype != ours.dtype:
                 pairing.dtypes[key, info.dtype, ours.dtype] += 1
         picks.append(Pick(names[theirs.name], theirs.form, position))
-    if rows is not None and (rows < ours.shape[0] or info.shape[0] != ours.shape[0]):
-        return Source(tuple(names), Layout("rows", rows=rows))
+    if rows is not None and (rows < ours.shape[0] or info.shape[0] != ours.shape[0] or pairing.foreign):
+        kept = tuple(sorted(row for row in pairing.foreign if row < rows))
+        return Source(tuple(names), Layout("rows", rows=rows, kept=kept))
     if len(names) == 1 and theirs.form == held.form and theirs.parts == tuple(_role(view, part) for part in held.parts):
         return Source(tuple(names), WHOLE)
     return Source(tuple(names), Layout("parts", picks=tuple(picks), into=held.form))

@@ -22,15 +22,29 @@ def select_layers(layers: str | int | Sequence[int], count: int) -> frozenset[in
     pieces = str(layers).split(",") if isinstance(layers, str | int) else [str(layer) for layer in layers]
     chosen: set[int] = set()
     for piece in pieces:
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", piece)
+        match = re.fullmatch(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?", piece)
         if match is None:
-            raise AlignmentError(f'layers: {layers!r} is not "all", a range such as 0-27, or a list of layer numbers')
-        chosen.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+            raise AlignmentError(
+                f'layers: {layers!r:.200} is not "all", a range such as 0-27, or a list of layer numbers'
+            )
+        first, last = int(match[1]), int(match[2] or match[1])
+        if max(first, last) >= count:
+            raise AlignmentError(
+                f"layers: {max(first, last)} is beyond the last layer, {count - 1} (layers are counted from 0)"
+            )
+        chosen.update(range(first, last + 1))
     if not chosen:
         raise AlignmentError(f'layers: {layers!r} selects no layer; write "all" for all {count}')
-    if max(chosen) >= count:
-        raise AlignmentError(f"layers: {max(chosen)} is beyond the last layer, {count - 1} (layers are counted from 0)")
     return frozenset(chosen)
+
+
+def selects(entry: str, name: str, role: str, group: str) -> bool:
+    """Whether one entry of `modules` selects the tensor of this name on disk, role in the text model and group."""
+    if entry == "all":
+        return group not in ("embeddings", "head")
+    if entry in GROUPS:
+        return group == entry
+    return fnmatch.fnmatchcase(name, entry) or fnmatch.fnmatchcase(role, entry)
 
 
 def select_modules(modules: Sequence[str], text: Iterable[Held]) -> frozenset[str]:
@@ -43,25 +57,17 @@ def select_modules(modules: Sequence[str], text: Iterable[Held]) -> frozenset[st
         AlignmentError: an entry is no group and matches no tensor of the language model, or nothing is selected.
     """
     text = list(text)
-    groups: set[str] = set()
     chosen: set[str] = set()
     for entry in modules:
-        if entry == "all":
-            groups.update(group for group in GROUPS if group not in ("embeddings", "head"))
-        elif entry in GROUPS:
-            groups.add(entry)
-        else:
-            matches = re.compile(fnmatch.translate(entry)).match
-            found = {held.name for held in text if matches(held.name) or matches(held.role)}
-            if not found:
-                near = difflib.get_close_matches(entry, [*GROUPS, "all"], 1)
-                hint = f"; did you mean {near[0]!r}?" if near else "."
-                raise AlignmentError(
-                    f"modules: {entry!r} is no group ({', '.join(GROUPS)}, all) and matches no tensor of the language "
-                    f"model{hint} The vision tower and the projector are never merged."
-                )
-            chosen |= found
-    chosen |= {held.name for held in text if held.group in groups}
+        matches = {held.name for held in text if selects(entry, held.name, held.role, held.group)}
+        if not matches and entry not in (*GROUPS, "all"):
+            near = difflib.get_close_matches(entry, [*GROUPS, "all"], 1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise AlignmentError(
+                f"modules: {entry!r} is no group ({', '.join(GROUPS)}, all) and matches no tensor of the language "
+                f"model{hint} The vision tower and the projector are never merged."
+            )
+        chosen |= matches
     if not chosen:
         raise AlignmentError(f"modules: {list(modules)} selects no tensor of the language model")
     return frozenset(chosen)

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from vlmgraft.alignment.families import RENAMES, TEXT_PLACES, Place, find_family, text_config, text_type
+from vlmgraft.alignment.families import Place, renamed, text_config, text_type
 from vlmgraft.alignment.layouts import WHOLE_FORM, Form
+from vlmgraft.alignment.places import HEADS, NUMBERED, TOWER, find_place
 from vlmgraft.errors import AlignmentError
 
 if TYPE_CHECKING:
@@ -23,10 +24,15 @@ if TYPE_CHECKING:
 Group = Literal["attention", "mlp", "norm", "embeddings", "head", "bias", "router", "other"]
 GROUPS: tuple[Group, ...] = ("attention", "mlp", "norm", "embeddings", "head", "bias", "router", "other")
 
-_IN_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
-_ANY_LAYER = re.compile(r"(.*?)layers\.(\d+)\.")
+VISION = "vision_layers."
+"""What the roles of parts of decoder layers begin with that only images use."""
 MOST_EXPERTS = 10_000
-_ROUTERS = ("mlp.gate.", "mlp.router.", "mlp.shared_expert_gate.")
+_FUSED = re.compile(r"\.(?:self_attn|mlp|shared_experts?)\.(wqkv|att_proj|gate_up_proj|ff_proj)\.")
+"""Matrices one below the other: q, k, v, interleaved (InternLM2) or not (Molmo2); gate, up; up, gate (Molmo2)."""
+_STACK = re.compile(r"(?:^|\.)(?:layers?|blocks?|h)\.\d+\.")
+"""Layers of something else: a tower may be made of a language model, and stand under the same name."""
+_EXPERT = re.compile(r"mlp\.experts\.(\d{1,9})\.")
+_MLP = re.compile(r"mlp|ffn|feed_forward|moe|expert|fc\d|(gate|up|down)_proj|per_layer")
 
 
 class Held(NamedTuple):
@@ -58,86 +64,113 @@ class TextView:
         return str(self.checkpoint.path)
 
 
-def known_as(name: str, place: Place) -> tuple[str, int | None, Group] | None:
-    """(role, layer, group) of a name on disk under `place`, or None when it is outside the text model."""
-    if name.startswith(place.head) and name[len(place.head) :][:1] == ".":
-        role = "lm_head." + name[len(place.head) + 1 :]
-        return role, None, _group(role)
-    if not name.startswith(place.body):
-        return None
-    inside = name[len(place.body) :]
-    match = _IN_LAYER.match(inside) or _IN_LAYER.match(_renamed(inside))
-    if match:
-        role, group = _inside_layer(match[2])
-        return f"layers.{match[1]}.{role}", int(match[1]), group
-    role = _renamed(inside)
-    return (role, None, _group(role)) if role in ("embed_tokens.weight", "norm.weight") else None
+def group_of(role: str, shape: tuple[int, ...] = (2, 2)) -> Group:
+    """The module group of a role, as recipes name them: a linear layer's weight or experts belong to attention (or
+    what stands in its place) or mlp; convolutions, scalars and other parameters to "other"."""
+    return _group(role.split(".", 2)[2] if role.startswith("layers.") else role, len(shape), shape[:1] == (1,))
 
 
-@lru_cache(maxsize=1 << 14)  # layers repeat each other, and a mixture of experts has 50,000 tensors
-def _inside_layer(inside: str) -> tuple[str, Group]:
-    role = _renamed(inside)
-    return role, _group(role)
-
-
-def _renamed(inside: str) -> str:
-    for theirs, ours in RENAMES:
-        inside = inside.replace(theirs, ours)
-    return inside
-
-
-def group_of(role: str) -> Group:
-    """The module group of a role, as recipes name them."""
-    return _group(role.split(".", 2)[2] if role.startswith("layers.") else role)
-
-
-def _group(inside: str) -> Group:
-    if inside.startswith("embed_tokens"):
+@lru_cache(maxsize=1 << 14)
+def _group(inside: str, ndim: int, single: bool) -> Group:
+    """`single`: the weight of one output, as a shared expert's gate has."""
+    *path, last = inside.split(".")
+    module = path[-1] if path else last
+    if inside.startswith("embed_tokens") and ndim > 1:
         return "embeddings"
     if inside.startswith("lm_head"):
         return "head"
-    if inside.endswith(".bias"):
+    if last.endswith("bias"):
         return "bias"
-    if "norm" in inside:
-        return "norm"
-    if inside.startswith(_ROUTERS):
+    if ndim < 2:
+        return "norm" if "norm" in inside else "other"
+    if "attn" not in inside and (module in ("gate", "router") or "router" in inside or (single and "gate" in module)):
         return "router"
-    if inside.startswith("mlp."):
-        return "mlp"
-    return "attention" if inside.startswith("self_attn.") and inside.endswith(".weight") else "other"
+    experts = "expert" in inside or "moe" in inside
+    if not (last == "weight" or experts) or ndim > 3 or (ndim == 3 and (not experts or "conv" in inside)):
+        return "norm" if "norm" in inside else "other"
+    if re.search("att", inside.split(".")[0]) or not _MLP.search(inside):
+        return "norm" if "norm" in module and last == "weight" and "proj" not in module else "attention"
+    return "mlp"
 
 
-def find_place(checkpoint: Checkpoint, places: tuple[Place, ...]) -> Place | None:
-    """The first of `places` whose layer 0 is on disk, preferring one whose head is there too."""
-    names = (name for name in checkpoint.tensors if "layers.0." in name)
-    bodies = {match[1] for name in names if (match := _ANY_LAYER.match(name)) and match[2] == "0"}
-    found = [place for place in places if place.body in bodies]
-    same = [place for place in found if place.body == found[0].body and f"{place.head}.weight" in checkpoint.tensors]
-    return next(iter(same or found), None)
+@dataclass(frozen=True)
+class _Sight:
+    """What of the decoder layers only images use: layers of cross-attention (Llama 3.2 Vision), which stand between the
+    others and count with them, experts from a number on (ERNIE 4.5 VL), both by the text config; adapters for pictures
+    and speech (Phi-4-multimodal's files)."""
+
+    cross_layers: frozenset[int]
+    text_experts: int | None
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> _Sight:
+        cross, experts = config.get("cross_attention_layers"), config.get("moe_num_experts")
+        layers = [layer for layer in cross if isinstance(layer, int)] if isinstance(cross, list) else []
+        first = experts[0] if isinstance(experts, list) and experts else experts
+        return cls(frozenset(layers), first if isinstance(first, int) else None)
+
+    def role(self, number: int, inside: str) -> tuple[str, int | None]:
+        """(role, layer among those that text uses, None of what only images use) of a tensor in layer `number`."""
+        layer = number - sum(cross < number for cross in self.cross_layers)
+        expert = _EXPERT.match(inside)
+        beyond = expert is not None and self.text_experts is not None and int(expert[1]) >= self.text_experts
+        both = self.text_experts is not None and inside.endswith(("gate.weight_1", "e_score_correction_bias"))
+        if number in self.cross_layers or beyond or both or ".lora_" in inside:
+            return f"{VISION}{number}.{inside}", None
+        return f"layers.{layer}.{inside}", layer
+
+
+def _towers(checkpoint: Checkpoint, place: Place) -> frozenset[str]:
+    """Modules beside the language model's layers that have layers or convolutions of their own."""
+    inside = {
+        name[len(place.body) :]: info
+        for name, info in checkpoint.tensors.items()
+        if name.startswith(place.body) and not name.startswith(place.body + place.stack)
+    }
+    found = {name.split(".")[0] for name, info in inside.items() if len(info.shape) > 3 or _STACK.search(name)}
+    return frozenset(found - {place.stack.split(".")[0]})
+
+
+def _known_as(
+    name: str, shape: tuple[int, ...], place: Place, sight: _Sight, towers: frozenset[str]
+) -> tuple[str, int | None, Group] | None:
+    """(role, layer, group) of a name on disk under `place`, or None when it is outside the text model."""
+    if name.startswith(place.head) and name[len(place.head) :][:1] == ".":
+        role = "lm_head." + name[len(place.head) + 1 :]
+        return role, None, group_of(role, shape)
+    if not name.startswith(place.body):
+        return None
+    inside = name[len(place.body) :]
+    if (
+        inside.startswith(place.stack)
+        and (match := NUMBERED.match(name))
+        and len(place.body + place.stack) == len(match[1])
+    ):
+        inside = renamed(match[3])
+        return *sight.role(int(match[2]), inside), group_of(f"layers.0.{inside}", shape)
+    first = inside.split(".")[0]
+    if TOWER.search(inside) or first in HEADS or first in towers or _STACK.search(inside):
+        return None
+    role = f"embed_tokens{inside[len(first) :]}" if first == place.embed else renamed(inside)
+    return role, None, "embeddings" if "embed" in first and len(shape) == 2 else group_of(role, shape)
 
 
 def text_view(checkpoint: Checkpoint, place: Place | None = None) -> TextView:
-    """The text model of a checkpoint at `place`, or where its family or a text model's usual names put it.
+    """The text model of a checkpoint, at `place` or where `find_place` finds it.
 
     Raises:
         AlignmentError: no place fits, layers are missing in the count, or a fused tensor does not fit its head layout.
     """
-    if place is None:
-        family = find_family(checkpoint.config)
-        place = find_place(checkpoint, (family.places if family else ()) + TEXT_PLACES)
-    if place is None:
-        raise AlignmentError(
-            f"{checkpoint.path}: no decoder layers found under the names of a text model (model.layers.0.…); "
-            f"model_type is {checkpoint.config.get('model_type')!r}"
-        )
+    place = place or find_place(checkpoint)
+    sight, towers = _Sight.of(text_config(checkpoint.config)), _towers(checkpoint, place)
     held: dict[str, Held] = {}
     parts: dict[str, tuple[Held, int]] = {}
     for name, info in checkpoint.tensors.items():
-        known = known_as(name, place)
+        known = _known_as(name, info.shape, place, sight, towers)
         if known is None:
             continue
         role = known[0]
-        if len(info.shape) < 3 and "wqkv" not in role:  # a tensor of one part, as nearly all are
+        if len(info.shape) < 3 and not _FUSED.search(role):  # a tensor of one part, as nearly all are
             held[name] = item = Held(name, *known, WHOLE_FORM, (role,))
             parts[role] = (item, 0)
             continue
@@ -149,7 +182,7 @@ def text_view(checkpoint: Checkpoint, place: Place | None = None) -> TextView:
     if numbers != set(range(len(numbers))):
         absent = [number for number in range(len(numbers)) if number not in numbers][:8]
         raise AlignmentError(
-            f"{checkpoint.path}: decoder layers {absent} are missing under {place.body}layers., which go up to "
+            f"{checkpoint.path}: decoder layers {absent} are missing under {place.body}{place.stack}, which go up to "
             f"{max(numbers)}; download the checkpoint again"
         )
     return TextView(
@@ -171,10 +204,16 @@ def _tied(checkpoint: Checkpoint, place: Place) -> bool:
 def _form_of(checkpoint: Checkpoint, name: str, role: str) -> tuple[Form, tuple[str, ...]]:
     """The form of a tensor and the roles of its parts."""
     shape = checkpoint.tensors[name].shape
-    if ".self_attn.wqkv." in role:
-        form = Form("wqkv", heads=_head_layout(checkpoint, name))
-        return form, tuple(role.replace("wqkv", f"{letter}_proj") for letter in "qkv")
-    if ".mlp.experts." in role and len(shape) == 3:
+    if match := _FUSED.search(role):
+        kind, order = match[1], {"ff_proj": ("up", "gate"), "gate_up_proj": ("gate", "up")}.get(match[1], tuple("qkv"))
+        parts = tuple(f"{role[: match.start(1)]}{part}_proj{role[match.end(1) :]}" for part in order)
+        if len(order) == 2:
+            return Form("rows", rows=(shape[0] // 2, shape[0] - shape[0] // 2)), parts
+        keys, group, size = heads = _head_layout(checkpoint, name)
+        if kind == "wqkv":
+            return Form("wqkv", heads=heads), parts
+        return Form("rows", rows=(keys * group * size, keys * size, keys * size)), parts
+    if len(shape) == 3 and role.endswith((".experts.gate_up_proj", ".experts.down_proj")):
         if shape[0] > MOST_EXPERTS:
             raise AlignmentError(f"{checkpoint.path}: {name} has {shape[0]} experts; at most {MOST_EXPERTS} are read")
         before, kind = role.rsplit(".", 1)

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from vlmgraft.alignment.view import group_of
 from vlmgraft.analysis.swap import swapped, text_parameters
 from vlmgraft.errors import AlignmentError, RecipeError
-from vlmgraft.hf.data import Question, batches, encode, to_device
-from vlmgraft.hf.models import text_model
+from vlmgraft.hf.batches import Question, batches, encode, to_device
+from vlmgraft.hf.modules import text_model
 
 Part = Literal["attention", "mlp", "both"]
 Mode = Literal["constant", "zero", "mean", "restore", "only"]
@@ -55,7 +55,7 @@ class Blocks:
             RecipeError: no such layer, part or mode, or the mode needs the VLM's weights or means that are not given.
         """
         self._check(layer, part, mode, means)
-        blocks = [(layer, one) for one in PARTS[:2] if part in (one, "both")]
+        blocks = [(layer, name) for name in PARTS[:2] if part in (name, "both")]
         with ExitStack() as stack:
             if mode == "mean":
                 for block in blocks:
@@ -76,9 +76,9 @@ class Blocks:
 
     def _weights(self, blocks: Sequence[Block], mode: Mode) -> dict[str, Tensor]:
         if mode in ("constant", "zero"):
-            inside = {role: one.data for block in blocks for role, one in self._projections(block).items()}
-            fill = {role: 1 / one.shape[-2] if mode == "constant" else 0.0 for role, one in inside.items()}
-            return {role: torch.full_like(one, fill[role]) for role, one in inside.items()}
+            inside = {role: weight.data for block in blocks for role, weight in self._projections(block).items()}
+            fill = {role: 1 / weight.shape[-2] if mode == "constant" else 0.0 for role, weight in inside.items()}
+            return {role: torch.full_like(weight, fill[role]) for role, weight in inside.items()}
         vlm = self.vlm or {}
         merged = {role for layer, name in blocks for role in self.parameters if role.startswith(_inside(layer, name))}
         if mode == "restore":
@@ -88,14 +88,14 @@ class Blocks:
     def _projections(self, block: Block) -> dict[str, nn.Parameter]:
         """The matrices of a block, without norms, biases and routers."""
         layer, name = block
-        found = {
-            role: one
-            for role, one in self.parameters.items()
-            if role.startswith(f"layers.{layer}.") and group_of(role) == name and one.ndim > 1
+        matrices = {
+            role: weight
+            for role, weight in self.parameters.items()
+            if role.startswith(f"layers.{layer}.") and group_of(role) == name and weight.ndim > 1
         }
-        if not found:
+        if not matrices:
             raise AlignmentError(f"layer {layer} of {type(self.model).__name__}: no projection is recognised as {name}")
-        return found
+        return matrices
 
     @contextmanager
     def _averaged(self, block: Block, mean: Float[Tensor, " hidden"]) -> Iterator[None]:

@@ -1,7 +1,8 @@
 """What an analysis asks of a model: right or wrong per question, by task, summed up as reasoning and perception.
 
-An analysis does not know where questions come from. It is given an `Exam`: something that takes a model in memory and
-gives back right or wrong per item, and that says which of its tasks count as reasoning and which as perception.
+An analysis does not know where questions come from. It is given an `Evaluator`: something that takes a model in
+memory and gives back right or wrong per item, and that says which of its tasks count as reasoning and which as
+perception.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from vlmgraft.evaluation.intervals import Estimate, bootstrap
+from vlmgraft.evaluation.intervals import LEVEL, Estimate, bootstrap, score_interval
 
 Right = Mapping[str, Sequence[bool]]
 """Task → right or wrong per item, always in the same order of items."""
 
 
-class Exam(Protocol):
+class Evaluator(Protocol):
     """Questions that a model in memory can be asked, the same ones every time."""
 
     reasoning: Sequence[str]
@@ -42,20 +43,25 @@ class Scores:
     right: dict[str, str]
 
 
-def summarise(right: Right, exam: Exam) -> Scores:
-    """The accuracies of one run of an exam; tasks count alike, whatever their number of items."""
-    marks = {task: np.asarray(values, dtype=float) for task, values in right.items()}
+def summarise(right: Right, evaluator: Evaluator) -> Scores:
+    """The accuracies of one run of an evaluator; tasks count alike, whatever their number of items."""
+    return from_marks({task: "".join("01"[bool(mark)] for mark in marks) for task, marks in right.items()}, evaluator)
+
+
+def from_marks(right: Mapping[str, str], evaluator: Evaluator) -> Scores:
+    """The accuracies of texts of 0 and 1 by task."""
+    marks = {task: _marks(text) for task, text in right.items()}
     return Scores(
-        bootstrap([marks[task] for task in exam.reasoning]),
-        bootstrap([marks[task] for task in exam.perception]),
+        score_interval([marks[task] for task in evaluator.reasoning]),
+        score_interval([marks[task] for task in evaluator.perception]),
         {task: float(values.mean()) for task, values in marks.items()},
-        {task: "".join("1" if one else "0" for one in values) for task, values in right.items()},
+        dict(right),
     )
 
 
-def change(before: Mapping[str, str], after: Mapping[str, str], tasks: Sequence[str]) -> Estimate:
-    """Accuracy after minus before, paired by item, with its 95 % interval. Both are `right` of a row."""
-    return bootstrap([_marks(after[task]) - _marks(before[task]) for task in tasks])
+def change(before: Mapping[str, str], after: Mapping[str, str], tasks: Sequence[str], level: float = LEVEL) -> Estimate:
+    """Accuracy after minus before, paired by item, with its interval at a level. Both are `right` of a row."""
+    return bootstrap([_marks(after[task]) - _marks(before[task]) for task in tasks], level=level)
 
 
 def _marks(text: str) -> np.ndarray:

@@ -21,8 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vlmgraft.alignment import Alignment
-from vlmgraft.spectral.delta import TaskVectors
 from vlmgraft.spectral.svd import decompose_matrix
+from vlmgraft.spectral.task_vector import TaskVectors
 
 FIRST = (1, 8, 64)
 SMALL = 1024
@@ -56,17 +56,17 @@ def measure_spectra(
     Raises:
         AlignmentError: no donor_base. NumericalError: a tensor is not finite.
     """
-    matrices = tuple(one for one in alignment.merged if len(alignment.vlm.tensors[one.name].shape) == 2)
-    kept = {one.name for one in matrices}
+    matrices = tuple(tensor for tensor in alignment.merged if len(alignment.vlm.tensors[tensor.name].shape) == 2)
+    kept = {matrix.name for matrix in matrices}
     tensors = tuple(
-        one if one.verdict != "merged" or one.name in kept else one._replace(verdict="excluded")
-        for one in alignment.tensors
+        tensor if tensor.verdict != "merged" or tensor.name in kept else tensor._replace(verdict="excluded")
+        for tensor in alignment.tensors
     )
     with TaskVectors(replace(alignment, tensors=tensors)) as taus:
-        for done, one in enumerate(matrices):
+        for done, matrix in enumerate(matrices):
             if progress is not None:
-                progress(done, len(matrices), one.name)
-            yield spectrum_of(taus.load(one.name), one.name, one.layer, one.group)
+                progress(done, len(matrices), matrix.name)
+            yield spectrum_of(taus.load(matrix.name), matrix.name, matrix.layer, matrix.group)
 
 
 def spectrum_of(

@@ -16,37 +16,35 @@ from vlmgraft.alignment.view import text_view
 from vlmgraft.checkpoint.index import Checkpoint
 from vlmgraft.checkpoint.reader import Reader
 from vlmgraft.errors import AlignmentError
-from vlmgraft.hf.models import text_model
+from vlmgraft.hf.modules import text_model
 
 
 def text_parameters(model: Any) -> dict[str, nn.Parameter]:
     """Role → parameter of the text model; a tied head is the embeddings and is not listed."""
     text = text_model(model)
-    found = dict(text.named_parameters())
+    parameters = dict(text.named_parameters())
     head = model.get_output_embeddings()
     if head is not None and head.weight is not text.embed_tokens.weight:
-        found["lm_head.weight"] = head.weight
-    return found
-
-
-def parameter_for(parameters: Mapping[str, nn.Parameter], role: str, shape: tuple[int, ...]) -> nn.Parameter:
-    """The parameter of a role; raises AlignmentError when there is none of that shape."""
-    parameter = parameters.get(role)
-    if parameter is None or tuple(parameter.shape) != tuple(shape):
-        held = "has none" if parameter is None else f"holds it as {tuple(parameter.shape)}"
-        raise AlignmentError(
-            f"{role}: stored as {tuple(shape)}, and the loaded model {held}; its weights cannot be exchanged in memory"
-        )
-    return parameter
+        parameters["lm_head.weight"] = head.weight
+    return parameters
 
 
 @contextmanager
 def swapped(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) -> Iterator[None]:
     """The model with `weights` (role → tensor) in the place of its own, in its dtype, inside the context.
 
-    On exit the parameters have the very memory they had before, also after an exception.
+    On exit the parameters have the very memory they had before, also after an exception. Raises AlignmentError where
+    the model has no parameter of a role and its shape.
     """
-    before = {role: parameter_for(parameters, role, tuple(weights[role].shape)).data for role in weights}
+    before: dict[str, Tensor] = {}
+    for role, weight in weights.items():
+        parameter, stored = parameters.get(role), tuple(weight.shape)
+        if parameter is None or tuple(parameter.shape) != stored:
+            held = "has none" if parameter is None else f"holds it as {tuple(parameter.shape)}"
+            raise AlignmentError(
+                f"{role}: stored as {stored}, and the loaded model {held}; its weights cannot be exchanged in memory"
+            )
+        before[role] = parameter.data
     try:
         for role, old in before.items():
             parameters[role].data = weights[role].detach().to(old.device, old.dtype)

@@ -1,4 +1,6 @@
-"""Digests that tell a damaged file from a whole one, cheap enough to take of every byte that is written.
+"""Digests of files and tensors, and the receipt (receipt.json) that keeps those of a folder.
+
+Digests tell a damaged file from a whole one, and are cheap enough to take of every byte that is written.
 
 A digest is the XXH3-128 of the XXH3-128s of consecutive blocks of 256 KiB, so that threads may write the blocks of one
 tensor in any order. It finds accidents: flipped bits, lost writes, files that were edited. It is no signature: who
@@ -9,14 +11,17 @@ in the cache and nothing that shows above the scatter.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from vlmgraft.records import json_text
+from vlmgraft.checkpoint.files import open_regular
+from vlmgraft.checkpoint.header import read_header
+from vlmgraft.errors import DamagedError
+from vlmgraft.storage.jsonl import json_text, write_json
 
 BLOCK = 1 << 18
 """Bytes of a block."""
@@ -47,21 +52,24 @@ def joined(digests: Iterable[bytes]) -> str:
 
 
 def range_digest(path: Path, begin: int, size: int) -> str:
-    """The digest of `size` bytes of a file from `begin` on, or of fewer where the file ends; raises OSError."""
-    found: list[bytes] = []
+    """The digest of `size` bytes of a file from `begin` on, or of fewer where the file ends.
+
+    Raises OSError, CheckpointError where it is no regular file.
+    """
+    digests: list[bytes] = []
     buffer = memoryview(bytearray(min(size, READ)))
-    with path.open("rb", buffering=0) as file:
+    with open_regular(path) as file:
         file.seek(begin)
         while size:
             filled = 0
             while filled < min(size, READ):
                 count = file.readinto(buffer[filled : min(size, READ)])
                 if not count:
-                    return joined([*found, *block_digests(buffer[:filled])])
+                    return joined([*digests, *block_digests(buffer[:filled])])
                 filled += count
-            found += block_digests(buffer[:filled])
+            digests += block_digests(buffer[:filled])
             size -= filled
-    return joined(found)
+    return joined(digests)
 
 
 def whole_file(path: Path, folder: Path) -> FileReceipt:
@@ -84,3 +92,61 @@ def files_in(folder: Path) -> list[Path]:
 def seal(document: dict[str, Any]) -> str:
     """The digest of a JSON document as `write_json` writes it, its own key "digest" left empty."""
     return joined(block_digests(json_text({**document, "digest": ""}).encode()))
+
+
+def read_sources(receipt: Mapping[str, Any], path: Path) -> dict[str, dict[str, str]]:
+    """Checkpoint → tensor → digest of what a command read, from its receipt at `path`; {} where none are noted.
+
+    Raises DamagedError.
+    """
+    sources = receipt.get("sources", {})
+    tables = sources.values() if isinstance(sources, dict) else [None]
+    if not all(isinstance(table, dict) and all(isinstance(d, str) for d in table.values()) for table in tables):
+        raise DamagedError(path, "its sources are no digests of tensors by checkpoint")
+    return dict(sources)
+
+
+def write_receipt(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write receipt.json: `facts`, a row for every tensor and every file of the folder, and its own digest.
+
+    Every byte of the folder is read. A merge takes its digests from memory while it writes; this is for folders that
+    other libraries wrote. Raises CheckpointError, OSError.
+    """
+    files: list[FileReceipt] = []
+    tensors: list[dict[str, Any]] = []
+    for path in files_in(folder):
+        if path == folder / RECEIPT:
+            continue
+        if path.suffix == ".safetensors":
+            file, rows = tensor_file(path, folder, {})
+            tensors += rows
+        else:
+            file = whole_file(path, folder)
+        files.append(file)
+    seal_receipt(folder, {**facts, "tensors": tensors, "files": [asdict(file) for file in files]})
+
+
+def seal_receipt(folder: Path, document: Mapping[str, Any]) -> None:
+    """Write receipt.json with its own digest as the last key."""
+    sealed = {**document, "digest": ""}
+    write_json(folder / RECEIPT, {**sealed, "digest": seal(sealed)})
+
+
+def tensor_file(path: Path, folder: Path, digests: Mapping[str, str]) -> tuple[FileReceipt, list[dict[str, Any]]]:
+    """The receipt of a safetensors file, and a row per tensor. Of tensors in `digests` only the header's entry is
+    read."""
+    header = read_header(path)
+    size = path.stat().st_size
+    begin = min((info.begin for info in header.values()), default=size)
+    name = path.relative_to(folder).as_posix()
+    rows = [
+        {
+            "name": info.name,
+            "file": name,
+            "dtype": info.dtype,
+            "shape": list(info.shape),
+            "digest": digests.get(info.name) or range_digest(path, info.begin, info.nbytes),
+        }
+        for info in header.values()
+    ]
+    return FileReceipt(name, size, begin, range_digest(path, 0, begin), tuple(header)), rows

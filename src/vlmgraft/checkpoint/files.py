@@ -10,22 +10,21 @@ import json
 import os
 import stat
 from collections import Counter
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from vlmgraft.errors import CheckpointError
+from vlmgraft.storage.limits import MAX_JSON, MAX_TENSORS
 
-MAX_TENSORS = 1_000_000
-"""In one checkpoint; the largest published ones have a fifth of it."""
-MAX_HEADER = 100_000_000
-"""Bytes of a header or an index: the limit that the safetensors library sets on its header."""
-MAX_JSON = 10_000_000
-"""Bytes of a config."""
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
 _COMMAS = 12
 """Per tensor in a header, at most: three fields, two offsets, and a shape of up to eight numbers."""
 
 
-def open_regular(file: Path) -> BinaryIO:
+def open_regular(file: Path) -> BufferedReader:
     """The file opened for reading, if it is a regular file or a link to one; never waits.
 
     Raises:
@@ -50,19 +49,24 @@ def refuse_special(folder: Path) -> None:
 
 
 def _kind(path: Path) -> str:
-    """What a path is, in words."""
+    """What a path leads to, in words."""
     try:
-        mode = path.stat().st_mode
+        return kind_of(path.stat().st_mode)
     except OSError:
         return "a link that leads nowhere"
+
+
+def kind_of(mode: int) -> str:
+    """What has this `st_mode`, in words."""
     kinds = {
         stat.S_ISFIFO: "a FIFO",
         stat.S_ISCHR: "a device",
         stat.S_ISBLK: "a device",
         stat.S_ISSOCK: "a socket",
         stat.S_ISDIR: "a folder",
+        stat.S_ISLNK: "a link",
     }
-    return next((said for test, said in kinds.items() if test(mode)), "something else")
+    return next((name for test, name in kinds.items() if test(mode)), "something else")
 
 
 def parse_json(raw: bytes, where: str, *, strict: bool = True) -> dict[str, Any]:
@@ -76,12 +80,12 @@ def parse_json(raw: bytes, where: str, *, strict: bool = True) -> dict[str, Any]
         raise CheckpointError(f"{where} holds more than {MAX_TENSORS:,} tensors can need; shard the checkpoint anew")
     try:
         options: dict[str, Any] = {"object_pairs_hook": _unique, "parse_constant": _no_constant} if strict else {}
-        found = json.loads(raw.decode("utf-8"), **options)
+        document = json.loads(raw.decode("utf-8"), **options)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} is not valid JSON ({error}); download it again") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{where} is JSON, but {type(found).__name__} and no mapping; download it again")
-    return found
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{where} is JSON, but {type(document).__name__} and no mapping; download it again")
+    return document
 
 
 def load_json(file: Path, limit: int = MAX_JSON, *, strict: bool = False) -> dict[str, Any]:
@@ -98,11 +102,11 @@ def load_json(file: Path, limit: int = MAX_JSON, *, strict: bool = False) -> dic
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object whose keys must differ."""
-    made = dict(pairs)
-    if len(made) != len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):
         ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"{name!r:.120} twice")
-    return made
+    return mapping
 
 
 def _no_constant(text: str) -> Any:
@@ -113,5 +117,5 @@ def inside(file: Path, folder: Path) -> bool:
     """Whether a file, its links followed, lies in `folder`, or in the repository of the hub's cache that `folder`
     (snapshots/REVISION) is part of."""
     real, home = file.resolve(), folder.resolve()
-    homes = [home, *([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])]
-    return any(place in real.parents for place in homes)
+    blobs = [home.parent.parent / "blobs"] if home.parent.name == "snapshots" else []
+    return any(parent in real.parents for parent in (home, *blobs))

@@ -9,12 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-MOST = 32
-"""Of one checkpoint: four inputs and the output stay far below the usual limits, and few files are opened twice."""
+MAX_OPEN = 32
+"""Open files of one checkpoint: four inputs and the output stay far below the usual limit of 256 or more."""
 
 
 @dataclass
 class _Opened:
+    """An open file and how many threads are using it."""
+
     handle: int
     users: int = 0
 
@@ -25,35 +27,35 @@ class Handles:
     Safe among threads: what a thread is using is never closed, so that there may be as many more as threads.
     """
 
-    def __init__(self, flags: int, most: int = MOST) -> None:
+    def __init__(self, flags: int, most: int = MAX_OPEN) -> None:
         self._flags, self._most = flags, most
-        self._opened: dict[Path, _Opened] = {}
+        self._files: dict[Path, _Opened] = {}
         self._lock = threading.Lock()
 
     @contextmanager
     def of(self, file: Path) -> Iterator[int]:
         """A handle of `file` that stays open inside; raises OSError."""
         with self._lock:
-            found = self._opened.pop(file, None)
-            if found is None:
+            opened = self._files.pop(file, None)
+            if opened is None:
                 self._make_room()
-                found = _Opened(os.open(file, self._flags))
-            self._opened[file] = found  # the last in order: just used
-            found.users += 1
+                opened = _Opened(os.open(file, self._flags))
+            self._files[file] = opened  # the last in order: just used
+            opened.users += 1
         try:
-            yield found.handle
+            yield opened.handle
         finally:
             with self._lock:
-                found.users -= 1
+                opened.users -= 1
 
     def close(self) -> None:
         """Close everything; nobody may be using any."""
         with self._lock:
-            for found in self._opened.values():
-                os.close(found.handle)
-            self._opened.clear()
+            for opened in self._files.values():
+                os.close(opened.handle)
+            self._files.clear()
 
     def _make_room(self) -> None:
-        idle = [file for file, found in self._opened.items() if not found.users]
-        for file in idle[: max(0, len(self._opened) + 1 - self._most)]:
-            os.close(self._opened.pop(file).handle)
+        idle = [file for file, opened in self._files.items() if not opened.users]
+        for file in idle[: max(0, len(self._files) + 1 - self._most)]:
+            os.close(self._files.pop(file).handle)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlmgraft.checkpoint.files import MAX_HEADER, open_regular, parse_json
+from vlmgraft.checkpoint.files import open_regular, parse_json
 from vlmgraft.errors import CheckpointError
+from vlmgraft.storage.limits import MAX_HEADER, MAX_TENSOR_NAME
 
 ITEM_SIZES: Mapping[str, int] = {
     "F64": 8,
@@ -38,8 +40,6 @@ ITEM_SIZES: Mapping[str, int] = {
 
 LARGEST = 1 << 63
 """Sizes and offsets are below: what a file can have."""
-LONGEST_NAME = 200
-"""Bytes of a tensor's name: a file of factors is called after it."""
 _AGAIN = "its header lies: download it again, or write it anew with safetensors"
 
 
@@ -57,6 +57,29 @@ class TensorInfo(NamedTuple):
     def elements(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+
+QUANTISED = {"F8_E4M3": "1/16 of itself", "F8_E5M2": "1/8 of itself", "I8": "1/255 of the largest in its group"}
+"""Dtypes of quantised values, and how far one may be from what it was rounded from: half a step."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One matrix in several tensors. parts: "values", and where they are on disk "scale", "zero_point", "g_idx".
+    block: rows and columns that share a scale, where the config says so. bits: of a value among those in an int32.
+    unit: what a scale is counted in."""
+
+    parts: Mapping[str, TensorInfo]
+    block: tuple[int, int] | None = None
+    bits: int | None = None
+    unit: float = 1.0
+
+    @property
+    def error(self) -> str:
+        """How far a value may be from what it was rounded from."""
+        if self.bits is not None:
+            return f"1/{2**self.bits - 1} of the largest in its group"
+        return QUANTISED.get(self.parts["values"].dtype, "1/6 of the largest in its block")
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
@@ -102,17 +125,16 @@ def _raw_header(file: Path) -> tuple[dict[str, Any], int, int]:
 
 def is_name(name: str) -> bool:
     """Whether a tensor's name can be printed, and be a file's name that leads nowhere else."""
-    return (
-        0 < len(name.encode("utf-8", "replace")) <= LONGEST_NAME and name.isprintable() and not set(name) & set("/\\")
-    )
+    length = len(name.encode("utf-8", "replace"))
+    return 0 < length <= MAX_TENSOR_NAME and name.isprintable() and not set(name) & set("/\\")
 
 
 def _entry(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
     """One tensor of a header; its length must be what dtype and shape say, its name fit to be printed."""
     if not is_name(name):
         raise CheckpointError(
-            f"{file}: a tensor's name is {name!r:.120}; rename it to 1 to {LONGEST_NAME} printable characters without "
-            "slashes"
+            f"{file}: a tensor's name is {name!r:.120}; rename it to 1 to {MAX_TENSOR_NAME} printable characters "
+            "without slashes"
         )
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
@@ -124,18 +146,18 @@ def _entry(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
         raise CheckpointError(
             f"{file}: {name} has dtype {dtype!r:.60}; known are {', '.join(ITEM_SIZES)}: take a release in one of them"
         )
-    said = f"{list(shape)!s:.120}"
+    shown = f"{list(shape)!s:.120}"
     if not all(type(number) is int and 0 <= number < LARGEST for number in (begin, end, *shape)):
         raise CheckpointError(
-            f"{file}: {name} has shape {said} and data_offsets {f'[{begin}, {end}]':.120}, not whole numbers; {_AGAIN}"
+            f"{file}: {name} has shape {shown} and data_offsets {f'[{begin}, {end}]':.120}, not whole numbers; {_AGAIN}"
         )
     nbytes = 0 if 0 in shape else ITEM_SIZES[dtype]
     for number in shape:
         nbytes *= number
         if nbytes >= LARGEST:
             raise CheckpointError(
-                f"{file}: {name} is {dtype} {said}, more than a file can hold, but spans {end - begin}; {_AGAIN}"
+                f"{file}: {name} is {dtype} {shown}, more than a file can hold, but spans {end - begin}; {_AGAIN}"
             )
     if end - begin != nbytes:
-        raise CheckpointError(f"{file}: {name} is {dtype} {said}, {nbytes} bytes, but spans {end - begin}; {_AGAIN}")
+        raise CheckpointError(f"{file}: {name} is {dtype} {shown}, {nbytes} bytes, but spans {end - begin}; {_AGAIN}")
     return TensorInfo(name, dtype, shape, file, start + begin, nbytes)

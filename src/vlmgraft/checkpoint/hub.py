@@ -8,22 +8,34 @@ to align and to plan. huggingface_hub is imported when a hub id is met, not befo
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-from vlmgraft.checkpoint.files import load_json
-from vlmgraft.checkpoint.header import TensorInfo
-from vlmgraft.checkpoint.index import Checkpoint, open_checkpoint
 from vlmgraft.errors import CheckpointError
 
 WEIGHTS = ("*.safetensors",)
 SMALL = ("*.json", "*.txt", "*.jinja", "*.model", "*.py", "*.tiktoken")
+TEMPLATES = "additional_chat_templates/*.jinja"
 SKIPPED = ("*/*", "consolidated*", "optimizer*", "training_args*")
-"""Subfolders (other formats of the same weights), duplicate weights and training state are not downloaded."""
+"""Other subfolders (other formats of the same weights), duplicate weights, training state: not downloaded."""
 
+BUSY = (429, 500, 502, 503, 504)
+PAUSES = (1.0, 4.0)
+"""Seconds before a request is made a second and a third time."""
+T = TypeVar("T")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
+
+
+class UnreachableError(CheckpointError):
+    """The hub gives no answer; the model may be in the cache."""
+
+
+class NoSafetensorsError(CheckpointError):
+    """The model on the hub has no weights that are read; it may be an adapter."""
 
 
 def split_id(source: str) -> tuple[str, str | None]:
@@ -48,51 +60,97 @@ def fetch(source: str, *, headers_only: bool = False) -> Path:
     Raises:
         CheckpointError: not on the hub, gated, offline, or without safetensors.
     """
-    name, revision = split_id(source)
-    with _explained(source):
-        from huggingface_hub import snapshot_download
-
-        patterns = [*SMALL, *(() if headers_only else WEIGHTS)]
-        folder = snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=list(SKIPPED))
-    path = Path(str(folder))
+    with explained(source):
+        path = retried(lambda: _snapshot(source, [*SMALL, *(() if headers_only else WEIGHTS)]))
+        retried(lambda: _snapshot(source, [TEMPLATES], skipped=()))
     if not headers_only and not any(path.glob("*.safetensors")):
         raise CheckpointError(_no_safetensors(source))
     return path
 
 
-def remote_headers(source: str) -> Checkpoint:
-    """A checkpoint on the hub by its headers: names, dtypes and shapes are true, the files are not on this machine.
-
-    `files` and `TensorInfo.file` are the hub id joined with the file's name; `begin` is relative to the file's data.
-    Only config.json is downloaded.
-
-    Raises:
-        CheckpointError: not on the hub, gated, offline, or without safetensors.
-    """
+def small_file(source: str, file: str) -> Path | None:
+    """One small file of a model on the hub, downloaded; None where it has none, or cannot be reached."""
     name, revision = split_id(source)
-    with _explained(source):
-        from huggingface_hub import HfApi, hf_hub_download
+    with explained(source):
+        from huggingface_hub import errors, hf_hub_download
 
-        found = HfApi().get_safetensors_metadata(name, revision=revision)
-        config = load_json(Path(hf_hub_download(name, "config.json", revision=revision)))
-    folder = Path(source)
-    tensors: dict[str, TensorInfo] = {}
-    for file in sorted(found.files_metadata):
-        infos = found.files_metadata[file].tensors
-        for tensor in sorted(infos, key=lambda key: infos[key].data_offsets[0]):
-            begin, end = infos[tensor].data_offsets
-            dtype, shape = str(infos[tensor].dtype), tuple(infos[tensor].shape)
-            tensors[tensor] = TensorInfo(tensor, dtype, shape, folder / file, begin, end - begin)
-    return Checkpoint(folder, tensors, tuple(folder / file for file in sorted(found.files_metadata)), config)
+        try:
+            return Path(retried(lambda: hf_hub_download(name, file, revision=revision)))
+        except errors.EntryNotFoundError:
+            return None
 
 
-def open_headers(source: str | Path) -> Checkpoint:
-    """A checkpoint for planning: a local folder as `open_checkpoint` gives it, a hub id by its headers alone."""
-    return remote_headers(str(source)) if isinstance(source, str) and is_hub_id(source) else open_checkpoint(source)
+def check_access(sources: Iterable[object]) -> None:
+    """Ask for every model that is on the hub and not in the cache, before the first of them is downloaded.
+
+    Raises CheckpointError for one that is missing, gated or private: by a request of a few bytes each.
+    """
+    for source in dict.fromkeys(str(source) for source in sources if source is not None and is_hub_id(source)):
+        name, revision = split_id(source)
+        with explained(source):
+            from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+            if constants.HF_HUB_OFFLINE or isinstance(
+                try_to_load_from_cache(name, "config.json", revision=revision), str
+            ):
+                continue
+            url = hf_hub_url(name, "config.json", revision=revision)
+            retried(partial(get_hf_file_metadata, url))
+
+
+def cached_folder(source: str) -> Path | None:
+    """Where the cache keeps a model whose weights were all downloaded; None where it does not."""
+    from huggingface_hub import errors
+
+    try:
+        folder = _snapshot(source, [*SMALL, *WEIGHTS], local_files_only=True)
+    except (OSError, errors.HFValidationError):
+        return None
+    return folder if any(folder.glob("*.safetensors")) else None
+
+
+def _snapshot(
+    source: str, patterns: list[str], local_files_only: bool = False, skipped: Iterable[str] = SKIPPED
+) -> Path:
+    from huggingface_hub import snapshot_download
+
+    name, revision = split_id(source)
+    folder = snapshot_download(
+        name,
+        revision=revision,
+        allow_patterns=patterns,
+        ignore_patterns=list(skipped),
+        local_files_only=local_files_only,
+    )
+    return Path(str(folder))
+
+
+def retried(request: Callable[[], T]) -> T:
+    """The request's result; asked again where the hub was busy, or the connection broke."""
+    from huggingface_hub import errors
+
+    for pause in PAUSES:
+        try:
+            return request()
+        except (OSError, *errors.HfHubHTTPError.__bases__) as error:
+            if not is_passing(error):
+                raise
+            time.sleep(pause)
+    return request()
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether a failed request may succeed a moment later: the hub was busy (429, 5xx), or no answer came."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError):
+        return False
+    response = getattr(error, "response", None)
+    return response is None or response.status_code in BUSY
 
 
 @contextmanager
-def _explained(source: str) -> Iterator[None]:
+def explained(source: str) -> Iterator[None]:
     """Turn huggingface_hub's errors into `CheckpointError` with the remedy."""
     from huggingface_hub import errors
 
@@ -107,24 +165,26 @@ def _explained(source: str) -> Iterator[None]:
             f"{source}: no such folder, and no such model on the hub (or it is private: log in)"
         ) from None
     except errors.NotASafetensorsRepoError:
-        raise CheckpointError(_no_safetensors(source)) from None
+        raise NoSafetensorsError(_no_safetensors(source)) from None
+    except errors.SafetensorsParsingError as error:
+        raise CheckpointError(f"{source}: the header of its weights is damaged ({error}); tell its authors") from None
     except errors.HFValidationError as error:
         raise CheckpointError(f"{source}: no such folder, and not a hub id ({error})") from None
     except (OSError, *errors.HfHubHTTPError.__bases__) as error:  # the HTTP client's own base, whichever it is
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
+        raise UnreachableError(
             f"{source}: no such folder, and it cannot be downloaded ({first}); give a folder that exists"
         ) from None
 
 
 def _no_safetensors(source: str) -> str:
     return (
-        f"{source}: has no safetensors; pickled .bin weights are not read. Convert them once with "
-        '`python -c "from transformers import AutoModel; '
-        f"AutoModel.from_pretrained('{source}').save_pretrained('OUT')\"`"
+        f"{source}: has no safetensors; pickled .bin weights are not read. Download it with "
+        f"`hf download {source.partition('@')[0]} --local-dir FOLDER` and give FOLDER: "
+        "the command that converts it with the model's own class is named then"
     )
 
 
-def is_hub_id(source: Any) -> bool:
+def is_hub_id(source: object) -> bool:
     """Whether a source that is not a local folder has the form of a hub id."""
     return not Path(str(source)).exists() and _HUB_ID.fullmatch(str(source).partition("@")[0]) is not None

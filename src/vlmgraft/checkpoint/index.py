@@ -6,42 +6,85 @@ loads torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vlmgraft.checkpoint.files import MAX_HEADER, MAX_TENSORS, load_json, refuse_special
-from vlmgraft.checkpoint.header import TensorInfo, read_header
+from vlmgraft.checkpoint import adapter
+from vlmgraft.checkpoint.files import INDEX, load_json, open_regular, refuse_special
+from vlmgraft.checkpoint.folder import is_adapter, is_folder, pickled, weight_files
+from vlmgraft.checkpoint.ggml import SUFFIX, gguf_tensors
+from vlmgraft.checkpoint.header import Packed, TensorInfo, read_header
+from vlmgraft.checkpoint.hub import (
+    NoSafetensorsError,
+    UnreachableError,
+    cached_folder,
+    explained,
+    fetch,
+    is_hub_id,
+    retried,
+    split_id,
+)
+from vlmgraft.checkpoint.packed import seen_whole
 from vlmgraft.errors import CheckpointError
-from vlmgraft.records import collection_paused
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-MAX_LAYERS = 10_000
-"""Decoder layers, vision layers or experts that a config may speak of."""
+from vlmgraft.storage.limits import MAX_JSON, MAX_LAYERS, MAX_TENSORS
+from vlmgraft.storage.resources import collection_paused
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder of safetensors: its tensors in disk order (shard order, then offset), its files, its config.json."""
+    """A folder of safetensors: its tensors in disk order (shard order, then offset), its files, its config.json.
+
+    stamps: size and modification time of each file from before its header was read; () of a checkpoint on the hub.
+    packed: how those of the tensors are kept that are made of several on disk; `tensors` has them as they are read.
+    adapter_of: the base's folder, where this one holds an adapter.
+    """
 
     path: Path
     tensors: Mapping[str, TensorInfo]
     files: tuple[Path, ...]
     config: dict[str, Any]
+    stamps: tuple[tuple[int, int], ...] = ()
+    packed: Mapping[str, Packed] = field(default_factory=dict)
+    adapter_of: Path | None = None
+
+    @cached_property
+    def stored(self) -> dict[str, TensorInfo]:
+        """What is on disk, by name: the tensors, and for those that are made of several their parts."""
+        parts = {part.name: part for packed in self.packed.values() for part in packed.parts.values()}
+        return {name: info for name, info in self.tensors.items() if name not in self.packed} | parts
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())
 
+    def refuse_changes(self) -> None:
+        """Raise CheckpointError where a file has another size or modification time than when it was opened: what was
+        read of it may be half of one version and half of another. To be called before a result is published."""
+        for file, stamp in zip(self.files, self.stamps, strict=False):
+            if stamp_of(file) != stamp:
+                raise CheckpointError(f"{file}: changed while it was read; run it again once nobody writes there")
+
+
+def stamp_of(file: Path) -> tuple[int, int]:
+    """Size in bytes and modification time in nanoseconds; (-1, 0) of a file that is not there."""
+    try:
+        status = file.stat()
+    except OSError:
+        return -1, 0
+    return status.st_size, status.st_mtime_ns
+
 
 @collection_paused()
-def open_checkpoint(source: str | Path) -> Checkpoint:
+def open_checkpoint(source: str | Path, *, adapters: bool = True) -> Checkpoint:
     """Index a local folder, or download a hub id (`organisation/name`, optionally `@revision`) and index that.
 
-    A text that names an existing folder is that folder. A Path is never a hub id.
+    A text that names an existing folder is that folder. A Path is never a hub id. An adapter's folder gives the model
+    that the adapter makes of its base; adapters: whether it may be one.
 
     Raises:
         CheckpointError: no such folder or model; pickled weights only; a shard that is missing, truncated or lies about
@@ -49,114 +92,189 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     """
     folder = Path(source)
     if not is_folder(source):
+        if folder.suffix == SUFFIX and folder.is_file():
+            return _of_gguf(folder, folder)
         if folder.exists():
             raise CheckpointError(f"{folder}: is a file; give the folder that holds config.json and the weights")
         if isinstance(source, Path):
             raise CheckpointError(f"{folder}: no such folder")
-        from vlmgraft.checkpoint.hub import fetch
-
         folder = fetch(source)
     refuse_special(folder)
-    files, weight_map = _shards(folder)
-    found: dict[str, TensorInfo] = {}
+    if is_adapter(folder):
+        return _with_adapter(folder, open_checkpoint, adapters)
+    if len(found := sorted(folder.glob(f"*{SUFFIX}"))) == 1 and not any(folder.glob("*.safetensors")):
+        return _of_gguf(folder, found[0])
+    files, weight_map = weight_files(folder)
+    stamps = tuple(map(stamp_of, files))
+    tensors: dict[str, TensorInfo] = {}
     for file in files:
         shard = file.name
         for name, info in read_header(file).items():
             if weight_map.get(name, shard) != shard:
                 continue  # the index gives this name to another shard: that one counts
-            if name in found:
-                raise CheckpointError(f"{name}: in {found[name].file.name} and in {file.name} of {folder}; keep one")
-            found[name] = info
-        if len(found) > MAX_TENSORS:
+            if name in tensors:
+                raise CheckpointError(f"{name}: in {tensors[name].file.name} and in {file.name} of {folder}; keep one")
+            tensors[name] = info
+        if len(tensors) > MAX_TENSORS:
             raise CheckpointError(f"{folder}: has more than {MAX_TENSORS:,} tensors; no model that is merged here has")
     for name, shard in weight_map.items():
-        if name not in found:
+        if name not in tensors:
             raise CheckpointError(
                 f"{folder / INDEX}: says that {name} is in {shard}, which does not have it; download both again"
             )
-    if not found:
+    if not tensors:
         raise CheckpointError(f"{folder}: its safetensors hold no tensor")
-    return Checkpoint(folder, found, files, read_config(folder))
+    config = read_config(folder)
+    return _checked(Checkpoint(folder, tensors, files, config, stamps))
 
 
-def is_folder(source: str | Path) -> bool:
-    """Whether a model is given as a folder that exists; raises CheckpointError where no file can be called so."""
-    try:
-        return Path(source).is_dir()
-    except OSError as error:
-        raise CheckpointError(
-            f"{source!s:.120}: cannot be a folder ({error.strerror}); give a folder or hub id"
-        ) from None
-
-
-def _shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
-    """The files that hold the weights, and the index's map from tensor to file name (empty without an index)."""
-    if (folder / SINGLE).exists():
-        return (folder / SINGLE,), {}
-    if (folder / INDEX).exists():
-        weight_map = _weight_map(folder / INDEX)
-        files = tuple(folder / shard for shard in sorted(set(weight_map.values())))
-        for file in files:
-            if not file.is_file():
-                raise CheckpointError(f"{file}: missing, but {INDEX} names it; download the checkpoint again")
-        return files, weight_map
-    single = sorted(folder.glob("*.safetensors"))
-    if len(single) == 1 and "-of-" not in single[0].name:
-        return (single[0],), {}
-    if single:
-        raise CheckpointError(f"{folder}: {len(single)} safetensors files without {INDEX}; download the index too")
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
-        raise CheckpointError(
-            f"{folder}: has pickled weights only, which can run code and are not read. Convert them once with "
-            f'`python -c "from transformers import AutoModel; '
-            f"AutoModel.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\"`"
-        )
-    raise CheckpointError(f"{folder}: no {SINGLE} and no {INDEX}; give the folder of a checkpoint")
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    """The map from tensor to file of an index; every file is a plain name, to be found beside it."""
-    again = "download the index again"
-    weight_map = load_json(index, MAX_HEADER, strict=True).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: has no weight_map from tensors to files; {again}")
-    if len(weight_map) > MAX_TENSORS:
-        raise CheckpointError(f"{index}: weight_map has more than {MAX_TENSORS:,} tensors; no model merged here has")
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str):
-            raise CheckpointError(f"{index}: weight_map gives {name!r:.120} {shard!r:.60}, no file name; {again}")
-    for shard, name in {shard: name for name, shard in weight_map.items()}.items():
-        plain = Path(shard).name == shard and shard not in ("", "..") and not set(shard) & set("\\:")
-        if not plain or not shard.isprintable() or not shard.endswith(".safetensors"):
+def _checked(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with quantised tensors seen whole; refuses what ZeRO-3 left empty, and more layers than there
+    are tensors, which a library would build one by one before it missed their weights."""
+    for info in checkpoint.tensors.values():
+        if info.shape == (0,) and "weight" in info.name:
             raise CheckpointError(
-                f"{index}: weight_map says that {name!r:.120} is in {shard!r:.120}; only plain file names, of "
-                f".safetensors beside the index, are followed; {again}"
+                f"{info.file}: {info.name} is empty, as weights saved under ZeRO-3 without gathering are; convert the "
+                "training's checkpoint with DeepSpeed's zero_to_fp32.py"
             )
-    return weight_map
+    at_hand = (_bytes_of,) if checkpoint.stamps else ()
+    whole, packed = seen_whole(checkpoint.tensors, checkpoint.config, *at_hand)
+    for key, number in _counts(checkpoint.config, _LAYERS):
+        if number > len(whole):
+            raise CheckpointError(
+                f"{checkpoint.path / 'config.json'}: {key} is {number}, but the files hold {len(whole)} tensors; "
+                "download config.json again"
+            )
+    return replace(checkpoint, tensors=whole, packed=packed)
+
+
+def _of_gguf(path: Path, file: Path) -> Checkpoint:
+    """The checkpoint that a GGUF file holds."""
+    stamps = (stamp_of(file),)
+    tensors, packed, config = gguf_tensors(file)
+    return Checkpoint(path, tensors, (file,), config, stamps, packed)
+
+
+def _bytes_of(info: TensorInfo) -> bytes:
+    """The bytes of a small tensor of a local file."""
+    with open_regular(info.file) as file:
+        file.seek(info.begin)
+        return file.read(min(info.nbytes, MAX_JSON))
+
+
+def _with_adapter(folder: Path, opener: Callable[..., Checkpoint], allowed: bool = True) -> Checkpoint:
+    """The base that an adapter's config names, as the adapter makes it."""
+    if not allowed:
+        raise CheckpointError(f"{folder}: is an adapter on an adapter; merge it with `{adapter.merging(folder)}`")
+    config, weights = load_json(folder / adapter.CONFIG), folder / adapter.WEIGHTS
+    if not weights.is_file():
+        if (folder / "adapter_model.bin").is_file():
+            raise CheckpointError(pickled(folder, "adapter_model"))
+        raise CheckpointError(f"{folder}: has {adapter.CONFIG} without {adapter.WEIGHTS}; download it again")
+    named, revision = str(config.get("base_model_name_or_path") or ""), config.get("revision")
+    if not named:
+        raise CheckpointError(f"{folder / adapter.CONFIG}: names no base_model_name_or_path; add the model's folder")
+    inner = folder / named
+    local = named if is_folder(named) or not inner.is_dir() else str(inner)
+    try:
+        base = opener(local if Path(local).is_dir() or not revision else f"{local}@{revision}", adapters=False)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{folder}: is an adapter, and its base cannot be read ({error}); write the base's folder into "
+            f"{adapter.CONFIG}, or merge it with `{adapter.merging(folder)}`"
+        ) from None
+    if base.packed:
+        raise CheckpointError(f"{folder}: its base {base.path} is quantised; name a 16-bit one in {adapter.CONFIG}")
+    tensors, packed = adapter.adapted(folder, config, read_header(weights), base.tensors)
+    files, stamps = (*base.files, weights), (*base.stamps, stamp_of(weights))
+    return Checkpoint(folder, tensors, files, base.config, stamps, packed, base.path)
+
+
+def remote_headers(source: str) -> Checkpoint:
+    """A checkpoint on the hub by its headers: names, dtypes and shapes are true, the files are not on this machine.
+
+    `files` and `TensorInfo.file` are the hub id joined with the file's name; `begin` is relative to the file's data.
+    Only config.json is downloaded.
+
+    Raises:
+        CheckpointError: not on the hub, gated, offline, or without safetensors.
+    """
+    name, revision = split_id(source)
+    with explained(source):
+        from huggingface_hub import HfApi, hf_hub_download
+
+        metadata = retried(lambda: HfApi().get_safetensors_metadata(name, revision=revision)).files_metadata
+        config = load_json(Path(retried(lambda: hf_hub_download(name, "config.json", revision=revision))))
+    folder = Path(source)
+    tensors: dict[str, TensorInfo] = {}
+    for file in sorted(metadata):
+        infos = metadata[file].tensors
+        for tensor in sorted(infos, key=lambda key: infos[key].data_offsets[0]):
+            begin, end = infos[tensor].data_offsets
+            dtype, shape = str(infos[tensor].dtype), tuple(infos[tensor].shape)
+            tensors[tensor] = TensorInfo(tensor, dtype, shape, folder / file, begin, end - begin)
+    return _checked(Checkpoint(folder, tensors, tuple(folder / file for file in sorted(metadata)), config))
+
+
+def open_headers(source: str | Path, *, adapters: bool = True) -> Checkpoint:
+    """A checkpoint for planning: a local folder as `open_checkpoint` gives it, a hub id by its headers alone, which are
+    those of the cache where the hub cannot be reached."""
+    if not (isinstance(source, str) and is_hub_id(source)):
+        return open_checkpoint(source, adapters=adapters)
+    try:
+        return remote_headers(source)
+    except UnreachableError:
+        folder = cached_folder(source)
+        if folder is None:
+            raise
+        return open_checkpoint(folder, adapters=adapters)
+    except NoSafetensorsError:
+        if not is_adapter(fetch(source, headers_only=True)):
+            raise
+        return _with_adapter(fetch(source), open_headers, adapters)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json, {} without one. Its model types are names fit to be printed, its numbers of layers are those of a
-    model: who builds one from it neither waits for ever nor runs out of memory.
+    """The mapping of config.json, {} without one. Model types must be printable names and layer counts within
+    `MAX_LAYERS`, so that building a model from it takes bounded time and memory.
 
     Raises:
         CheckpointError: naming the field.
     """
     file = folder / "config.json"
     config = load_json(file) if file.exists() else {}
-    nested = {key: value for key, value in config.items() if isinstance(value, dict)}
-    for place, part in (("", config), *((f"{key}.", value) for key, value in nested.items())):
-        kind = part.get("model_type", "")
-        if not isinstance(kind, str) or len(kind) > 100 or not kind.isprintable():
+    for prefix, section in _sections(config, ""):
+        model_type = section.get("model_type", "")
+        if not isinstance(model_type, str) or len(model_type) > 100 or not model_type.isprintable():
             raise CheckpointError(
-                f"{file}: {place}model_type is {kind!r:.120}, which is no name; download config.json again"
+                f"{file}: {prefix}model_type is {model_type!r:.120}, which is no name; download config.json again"
             )
-        for key in ("num_hidden_layers", "num_layers", "depth", "num_experts", "num_local_experts"):
-            number = part.get(key, 0)
-            if isinstance(number, int | float) and not 0 <= number <= MAX_LAYERS:
-                raise CheckpointError(
-                    f"{file}: {place}{key} is {number}, not up to {MAX_LAYERS}; download config.json again"
-                )
+    for key, number in _counts(config):
+        if not 0 <= number <= MAX_LAYERS:
+            raise CheckpointError(
+                f"{file}: {key} is {number!r:.60}, not up to {MAX_LAYERS:,}; download config.json again"
+            )
     if not isinstance(config.get("text_config", {}), dict | None):
         raise CheckpointError(f"{file}: text_config is no mapping; download config.json again")
     return config
+
+
+_LAYERS = re.compile(r"num_hidden_layers|n_layers?|num_layers|(en|de)coder_layers|depth")
+_EXPERTS = re.compile(r"num_(local_|routed_)?experts|n_routed_experts")
+
+
+def _sections(config: dict[str, Any], prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A config and the configs inside it, each with the dotted path in front of its keys."""
+    yield prefix, config
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _sections(value, f"{prefix}{key}.")
+
+
+def _counts(config: dict[str, Any], names: re.Pattern[str] | None = None) -> Iterator[tuple[str, int | float]]:
+    """Dotted key and value of every number of layers (or, without `names`, of layers and experts) in a config."""
+    for prefix, section in _sections(config, ""):
+        for key, number in section.items():
+            counted = names.fullmatch(key) if names else _LAYERS.fullmatch(key) or _EXPERTS.fullmatch(key)
+            if counted and isinstance(number, int | float):
+                yield f"{prefix}{key}", number

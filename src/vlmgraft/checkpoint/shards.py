@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vlmgraft.checkpoint.files import SINGLE
 from vlmgraft.checkpoint.header import ITEM_SIZES
-from vlmgraft.checkpoint.index import SINGLE
 
 METADATA = {"format": "pt"}
 

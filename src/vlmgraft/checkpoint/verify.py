@@ -2,42 +2,50 @@
 
 For folders of `merge`, `tune`, `decompose`, `gates`, `evaluate` and `export --to lora`. Digests of what we write were
 taken from memory, before the bytes went to the disk; those of what a library wrote, and of copied files, afterwards.
-What the disk, a copy or a later edit changed is found. Needs no torch.
+What the disk, a copy or a later edit changed is found. No link is followed, and only regular files are opened. Needs no
+torch.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+import os
+import stat
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmgraft.checkpoint.digests import RECEIPT, files_in, range_digest, seal
+from vlmgraft.checkpoint.digests import RECEIPT, range_digest, read_sources, seal
+from vlmgraft.checkpoint.files import kind_of, open_regular, parse_json
 from vlmgraft.checkpoint.header import TensorInfo, read_header
-from vlmgraft.errors import CheckpointError
-from vlmgraft.records import json_text
+from vlmgraft.checkpoint.index import Checkpoint, open_checkpoint
+from vlmgraft.errors import CheckpointError, printable
+from vlmgraft.storage.jsonl import json_text
+from vlmgraft.storage.limits import MAX_HEADER
+from vlmgraft.storage.progress import LogProgress, Progress
 
-Progress = Callable[[int, int, str], None]
 REMEDY = "give a folder that `merge --out`, `tune`, `decompose`, `gates`, `evaluate` or `export --to lora` wrote"
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What is not as the receipt says. tensor: None where it is the file as a whole, its header or its size."""
+    """What is not as the receipt says. file: relative to the folder; of a source, absolute. tensor: None where it is
+    the file as a whole, its header or its size."""
 
     file: str
     tensor: str | None
     what: str
 
     def __str__(self) -> str:
-        return ": ".join(part for part in (self.file, self.tensor, self.what) if part)
+        return printable(": ".join(part for part in (self.file, self.tensor, self.what) if part))
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was checked, and the faults found. unlisted: files that the receipt does not know; they were not checked."""
+    """What was checked, and the faults found. unlisted: files, links and others in the folder that the receipt does not
+    know; they were not opened."""
 
     path: str
     files: int
@@ -46,15 +54,33 @@ class Verification:
     faults: tuple[Fault, ...]
     unlisted: tuple[str, ...]
 
+    @property
+    def unchanged(self) -> bool:
+        """Whether the folder holds exactly what its receipt says. A file more can change what a library loads from it:
+        model.safetensors is read instead of the shards, adapter_config.json puts an adapter on the model."""
+        return not self.faults and not self.unlisted
 
-def verify(folder: str | Path, *, threads: int = 2, progress: Progress | None = None) -> Verification:
+
+def verify(
+    folder: str | Path,
+    *,
+    sources: Mapping[str, str | Path] | None = None,
+    threads: int = 2,
+    progress: Progress | None = None,
+) -> Verification:
     """Compare every byte of a folder with the receipt that the command which made it wrote into it.
 
+    sources: checkpoints that it was made from, by their names in the receipt ("vlm", "donor", "donor_base", …): of
+    those, the tensors that were read are compared, too.
+
     Raises:
-        CheckpointError: no such folder, no receipt, or a receipt without digests or with file names outside the folder.
+        CheckpointError: no such folder, no receipt, or a receipt whose rows cannot be those of a receipt: without
+            digests, with file names outside the folder, with a file or tensor twice; a source that the receipt does
+            not name, or that is no checkpoint.
     """
-    folder = Path(folder)
-    receipt = _receipt(folder)
+    folder, progress = Path(folder), progress or LogProgress()
+    present = _present(folder)
+    receipt = _receipt(folder, present)
     if receipt is None:
         damaged = Fault(RECEIPT, None, "is not as it was written; nothing else can be checked against it")
         return Verification(str(folder), 0, 0, 0, (damaged,), ())
@@ -63,97 +89,175 @@ def verify(folder: str | Path, *, threads: int = 2, progress: Progress | None = 
     faults: list[Fault] = []
     located: dict[tuple[str, str], TensorInfo] = {}
     for row in files:
-        faults += _check_file(folder, row)
-        if row["tensors"] and (folder / row["name"]).is_file():
-            try:
-                header = read_header(folder / row["name"])
-                located.update({(row["name"], name): info for name, info in header.items()})
-            except CheckpointError as error:
-                faults.append(Fault(row["name"], None, f"its header cannot be used ({error})"))
+        header: dict[str, TensorInfo] = {}
+        faults += _check_file(folder, row, present.get(row["name"]), header)
+        located |= {(row["name"], name): info for name, info in header.items()}
     with ThreadPoolExecutor(threads) as pool:
-        places = _places(receipt)
-        checked = pool.map(lambda place, row: _check_tensor(folder, place[0], row, located.get(place)), places, tensors)
-        for number, (row, found) in enumerate(zip(tensors, checked, strict=True), 1):
-            faults += found
-            if progress is not None:
-                progress(number, len(tensors), row["name"])
-    listed = {row["name"] for row in files} | {RECEIPT}
-    unlisted = sorted({path.relative_to(folder).as_posix() for path in files_in(folder)} - listed)
+        keys = _keys(receipt)
+        checked = pool.map(lambda key, row: _check_tensor(folder, key[0], row, located.get(key)), keys, tensors)
+        for number, (row, differences) in enumerate(zip(tensors, checked, strict=True), 1):
+            faults += differences
+            progress(number, len(tensors), row["name"])
+        for key, source in (sources or {}).items():
+            read = read_sources(receipt, folder / RECEIPT).get(key)
+            if read is None:
+                known = ", ".join(receipt.get("sources", {})) or "none"
+                raise CheckpointError(f"{folder / RECEIPT}: names no source {key!r:.60}; it has {known:.300}")
+            faults += _check_source(open_checkpoint(source), read, pool)
+    unlisted = sorted(present.keys() - {row["name"] for row in files} - {RECEIPT})
     nbytes = sum(row["size"] for row in files)
     return Verification(str(folder), len(files), len(tensors), nbytes, tuple(faults), tuple(unlisted))
 
 
-def _check_file(folder: Path, row: Mapping[str, Any]) -> Iterator[Fault]:
-    """A file's size and the bytes that its own digest covers."""
-    path = folder / row["name"]
-    if not path.is_file():
-        yield Fault(row["name"], None, "is missing")
+def _present(folder: Path) -> dict[str, os.stat_result]:
+    """What is in a folder and its folders but folders: names relative to it, with slashes. A link to a folder counts as
+    a link."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; {REMEDY}")
+    if not os.path.lexists(folder / RECEIPT):  # before anything is walked through
+        raise CheckpointError(f"{folder}: has no {RECEIPT}; {REMEDY}")
+    present = {}
+    for parent, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            path = Path(parent, name)
+            with suppress(FileNotFoundError):  # it went meanwhile, and will be missed
+                status = path.lstat()
+                if not stat.S_ISDIR(status.st_mode):
+                    present[path.relative_to(folder).as_posix()] = status
+    return present
+
+
+def _check_file(
+    folder: Path, row: Mapping[str, Any], status: os.stat_result | None, header: dict[str, TensorInfo]
+) -> Iterator[Fault]:
+    """A file's kind, size, the bytes that its own digest covers, and which tensors it holds, put into `header`.
+
+    What the file's digest does not cover must be covered by those of its tensors: all of them, listed.
+    """
+    name, path = row["name"], folder / row["name"]
+    if status is None:
+        yield Fault(name, None, "is missing")
         return
-    size = path.stat().st_size
-    if size != row["size"]:
-        yield Fault(row["name"], None, f"has {size} bytes, not {row['size']}")
-    if _digest(path, 0, row["digested"]) != row["digest"]:
+    if not stat.S_ISREG(status.st_mode):
+        yield Fault(name, None, f"is {kind_of(status.st_mode)}, not a file")
+        return
+    if status.st_size != row["size"]:
+        yield Fault(name, None, f"has {status.st_size} bytes, not {row['size']}")
+    intact = _digest(path, 0, row["digested"]) == row["digest"]
+    if not intact:
         part = "its header" if row["digested"] < row["size"] else "its content"
-        yield Fault(row["name"], None, f"{part} is not what was written")
+        yield Fault(name, None, f"{part} is not what was written")
+    if row["digested"] == row["size"] and not row["tensors"]:
+        return
+    try:
+        header |= read_header(path)
+    except CheckpointError as error:
+        yield Fault(name, None, f"its header cannot be used ({error})")
+        return
+    for tensor in sorted(header.keys() - set(row["tensors"])):
+        yield Fault(name, tensor, "is not in the receipt")
+    if intact and row["digested"] != min((info.begin for info in header.values()), default=row["size"]):
+        yield Fault(name, None, f"the receipt covers {row['digested']} bytes before the tensors, not all")
 
 
-def _places(receipt: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _keys(receipt: Mapping[str, Any]) -> list[tuple[str, str]]:
     """File and name of every tensor row; a row names its file where several files hold tensors of one name."""
     shards = {name: row["name"] for row in receipt["files"] for name in row["tensors"]}
     return [(row.get("file") or shards[row["name"]], row["name"]) for row in receipt["tensors"]]
 
 
-def _check_tensor(folder: Path, file: str, row: Mapping[str, Any], found: TensorInfo | None) -> list[Fault]:
+def _check_tensor(folder: Path, file: str, row: Mapping[str, Any], info: TensorInfo | None) -> list[Fault]:
     """A tensor's place, dtype, shape and bytes."""
     name = row["name"]
-    if found is None:
+    if info is None:
         return [Fault(file, name, "is not there")]
-    if (found.dtype, list(found.shape)) != (row["dtype"], row["shape"]):
-        return [Fault(file, name, f"is {found.dtype} {list(found.shape)}, not {row['dtype']} {row['shape']}")]
-    if _digest(folder / file, found.begin, found.nbytes) != row["digest"]:
+    if (info.dtype, list(info.shape)) != (row["dtype"], row["shape"]):
+        return [Fault(file, name, f"is {info.dtype} {list(info.shape)}, not {row['dtype']} {row['shape']}")]
+    if _digest(folder / file, info.begin, info.nbytes) != row["digest"]:
         return [Fault(file, name, "its bytes are not what was written")]
     return []
 
 
-def inside(name: str) -> bool:
-    """Whether a relative name stays in its folder."""
-    return "\0" not in name and not {"", ".", ".."} & set(name.split("/"))
+def _check_source(checkpoint: Checkpoint, read: Mapping[str, str], pool: ThreadPoolExecutor) -> Iterator[Fault]:
+    """The tensors of a checkpoint that were read, against their digests."""
+
+    def differs(name: str) -> Fault | None:
+        info = checkpoint.stored.get(name)
+        if info is None:
+            return Fault(str(checkpoint.path.absolute()), name, "was read, and is not there")
+        same = _digest(info.file, info.begin, info.nbytes) == read[name]
+        return None if same else Fault(str(info.file.absolute()), name, "its bytes are not what was read")
+
+    yield from filter(None, pool.map(differs, read))
 
 
 def _digest(path: Path, begin: int, size: int) -> str:
+    """The digest of a range of a file, or why there is none."""
     try:
         return range_digest(path, begin, size)
     except OSError as error:
         return str(error.strerror)
+    except CheckpointError as error:
+        return str(error)
 
 
-def _receipt(folder: Path) -> dict[str, Any] | None:
+def _receipt(folder: Path, present: Mapping[str, os.stat_result]) -> dict[str, Any] | None:
     """The receipt with its rows checked, or None if it is not byte for byte what was written."""
     path = folder / RECEIPT
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder; {REMEDY}")
-    if not path.is_file():
-        raise CheckpointError(f"{folder}: has no {RECEIPT}; {REMEDY}")
-    raw = path.read_bytes()
+    if not stat.S_ISREG(present[RECEIPT].st_mode):
+        raise CheckpointError(f"{path}: is {kind_of(present[RECEIPT].st_mode)}, not a file; {REMEDY}")
+    with open_regular(path) as file:
+        raw = file.read(MAX_HEADER + 1)
+    if len(raw) > MAX_HEADER:
+        raise CheckpointError(f"{path}: has more than {MAX_HEADER:,} bytes, which no receipt needs; {REMEDY}")
     try:
-        receipt = json.loads(raw)
-    except (ValueError, RecursionError):
+        receipt = parse_json(raw, f"{path}:", strict=False)
+    except CheckpointError:
         return None
-    if not isinstance(receipt, dict) or not {"files", "digest"} & receipt.keys():
+    if not {"files", "digest"} & receipt.keys():
         raise CheckpointError(f"{path}: has no digests to check against; make it again with this version")
-    if receipt.get("digest") != seal(receipt) or raw != json_text(receipt).encode():
-        return None
     try:
-        names = [str(row["name"]) for row in receipt["files"]]
-        known = all({"size", "digested", "digest"} <= row.keys() for row in receipt["files"])
-        held = [(row["name"], name) for row in receipt["files"] for name in row["tensors"]]
-        known &= sorted(held) == sorted(_places(receipt))
-        known &= all({"name", "dtype", "shape", "digest"} <= row.keys() for row in receipt["tensors"])
-    except (AttributeError, KeyError, TypeError):
-        known, names = False, []
-    for name in names:
-        if not inside(name):
-            raise CheckpointError(f"{path}: names {name!r}; only files of its own folder are read")
-    if not known:
-        raise CheckpointError(f"{path}: its rows are not those of a receipt; make it again")
+        if receipt.get("digest") != seal(receipt) or raw != json_text(receipt).encode():
+            return None
+    except UnicodeEncodeError:  # half a surrogate pair, which no command writes
+        return None
+    _refuse_rows(path, receipt)
     return receipt
+
+
+_FILE = {"name": str, "size": int, "digested": int, "digest": str, "tensors": list}
+_TENSOR = {"name": str, "dtype": str, "shape": list, "digest": str}
+
+
+def _refuse_rows(path: Path, receipt: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless the rows are such as a command writes: typed, each file and tensor once, every file
+    in the folder, every tensor in a file that lists it."""
+    files, tensors = receipt.get("files"), receipt.get("tensors")
+    for rows, types in ((files, _FILE), (tensors, _TENSOR)):
+        if not isinstance(rows, list):
+            raise CheckpointError(f"{path}: its rows are not those of a receipt; make it again")
+        for row in rows:
+            if not isinstance(row, dict) or any(type(row.get(key)) is not kind for key, kind in types.items()):
+                raise CheckpointError(f"{path}: {row!r:.200} is no row of a receipt; make it again")
+    assert files is not None and tensors is not None
+    for row in files:
+        if not is_relative(row["name"]):
+            raise CheckpointError(f"{path}: names {row['name']!r:.200}; only files of its own folder are read")
+        if row["name"] == RECEIPT or not 0 <= row["digested"] <= row["size"]:
+            raise CheckpointError(f"{path}: {row!r:.200} is no row of a receipt; make it again")
+        if not all(isinstance(name, str) for name in row["tensors"]):
+            raise CheckpointError(f"{path}: {row['name']!r:.200} has tensors that are no names; make it again")
+    listed = [(row["name"], name) for row in files for name in row["tensors"]]
+    try:
+        keys = _keys(receipt)
+        consistent = sorted(listed) == sorted(keys)
+    except (KeyError, TypeError):
+        consistent = False
+    names = [row["name"] for row in files]
+    if not consistent or len(set(listed)) < len(listed) or len(set(names)) < len(names):
+        raise CheckpointError(f"{path}: names a file or tensor twice, or a tensor in no file; make it again")
+
+
+def is_relative(name: str) -> bool:
+    """Whether a relative name stays in its folder."""
+    return "\0" not in name and not {"", ".", ".."} & set(name.split("/"))

@@ -7,6 +7,8 @@ any thread, the index last. Until the rename nobody sees a folder of the final n
 from __future__ import annotations
 
 import os
+import shutil
+import stat
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -16,15 +18,16 @@ from typing import Any
 from torch import Tensor
 
 from vlmgraft.checkpoint.digests import BLOCK, RECEIPT, FileReceipt, block_digests, files_in, joined, whole_file
+from vlmgraft.checkpoint.dtypes import CODES, TORCH_DTYPES, as_bytes
+from vlmgraft.checkpoint.files import INDEX
 from vlmgraft.checkpoint.handles import Handles
-from vlmgraft.checkpoint.index import INDEX
-from vlmgraft.checkpoint.reader import TORCH_DTYPES, as_bytes
-from vlmgraft.checkpoint.shards import Shard, TensorSpec, plan_shards
-from vlmgraft.errors import DamagedError
-from vlmgraft.publishing import Publication
-from vlmgraft.publishing import refuse_output as refuse_output
-from vlmgraft.records import append_row, read_rows, write_json, write_rows
-from vlmgraft.resources import cannot_write
+from vlmgraft.checkpoint.shards import Shard, TensorSpec, header_of, plan_shards
+from vlmgraft.errors import DamagedError, OutputError
+from vlmgraft.storage.files import new_file
+from vlmgraft.storage.jsonl import append_row, read_rows, write_json, write_rows
+from vlmgraft.storage.outputs import refuse_output
+from vlmgraft.storage.publish import Publication
+from vlmgraft.storage.resources import cannot_write
 
 JOURNAL = ".journal.jsonl"
 
@@ -36,7 +39,7 @@ class Writer:
         tensors: in the order of the files.
         shard_size: bytes of data per file, at most.
         resume: a key of what is being written. An interrupted folder of the same key is then kept and continued: what
-            `finish` recorded is in `done`. Without a key an interrupted folder is removed (see publishing.py).
+            `finish` recorded is in `done`. Without a key an interrupted folder is removed.
         anew: with a key, do not go on with such a folder, but leave one where a person stops it.
     Raises:
         OutputError: `out` exists, cannot be written, the disk is too small, or another process is writing it.
@@ -58,14 +61,14 @@ class Writer:
         self.done: dict[str, dict[str, Any]] = {}
         self._digests: dict[str, dict[int, bytes]] = {}
         self._resume = resume
-        self._handles = Handles(os.O_RDWR | os.O_CLOEXEC)
-        self._places: dict[str, tuple[str, int, TensorSpec]] = {}
+        self._handles = Handles(os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        self._layout: dict[str, tuple[str, int, TensorSpec]] = {}
         for shard in self.shards:
             begin = len(shard.header)
             for tensor in shard.tensors:
-                self._places[tensor.name] = (shard.name, begin, tensor)
+                self._layout[tensor.name] = (shard.name, begin, tensor)
                 begin += tensor.nbytes
-        if len(self._places) != len(tensors):
+        if len(self._layout) != len(tensors):
             raise ValueError("two tensors of one name")
 
     def __enter__(self) -> Writer:
@@ -81,14 +84,14 @@ class Writer:
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a whole tensor, which must have the planned dtype and shape."""
-        spec = self._places[name][2]
+        spec = self._layout[name][2]
         if tuple(tensor.shape) != spec.shape:
             raise ValueError(f"{name}: {tuple(tensor.shape)} written, {spec.shape} planned")
         self.write_at(name, 0, tensor.reshape(-1))
 
     def write_at(self, name: str, start: int, tensor: Tensor) -> None:
         """Write elements from number `start` on; thread-safe for pieces that do not overlap."""
-        spec = self._places[name][2]
+        spec = self._layout[name][2]
         if tensor.dtype != TORCH_DTYPES[spec.dtype]:
             raise ValueError(f"{name}: {tensor.dtype} written, {spec.dtype} planned")
         if tensor.numel():
@@ -96,13 +99,11 @@ class Writer:
 
     def write_bytes(self, name: str, offset: int, data: memoryview) -> None:
         """Write raw bytes of a tensor from byte `offset` on."""
-        shard, begin, spec = self._places[name]
+        shard, begin, spec = self._layout[name]
         if offset < 0 or offset + len(data) > spec.nbytes:
             raise ValueError(f"{name}: bytes {offset} to {offset + len(data)} of {spec.nbytes}")
         if offset % BLOCK == 0:
-            found = self._digests.setdefault(name, {})
-            for number, digest in enumerate(block_digests(data), offset // BLOCK):
-                found[number] = digest
+            self._digests.setdefault(name, {}).update(enumerate(block_digests(data), offset // BLOCK))
         done, path = 0, self.folder / shard
         try:
             with self._handles.of(path) as handle:
@@ -111,12 +112,16 @@ class Writer:
         except OSError as error:
             raise cannot_write(path, error) from None
 
+    def spec(self, name: str) -> TensorSpec:
+        """Dtype and shape of a tensor in the output."""
+        return self._layout[name][2]
+
     def digest(self, name: str) -> str:
         """The digest of a tensor that this process wrote, in pieces that begin and end with blocks."""
-        found = self._digests.pop(name, {})
-        if sorted(found) != list(range(-(-self._places[name][2].nbytes // BLOCK))):
+        blocks = self._digests.pop(name, {})
+        if sorted(blocks) != list(range(-(-self._layout[name][2].nbytes // BLOCK))):
             raise ValueError(f"{name}: not written in whole blocks of {BLOCK} bytes")
-        return joined(found[number] for number in sorted(found))
+        return joined(blocks[number] for number in sorted(blocks))
 
     def files(self) -> tuple[FileReceipt, ...]:
         """The index and the other files of the folder with their digests; of a shard, that of its header."""
@@ -143,7 +148,7 @@ class Writer:
         self._stack.__exit__(kind, error, trace)
 
     def _complete(self, kind: type[BaseException] | None, *_: object) -> None:
-        """After a clean exit: the index, the tensors on disk, and only then away with what says how far it came."""
+        """After a clean exit: the index, the tensors on disk, and only then the journal is removed."""
         if kind is None:
             self._write_index()
             for shard in self.shards:
@@ -163,13 +168,19 @@ class Writer:
             return
         journal, names = self.folder / JOURNAL, {shard.name for shard in self.shards}
         head = {"boot": _boot_id(), "block": BLOCK, "shards": [[shard.name, shard.size] for shard in self.shards]}
-        found = {path.name for path in self.folder.iterdir()}
+        for path in self.folder.iterdir():
+            status = path.lstat()
+            if stat.S_ISDIR(status.st_mode):  # of side files, which are written again
+                shutil.rmtree(path)
+            elif not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:  # a link would be written through
+                raise OutputError(f"{path}: is a link or no file; remove {self.folder}, and begin anew")
+        present = {path.name for path in self.folder.iterdir()}
         rows: list[dict[str, Any]] = []
         with suppress(DamagedError):
-            rows = list(read_rows(journal)) if JOURNAL in found else []
-        if rows and rows[0] == head and names <= found:
+            rows = list(read_rows(journal)) if JOURNAL in present else []
+        if rows and rows[0] == head and names <= present:
             self.done = {row.pop("name"): row for row in rows[1:] if "name" in row}
-        for stray in found - names - {JOURNAL}:  # side files and temporary ones, which are written again
+        for stray in present - names - {JOURNAL}:  # side files and temporary ones, which are written again
             (self.folder / stray).unlink()
         write_rows(journal, (head, *({"name": name, **facts} for name, facts in self.done.items())))
 
@@ -191,3 +202,23 @@ def _boot_id() -> str:
     """Changes when the machine restarts: page cache that was not flushed is gone then."""
     path = Path("/proc/sys/kernel/random/boot_id")
     return path.read_text().strip() if path.exists() else "unknown"
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a small set of tensors as one safetensors file that is whole under its name or absent.
+
+    safetensors' own `save_file` writes beside its target under a random name and does not flush. Here equal tensors
+    give equal bytes: the header's keys are sorted.
+
+    Args:
+        tensors: contiguous, on the CPU. metadata: strings for the header.
+    Raises:
+        OSError.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # every tensor aligned
+    specs = [TensorSpec(name, CODES[tensors[name].dtype], tuple(tensors[name].shape)) for name in order]
+    with new_file(path) as file:
+        file.write(header_of(specs, dict(sorted((metadata or {}).items()))))
+        for name in order:
+            if tensors[name].numel():
+                file.write(as_bytes(tensors[name]))

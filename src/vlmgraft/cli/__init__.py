@@ -1,12 +1,20 @@
 """The command line: reads arguments, calls the public function of the same name, shows what it gave.
 
-Nothing heavy is imported before a command runs. Exit codes: 0 done, 1 the work failed, 2 recipe or inputs are wrong
-(nothing was started), 130 interrupted.
-
-One file per group of commands; importing it registers them, here in the order of `--help`.
+One file per command, in which a dataclass defines its options (see `options.py`); importing the file registers it, here
+in the order of `--help`. Nothing heavy is imported before a command runs.
 """
 
-from vlmgraft.cli import analysis, attention, evaluate, front, lab, merge, report, tune, verify
-from vlmgraft.cli.app import app, main
+# isort: off
+from vlmgraft.cli import demo, init, inspect, merge, decompose, gates, front, tune
+from vlmgraft.cli import evaluate, compare, drift, knockout, ranks, sweep, choose, attention, steer
+from vlmgraft.cli import report, export, verify, costs, lab
 
-__all__ = ["analysis", "app", "attention", "evaluate", "front", "lab", "main", "merge", "report", "tune", "verify"]
+# isort: on
+from vlmgraft.cli.app import main
+from vlmgraft.cli.options import app
+
+__all__ = [
+    "app", "attention", "choose", "compare", "costs", "decompose", "demo", "drift", "evaluate", "export", "front",
+    "gates", "init", "inspect", "knockout", "lab", "main", "merge", "ranks", "report", "steer", "sweep", "tune",
+    "verify",
+]  # fmt: skip

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
 
-from vlmgraft.cli.app import AsJson, Quiet, app, progress_bar
+from vlmgraft.cli.options import LoadsModels, command
 
 
-@app.command()
-def attention(
-    model: Annotated[str, typer.Argument(help="VLM: folder or hub id")],
-    data: Annotated[str, typer.Option("--data", help="question file with images, or lab")] = "lab",
-    samples: Annotated[int, typer.Option("--samples", help="at most so many questions")] = 64,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="questions at a time")] = 4,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-) -> None:
+@command()
+@dataclass(kw_only=True)
+class Attention(LoadsModels):
     """The share of attention that text gives to visual tokens, per layer: FRANK's `visual_attention`."""
-    from vlmgraft.studies import attention as run
 
-    with progress_bar(quiet) as progress:
-        shares = run(model, data, samples=samples, batch_size=batch_size, progress=progress)
-    if as_json:
-        typer.echo(json.dumps({"visual_attention": shares}))
-        return
-    typer.echo("method:")
-    typer.echo("  name: frank")
-    typer.echo(f"  visual_attention: [{', '.join(f'{share:.4g}' for share in shares)}]")
+    model: Annotated[str, typer.Argument(help="VLM: folder or hub id")]
+    data: Annotated[str, typer.Option("--data", help="question file with images, or lab")] = "lab"
+    samples: Annotated[int, typer.Option(help="at most so many questions")] = 64
+    batch_size: Annotated[int, typer.Option(help="questions at a time", min=1)] = 4
+
+    def run(self) -> None:
+        from vlmgraft.analysis import attention
+
+        with self.progress() as progress:
+            shares = attention(
+                self.model, self.data, samples=self.samples, batch_size=self.batch_size, progress=progress
+            )
+        numbers = ", ".join(f"{share:.4g}" for share in shares)
+        self.show({"visual_attention": shares}, f"method:\n  name: frank\n  visual_attention: [{numbers}]")

@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from vlmgraft.cli.app import AsJson, Quiet, RecipeArgument, Set, app, progress_bar
-from vlmgraft.cli.tables import show_rows, show_table
+from vlmgraft.cli.options import LoadsModels, Overrides, RecipeArgument, Writes, command
+from vlmgraft.cli.output import show_table
 
 
-@app.command()
-def front(
-    recipe: RecipeArgument,
-    factors: Annotated[Path, typer.Option(help="folder that `decompose` wrote")],
-    out: Annotated[Path, typer.Option("--out", help="folder to write; what it holds of this front is kept")],
-    budgets: Annotated[str, typer.Option(help="nats per token: start:stop:step, or a,b,c")],
-    overrides: Set = None,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-) -> None:
+@command()
+@dataclass(kw_only=True)
+class Front(LoadsModels, Writes):
     """Gates for a row of KL budgets in one run: what drift buys in injected energy."""
-    from vlmgraft.analysis.grid import parse_grid
-    from vlmgraft.studies import front as run
 
-    wanted = [float(value) for value in parse_grid(f"budgets={budgets}")[1]]
-    with progress_bar(quiet) as progress:
-        points = run(recipe, factors, out, wanted, overrides=overrides or [], progress=progress)
-    rows = [(point.budget, point.held_out_kl, point.energy) for point in points]
-    names = ("budget", "held_out_kl", "energy")
-    if as_json:
-        show_rows(dict(zip(names, row, strict=True)) for row in rows)
-    else:
-        show_table("Drift in nats per token, and the share of the task vector's energy", names, rows)
+    recipe: RecipeArgument
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder to write; what it holds of this front is kept")]
+    factors: Annotated[Path, typer.Option(help="folder that `decompose` wrote")]
+    budgets: Annotated[str, typer.Option(help="nats per token: start:stop:step, or a,b,c")]
+    overrides: Overrides = None
+
+    def run(self) -> None:
+        from vlmgraft.analysis.grid_points import parse_grid
+        from vlmgraft.distillation.front import front
+
+        budgets = [float(value) for value in parse_grid(f"budgets={self.budgets}")[1]]
+        with self.progress() as progress:
+            points = front(
+                self.recipe, self.factors, self.out, budgets, overrides=self.overrides or [], progress=progress
+            )
+        names = ("budget", "held_out_kl", "energy")
+        rows = [(point.budget, point.held_out_kl, point.energy) for point in points]
+        title = "KL in nats per token, and the share of the task vector's energy"
+        self.show(
+            {"rows": [dict(zip(names, row, strict=True)) for row in rows]}, lambda: show_table(title, names, rows)
+        )

@@ -23,7 +23,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 AGAIN = 0.05
 """Seconds after which an interruption that a destructor swallowed is raised again."""
 
-RESUMED = ("merge", "decompose", "tune", "evaluate", "compare", "knockout", "ranks", "sweep", "lab report")
+RESUMED = ("merge", "choose", "decompose", "tune", "evaluate", "compare", "knockout", "ranks", "sweep")
 """Commands that go on with --resume."""
 KEPT = ("gates", "front")
 """Commands that go on by themselves."""
@@ -34,7 +34,10 @@ class Interrupted(BaseException):
 
 
 def how_to_go_on(arguments: Sequence[str]) -> str:
-    """The way on after an interruption, with the command to type."""
+    """The way on after an interruption, with the command to type; a token is left out, for HF_TOKEN to give."""
+    secret = [number for number, word in enumerate(arguments) if word == "--token" or word.startswith("--token=")]
+    secret += [number + 1 for number in secret if arguments[number] == "--token"]
+    arguments = [word for number, word in enumerate(arguments) if number not in secret]
     words = [word for word in arguments if not word.startswith("-")]
     name = " ".join(words[:2]) if words[:1] == ["lab"] else " ".join(words[:1])
     again = shlex.join(["vlmgraft", *arguments])

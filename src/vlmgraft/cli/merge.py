@@ -1,116 +1,105 @@
-"""`merge`, `decompose`, `gates`, `export`: from recipes to merged folders."""
+"""`merge`: from a recipe to a finished checkpoint, or with --dry-run to what that would take."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from vlmgraft.cli.app import AsJson, Out, Quiet, RecipeArgument, Set, app, progress_bar
+from vlmgraft.cli.options import LoadsModels, Overrides, Resumable, command
+from vlmgraft.cli.output import duration, show_table, size
 
 
-@app.command()
-def merge(
-    recipe: Annotated[Path | None, typer.Argument(help="recipe in YAML")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="folder to write; must not exist")] = None,
-    overrides: Set = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan, write nothing")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with what an interruption left")] = False,
-    workdir: Annotated[Path | None, typer.Option(help="keep and reuse factors and gates here")] = None,
-    schema: Annotated[bool, typer.Option("--schema", help="print the recipe's JSON schema")] = False,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-) -> None:
+@command()
+@dataclass(kw_only=True)
+class Merge(LoadsModels, Resumable):
     """Merge as the recipe says, to a finished checkpoint."""
-    from vlmgraft import pipeline
-    from vlmgraft.errors import RecipeError
-    from vlmgraft.recipe import json_schema
 
-    if schema:
-        typer.echo(json.dumps(json_schema(), indent=2))
-        return
-    if recipe is None:
-        raise RecipeError("merge: give a recipe")
-    loaded = pipeline.read_recipe(recipe, overrides or [])
-    for note in loaded.notes:
-        typer.echo(note, err=True)
-    if dry_run:
-        show_plan(pipeline.plan(loaded, pipeline.pair(loaded, headers_only=True)), as_json)
-        return
-    if out is None:
-        raise RecipeError("merge: --out is missing; name the folder to write")
-    with progress_bar(quiet) as progress:
-        receipt = pipeline.merge(loaded, out, resume=resume, workdir=workdir, progress=progress)
-    verdicts = [tensor.verdict for tensor in receipt.tensors]
-    if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(receipt)))
-    else:
-        typer.echo(f"{out}: {verdicts.count('merged')} of {len(verdicts)} tensors merged, {receipt.seconds:.1f} s")
+    recipe: Annotated[Path | None, typer.Argument(help="recipe in YAML")] = None
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="folder to write; must not exist")] = None  # type: ignore[assignment]
+    overrides: Overrides = None
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="try every input, show what each stage takes, write nothing")
+    ] = False
+    workdir: Annotated[Path | None, typer.Option(help="keep and reuse factors and gates here")] = None
+    schema: Annotated[bool, typer.Option("--schema", help="print the recipe's JSON schema")] = False
+
+    def replaced(self) -> Path | None:
+        """The output that this run may replace: none where nothing is written."""
+        return None if self.dry_run or self.schema else super().replaced()
+
+    def run(self) -> None:
+        from vlmgraft import pipeline
+        from vlmgraft.errors import RecipeError
+        from vlmgraft.recipe.schema import json_schema
+
+        if self.schema:
+            typer.echo(json.dumps(json_schema(), indent=2))
+            return
+        if self.recipe is None:
+            raise RecipeError("merge: give a recipe")
+        recipe = pipeline.read_recipe(self.recipe, self.overrides or [])
+        for note in recipe.notes:
+            self.note(note)
+        if self.dry_run:
+            self._rehearse(recipe)
+            return
+        if self.out is None:
+            raise RecipeError("merge: --out is missing; name the folder to write")
+        with self.progress() as progress:
+            receipt = pipeline.merge(
+                recipe, self.out, resume=self.resume, workdir=self.workdir, threads=self.threads, progress=progress
+            )
+        self.show(receipt, lambda: self._print_receipt(receipt))
+
+    def _rehearse(self, recipe: Any) -> None:
+        """Show the plan and the cost of every stage; exit code 2 where something would fail."""
+        from vlmgraft.costs.dry_run import dry_run
+
+        rehearsal = dry_run(
+            recipe, self.out, self.workdir, tell=lambda fault: typer.echo(f"vlmgraft: {fault}", err=True)
+        )
+        result = dataclasses.asdict(rehearsal)
+        self.show({**result.pop("plan"), **result}, lambda: _print_rehearsal(rehearsal))
+        if rehearsal.faults:
+            raise typer.Exit(2)
+
+    def _print_receipt(self, receipt: Any) -> None:
+        verdicts = [tensor.verdict for tensor in receipt.tensors]
+        typer.echo(f"{self.out}: {verdicts.count('merged')} of {len(verdicts)} tensors merged, {self.elapsed()}")
+        typer.echo(receipt.survival.line())
         for note in receipt.notes:
             typer.echo(note)
 
 
-@app.command()
-def decompose(
-    recipe: RecipeArgument,
-    out: Out,
-    overrides: Set = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with what an interruption left")] = False,
-    quiet: Quiet = False,
-) -> None:
-    """SVD of the donor's task vector, one file per matrix."""
-    from vlmgraft import pipeline
-
-    with progress_bar(quiet) as progress:
-        store = pipeline.decompose(recipe, out, overrides=overrides or [], resume=resume, progress=progress)
-    typer.echo(f"{out}: {len(store)} matrices")
-
-
-@app.command()
-def gates(
-    recipe: RecipeArgument,
-    factors: Annotated[Path, typer.Option(help="folder that `decompose` wrote")],
-    out: Out,
-    overrides: Set = None,
-    quiet: Quiet = False,
-) -> None:
-    """Learn FRISM's gates on factors."""
-    from vlmgraft import pipeline
-
-    with progress_bar(quiet) as progress:
-        learned = pipeline.gates(recipe, factors, out, overrides=overrides or [], progress=progress)
-    typer.echo(f"{out}: gates of {len(learned.logits)} matrices")
+def _print_rehearsal(rehearsal: Any) -> None:
+    print_plan(rehearsal.plan)
+    columns = ("stage", "time", "GPU memory", "host memory", "disk", "already there")
+    rows = [
+        (
+            stage.name,
+            duration(stage.seconds),
+            size(stage.gpu_memory),
+            size(stage.host_memory),
+            size(stage.disk),
+            stage.done,
+        )
+        for stage in rehearsal.stages
+    ]
+    total = sum(stage.seconds for stage in rehearsal.stages)
+    disk = sum(stage.disk for stage in rehearsal.stages)
+    rows.append(("all", duration(total), "", "", size(disk), ""))
+    show_table(f"expected on {rehearsal.device}, disk at 1 GB/s", columns, rows)
+    for note in rehearsal.notes:
+        typer.echo(f"note: {note}")
 
 
-@app.command()
-def export(
-    source: Annotated[Path, typer.Argument(help="merged folder (hub) or gates folder (lora)")],
-    to: Annotated[str, typer.Option("--to", help="lora or hub")],
-    out: Annotated[Path | None, typer.Option("--out", help="adapter folder to write")] = None,
-    factors: Annotated[Path | None, typer.Option(help="factors of the gates")] = None,
-    vlm: Annotated[str | None, typer.Option(help="the VLM the adapter applies to")] = None,
-    rank: Annotated[int, typer.Option(help="of the adapter")] = 64,
-    name: Annotated[str | None, typer.Option(help="organisation/name on the hub")] = None,
-    public: Annotated[bool, typer.Option("--public", help="a hub repository that all can see")] = False,
-) -> None:
-    """Push a merged folder to the hub, or write gates as a LoRA adapter."""
-    from vlmgraft import pipeline
-    from vlmgraft.errors import RecipeError
-
-    if to not in ("lora", "hub"):
-        raise RecipeError(f"--to {to!r}: write lora or hub")
-    place: Any = to
-    made = pipeline.export(source, place, out=out, factors=factors, vlm=vlm, rank=rank, name=name, private=not public)
-    typer.echo(json.dumps(made, default=str))
-
-
-def show_plan(plan: Any, as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(plan)))
-        return
+def print_plan(plan: Any) -> None:
+    """Every tensor with its verdict, then the sums."""
     for row in plan.tensors:
         typer.echo(f"{row['verdict']:9}{row['name']}  {row['dtype']} {row['shape']}  {row['reason']}")
     typer.echo(f"{plan.family}, {plan.layers} layers: {plan.merged} merged, {plan.excluded} excluded, {plan.kept} kept")

@@ -1,36 +1,48 @@
-"""`verify`: is a folder still what was written?"""
+"""`verify`: is a folder still what its receipt says?"""
 
 from __future__ import annotations
 
-import dataclasses
-import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from vlmgraft.cli.app import AsJson, Quiet, app, progress_bar
+from vlmgraft.cli.options import Command, command
 
 
-@app.command()
-def verify(
-    folder: Annotated[Path, typer.Argument(help="folder that merge, tune, decompose, gates, evaluate or export wrote")],
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-) -> None:
-    """Check every byte of a folder against its receipt; exit code 1 if any differs."""
-    from vlmgraft.checkpoint.verify import verify as run
+@command()
+@dataclass(kw_only=True)
+class Verify(Command):
+    """Check every byte of a folder against its receipt; exit code 1 if anything differs."""
 
-    with progress_bar(quiet) as progress:
-        found = run(folder, progress=progress)
-    if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(found)))
-    else:
-        for fault in found.faults:
-            typer.echo(f"{folder}/{fault}")
-        for name in found.unlisted:
-            typer.echo(f"note: {name} is not in the receipt and was not checked")
-        counts = f"{found.tensors} tensors in {found.files} files, {found.nbytes:,} bytes"
-        typer.echo(f"{folder}: {counts}: {f'{len(found.faults)} faults' if found.faults else 'as written'}")
-    if found.faults:
-        raise typer.Exit(1)
+    folder: Annotated[Path, typer.Argument(help="folder that merge, tune, decompose, gates, evaluate or export wrote")]
+    sources: Annotated[
+        list[str] | None,
+        typer.Option("--source", help="check a checkpoint that it was made from, too: donor=FOLDER, repeated"),
+    ] = None
+
+    def run(self) -> None:
+        from vlmgraft.checkpoint.verify import verify
+        from vlmgraft.errors import CheckpointError
+
+        sources = dict(text.partition("=")[::2] for text in self.sources or ())
+        if "" in sources.values():
+            raise CheckpointError("--source: write a name of the receipt and a checkpoint, such as donor=FOLDER")
+        with self.progress() as progress:
+            result = verify(self.folder, sources=sources, progress=progress)
+        self.show(result, lambda: self._print(result))
+        if not result.unchanged:
+            raise typer.Exit(1)
+
+    def _print(self, result: Any) -> None:
+        from vlmgraft.errors import printable
+
+        for fault in result.faults:
+            typer.echo(printable(str(self.folder / str(fault))))
+        for name in result.unlisted:
+            typer.echo(printable(f"{self.folder}/{name}: is not in the receipt"))
+        counts = f"{result.tensors} tensors in {result.files} files, {result.nbytes:,} bytes"
+        differences = len(result.faults) + len(result.unlisted)
+        outcome = "unchanged since its receipt" if result.unchanged else f"{differences} differences"
+        typer.echo(printable(f"{self.folder}: {counts}: {outcome}"))

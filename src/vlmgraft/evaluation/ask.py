@@ -11,8 +11,9 @@ from vlmgraft.errors import DataError, VlmgraftError
 from vlmgraft.evaluation.engine import FAILURES, Engine
 from vlmgraft.evaluation.images import open_image
 from vlmgraft.evaluation.items import Item, Suite, with_suffix
-from vlmgraft.evaluation.run_records import Record, append_records, fault_record, record_of
-from vlmgraft.hf.data import Progress, Question, batches
+from vlmgraft.evaluation.records import Record, append_records, fault_record, record_of
+from vlmgraft.hf.batches import Question, batches
+from vlmgraft.storage.progress import LogProgress, Progress
 
 GIVE_UP = 16
 """So many failures from the start on, and no answer: it is not the questions."""
@@ -40,26 +41,25 @@ def ask(
     Raises:
         VlmgraftError: the first `GIVE_UP` questions all failed.
     """
-    found = {record.id: record for record in done}
-    run = _Run(engine, suite, batch_size, seed, log, found)
+    records = {record.id: record for record in done}
+    run, progress = _Run(engine, suite, batch_size, seed, log, records), progress or LogProgress()
     for indices in batches([_shape(item, suite) for item in suite.items], batch_size):
-        waiting = [suite.items[index] for index in indices if suite.items[index].id not in found]
+        waiting = [suite.items[index] for index in indices if suite.items[index].id not in records]
         for at in range(0, len(waiting), run.batch_size):
             run.batch(waiting[at : at + run.batch_size])
-        if progress is not None:
-            progress(len(found), len(suite.items), "answers")
-    return [found[item.id] for item in suite.items]
+        progress(len(records), len(suite.items), "answers")
+    return [records[item.id] for item in suite.items]
 
 
 class _Run:
-    """The state of one `ask`: what was found, and the batch size that fits."""
+    """The state of one `ask`: the records by id, and the batch size that fits."""
 
     def __init__(
-        self, engine: Engine, suite: Suite, batch_size: int, seed: int, log: Path | None, found: dict[str, Record]
+        self, engine: Engine, suite: Suite, batch_size: int, seed: int, log: Path | None, records: dict[str, Record]
     ) -> None:
         self.engine, self.suite, self.batch_size, self.seed = engine, suite, batch_size, seed
-        self.log, self.found = log, found
-        self.failed, self.answered = 0, bool(found)
+        self.log, self.records = log, records
+        self.failed, self.answered = 0, bool(records)
 
     def batch(self, items: Sequence[Item]) -> None:
         """Open the images, ask, and keep the records."""
@@ -93,9 +93,14 @@ class _Run:
         self._keep(
             [
                 record_of(
-                    item, said.prompt, said.text, tokens=said.tokens, prompt_tokens=said.prompt_tokens, cut=said.cut
+                    item,
+                    answer.prompt,
+                    answer.text,
+                    tokens=answer.tokens,
+                    prompt_tokens=answer.prompt_tokens,
+                    cut=answer.cut,
                 )
-                for item, said in zip(items, answers, strict=True)
+                for item, answer in zip(items, answers, strict=True)
             ]
         )
 
@@ -115,7 +120,7 @@ class _Run:
     def _keep(self, records: Sequence[Record]) -> None:
         if records and self.log is not None:
             append_records(self.log, records)
-        self.found.update({record.id: record for record in records})
+        self.records.update({record.id: record for record in records})
 
     def _question(self, item: Item) -> Question:
         images: tuple[Any, ...] = tuple(open_image(source) for source in item.images)

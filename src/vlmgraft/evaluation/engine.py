@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 
 from vlmgraft.errors import InputError, VlmgraftError
-from vlmgraft.hf.data import Question, generate_batch
-from vlmgraft.hf.models import tokenizer_of
+from vlmgraft.hf.batches import Question, generate_batch
+from vlmgraft.hf.modules import tokenizer_of
 from vlmgraft.hf.templates import prompt_text
 
 
@@ -87,7 +87,7 @@ class VllmEngine:
             from vllm import LLM, SamplingParams
         except ImportError as error:
             raise InputError(
-                "--engine vllm: vLLM is not installed; pip install vllm, or --engine transformers"
+                "--engine vllm: vLLM is not installed; pip install 'vlmgraft[vllm]', or --engine transformers"
             ) from error
         self.processor, self.sampling, self._params = processor, sampling, SamplingParams
         self.llm = LLM(model=str(model), **options)
@@ -105,16 +105,16 @@ class VllmEngine:
             top_p=self.sampling.top_p,
             seed=seed,
         )
-        found = [(result, result.outputs[0]) for result in self.llm.generate(asked, params, use_tqdm=False)]
+        outputs = [(result, result.outputs[0]) for result in self.llm.generate(asked, params, use_tqdm=False)]
         return [
             Answer(
-                said.text.strip(),
-                len(said.token_ids),
-                said.finish_reason == "length",
+                output.text.strip(),
+                len(output.token_ids),
+                output.finish_reason == "length",
                 prompt,
                 len(result.prompt_token_ids),
             )
-            for prompt, (result, said) in zip(prompts, found, strict=True)
+            for prompt, (result, output) in zip(prompts, outputs, strict=True)
         ]
 
 

@@ -9,15 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vlmgraft.checkpoint.digests import RECEIPT
-from vlmgraft.checkpoint.receipts import write_receipt
-from vlmgraft.durable import sweep_files
+from vlmgraft.checkpoint.digests import RECEIPT, write_receipt
 from vlmgraft.errors import OutputError
-from vlmgraft.evaluation.run_records import Record, drop_partial_line, load_records, save_records
-from vlmgraft.evaluation.summary import Summary, summarise
-from vlmgraft.evaluation.tables import summary_table
-from vlmgraft.publishing import Publication, refuse_output
-from vlmgraft.records import read_json, write_json, write_text
+from vlmgraft.evaluation.judge import Judge
+from vlmgraft.evaluation.records import Record, drop_partial_line, load_records, save_records
+from vlmgraft.evaluation.summary import Summary, summarise, summary_table
+from vlmgraft.storage.files import sweep_files
+from vlmgraft.storage.jsonl import read_json, write_json, write_text
+from vlmgraft.storage.outputs import refuse_output
+from vlmgraft.storage.portable import portable
+from vlmgraft.storage.publish import Publication
 
 RECORDS, RUN, SUMMARY, TABLE = "records.jsonl", "run.json", "summary.json", "summary.md"
 
@@ -44,7 +45,7 @@ def opened(out: Path, settings: dict[str, Any], resume: bool, model: str | Path)
             )
         else:
             out.rmdir()
-    refuse_output(out, [Path(model)])
+    refuse_output(out, [model])
     if (hidden / RUN).is_file():
         if not resume:
             raise OutputError(f"{hidden}: is an unfinished evaluation; go on with --resume, or remove it")
@@ -57,36 +58,44 @@ def opened(out: Path, settings: dict[str, Any], resume: bool, model: str | Path)
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Raise OutputError where a folder was begun with other settings."""
-    before, now = (_kept(found) for found in (read_json(folder / RUN), settings))
+    before, now = (_kept(asked) for asked in (read_json(folder / RUN), settings))
     changed = [name for name in now if before.get(name) != now[name]]
     if changed:
-        one, other = ({name: found.get(name) for name in changed} for found in (before, now))
+        old, new = ({name: side.get(name) for name in changed} for side in (before, now))
         raise OutputError(
-            f"{folder / RUN}: was begun with other settings, {one}, not {other}; use them, or another folder"
+            f"{folder / RUN}: was begun with other settings, {old}, not {new}; use them, or another folder"
         )
 
 
 def _kept(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that a resumed run must share, as JSON values."""
+    """The settings that a resumed run must share, as JSON values; of paths the names, as the digests of weights and
+    items say what lies there."""
     asking = settings.get("asking")
     if isinstance(asking, dict):
         asking = {name: value for name, value in asking.items() if name not in ("batch_size", "device")}
-    return json.loads(json.dumps({**settings, "asking": asking}))
+    names = portable(json.loads(json.dumps({**settings, "asking": asking})), Path())
+    model, data = str(names.get("model")), names.get("data")
+    return {**names, "model": _name(model), "data": [_name(str(each)) for each in data] if data else data}
+
+
+def _name(source: str) -> str:
+    return f"./{Path(source).name}" if source.startswith(("./", "../")) else source
 
 
 def start(out: Path, settings: dict[str, Any]) -> None:
-    """Write what is about to be asked."""
-    write_json(out / RUN, settings)
+    """Write what is about to be asked, without absolute paths."""
+    write_json(out / RUN, portable(settings, out))
 
 
-def found(out: Path) -> list[Record]:
+def stored_records(out: Path) -> list[Record]:
     """The records that are there."""
     return load_records(out / RECORDS) if (out / RECORDS).is_file() else []
 
 
-def finish(out: Path, records: Sequence[Record], duplicates: int, seed: int) -> Summary:
+def finish(out: Path, records: Sequence[Record], duplicates: int, seed: int, judge: Judge | None = None) -> Summary:
     """Write the records in order, their summary and the receipt; nothing where that is done already."""
-    summary = summarise(records, duplicates=duplicates, seed=seed)
+    judged = judge.verdicts(records) if judge else None
+    summary = summarise(records, duplicates=duplicates, seed=seed, judged=judged)
     if (out / RECEIPT).is_file() and (out / SUMMARY).is_file():
         return summary
     save_records(out / RECORDS, records)

@@ -11,12 +11,20 @@ from typing import Literal
 
 from PIL import Image
 
-from vlmgraft.evaluation.metrics import Expected, rotations
-from vlmgraft.evaluation.options import letters
+from vlmgraft.evaluation.answers.options import choices_within, expected_letters, letters
 
 Kind = Literal["reasoning", "perception", "other"]
 GroupScore = Literal["", "all_right", "worst", "four_way", "pairs"]
 ImageSource = Path | bytes | Image.Image | Callable[[], "bytes | Path | Image.Image"]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What an item's answer is compared with: reference answers, lettered choices, decimals that are enough."""
+
+    answers: tuple[str, ...]
+    choices: tuple[str, ...] = ()
+    precision: int | None = None
 
 
 @dataclass(frozen=True)
@@ -44,14 +52,14 @@ class Item:
 
     @property
     def expected(self) -> Expected:
-        """What the metric compares with."""
-        return Expected(self.answers, self.choices, self.precision)
+        """What the metric compares with; the choices may stand in the question itself."""
+        return Expected(self.answers, self.choices or choices_within(self.question), self.precision)
 
     @property
     def key(self) -> str:
         """A digest of question, choices and references: equal for the same item in two runs."""
-        told = repr((self.question, self.choices, self.answers, len(self.images)))
-        return hashlib.sha256(told.encode()).hexdigest()[:16]
+        content = repr((self.question, self.choices, self.answers, len(self.images)))
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -68,8 +76,8 @@ class Suite:
     @property
     def digest(self) -> str:
         """Of all items, in order: what a resumed run must find again."""
-        told = "".join(f"{item.id}\0{item.key}\0" for item in self.items) + self.suffix
-        return hashlib.sha256(told.encode()).hexdigest()[:16]
+        questions = "".join(f"{item.id}\0{item.key}\0" for item in self.items) + self.suffix
+        return hashlib.sha256(questions.encode()).hexdigest()[:16]
 
 
 def unique(items: Sequence[Item]) -> tuple[tuple[Item, ...], int]:
@@ -107,12 +115,10 @@ def circular(items: Sequence[Item]) -> list[Item]:
 
 def _answer_text(item: Item) -> int | None:
     """The place of the one right choice; None without choices or with another number of answers."""
-    from vlmgraft.evaluation.answers import expected_letters
-
     if len(item.choices) < 2 or len(item.answers) != 1:
         return None
-    found = expected_letters(item.answers[0], item.choices)
-    return letters(len(item.choices)).index(next(iter(found))) if len(found) == 1 else None
+    picked = expected_letters(item.answers[0], item.choices)
+    return letters(len(item.choices)).index(next(iter(picked))) if len(picked) == 1 else None
 
 
 def merge_suites(suites: Sequence[Suite]) -> Suite:
@@ -124,10 +130,10 @@ def merge_suites(suites: Sequence[Suite]) -> Suite:
         for suite in suites
         for item in suite.items
     ]
-    found, renamed = unique(items)
+    joined, renamed = unique(items)
     return Suite(
         "+".join(suite.name for suite in suites),
-        found,
+        joined,
         "",
         max(suite.max_new_tokens for suite in suites),
         renamed + sum(suite.duplicates for suite in suites),
@@ -137,3 +143,8 @@ def merge_suites(suites: Sequence[Suite]) -> Suite:
 def with_suffix(question: str, suffix: str) -> str:
     """The question with the suffix on a line of its own."""
     return f"{question}\n{suffix}" if suffix and question.strip() else question
+
+
+def rotations(choices: Sequence[str]) -> list[tuple[str, ...]]:
+    """The choices in every rotation (MMBench's circular evaluation), the given order first."""
+    return [tuple(choices[at:]) + tuple(choices[:at]) for at in range(len(choices))]

@@ -21,12 +21,11 @@ from typing import Any
 from vlmgraft.checkpoint.files import load_json
 from vlmgraft.errors import DataError, InputError, VlmgraftError
 from vlmgraft.evaluation.answers import read_final, repeats
+from vlmgraft.evaluation.answers.text import storable
+from vlmgraft.evaluation.answers.values import yes_or_no
 from vlmgraft.evaluation.items import Item
-from vlmgraft.evaluation.metrics import METRICS
 from vlmgraft.evaluation.presets import PRESETS
-from vlmgraft.evaluation.run_records import Record, fault_record, record_of
-from vlmgraft.evaluation.text import storable
-from vlmgraft.evaluation.values import yes_or_no
+from vlmgraft.evaluation.records import Record, fault_record, record_of
 
 PYTHON = "VLMGRAFT_LMMS_PYTHON"
 INSTALL = (
@@ -96,18 +95,14 @@ def harness_command(
 ) -> list[str]:
     """The command line of the harness, with samples logged."""
     device = "" if _has_gpu() else ",device=cpu,device_map=cpu"
-    command = [
-        python,
-        "-m",
-        "lmms_eval",
-        "--model",
-        _harness_model(model),
-        "--model_args",
-        f"pretrained={model}{device}",
-    ]
-    command += ["--tasks", tasks, "--batch_size", str(batch_size), "--seed", str(seed)]
-    command += ["--log_samples", "--output_path", str(logs), *(["--limit", str(limit)] if limit else [])]
-    return command + shlex.split(os.environ.get(ARGUMENTS, ""))
+    command = [python, "-m", "lmms_eval", "--model", _harness_model(model)]
+    command += ["--model_args", f"pretrained={model}{device}", "--tasks", tasks, "--batch_size", str(batch_size)]
+    command += ["--seed", str(seed), "--log_samples", "--output_path", str(logs)]
+    command += ["--limit", str(limit)] if limit else []
+    try:
+        return command + shlex.split(os.environ.get(ARGUMENTS, ""))
+    except ValueError as error:
+        raise InputError(f"{ARGUMENTS}: cannot be split into words ({error}); close its quotes") from None
 
 
 def _harness_model(model: str | Path) -> str:
@@ -170,13 +165,13 @@ def translate(row: dict[str, Any], task: str) -> Record:
     tokens = _tokens(row.get("token_counts"))
     if score is None:
         return record_of(item, item.question, output, tokens=tokens, prompt_tokens=0, cut=False)
-    said, how = read_final(output)
-    stance = yes_or_no(said) if item.metric == "yes_no" else None
+    answer, how = read_final(output)
+    stance = yes_or_no(answer) if item.metric in ("yes_no", "pope") else None
     blank = fault_record(item, "", failed=True)
-    found = {"output": output, "how": how, "score": score, "tokens": tokens, "found": bool(said)}
-    found |= {"answer": said if stance is None else "yes" if stance else "no", "repeated": repeats(output)}
-    metric = item.metric if item.metric in METRICS and item.metric == "yes_no" else f"lmms_eval {name}"
-    return Record(**{**vars(blank), **found, "state": "scored", "metric": metric})
+    fields = {"output": output, "how": how, "score": score, "tokens": tokens, "found": bool(answer)}
+    fields |= {"answer": answer if stance is None else "yes" if stance else "no", "repeated": repeats(output)}
+    metric = item.metric if item.metric in ("yes_no", "pope") else f"lmms_eval {name}"
+    return Record(**{**vars(blank), **fields, "state": "scored", "metric": metric})
 
 
 def _score(row: dict[str, Any]) -> tuple[str, float | None]:

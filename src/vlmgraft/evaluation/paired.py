@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import comb
 from typing import Any
 
 from vlmgraft.errors import DataError
-from vlmgraft.evaluation.intervals import Estimate, bootstrap
-from vlmgraft.evaluation.run_records import Record
-from vlmgraft.evaluation.summary import KINDS, units
+from vlmgraft.evaluation.intervals import Estimate, bootstrap, score_interval
+from vlmgraft.evaluation.records import Record
+from vlmgraft.evaluation.summary import KINDS, markdown_line, units
 
 
 @dataclass(frozen=True)
-class Row:
+class TaskComparison:
     """One line of a comparison: a task, or the mean over the tasks of a kind.
 
     first, second: scores with their intervals; difference: second minus first, paired. only_first, only_second: units
@@ -39,8 +38,8 @@ class Paired:
 
     first: str
     second: str
-    tasks: tuple[Row, ...]
-    averages: tuple[Row, ...]
+    tasks: tuple[TaskComparison, ...]
+    averages: tuple[TaskComparison, ...]
     only_in_first: int
     only_in_second: int
 
@@ -50,8 +49,6 @@ class Paired:
 
     def _repr_markdown_(self) -> str:
         """The table, in notebooks."""
-        from vlmgraft.evaluation.tables import comparison_table
-
         return comparison_table(self)
 
 
@@ -67,10 +64,10 @@ def compare_records(
     pairs = {}
     kinds = {record.task: record.kind for record in first}
     for task in kinds:
-        one, other = (units([record for record in records if record.task == task]) for records in (first, second))
-        shared = [name for name in one if name in other]
+        scores = [units([record for record in records if record.task == task]) for records in (first, second)]
+        shared = [name for name in scores[0] if name in scores[1]]
         if shared:
-            pairs[task] = ([one[name] for name in shared], [other[name] for name in shared])
+            pairs[task] = ([scores[0][name] for name in shared], [scores[1][name] for name in shared])
     if not pairs:
         raise DataError(f"{names[0]} and {names[1]} share no scored item; evaluate both on the same --data")
     rows = tuple(_row(task, kinds[task], [pair], seed) for task, pair in pairs.items())
@@ -83,14 +80,16 @@ def compare_records(
     return Paired(*names, rows, averages, len(ids[0] - ids[1]), len(ids[1] - ids[0]))
 
 
-def _row(name: str, kind: str, pairs: Sequence[tuple[list[float], list[float]]], seed: int) -> Row:
+def _row(name: str, kind: str, pairs: Sequence[tuple[list[float], list[float]]], seed: int) -> TaskComparison:
     differences = [[b - a for a, b in zip(*pair, strict=True)] for pair in pairs]
-    one, other = (bootstrap([pair[side] for pair in pairs], seed) for side in (0, 1))
+    first, second = (score_interval([pair[side] for pair in pairs], seed) for side in (0, 1))
     total = sum(len(pair[0]) for pair in pairs)
     if len(pairs) > 1 or any(score not in (0, 1) for pair in pairs for side in pair for score in side):
-        return Row(name, kind, one, other, bootstrap(differences, seed), total)
+        return TaskComparison(name, kind, first, second, bootstrap(differences, seed), total)
     lost, gained = (differences[0].count(sign) for sign in (-1, 1))
-    return Row(name, kind, one, other, bootstrap(differences, seed), total, lost, gained, mcnemar(lost, gained))
+    return TaskComparison(
+        name, kind, first, second, bootstrap(differences, seed), total, lost, gained, mcnemar(lost, gained)
+    )
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
@@ -99,9 +98,10 @@ def mcnemar(only_first: int, only_second: int) -> float:
     >>> mcnemar(0, 5)
     0.0625
     """
+    from scipy import stats
+
     total = only_first + only_second
-    tail = sum(comb(total, k) for k in range(min(only_first, only_second) + 1))
-    return min(1.0, 2 * tail / 2**total)
+    return float(stats.binomtest(only_first, total).pvalue) if total else 1.0
 
 
 def _same_items(first: Sequence[Record], second: Sequence[Record]) -> None:
@@ -113,3 +113,20 @@ def _same_items(first: Sequence[Record], second: Sequence[Record]) -> None:
                 f"task {record.task!r}, id {record.id!r}: another question or another reference answer in the two "
                 "runs; evaluate both on the same --data"
             )
+
+
+def comparison_table(paired: Paired) -> str:
+    """The table the papers print: each task, then the averages, with the paired difference."""
+    first, second = paired.first, paired.second
+    header = ["task", first, second, "difference", f"only {first} right", f"only {second} right", "McNemar p", "items"]
+    lines = [markdown_line(header), "|" + "---|" * len(header)]
+    lines += [markdown_line(_compared(row)) for row in (*paired.tasks, *paired.averages)]
+    if paired.only_in_first or paired.only_in_second:
+        lines.append(f"\n{paired.only_in_first} items are in {first} only, {paired.only_in_second} in {second} only.")
+    return "\n".join(lines) + "\n"
+
+
+def _compared(row: TaskComparison) -> list[str]:
+    only = ["" if number is None else str(number) for number in (row.only_first, row.only_second)]
+    p = "" if row.p is None else f"{row.p:.2g}"
+    return [row.name, row.first.percent(), row.second.percent(), row.difference.signed(), *only, p, str(row.units)]

@@ -14,6 +14,10 @@ from vlmgraft.evaluation.items import GroupScore, Kind
 LETTER = "Answer with the letter of the correct option."
 REASONED = "Think step by step, then give the final answer as \\boxed{answer}."
 SHORT = "Answer the question with a single word or phrase."
+JSON = (
+    'Reply with a JSON object of two keys: "solution", the steps in words, and "short answer", the result alone: the '
+    "letter of the correct choice, or a number with three decimals."
+)
 YES_NO = "Answer with yes or no."
 UNANSWERABLE = 'When the information is insufficient, answer "unanswerable". ' + SHORT
 
@@ -63,6 +67,7 @@ PRESETS: Mapping[str, Preset] = {
         "testmini",
         "reasoning",
         Columns(images=("decoded_image", "image"), id=("pid",), category=("question_type",), precision=("precision",)),
+        metric="mathvista",
     ),
     "mathverse": Preset(
         "AI4Math/MathVerse",
@@ -82,6 +87,7 @@ PRESETS: Mapping[str, Preset] = {
         "testmini",
         "reasoning",
         Columns(images=("decoded_image", "image"), category=("subject",)),
+        metric="mathvision",
     ),
     "wemath": Preset(
         "We-Math/We-Math",
@@ -108,6 +114,7 @@ PRESETS: Mapping[str, Preset] = {
         "validation",
         "reasoning",
         Columns(images=("image_*",), category=("subfield",)),
+        metric="mmmu",
     ),
     "mmstar": Preset(
         "Lin-Chen/MMStar",
@@ -130,13 +137,15 @@ PRESETS: Mapping[str, Preset] = {
             part=("variant",),
         ),
         pairing="worst",
+        metric="dynamath",
+        suffix=JSON,
     ),
     "pope": Preset(
         "lmms-lab/POPE",
         "test",
         "perception",
         Columns(id=("category", "question_id")),
-        metric="yes_no",
+        metric="pope",
         suffix=YES_NO,
         max_new_tokens=64,
     ),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import base64
 import binascii
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -13,18 +12,15 @@ from typing import Any
 
 from PIL import Image
 
+from vlmgraft.data.questions import MOST_CHOICES
+from vlmgraft.data.sources import Row, read_rows, registered_source
 from vlmgraft.errors import DataError
+from vlmgraft.evaluation.answers.options import lettered, letters
+from vlmgraft.evaluation.answers.text import storable
 from vlmgraft.evaluation.items import ImageSource, Item, Suite, circular, unique
 from vlmgraft.evaluation.metrics import METRICS
-from vlmgraft.evaluation.options import letters
 from vlmgraft.evaluation.presets import PRESETS, Columns, Preset
-from vlmgraft.evaluation.text import storable
-from vlmgraft.hf.sources import Row, read_rows
 
-_LETTERED = re.compile(
-    r"(?:^|[;\n]|\s)\s*\(?([A-H])[.:)]\s*(.*?)(?=\s*;?\s*(?:\s\(?[A-H][.:)]|[;\n]\s*\(?[A-H][.:)])|\s*;?\s*$)",
-    re.DOTALL,
-)
 LOCAL = Preset("", "", "other", suffix="", max_new_tokens=1024)
 
 
@@ -37,11 +33,12 @@ def load_suite(
     limit: int | None = None,
     turn_options: bool = False,
 ) -> Suite:
-    """The items of `data`: a file, folder or data set's id; a preset's name; or PRESET:SOURCE, a copy in its layout.
+    """The items of `data`: a file, folder or data set's id; a preset's name; PRESET:SOURCE, a copy in its layout; or a
+    registered source.
 
     Args:
         columns: field of `Columns` → column name (or several, separated by "+"), over the preset's.
-        limit: the first so many rows.
+        limit: the first so many rows; a registered source shares them out over its tasks.
         turn_options: ask every rotation of lettered choices (circular evaluation).
     Raises:
         DataError: the source cannot be read, no row has the question's column, or a column map names an unknown field.
@@ -53,7 +50,10 @@ def load_suite(
     elif not source:
         source, split, config = preset.source, split or preset.split, config or preset.config
     preset = replace(preset, columns=mapped(preset.columns, columns or {}))
-    rows, folder = read_rows(source, split=split, config=config)
+    registered = registered_source(source)
+    if registered and registered[0].max_new_tokens:
+        preset = replace(preset, max_new_tokens=registered[0].max_new_tokens)
+    rows, folder = read_rows(source, split=split, config=config, count=limit)
     if not rows:
         raise DataError(f"{source}: holds no row")
     if not any(column in row for row in rows for column in preset.columns.question):
@@ -62,10 +62,10 @@ def load_suite(
             "Name the columns, such as --column question=query"
         )
     items = [_item(row, at, name, preset, folder) for at, row in enumerate(rows[:limit])]
-    found, renamed = unique(items)
+    asked, renamed = unique(items)
     if turn_options:
-        found = tuple(circular(found))
-    return Suite(name, found, preset.suffix, preset.max_new_tokens, renamed)
+        asked = tuple(circular(asked))
+    return Suite(name, asked, preset.suffix, preset.max_new_tokens, renamed)
 
 
 def mapped(columns: Columns, changes: Mapping[str, str]) -> Columns:
@@ -84,7 +84,10 @@ def _item(row: Row, at: int, task: str, preset: Preset, folder: Path | None) -> 
     if not isinstance(question, str):
         fault = "the question is empty" if question is None else f"the question is no text: {str(question)[:60]!r}"
     choices = _choices(_first(row, columns.choices))
+    if len(choices) > MOST_CHOICES:
+        fault = f"{len(choices)} choices; at most {MOST_CHOICES} can be lettered"
     category = _first(row, columns.category)
+    labels = category if isinstance(category, list) else [] if category is None else [category]
     return Item(
         id=_joined(row, columns.id) or str(at),
         question=storable(question) if isinstance(question, str) else "",
@@ -95,11 +98,7 @@ def _item(row: Row, at: int, task: str, preset: Preset, folder: Path | None) -> 
         kind=_kind(_first(row, columns.kind), preset),
         metric=_metric(row, preset),
         precision=_precision(_first(row, columns.precision)),
-        category=""
-        if category is None
-        else ", ".join(map(str, category))
-        if isinstance(category, list)
-        else str(category),
+        category=", ".join(map(str, labels)),
         group=_joined(row, columns.group),
         part=str(_first(row, columns.part) or ""),
         pairing=preset.pairing,
@@ -114,24 +113,27 @@ def _first(row: Row, names: Sequence[str]) -> Any:
 
 def _joined(row: Row, names: Sequence[str]) -> str:
     """The values of all columns that the row has, joined by "/"; a name that ends in "|" also ends a group."""
-    told = ""
+    joined = ""
     for name in names:
         value = row.get(name.rstrip("|"))
         if value is not None:
-            told += ("" if not told or told.endswith("|") else "/") + storable(str(value))
-        told += "|" if name.endswith("|") else ""
-    return told
+            joined += ("" if not joined or joined.endswith("|") else "/") + storable(str(value))
+        joined += "|" if name.endswith("|") else ""
+    return joined
 
 
 def _answers(value: Any, choices: Sequence[str]) -> tuple[str, ...]:
     """References: a value, a list of values, or of objects with "answer" (VizWiz), or the text form of a list of texts
     (MMMU); none of them is the empty text. A whole number that is none of the choices is a place among them, from 0."""
     listed = value if isinstance(value, list | tuple) else _listed(value) or [value]
-    told = [each.get("answer") if isinstance(each, dict) else each for each in listed]
-    found = tuple(_number(each) for each in told if each is not None and str(each).strip())
+    values = [each.get("answer") if isinstance(each, dict) else each for each in listed]
+    answers = tuple(_number(each) for each in values if each is not None and str(each).strip())
+    if isinstance(value, bool):
+        words = ("yes", "true") if value else ("no", "false")
+        return (next((choice for choice in choices if choice.lower() in words), str(value)),)
     if choices and isinstance(value, int) and str(value) not in choices and 0 <= value < len(choices):
         return (letters(len(choices))[value],)
-    return found
+    return answers
 
 
 def _listed(value: Any) -> list[str] | None:
@@ -139,10 +141,10 @@ def _listed(value: Any) -> list[str] | None:
     if not isinstance(value, str) or not value.lstrip().startswith(("['", '["')):
         return None
     try:
-        found = ast.literal_eval(value.strip())
+        listed = ast.literal_eval(value.strip())
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return None
-    return found if isinstance(found, list) and all(isinstance(each, str) for each in found) else None
+    return listed if isinstance(listed, list) and all(isinstance(each, str) for each in listed) else None
 
 
 def _number(value: Any) -> str:
@@ -153,18 +155,12 @@ def _number(value: Any) -> str:
 def _choices(value: Any) -> tuple[str, ...]:
     """A list of texts; the text form of such a list (MMMU); or lettered texts in a row (WeMath: "A. 3; B. 4")."""
     if isinstance(value, str):
-        value = _listed(value) or _lettered(value)
+        value = _listed(value) or lettered(value)
     if isinstance(value, dict):
         value = list(value.values())
     if not isinstance(value, list | tuple):
         return ()
     return tuple(storable(str(choice)) for choice in value if choice is not None) if len(value) > 1 else ()
-
-
-def _lettered(text: str) -> list[str]:
-    found = _LETTERED.findall(text)
-    expected = "ABCDEFGH"[: len(found)]
-    return [choice.strip(" ;") for _, choice in found] if "".join(letter for letter, _ in found) == expected else []
 
 
 def _kind(value: Any, preset: Preset) -> Any:
@@ -173,6 +169,8 @@ def _kind(value: Any, preset: Preset) -> Any:
 
 def _metric(row: Row, preset: Preset) -> str:
     named = None if preset.source else row.get("metric")
+    if preset.metric == "contains" and row.get("dataset") == "HME100k":
+        return "contains_unspaced"
     return str(named) if named in METRICS else preset.metric
 
 
@@ -197,9 +195,9 @@ def _images(row: Row, names: Sequence[str], folder: Path | None) -> tuple[tuple[
 def _pictures(row: Row, names: Sequence[str]) -> list[Any]:
     for name in names:
         starred = [column for column in row if name.endswith("*") and column.startswith(name[:-1])]
-        found = [row[column] for column in sorted(starred) or [name] if row.get(column) not in (None, "", [])]
-        if found:
-            return found
+        pictures = [row[column] for column in sorted(starred) or [name] if row.get(column) not in (None, "", [])]
+        if pictures:
+            return pictures
     return []
 
 
@@ -209,8 +207,10 @@ def _source(value: Any, folder: Path | None) -> ImageSource | None:
     if isinstance(value, bytes | Image.Image):
         return value
     if isinstance(value, dict):
-        return value.get("bytes") or (_path(value["path"], folder) if value.get("path") else None)
-    return _base64(value) or _path(value, folder) if isinstance(value, str) else None
+        data, value = value.get("bytes"), value.get("path")
+        if isinstance(data, bytes) and data:
+            return data
+    return _base64(value) or (folder or Path()) / value if isinstance(value, str) and value else None
 
 
 def _later(fetch: Callable[[], Any], folder: Path | None) -> Callable[[], Any]:
@@ -221,10 +221,6 @@ def _later(fetch: Callable[[], Any], folder: Path | None) -> Callable[[], Any]:
         return source
 
     return load
-
-
-def _path(name: str, folder: Path | None) -> Path:
-    return (folder or Path()) / name
 
 
 def _base64(text: str) -> bytes | None:

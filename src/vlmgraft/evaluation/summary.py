@@ -1,4 +1,4 @@
-"""From records to figures: scores with bootstrap intervals, and the counts that say how far to believe them."""
+"""From records to figures and their table: scores with intervals, and the counts that say how far to believe them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from vlmgraft.evaluation.intervals import RESAMPLES, Estimate, bootstrap
+from vlmgraft.evaluation.intervals import LEVEL, RESAMPLES, Estimate, score_interval
+from vlmgraft.evaluation.judge import agreement
 from vlmgraft.evaluation.metrics import all_right, binary, four_way
-from vlmgraft.evaluation.run_records import Record
+from vlmgraft.evaluation.records import Record
 
 COUNTED = ("scored", "failed")
 KINDS = ("reasoning", "perception", "other")
+DOUBTS = ("unscored", "not asked", "failed", "cut", "not read", "loops", "empty")
+COLUMNS = ("task", "kind", "measure", "score", "items", *DOUBTS, "tokens")
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,6 @@ class Summary:
 
     def _repr_markdown_(self) -> str:
         """The table, in notebooks."""
-        from vlmgraft.evaluation.tables import summary_table
-
         return summary_table(self)
 
 
@@ -88,17 +89,26 @@ def units(records: Sequence[Record]) -> dict[str, float]:
     return result
 
 
-def summarise(records: Sequence[Record], *, duplicates: int = 0, seed: int = 0) -> Summary:
-    """The figures of a run. Tasks appear in the order of the records; intervals are deterministic in `seed`."""
+def summarise(
+    records: Sequence[Record],
+    *,
+    duplicates: int = 0,
+    seed: int = 0,
+    judged: Mapping[str, bool | None] | None = None,
+) -> Summary:
+    """The figures of a run. Tasks appear in the order of the records; intervals are deterministic in `seed`.
+
+    judged: a judge's verdicts by record id; its score and its agreement with the rules then stand beside each task.
+    """
     by_task: dict[str, list[Record]] = {}
     for record in records:
         by_task.setdefault(record.task, []).append(record)
-    tasks = tuple(_task(name, rows, seed) for name, rows in by_task.items())
+    tasks = tuple(_task(name, rows, seed, judged or {}) for name, rows in by_task.items())
     averages = {}
     for kind in KINDS:
         groups = [list(units(by_task[task.task]).values()) for task in tasks if task.kind == kind and task.score]
         if groups:
-            averages[kind] = bootstrap(groups, seed)
+            averages[kind] = score_interval(groups, seed)
     faults: dict[str, int] = {}
     for record in records:
         if record.fault:
@@ -125,7 +135,7 @@ def count(records: Sequence[Record]) -> Counts:
     )
 
 
-def _task(name: str, records: Sequence[Record], seed: int) -> TaskScore:
+def _task(name: str, records: Sequence[Record], seed: int, judged: Mapping[str, bool | None]) -> TaskScore:
     values = list(units(records).values())
     pairing, metric = records[0].pairing, records[0].metric
     measure = {"four_way": "strict score", "all_right": "all rotations right"}.get(pairing)
@@ -133,12 +143,13 @@ def _task(name: str, records: Sequence[Record], seed: int) -> TaskScore:
     scored = [record for record in records if record.score is not None]
     others: dict[str, float] = {}
     if scored:
-        others = _pairing_scores(pairing, scored) | (_stances(scored, seed) if metric == "yes_no" else {})
+        others = _pairing_scores(pairing, scored) | (_stances(scored, seed) if metric in ("yes_no", "pope") else {})
+        others |= agreement(scored, judged)
     return TaskScore(
         name,
         records[0].kind,
         measure,
-        bootstrap([values], seed) if values else None,
+        score_interval([values], seed) if values else None,
         count(records),
         others,
         _categories(scored),
@@ -155,33 +166,43 @@ def _pairing_scores(pairing: str, records: Sequence[Record]) -> dict[str, float]
     if pairing == "worst":
         return {"worst case": all_right(groups["question"])}
     if pairing == "pairs":
-        return {f"{name} accuracy": all_right(found) for name, found in groups.items()}
+        return {f"{name} accuracy": all_right(scores) for name, scores in groups.items()}
     if pairing == "all_right":
         return {"item accuracy": item_mean}
     if pairing == "four_way" and (problems := list(_problems(records).values())):
-        return {"item accuracy": item_mean} | {key: float(value) for key, value in asdict(four_way(problems)).items()}
+        return {"item accuracy": item_mean} | four_way(problems)
     return {}
 
 
 def _stances(records: Sequence[Record], seed: int) -> dict[str, float]:
     """POPE's precision, recall, F1 (with its interval) and share of yes."""
-    said = [record.answer == "yes" for record in records]
-    true = [record.expected[0].strip().lower() in ("yes", "true", "1") for record in records]
-    found = binary(said, true, [record.score == 1 for record in records])
-    draws = np.random.default_rng(seed).integers(len(records), size=(RESAMPLES, len(records)))
-    yes, positive = np.array(said)[draws], np.array(true)[draws]
-    both, total = (yes & positive).sum(1), yes.sum(1) + positive.sum(1)
-    low, high = np.quantile(np.where(total > 0, 2 * both / np.maximum(total, 1), 0.0), [0.025, 0.975])
-    figures = {"precision": found.precision, "recall": found.recall, "yes share": found.yes_share}
-    return {"F1": found.f1, "F1 low": float(low), "F1 high": float(high), **figures}
+    answers = [record.answer == "yes" for record in records]
+    truth = [record.expected[0].strip().lower() in ("yes", "true", "1") for record in records]
+    low, high = _f1_interval(np.array(answers), np.array(truth), seed) if len(records) > 1 else (0.0, 1.0)
+    return binary(answers, truth) | {"F1 low": low, "F1 high": high}
+
+
+def _f1_interval(answers: np.ndarray, truth: np.ndarray, seed: int) -> tuple[float, float]:
+    from scipy import stats
+
+    def f1(yes: np.ndarray, positive: np.ndarray, axis: int = -1) -> np.ndarray:
+        total = yes.sum(axis) + positive.sum(axis)
+        return np.where(total > 0, 2 * (yes & positive).sum(axis) / np.maximum(total, 1), 0.0)
+
+    how = {"n_resamples": RESAMPLES, "confidence_level": LEVEL, "method": "percentile", "vectorized": True}
+    rng = np.random.default_rng(seed)
+    low, high = stats.bootstrap((answers, truth), f1, paired=True, rng=rng, **how).confidence_interval
+    return float(low), float(high)
 
 
 def _categories(records: Sequence[Record]) -> dict[str, tuple[float, int]]:
-    found: dict[str, list[float]] = {}
+    by_category: dict[str, list[float]] = {}
     for record in records:
         if record.category:
-            found.setdefault(record.category, []).append(float(record.score or 0))
-    return {name: (float(np.mean(scores)), len(scores)) for name, scores in found.items()} if len(found) > 1 else {}
+            by_category.setdefault(record.category, []).append(float(record.score or 0))
+    if len(by_category) < 2:
+        return {}
+    return {name: (float(np.mean(scores)), len(scores)) for name, scores in by_category.items()}
 
 
 def _problems(records: Sequence[Record]) -> dict[str, tuple[list[bool], bool]]:
@@ -198,3 +219,40 @@ def _problems(records: Sequence[Record]) -> dict[str, tuple[list[bool], bool]]:
 
 def _mastery(steps: Sequence[bool], whole: bool) -> float:
     return 0.0 if not all(steps) else 1.0 if whole else 0.5
+
+
+def summary_table(summary: Summary) -> str:
+    """Scores in percent with 95 % intervals, and beside them what casts doubt on them."""
+    lines = [markdown_line(list(COLUMNS)), "|" + "---|" * len(COLUMNS)]
+    lines += [markdown_line(_cells(task)) for task in summary.tasks]
+    for kind, estimate in summary.averages.items():
+        if len([task for task in summary.tasks if task.kind == kind]) > 1:
+            lines.append(markdown_line([f"{kind} average", "", "mean over tasks", estimate.percent(), *[""] * 9]))
+    notes = [f"- {task.task}: {others}" for task in summary.tasks if (others := _others(task))]
+    if summary.duplicates:
+        notes.append(f"- {summary.duplicates} ids stood twice; the later ones were renamed")
+    shown = list(summary.faults.items())[:5]
+    notes += [f"- {number} × {' '.join(fault.split())}" for fault, number in shown]
+    if len(summary.faults) > len(shown):
+        notes.append(f"- and {len(summary.faults) - len(shown)} other faults, in records.jsonl")
+    return "\n".join([*lines, "", *notes]).rstrip() + "\n"
+
+
+def _cells(task: TaskScore) -> list[str]:
+    counts: Counts = task.counts
+    figures = (counts.items, counts.unscored, counts.not_asked, counts.failed, counts.cut)
+    doubts = (counts.not_found, counts.repeated, counts.empty)
+    score = task.score.percent() if task.score else "–"
+    return [task.task, task.kind, task.measure, score, *map(str, figures + doubts), f"{counts.tokens:.1f}"]
+
+
+def _others(task: TaskScore) -> str:
+    return ", ".join(
+        f"{name.replace('_', ' ')} {value:g}" if name == "problems" else f"{name.replace('_', ' ')} {100 * value:.1f}"
+        for name, value in task.others.items()
+    )
+
+
+def markdown_line(cells: list[str]) -> str:
+    """One row of a Markdown table."""
+    return f"| {' | '.join(' '.join(cell.replace('|', '/').split()) for cell in cells)} |"

@@ -12,15 +12,27 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from vlmgraft.data.questions import Question
 from vlmgraft.errors import CheckpointError
-from vlmgraft.hf.models import tokenizer_of
-from vlmgraft.hf.questions import Question
-from vlmgraft.resources import bounded
+from vlmgraft.hf.modules import tokenizer_of
+from vlmgraft.storage.resources import bounded
 
 SECONDS = 10.0
 """Of processor time for one prompt: thousands of times what templates of thousands of turns take."""
 MEMORY = 2 << 30
 """Bytes that one prompt may take beside what the process has."""
+TEMPLATE_FAILURES = (
+    TemplateError,
+    ArithmeticError,  # 1 / 0
+    AttributeError,  # 5 | dictsort
+    LookupError,  # '%(x)s' % {}
+    MemoryError,
+    RecursionError,  # a macro that calls itself
+    TimeoutError,
+    TypeError,  # 1 + 'x'
+    ValueError,  # no template, or '%d' % 'x'
+)
+"""What a template, which is a program, can raise; only transformers' call runs where they are caught."""
 
 
 def prompt_text(processor: Any, question: Question) -> str:
@@ -37,22 +49,13 @@ def rendered(processor: Any, chat: Sequence[Mapping[str, Any]]) -> str:
     Raises:
         CheckpointError: the template fails, or takes longer than `SECONDS` or more than `MEMORY`.
     """
+    messages = list(chat)
     try:
         with bounded(SECONDS, MEMORY):
-            return str(processor.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=True))
-    except (
-        TemplateError,
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        MemoryError,
-        RecursionError,
-        TimeoutError,
-        TypeError,
-        ValueError,
-    ) as error:
-        where = getattr(tokenizer_of(processor), "name_or_path", "the checkpoint")
+            prompt = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TEMPLATE_FAILURES as error:
         raise CheckpointError(
-            f"{where}: its chat template cannot be rendered ({type(error).__name__}: {error!s:.200}); take another "
-            "release, or mend chat_template.jinja"
+            f"{tokenizer_of(processor).name_or_path}: its chat template cannot be rendered ({type(error).__name__}: "
+            f"{error!s:.200}); take another release, or mend chat_template.jinja"
         ) from error
+    return str(prompt)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,41 +15,34 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vlmgraft.alignment import Alignment
+from vlmgraft.distillation.distill import Distiller
+from vlmgraft.distillation.targets import Targets
 from vlmgraft.evaluation.intervals import Estimate, bootstrap
-from vlmgraft.hf.data import Question
+from vlmgraft.hf.batches import Question
 from vlmgraft.hf.models import load_processor, load_text_model, load_vlm
 from vlmgraft.lab import world
-from vlmgraft.lab.exam import MAX_NEW_TOKENS, Exam, Marks, draw_exam
+from vlmgraft.lab.exam import MAX_NEW_TOKENS, Exam, ExamResult, draw_exam
 from vlmgraft.spectral.factors import Factors
 from vlmgraft.spectral.gates import Gates
-from vlmgraft.training.distill import Distiller
-from vlmgraft.training.targets import Targets
 
-SCALES = (0.25, 0.5, 0.75, 1.0, 1.25)
-DONOR_SHARES = (0.1, 0.25, 0.5, 0.75)
-ENERGY_GRID = ((1.0, 0.1), (1.5, 0.03), (1.5, 0.1), (1.5, 0.3))
-DONOR_GRID = ((1.0, 3.0), (1.5, 3.0), (1.5, 10.0))
-"""(λ, α) of FRISM with the energy term, and with donor matching."""
 PERCEPTION_SLACK = 0.01
 """A setting qualifies when its validation perception is at most a point below the VLM's."""
-STEPS, LEARNING_RATE, BATCH_SIZE = 100, 0.1, 48
-CALIBRATION, HELD_OUT, DONOR_QUESTIONS = 384, 192, 64
+LEARNING_RATE, BATCH_SIZE = 0.1, 48
 
 
 @dataclass(frozen=True)
 class Sizes:
     """How many questions there are: test and validation exams (per perception task), image questions that gates are
-    learned on, on which the drift is reported and controlled, text questions for the donor; and how many steps."""
+    learned on and on which the drift is reported, text questions for the donor; and how many steps."""
 
     sums: int = 400
     perception: int = 150
     validation_sums: int = 200
     validation_perception: int = 100
-    calibration: int = CALIBRATION
-    held_out: int = HELD_OUT
-    control: int = HELD_OUT
-    donor: int = DONOR_QUESTIONS
-    steps: int = STEPS
+    calibration: int = 384
+    held_out: int = 192
+    donor: int = 64
+    steps: int = 100
 
 
 Weights = Gates | Mapping[str, Tensor] | Any
@@ -64,7 +56,7 @@ class Point:
 
     method: str
     setting: Mapping[str, float]
-    marks: Marks
+    marks: ExamResult
     kl: float
 
     @property
@@ -88,8 +80,7 @@ class Comparison:
     """Models, factors, exams and cached targets of one run.
 
     trio: folder with base, vlm, donor. factors: of the donor's task vector, by VLM tensor name. seed: of the exams,
-    the calibration questions and the training order; the trio is what it is. The drift is reported on test questions;
-    a budget is controlled on validation questions (`controlled`), so that no report is made on what was aimed at.
+    the calibration questions and the training order; the trio is what it is. The drift is reported on test questions.
     """
 
     trio: Path
@@ -105,21 +96,21 @@ class Comparison:
     def __post_init__(self) -> None:
         self.vlm = load_vlm(self.trio / "vlm", torch.float32).eval()
         self.processor = load_processor(self.trio / "vlm")
-        self.test = self._exam(self.seed, "test", self.sizes.perception, self.sizes.sums)
-        self.validation = self._exam(
+        self.test = self.exam(self.seed, "test", self.sizes.perception, self.sizes.sums)
+        self.validation = self.exam(
             self.seed, "validation", self.sizes.validation_perception, self.sizes.validation_sums
         )
 
-    def _exam(self, seed: int, split: world.Split, perception: int, sums: int = 0) -> Exam:
+    def exam(self, seed: int, split: world.Split, perception: int, sums: int = 0) -> Exam:
         """`perception` questions per task, and sums, with images of the trio's own glyphs."""
-        counts: dict[world.Task, int] = {"sum": sums} if sums else {}
+        counts = {"sum": sums} if sums else {}
         counts.update(dict.fromkeys(world.PERCEPTION, perception))
         return draw_exam(seed, split, counts, glyphs=self.glyphs)
 
     @cached_property
     def distiller(self) -> Distiller:
         """Holds the teacher's answers to calibration questions and to the held-out ones (drift is read off those)."""
-        held_out = self._exam(self.seed + 1, "test", self.sizes.held_out // 4)
+        held_out = self.exam(self.seed + 1, "test", self.sizes.held_out // 4)
         return Distiller(
             self.vlm,
             self.processor,
@@ -134,28 +125,12 @@ class Comparison:
     @cached_property
     def calibration(self) -> tuple[Question, ...]:
         """Image questions without labels, of the calibration split."""
-        return _asked(self._exam(self.seed, "calibration", self.sizes.calibration // 4))
-
-    @cached_property
-    def controlled(self) -> Distiller:
-        """The same distiller with other held-out prompts, of the validation split: those a budget is controlled on."""
-        twin = copy.copy(self.distiller)
-        twin.held_out_targets = self.validation_targets(self.seed + 1)
-        return twin
-
-    def validation_targets(self, seed: int, count: int | None = None) -> Targets:
-        """The VLM's answers to `count` validation prompts, by default as many as control takes."""
-        questions = _asked(self._exam(seed, "validation", (count or self.sizes.control) // 4))
-        return self.distiller.teacher_targets(questions)
+        return asked(self.exam(self.seed, "calibration", self.sizes.calibration // 4))
 
     @cached_property
     def donor_questions(self) -> tuple[Question, ...]:
         """Unlabelled text sums for donor matching."""
-        return self.text_questions("sum")
-
-    def text_questions(self, kind: world.Task) -> tuple[Question, ...]:
-        """Unlabelled text questions of one kind."""
-        return _asked(draw_exam(self.seed, "calibration", {kind: self.sizes.donor}, as_image=False))
+        return asked(draw_exam(self.seed, "calibration", {"sum": self.sizes.donor}, as_image=False))
 
     @cached_property
     def donor(self) -> Any:
@@ -165,18 +140,14 @@ class Comparison:
     @cached_property
     def donor_targets(self) -> Targets:
         """The donor's own answers to the text sums."""
-        return self.answers_of_donor(self.donor_questions)
-
-    def answers_of_donor(self, questions: Sequence[Question]) -> Targets:
-        """The donor's own answers to text questions."""
-        return self.distiller.donor_targets(self.donor, load_processor(self.trio / "donor"), questions)
+        return self.distiller.donor_targets(self.donor, load_processor(self.trio / "donor"), self.donor_questions)
 
     def donor_on_text(self) -> Estimate:
         """The donor's accuracy on test sums told in text: what there is to graft."""
         exam = draw_exam(self.seed, "test", {"sum": self.sizes.sums}, as_image=False)
         return exam.mark(self.donor, load_processor(self.trio / "donor")).reasoning
 
-    def mark(self, exam: Exam, weights: Weights) -> Marks:
+    def mark(self, exam: Exam, weights: Weights) -> ExamResult:
         """An exam taken by the VLM (None), by gates, by other matrices, or by another model."""
         if weights is None or isinstance(weights, torch.nn.Module):
             return exam.mark(self.vlm if weights is None else weights, self.processor)
@@ -208,20 +179,22 @@ class Comparison:
         settings: dict[str, Any] = {"inject": inject, "inject_weight": weight, "steps": self.sizes.steps}
         return self.distiller.learn(scale, donor=donor, learning_rate=LEARNING_RATE, seed=self.seed, **settings)
 
-    def choose(self, candidates: Iterable[tuple[Mapping[str, float], Callable[[], Weights]]], sight: float) -> Choice:
+    def choose(
+        self, candidates: Iterable[tuple[Mapping[str, float], Callable[[], Weights]]], vlm_perception: float
+    ) -> Choice:
         """The candidate with the best validation reasoning among those whose validation perception is at most
-        `PERCEPTION_SLACK` below `sight`; if none qualifies, the one that sees best."""
+        `PERCEPTION_SLACK` below `vlm_perception`; if none qualifies, the one that sees best."""
         scored = []
         for setting, make in candidates:
             weights = make()
             marks = self.mark(self.validation, weights)
             seen, solved = marks.perception.mean, marks.reasoning.mean
-            qualifies = seen >= sight - PERCEPTION_SLACK
+            qualifies = seen >= vlm_perception - PERCEPTION_SLACK
             scored.append(Choice(setting, weights, (qualifies, solved if qualifies else seen)))
         return max(scored, key=lambda choice: choice.score)
 
 
-def _asked(exam: Exam) -> tuple[Question, ...]:
+def asked(exam: Exam) -> tuple[Question, ...]:
     """The exam's questions without their answers."""
     return tuple(Question(question.question, question.images) for question in exam.questions)
 

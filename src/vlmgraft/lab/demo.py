@@ -19,12 +19,14 @@ from vlmgraft import pipeline
 from vlmgraft.errors import CheckpointError
 from vlmgraft.evaluation.intervals import Estimate
 from vlmgraft.hf.models import load_vlm
-from vlmgraft.lab import compare, trio_path
-from vlmgraft.lab.compare import Choice, Comparison, Point, Sizes, above_curve
-from vlmgraft.lab.files import save_questions
-from vlmgraft.publishing import refuse_output
-from vlmgraft.records import write_rows, write_text
-from vlmgraft.report.tradeoff import draw_tradeoff
+from vlmgraft.lab import trio_path
+from vlmgraft.lab.compare import BATCH_SIZE, LEARNING_RATE, Choice, Comparison, Point, Sizes, above_curve
+from vlmgraft.lab.exam import save_questions
+from vlmgraft.report.charts import save_chart
+from vlmgraft.report.parts.tradeoff import tradeoff_chart
+from vlmgraft.spectral.threads import threads_for
+from vlmgraft.storage.jsonl import write_rows, write_text
+from vlmgraft.storage.outputs import refuse_output
 
 ARITHMETIC, ENERGY, DONOR = "task arithmetic", "FRISM, energy term", "FRISM, donor matching"
 LINEAR, CONTROL = "linear", "control: shuffled singular vectors"
@@ -46,7 +48,14 @@ class Settings:
     sizes: Sizes
 
 
-QUICK = Settings((0.25, 1.0), (0.25,), ((1.0, 0.1),), ((1.0, 3.0),), Sizes(120, 40, 80, 30, 192, 96, 96, 64, steps=60))
+FULL = Settings(
+    scales=(0.25, 0.5, 0.75, 1.0, 1.25),
+    shares=(0.1, 0.25, 0.5, 0.75),
+    energy=((1.0, 0.1), (1.5, 0.03), (1.5, 0.1), (1.5, 0.3)),
+    donor=((1.0, 3.0), (1.5, 3.0), (1.5, 10.0)),
+    sizes=Sizes(),
+)
+QUICK = Settings((0.25, 1.0), (0.25,), ((1.0, 0.1),), ((1.0, 3.0),), Sizes(120, 40, 80, 30, 192, 96, 64, steps=60))
 
 
 def demo(
@@ -54,7 +63,7 @@ def demo(
     *,
     seed: int = 0,
     trio: Path | None = None,
-    quick: bool = False,
+    settings: Settings = FULL,
     report: Callable[[str], None] = print,
 ) -> list[Point]:
     """Run the comparison into the new folder `out`: table.md, results.jsonl, tradeoff.png, recipe.yaml, merged/.
@@ -62,7 +71,7 @@ def demo(
     Args:
         seed: of exams, calibration questions and training order; the trio stays the same.
         trio: folder with base, vlm and donor; default the embedded one.
-        quick: fewer settings, fewer questions and shorter training, for a first look: wider intervals.
+        settings: `QUICK` has fewer settings and questions and shorter training, for a first look: wider intervals.
     Raises:
         OutputError: `out` exists. CheckpointError: the trio is not there.
     """
@@ -70,58 +79,63 @@ def demo(
     started = time.monotonic()
     trio = trio or trio_path()
     if not (trio / "vlm").is_dir():
-        raise CheckpointError(f"{trio}: holds no vlm folder; make a trio with `vlmgraft lab train --out DIR`")
+        raise CheckpointError(f"{trio}: holds no vlm folder; name a folder with base, vlm and donor, or leave it out")
     refuse_output(out, [trio])
     (out / "work").mkdir(parents=True)
 
     def say(text: str) -> None:
         report(f"[{time.monotonic() - started:4.0f} s] {text}")
 
-    settings = QUICK if quick else _full()
     recipe = _recipe(trio, out, settings.sizes)
     store = pipeline.decompose(pipeline.read_recipe(recipe), out / "work" / "factors")
     alignment = pipeline.pair(pipeline.read_recipe(recipe))
     say(f"decomposed {len(store)} matrices of the donor's task vector")
     factors = {name: store[name] for name in store}
     comparison = Comparison(trio, alignment, factors, seed, glyphs=_glyphs(trio), report=say, sizes=settings.sizes)
-    text = comparison.donor_on_text()
-    say(f"donor, sums told in text: {text.percent()}")
-    points, best = _measure(comparison, settings, out)
-    points.append(_merged(comparison, next(point for point in points if point.method == best), recipe, out))
+    with threads_for(sum(info.elements for info in alignment.vlm.tensors.values())):
+        points, text = _points(comparison, settings, recipe, out, say)
     rows = [_row(point, points) for point in points]
     write_rows(out / "results.jsonl", rows)
     table = _table(points, text, seed)
     write_text(out / "table.md", table)
-    draw_tradeoff([row for row in rows if row["drawn"]], out / "tradeoff.png", _finding(points))
+    save_chart(tradeoff_chart([row for row in rows if row["drawn"]]), out / "tradeoff.png", _finding(points))
     report("\n" + table)
     say(f"wrote {out}/table.md, results.jsonl, tradeoff.png, recipe.yaml, merged/")
     report("ask the merged model:\n" + _ask(comparison, out))
     return points
 
 
-def _full() -> Settings:
-    return Settings(compare.SCALES, compare.DONOR_SHARES, compare.ENERGY_GRID, compare.DONOR_GRID, Sizes())
+def _points(
+    comparison: Comparison, settings: Settings, recipe: Path, out: Path, say: Callable[[str], None]
+) -> tuple[list[Point], Estimate]:
+    """Every point of the comparison, the merged folder's last, and the donor's score on text."""
+    text = comparison.donor_on_text()
+    say(f"donor, sums told in text: {text.percent()}")
+    points, best = _measure(comparison, settings, out)
+    points.append(_merged(comparison, next(point for point in points if point.method == best), recipe, out))
+    return points, text
 
 
 def _measure(comparison: Comparison, settings: Settings, out: Path) -> tuple[list[Point], str]:
     """All rows but the reloaded checkpoint, and the better form of FRISM; every choice is made on validation."""
-    sight = comparison.mark(comparison.validation, None).perception.mean
+    vlm_perception = comparison.mark(comparison.validation, None).perception.mean
     points = [comparison.point("VLM", {}, None)]
     for scale in settings.scales:
         points.append(comparison.point(ARITHMETIC, {"scale": scale}, comparison.task_arithmetic(scale)))
     chosen: dict[str, Choice] = {
         ARITHMETIC: comparison.choose(
-            [({"scale": scale}, partial(comparison.task_arithmetic, scale)) for scale in settings.scales], sight
+            [({"scale": scale}, partial(comparison.task_arithmetic, scale)) for scale in settings.scales],
+            vlm_perception,
         ),
         LINEAR: comparison.choose(
             [({"donor_share": share}, partial(_linear, comparison.trio, out, share)) for share in settings.shares],
-            sight,
+            vlm_perception,
         ),
     }
     for method, inject, grid in ((ENERGY, "energy", settings.energy), (DONOR, "donor", settings.donor)):
         tried = [{"scale": scale, "inject_weight": weight} for scale, weight in grid]
         makes = [partial(comparison.gates, inject, *pair) for pair in grid]
-        chosen[method] = comparison.choose(zip(tried, makes, strict=True), sight)
+        chosen[method] = comparison.choose(zip(tried, makes, strict=True), vlm_perception)
     for method, choice in chosen.items():
         label = f"{ARITHMETIC}, chosen" if method == ARITHMETIC else method
         points.append(comparison.point(label, choice.setting, choice.weights))
@@ -156,8 +170,8 @@ def _recipe(trio: Path, out: Path, sizes: Sizes) -> Path:
     """The FRISM recipe of the demo; λ, α and the injection term are filled in once they are chosen."""
     data = str(out / "data" / "calibration.jsonl")
     calibration = {"data": data, "samples": sizes.calibration, "held_out": 0, "max_new_tokens": 28}
-    method = {"name": "frism", "steps": sizes.steps, "learning_rate": compare.LEARNING_RATE}
-    method["calibration"] = {**calibration, "batch_size": compare.BATCH_SIZE, "packing": "shuffle"}
+    method = {"name": "frism", "steps": sizes.steps, "learning_rate": LEARNING_RATE}
+    method["calibration"] = {**calibration, "batch_size": BATCH_SIZE, "packing": "shuffle"}
     places = {"vlm": str(trio / "vlm"), "donor": str(trio / "donor"), "donor_base": str(trio / "base")}
     path = out / "recipe.yaml"
     write_text(path, yaml.safe_dump({**places, "method": method}, sort_keys=False))
@@ -181,6 +195,7 @@ def _row(point: Point, points: Sequence[Point]) -> dict[str, Any]:
         "method": point.method,
         "setting": point.label,
         "order": next(iter(point.setting.values()), 0),
+        "chosen_on": None if point.method in ("VLM", ARITHMETIC, CONTROL) else "validation",
         "drawn": point.method in ("VLM", ARITHMETIC, LINEAR, ENERGY, DONOR, CONTROL),
         "reasoning": asdict(marks.reasoning),
         "perception": asdict(marks.perception),

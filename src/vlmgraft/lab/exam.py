@@ -1,38 +1,45 @@
-"""The lab's exam: questions with images of one split, asked through the model's own processor and `generate`."""
+"""The lab's exam: questions with images of one split, asked through the model's own processor and `generate`; the
+registered source `lab`; and the questions as files that users write."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
+from vlmgraft.data.images import ImageFile
+from vlmgraft.data.sources import RegisteredSource, Row
+from vlmgraft.errors import DataError
 from vlmgraft.evaluation.answers import final_answer
 from vlmgraft.evaluation.ask import ask
 from vlmgraft.evaluation.engine import Sampling, TransformersEngine
-from vlmgraft.evaluation.intervals import Estimate, bootstrap
+from vlmgraft.evaluation.intervals import Estimate, score_interval
 from vlmgraft.evaluation.items import Item, Suite
-from vlmgraft.hf.data import Question
+from vlmgraft.hf.batches import Question
 from vlmgraft.lab import world
+from vlmgraft.storage.jsonl import write_rows
 
 MAX_NEW_TOKENS = 28
 BATCH_SIZE = 256
-TEST: Mapping[world.Task, int] = {"sum": 400, **dict.fromkeys(world.PERCEPTION, 150)}
+TEST: Mapping[str, int] = {"sum": 400, **dict.fromkeys(world.PERCEPTION, 150)}
 """The test split's exam: how many items of each task."""
 
 
 @dataclass(frozen=True)
-class Marks:
-    """Right or wrong per item, by task; `said` the generated texts in the order of the exam."""
+class ExamResult:
+    """Right or wrong per item, by task; `outputs` the generated texts in the order of the exam."""
 
     right: Mapping[str, np.ndarray]
-    said: tuple[str, ...]
+    outputs: tuple[str, ...]
 
     def of(self, *tasks: str) -> Estimate:
         """Mean accuracy over tasks with its 95 % interval."""
-        return bootstrap([self.right[task] for task in tasks])
+        return score_interval([self.right[task] for task in tasks])
 
     @property
     def reasoning(self) -> Estimate:
@@ -59,7 +66,7 @@ class Exam:
             Item(
                 id=str(at),
                 question=question.question,
-                images=question.images,
+                images=tuple(image.path if isinstance(image, ImageFile) else image for image in question.images),
                 answers=(final_answer(item.answer),),
                 task=item.task,
                 kind="perception" if item.task in world.PERCEPTION else "reasoning",
@@ -69,7 +76,7 @@ class Exam:
         ]
         return Suite("lab", tuple(items), max_new_tokens=MAX_NEW_TOKENS)
 
-    def mark(self, model: Any, processor: Any) -> Marks:
+    def mark(self, model: Any, processor: Any) -> ExamResult:
         """Ask every question and score the answers."""
         engine = TransformersEngine(model, processor, Sampling(MAX_NEW_TOKENS))
         records = ask(engine, self.suite, batch_size=BATCH_SIZE)
@@ -77,21 +84,22 @@ class Exam:
         for record in records:
             right.setdefault(record.task, []).append(record.score == 1)
         marks = {task: np.array(values) for task, values in right.items()}
-        return Marks(marks, tuple(record.output for record in records))
+        return ExamResult(marks, tuple(record.output for record in records))
 
 
 def draw_exam(
     seed: int,
     split: world.Split,
-    counts: Mapping[world.Task, int],
+    counts: Mapping[str, int],
     *,
     as_image: bool = True,
     glyphs: world.Glyphs = "handwriting",
+    draw: Callable[[np.random.Generator, str], world.Item] = world.draw_item,
 ) -> Exam:
-    """An exam of `counts` items per task, with images of the split's handwriting, or told in text."""
+    """An exam of `counts` items per task, each by `draw`, with images of the split's handwriting, or told in text."""
     stream = zlib.crc32(f"{split} {as_image}".encode())
     rng = np.random.default_rng([seed, stream])
-    items = [world.draw_item(rng, task) for task, count in counts.items() for _ in range(count)]
+    items = [draw(rng, task) for task, count in counts.items() for _ in range(count)]
     return Exam(tuple(items), tuple(_question(rng, item, split, as_image, glyphs) for item in items))
 
 
@@ -103,3 +111,77 @@ def _question(
         return Question(item.text_question, answer=answer, category=item.task)
     image = world.render(rng, item.scene, split, glyphs)
     return Question(item.question, (image,), answer=answer, category=item.task)
+
+
+SPLITS: Mapping[str, tuple[world.Split, int, int]] = {
+    "test": ("test", TEST["sum"], TEST["read"]),
+    "validation": ("validation", 200, 50),
+    "calibration": ("calibration", 64, 16),
+    "divergence": ("test", 0, 48),
+}
+"""What `--data lab` offers: split of the handwriting, sums, and questions of each kind of perception. Prompts for a KL
+are of the test split under the next seed, on which no gate is learned."""
+
+
+MOST = 20_000
+"""Questions that are drawn at once, each with its image."""
+
+
+def draw_rows(argument: str, split: str, count: int | None) -> list[Row]:
+    """The rows of `--data lab` or `lab:SEED`: of `count`, an eighth for each kind of perception, and sums.
+
+    Raises:
+        DataError: the argument is no seed, or more questions are wanted than `MOST`.
+    """
+    if count is not None and count > MOST:
+        raise DataError(f"lab: {count:,} questions are wanted, it draws {MOST:,} at most; ask for fewer")
+    if argument and not argument.isdigit():
+        raise DataError(f"lab:{argument}: write lab, or lab:SEED with a number")
+    images, sums, each = SPLITS[split]
+    if count is not None:
+        each = max(1, count // (8 if sums else 4))
+        sums = max(1, count - 4 * each) if sums else 0
+    seed = int(argument or 0) + (split == "divergence")
+    exam = draw_exam(seed, images, {**({"sum": sums} if sums else {}), **dict.fromkeys(world.PERCEPTION, each)})
+    return [
+        {
+            "id": item.id,
+            "question": item.question,
+            "images": list(item.images),
+            "answer": item.answers[0],
+            "task": item.task,
+            "kind": item.kind,
+            "metric": item.metric,
+        }
+        for item in exam.suite.items
+    ]
+
+
+SOURCE = RegisteredSource(draw_rows, tuple(SPLITS), MAX_NEW_TOKENS, BATCH_SIZE)
+
+
+def save_questions(questions: Sequence[Question] | Exam, path: str | Path) -> Path:
+    """Questions without their answers, for calibration, donor matching or drift; a finished file is left alone."""
+    prompts = questions.questions if isinstance(questions, Exam) else questions
+    return _save([{"question": question.question} for question in prompts], prompts, Path(path))
+
+
+def save_traces(exam: Exam, path: str | Path) -> Path:
+    """Questions with the answers to learn, chain of thought included, as `vlmgraft tune` reads them."""
+    rows = [
+        {"question": question.question, "answer": item.answer}
+        for item, question in zip(exam.items, exam.questions, strict=True)
+    ]
+    return _save(rows, exam.questions, Path(path))
+
+
+def _save(rows: Sequence[dict[str, Any]], questions: Sequence[Question], path: Path) -> Path:
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for number, (row, question) in enumerate(zip(rows, questions, strict=True)):
+            for image in question.images:
+                if isinstance(image, Image.Image):
+                    row["image"] = f"{path.stem}-{number:04d}.png"
+                    image.save(path.parent / row["image"])
+        write_rows(path, rows)
+    return path

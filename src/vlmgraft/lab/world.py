@@ -20,10 +20,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 Split = Literal["train", "calibration", "validation", "test"]
 Glyphs = Literal["handwriting", "printed"]
-Task = Literal[
-    "colour", "glyph", "read", "list_colours", "sum", "copy", "fact",
-    "small_digits", "large_digits", "reworded", "five_digits", "difference", "numbers",
-]  # fmt: skip
 
 CELLS = 4
 TILE = 16  # pixels; one visual token per tile
@@ -40,26 +36,15 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 SHAPES = ("circle", "square", "triangle", "cross")
 DIGITS = tuple(str(number) for number in range(10))
 POSITIONS = ("first", "second", "third", "fourth")
-PERCEPTION: tuple[Task, ...] = ("colour", "glyph", "read", "list_colours")
-TEXT_ONLY: tuple[Task, ...] = ("copy", "fact")
-TRANSFER: tuple[Task, ...] = ("small_digits", "large_digits", "reworded", "five_digits", "difference")
-"""Beside the sum: sums of digits up to 4, of digits from 5, in other words, of five digits, and differences."""
-TRANSFER_TEXT: tuple[Task, ...] = ("numbers",)
-"""Sums of numbers from 5 to 15, which no glyph shows."""
-LARGEST_NUMBER = 63
+PERCEPTION = ("colour", "glyph", "read", "list_colours")
 PHRASES: dict[str, str] = {
     "colour": "what colour is the {} cell ?",
     "glyph": "what glyph is the {} cell ?",
     "read": "read all glyphs",
     "list_colours": "list all colours",
     "sum": "what is the sum of all digits ?",
-    "copy": "copy",
-    "fact": "what is {} + {} ?",
 }
-TRANSFER_PHRASES: dict[str, str] = {  # of the vocabulary's words alone: it must stay as it is
-    "reworded": "what is the sum of all glyphs ?",
-    "difference": "what is the first cell - the second cell ?",
-}
+"""Task → how its question is put; {} is a position."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +64,7 @@ class Scene:
 class Item:
     """One question with its answer; `scene` is None for questions about no scene (arithmetic facts)."""
 
-    task: Task
+    task: str
     question: str
     answer: str
     scene: Scene | None
@@ -90,16 +75,6 @@ class Item:
         if self.scene is None:
             return self.question
         return f"<|vision_start|> {' '.join(self.scene.words)} <|vision_end|> {self.question}"
-
-
-def vocabulary() -> list[str]:
-    """Every word of the world, special tokens first; the position in the list is the token id."""
-    special = ["<pad>", "<unk>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
-    special += ["<|image_pad|>", "<|video_pad|>", "<think>", "</think>"]
-    phrases = [word for phrase in PHRASES.values() for word in phrase.split() if word != "{}"]
-    words = ["user", "assistant", "system", *COLOURS, *SHAPES, *POSITIONS, *phrases, "=", ";", "-"]
-    numbers = [str(number) for number in range(LARGEST_NUMBER + 1)]
-    return list(dict.fromkeys([*special, *numbers, *words]))
 
 
 def chain_of_thought(digits: Sequence[str]) -> str:
@@ -119,16 +94,8 @@ def draw_scene(rng: np.random.Generator, only_digits: bool, cells: int = CELLS) 
     return Scene(colours, glyphs)
 
 
-def draw_item(rng: np.random.Generator, task: Task) -> Item:
-    """One random question of the given kind."""
-    if task in TRANSFER or task in TRANSFER_TEXT:
-        return _draw_transfer(rng, task)
-    if task == "fact":
-        first, second = int(rng.integers(0, 46)), int(rng.integers(0, 10))
-        return Item(task, PHRASES[task].format(first, second), str(first + second), None)
-    if task == "copy":
-        words = rng.choice([*COLOURS, *SHAPES, *(str(n) for n in range(LARGEST_NUMBER + 1))], rng.integers(2, 7))
-        return Item(task, f"{PHRASES[task]} {' '.join(words)}", " ".join(words), None)
+def draw_item(rng: np.random.Generator, task: str) -> Item:
+    """One random question of the given kind: a task of `PHRASES`."""
     scene = draw_scene(rng, only_digits=task == "sum")
     position = int(rng.integers(CELLS))
     answers = {
@@ -139,28 +106,6 @@ def draw_item(rng: np.random.Generator, task: Task) -> Item:
         "sum": chain_of_thought(scene.glyphs) if task == "sum" else "",
     }
     return Item(task, PHRASES[task].format(POSITIONS[position]), answers[task], scene)
-
-
-def _draw_transfer(rng: np.random.Generator, task: Task) -> Item:
-    """A question that is not of the kind the trio was tuned on."""
-    scene = draw_scene(rng, only_digits=True, cells=5 if task == "five_digits" else CELLS)
-    glyphs = list(scene.glyphs)
-    low, high = {"small_digits": (0, 5), "large_digits": (5, 10), "numbers": (5, 16)}.get(task, (0, 0))
-    if high:
-        glyphs = rng.integers(low, high, CELLS).astype(str).tolist()
-    answer = chain_of_thought(glyphs)
-    if task == "difference":
-        glyphs[:2] = sorted(glyphs[:2], reverse=True)
-        left = int(glyphs[0]) - int(glyphs[1])
-        answer = f"<think> {glyphs[0]} - {glyphs[1]} = {left} </think> {left}"
-    return Item(task, TRANSFER_PHRASES.get(task, PHRASES["sum"]), answer, Scene(scene.colours, tuple(glyphs)))
-
-
-def draw_items(seed: int, split: Split, tasks: tuple[Task, ...], count: int) -> list[Item]:
-    """`count` questions of each kind, shuffled; splits and seeds never share a random stream."""
-    rng = np.random.default_rng([seed, get_args(Split).index(split), 20])
-    items = [draw_item(rng, task) for task in tasks for _ in range(count)]
-    return [items[index] for index in rng.permutation(len(items))]
 
 
 @functools.cache
@@ -200,7 +145,8 @@ def _printed() -> dict[str, np.ndarray]:
 
 @functools.cache
 def _shapes() -> dict[str, np.ndarray]:
-    def paint(name: str) -> np.ndarray:
+    shapes = {}
+    for name in SHAPES:
         image = Image.new("L", (TILE, TILE))
         draw = ImageDraw.Draw(image)
         if name == "circle":
@@ -212,12 +158,12 @@ def _shapes() -> dict[str, np.ndarray]:
         else:
             draw.line((3, 3, 12, 12), fill=255, width=2)
             draw.line((3, 12, 12, 3), fill=255, width=2)
-        return np.asarray(image)[None]
+        shapes[name] = np.asarray(image)[None]
+    return shapes
 
-    return {name: paint(name) for name in SHAPES}
 
-
-def _glyph_tile(rng: np.random.Generator, glyph: str, split: Split, glyphs: Glyphs) -> np.ndarray:
+def glyph_tile(rng: np.random.Generator, glyph: str, split: Split, glyphs: Glyphs) -> np.ndarray:
+    """A glyph in dark ink on a light background, float32 `[16, 16, 3]` from 0 to 255."""
     if glyph in SHAPES:
         source = _shapes()[glyph]
     else:
@@ -229,7 +175,8 @@ def _glyph_tile(rng: np.random.Generator, glyph: str, split: Split, glyphs: Glyp
     return background + (stroke - background) * ink
 
 
-def _colour_tile(rng: np.random.Generator, colour: str) -> np.ndarray:
+def colour_tile(rng: np.random.Generator, colour: str) -> np.ndarray:
+    """A swatch of a colour on a grey background, float32 `[16, 16, 3]` from 0 to 255."""
     tile = np.empty((TILE, TILE, 3), np.float32)
     tile[:] = rng.uniform(0, 255)
     top, left = rng.integers(0, 4, 2)
@@ -239,10 +186,10 @@ def _colour_tile(rng: np.random.Generator, colour: str) -> np.ndarray:
 
 
 def render(rng: np.random.Generator, scene: Scene, split: Split, glyphs: Glyphs = "handwriting") -> Image.Image:
-    """The scene as a 128×16 RGB image: jittered tiles, random backgrounds, noise; digits of the split's hands."""
+    """The scene as a 128×16 RGB image: jittered tiles, random backgrounds, noise; digits in the split's handwriting."""
     tiles = []
     for colour, glyph in zip(scene.colours, scene.glyphs, strict=True):
-        tiles += [_colour_tile(rng, colour), _glyph_tile(rng, glyph, split, glyphs)]
+        tiles += [colour_tile(rng, colour), glyph_tile(rng, glyph, split, glyphs)]
     pixels = np.concatenate(tiles, axis=1)
     pixels += rng.normal(0, 6, pixels.shape)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from vlmgraft.merging.plan import MergePlan, plan_merge
 
 if TYPE_CHECKING:
-    from vlmgraft.merging.stream import Progress, Receipt, TensorReceipt, merge_tensors
+    from vlmgraft.merging.merge import Receipt, TensorReceipt, merge_tensors
 
-__all__ = ["MergePlan", "Progress", "Receipt", "TensorReceipt", "merge_tensors", "plan_merge"]
+__all__ = ["MergePlan", "Receipt", "TensorReceipt", "merge_tensors", "plan_merge"]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return getattr(import_module("vlmgraft.merging.stream"), name)
+        return getattr(import_module("vlmgraft.merging.merge"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,10 +1,10 @@
 """Merges range by range: ranges of tensors go to threads, chunks through their memory.
 
 Element methods run over chunks of 262,144 elements: they stay in the cache, and are long enough that threads seldom
-wait for the interpreter. Arithmetic is float32, the cast to the VLM's dtype rounds to nearest even. Tensors that are
-kept or excluded are copied byte for byte, and so is a chunk that the method gives back unchanged. A large tensor is
-shared among threads; its norms are summed chunk by chunk in order, so that the receipt, like the weights, does not
-depend on the number of threads.
+wait for the interpreter. Arithmetic is float32; the cast to the VLM's dtype rounds to nearest even, or stochastically,
+and what of the change survives it is accounted for (`rounding.py`). Tensors that are kept or excluded are copied byte
+for byte, and so is a chunk that the method gives back unchanged. A large tensor is shared among threads; its norms are
+summed chunk by chunk in order, so that the receipt, like the weights, does not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlmgraft.alignment import AlignedTensor
-from vlmgraft.checkpoint.reader import TORCH_DTYPES, as_bytes
+from vlmgraft.checkpoint.dtypes import TORCH_DTYPES, as_bytes
 from vlmgraft.checkpoint.writer import Writer
-from vlmgraft.errors import NumericalError
-from vlmgraft.merging.passes import in_order
-from vlmgraft.merging.pieces import Inputs, Lane, Pieces, chunks_of, squared_norm
+from vlmgraft.errors import NumericalError, WeightsError
+from vlmgraft.merging.pieces import Inputs, Lane, Pieces, chunks_of, in_order, squared_norm
 from vlmgraft.merging.plan import CHUNK, streamed
+from vlmgraft.merging.rounding import ChunkFacts, inner, round_stochastically, survival
 from vlmgraft.methods.base import Method, TensorContext
 from vlmgraft.methods.scratch import reused
 
@@ -42,41 +42,67 @@ class Task:
     last: bool
 
 
-Facts = tuple[float, float, int]
-"""Of a chunk: ‖what was added‖², ‖task vector‖², and how many values were clamped."""
-
-
 @dataclass(frozen=True)
 class Merger:
-    """The open inputs and the output; `work` is called from several threads. clamp: values beyond the VLM's dtype
-    become its largest, and are counted; else they are refused."""
+    """The open inputs and the output; `work` is called from several threads.
+
+    clamp: values beyond the VLM's dtype become its largest, and are counted; else they are refused. allow_nonfinite:
+    the same of values in copied tensors that are NaN or infinite. seed: of stochastic rounding; None: to nearest even.
+    """
 
     inputs: Inputs
     method: Method
     writer: Writer
     clamp: bool = False
+    allow_nonfinite: bool = False
+    seed: int | None = None
 
     def run(self, pool: ThreadPoolExecutor, threads: int) -> Iterator[str]:
         """Copy and merge everything that is not done yet; gives the name of each tensor once it is written."""
-        added: list[float] = []
-        moved: list[float] = []
-        clamped = 0
-        for task, squares in in_order(self.work, self._tasks(), pool, threads):
-            added += (one for one, _, _ in squares)
-            moved += (other for _, other, _ in squares)
-            clamped += sum(count for *_, count in squares)
+        chunks: list[ChunkFacts] = []
+        for task, made in in_order(self.work, self._tasks(), pool, threads):
+            chunks += made
             if task.last:
                 facts: dict[str, Any] = {"digest": self.writer.digest(task.tensor.name)}
                 if self._merges(task.tensor):
-                    facts["added"] = math.sqrt(math.fsum(added))
-                    facts["task_vector"] = math.sqrt(math.fsum(moved)) if task.tensor.donor_base else None
-                    facts |= {"clamped": clamped} if clamped else {}
+                    facts |= self._facts(task.tensor, chunks)
+                elif nonfinite := sum(chunk.nonfinite for chunk in chunks):
+                    self._refuse_nonfinite(task.tensor, nonfinite)
+                    facts["nonfinite"] = nonfinite
+                facts["read"] = self.inputs.digests(task.tensor)
                 self.writer.finish(task.tensor.name, facts)
-                added, moved, clamped = [], [], 0
+                chunks = []
                 yield task.tensor.name
+
+    def _refuse_nonfinite(self, tensor: AlignedTensor, count: int) -> None:
+        """Raise WeightsError where a tensor that is copied has such values, unless they are allowed."""
+        if not self.allow_nonfinite:
+            raise WeightsError(
+                f"{tensor.name} in {self.inputs.info(tensor).file}: is {tensor.verdict}, and {count} of its values are "
+                "NaN or infinite; take a checkpoint whose weights are finite, or write output: {allow_nonfinite: true}"
+            )
+
+    def _facts(self, tensor: AlignedTensor, chunks: list[ChunkFacts]) -> dict[str, Any]:
+        """What the receipt says of a merged tensor."""
+        added, along = math.fsum(one.added for one in chunks), math.fsum(one.along for one in chunks)
+        error = math.fsum(one.error for one in chunks)
+        changed, clamped = sum(one.changed for one in chunks), sum(one.clamped for one in chunks)
+        kept = survival(added, error, along, changed, self.inputs.info(tensor).elements)
+        facts = {"added": math.sqrt(added), "task_vector": self._task_vector(tensor, chunks), **asdict(kept)}
+        return facts | ({"clamped": clamped} if clamped else {})
+
+    def _task_vector(self, tensor: AlignedTensor, chunks: list[ChunkFacts]) -> float | None:
+        """‖donor − base‖ from the chunks' squares, or as the method knows it; None without a base."""
+        if not self.method.reads_sources:
+            return self.method.task_vector_norm(tensor.name)
+        return math.sqrt(math.fsum(one.task_vector for one in chunks)) if tensor.donor_base else None
 
     def _merges(self, tensor: AlignedTensor) -> bool:
         return tensor.verdict == "merged" and self.inputs.info(tensor).elements > 0
+
+    def _recast(self, tensor: AlignedTensor) -> bool:
+        """Whether the output has another dtype than the VLM, so that its bytes cannot be copied."""
+        return self.writer.spec(tensor.name).dtype != self.inputs.info(tensor).dtype
 
     def _tasks(self) -> Iterator[Task]:
         for tensor in self.inputs.alignment.tensors:
@@ -89,14 +115,13 @@ class Merger:
             for start in range(0, max(size, 1), step):
                 yield Task(tensor, start, min(size, start + step), start + step >= size)
 
-    def work(self, task: Task) -> tuple[Task, list[Facts]]:
+    def work(self, task: Task) -> tuple[Task, list[ChunkFacts]]:
         """Copy or merge one range; what is known of its chunks."""
         lane = self.inputs.lanes.get()
         try:
             if not self._merges(task.tensor):
-                self._copy(task, lane)
-                return task, []
-            if self.method.granularity == "tensor":
+                return task, [ChunkFacts(nonfinite=self._copy(task, lane))]
+            if self.method.whole_tensors:
                 return task, self._matrix(task.tensor, lane)
             pieces = chunks_of(self.inputs, task.tensor, task.start, task.stop, lane)
             with reused():
@@ -104,40 +129,41 @@ class Merger:
         finally:
             self.inputs.lanes.put(lane)
 
-    def _copy(self, task: Task, lane: Lane) -> None:
+    def _copy(self, task: Task, lane: Lane) -> int:
+        """Copy a range; how many of its values are NaN or infinite."""
         info, buffer = self.inputs.info(task.tensor), lane.views["vlm"]
+        nonfinite = 0
         for offset in range(task.start, task.stop, len(buffer)):
             piece = buffer[: min(len(buffer), task.stop - offset)]
             self.inputs.readers["vlm"].read_bytes(info, offset, piece)
             self.writer.write_bytes(info.name, offset, piece)
+            nonfinite += count_nonfinite(lane.raw["vlm"][: len(piece)], TORCH_DTYPES[info.dtype])
+        return nonfinite
 
     def _chunk(
         self, tensor: AlignedTensor, context: TensorContext, raw: memoryview, pieces: Pieces, lane: Lane
-    ) -> Facts:
+    ) -> ChunkFacts:
         """Merge one chunk and write it."""
         own, moved = self._squares(tensor, pieces, lane)
-        merged = self.method.combine(pieces, context)
-        if merged is pieces["vlm"]:
+        merged = self.method.apply(pieces, context)
+        if merged is pieces["vlm"] and not self._recast(tensor):
             self.writer.write_bytes(tensor.name, context.start * (len(raw) // merged.numel()), raw)
-            return 0.0, moved, 0
-        added, clamped = self._write(tensor, context.start, own, merged, pieces["vlm"], lane)
-        return added, moved, clamped
+            return ChunkFacts(moved)
+        return self._write(tensor, context.start, (own, moved), merged, pieces["vlm"], lane)
 
-    def _matrix(self, tensor: AlignedTensor, lane: Lane) -> list[Facts]:
+    def _matrix(self, tensor: AlignedTensor, lane: Lane) -> list[ChunkFacts]:
         """Merge a whole tensor and write it chunk by chunk."""
         raw, pieces = self.inputs.whole(tensor)
         flat = [dict(zip(pieces, parts, strict=True)) for parts in _split(pieces.values())]
         known = [self._squares(tensor, chunk, lane) for chunk in flat]
-        merged = self.method.combine(pieces, self.inputs.context(tensor))
-        if merged is pieces["vlm"]:
+        merged = self.method.apply(pieces, self.inputs.context(tensor))
+        if merged is pieces["vlm"] and not self._recast(tensor):
             self.writer.write_bytes(tensor.name, 0, as_bytes(raw))
-            return [(0.0, moved, 0) for _, moved in known]
-        made: list[Facts] = []
-        for number, piece in enumerate(merged.reshape(-1).split(CHUNK)):
-            own, moved = known[number]
-            added, clamped = self._write(tensor, number * CHUNK, own, piece, flat[number]["vlm"], lane)
-            made.append((added, moved, clamped))
-        return made
+            return [ChunkFacts(moved) for _, moved in known]
+        return [
+            self._write(tensor, number * CHUNK, known[number], piece, flat[number]["vlm"], lane)
+            for number, piece in enumerate(merged.reshape(-1).split(CHUNK))
+        ]
 
     def _squares(self, tensor: AlignedTensor, pieces: Pieces, lane: Lane) -> tuple[float, float]:
         """‖VLM‖² and ‖donor − base‖² of a chunk; raises WeightsError where any checkpoint is not finite."""
@@ -147,7 +173,7 @@ class Merger:
             scratch = lane.scratch[: pieces["vlm"].numel()]
             moved = squared_norm(torch.sub(pieces["donor"], pieces["donor_base"], out=scratch))
             found += moved
-        else:
+        elif "donor" in pieces:
             found += squared_norm(pieces["donor"])
         if "vlm_base" in pieces:
             found += squared_norm(pieces["vlm_base"])
@@ -157,32 +183,59 @@ class Merger:
         return own, moved
 
     def _write(
-        self, tensor: AlignedTensor, start: int, own: float, merged: Tensor, before: Tensor, lane: Lane
-    ) -> tuple[float, int]:
-        """Cast and write a merged piece; gives ‖merged − before‖² and how many values were clamped. own: ‖before‖².
+        self,
+        tensor: AlignedTensor,
+        start: int,
+        squares: tuple[float, float],
+        merged: Tensor,
+        before: Tensor,
+        lane: Lane,
+    ) -> ChunkFacts:
+        """Cast to the output's dtype and write a merged piece; squares: ‖before‖² and ‖donor − base‖².
 
         No element is larger than the norm, so that only a piece of enormous norm is looked at element by element.
         """
-        info = self.inputs.info(tensor)
-        dtype = TORCH_DTYPES[info.dtype]
-        added = squared_norm(torch.sub(merged, before, out=lane.scratch[: merged.numel()]))
+        spec = self.writer.spec(tensor.name)
+        dtype = TORCH_DTYPES[spec.dtype]
+        meant = torch.sub(merged, before, out=lane.scratch[: merged.numel()])
+        added = squared_norm(meant)
         if math.isnan(added):
             raise NumericalError(f"{tensor.name}: method {self.method.name} gave NaN or infinity from finite weights")
         raw = lane.raw["out"][: merged.numel() * dtype.itemsize]
-        cast = raw.view(dtype).copy_(merged)
-        bound = math.sqrt(own) + math.sqrt(added)
+        cast = raw.view(dtype)
+        if self.seed is None:
+            cast.copy_(merged)
+        else:
+            round_stochastically(merged, cast, self.seed, self.inputs.context(tensor, start))
+        bound = math.sqrt(squares[0]) + math.sqrt(added)
         clamped = 0
         if bound > 0.5 * torch.finfo(dtype).max and (clamped := int((~torch.isfinite(cast)).sum())):
             largest = torch.finfo(dtype).max
             if not self.clamp:
                 raise NumericalError(
-                    f"{tensor.name} of {info.file}: {clamped} merged values overflow {info.dtype} (up to "
-                    f"{float(merged.abs().max()):.4g}, it holds {largest:.4g}); use a smaller scale, or write "
+                    f"{tensor.name} of {self.inputs.info(tensor).file}: {clamped} merged values overflow {spec.dtype} "
+                    f"(up to {float(merged.abs().max()):.4g}, it holds {largest:.4g}); use a smaller scale, or write "
                     "output: {overflow: clamp}"
                 )
             cast.copy_(merged.clamp(-largest, largest))
         self.writer.write_bytes(tensor.name, start * dtype.itemsize, lane.views["out"][: len(raw)])
-        return added, clamped
+        # the VLM's bytes are not needed any more: their memory takes what is written
+        written = lane.raw["vlm"][: 4 * merged.numel()].view(torch.float32).copy_(cast).sub_(before)
+        changed = int(torch.count_nonzero(written))
+        error = written.sub_(meant)
+        return ChunkFacts(squares[1], added, squared_norm(error), inner(error, meant), changed, clamped)
+
+
+def count_nonfinite(raw: Tensor, dtype: torch.dtype) -> int:
+    """How many values of `raw`, bytes of a tensor of this dtype, are NaN or infinite; 0 of whole numbers."""
+    dtype = torch.float32 if dtype.is_complex else dtype
+    if not dtype.is_floating_point:
+        return 0
+    values = raw.view(dtype) if dtype.itemsize > 1 else raw.view(dtype).float()
+    norm = torch.linalg.vector_norm(values, dtype=torch.float32 if dtype.itemsize < 4 else None)
+    if math.isfinite(norm):  # only where every value is: one reduction, of which the copy shows nothing
+        return 0
+    return int((~torch.isfinite(values)).sum())
 
 
 def _split(pieces: Any) -> Iterator[tuple[Tensor, ...]]:

@@ -2,28 +2,55 @@
 
 A `Lane` is the memory of one thread: it is allocated once, and every chunk is read and converted into it. A chunk is
 checked by its squared norm, which is needed anyway and is finite only if every element is: one reduction instead of a
-mask. Where the square overflows, the elements decide.
+mask. Where the square overflows, the elements decide. `MergedPasses` goes over the same pieces for methods that must
+see all weights before they can merge any.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
-from vlmgraft.alignment import AlignedTensor, Alignment, assemble
+from vlmgraft.alignment import AlignedTensor, Alignment, Source, assemble
+from vlmgraft.checkpoint.dtypes import TORCH_DTYPES, as_bytes
 from vlmgraft.checkpoint.header import TensorInfo
-from vlmgraft.checkpoint.reader import TORCH_DTYPES, Reader, as_bytes
+from vlmgraft.checkpoint.reader import Reader
 from vlmgraft.errors import NumericalError, WeightsError
 from vlmgraft.merging.plan import CHUNK, WIDEST, lines_up, sources_of
 from vlmgraft.methods.base import TensorContext
+from vlmgraft.methods.scratch import reused
 
 Pieces = dict[str, Tensor]
+S = TypeVar("S")
+T = TypeVar("T")
+AHEAD = 4
+"""Tasks per thread that wait their turn: enough that no thread idles, few enough to stop soon after an error."""
+
+
+def in_order(work: Callable[[S], T], tasks: Iterable[S], pool: ThreadPoolExecutor, threads: int) -> Iterator[T]:
+    """Results of `work` in the order of the tasks; after an error the tasks that have not begun are dropped."""
+    waiting: deque[Future[T]] = deque()
+    try:
+        for task in tasks:
+            waiting.append(pool.submit(work, task))
+            if len(waiting) > AHEAD * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
 WIDE = 4
 """Chunks that are sampled together, and that a pass hands to a thread at a time."""
 
@@ -53,11 +80,20 @@ class Lane:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The open checkpoints of an alignment, by key; every method may be called from several threads."""
+    """The checkpoints of an alignment that are read, by key; every method may be called from several threads."""
 
     alignment: Alignment
     readers: dict[str, Reader]
     lanes: SimpleQueue[Lane] = field(default_factory=SimpleQueue)
+
+    def sources(self, tensor: AlignedTensor) -> dict[str, Source]:
+        """The sources of a tensor beside the VLM's own that are open, by checkpoint."""
+        return {key: source for key, source in sources_of(tensor).items() if key in self.readers}
+
+    def digests(self, tensor: AlignedTensor) -> dict[str, dict[str, str]]:
+        """Checkpoint → tensor on disk → digest of its bytes, of what was read whole to make a tensor."""
+        names = {"vlm": (tensor.name,)} | {key: source.names for key, source in self.sources(tensor).items()}
+        return {key: self.readers[key].digests(of_key) for key, of_key in names.items()}
 
     def info(self, tensor: AlignedTensor) -> TensorInfo:
         """The VLM's header entry of a tensor."""
@@ -72,7 +108,7 @@ class Inputs:
         """The VLM's tensor as on disk, and all checkpoints' in float32 and the VLM's shape; not checked."""
         own = self.readers["vlm"].tensor(tensor.name)
         pieces = {"vlm": own.float()}
-        for key, source in sources_of(tensor).items():
+        for key, source in self.sources(tensor).items():
             pieces[key] = assemble(source, self.readers[key].tensor, own.shape, fill=own).float().contiguous()
         return own, pieces
 
@@ -94,7 +130,7 @@ class Inputs:
         info = self.info(tensor)
         pieces = {"vlm": lane.floats["vlm"][:count]}
         raw = self._read("vlm", tensor.name, start, pieces["vlm"], lane)
-        for key, source in sources_of(tensor).items():
+        for key, source in self.sources(tensor).items():
             pieces[key] = lane.floats[key][:count]
             shared = count
             if source.layout.kind == "rows":  # the rows that the source does not have are the VLM's
@@ -103,6 +139,10 @@ class Inputs:
                 pieces[key][shared:] = pieces["vlm"][shared:]
             if shared:
                 self._read(key, source.names[0], start, pieces[key][:shared], lane)
+            kept, width = source.layout.kept, info.elements // info.shape[0]
+            for row in kept[bisect_left(kept, start // width) : bisect_left(kept, -(-(start + count) // width))]:
+                inside = slice(max(0, row * width - start), (row + 1) * width - start)  # its token is another one's
+                pieces[key][inside] = pieces["vlm"][inside]
         return raw, pieces
 
     def _read(self, key: str, name: str, start: int, out: Tensor, lane: Lane) -> memoryview:
@@ -155,3 +195,58 @@ def chunks_of(
         last = first + -(-min(step, stop - first) // sample)
         pieces = {key: piece[first:last] for key, piece in flat.items()}
         yield inputs.context(tensor, first), data[first * size : last * size], pieces
+
+
+@dataclass(frozen=True)
+class MergedPasses:
+    """`methods.base.Passes` over the merged tensors, with the threads and the memory of the merge that follows."""
+
+    inputs: Inputs
+    pool: ThreadPoolExecutor
+    threads: int
+
+    def tensors(self) -> Iterator[tuple[TensorContext, Callable[[str], Tensor]]]:
+        """Every merged tensor with its loader."""
+        for tensor in self._merged():
+            yield self.inputs.context(tensor), lambda key, tensor=tensor: self.inputs.one(tensor, key)
+
+    def chunks(self) -> Iterator[tuple[TensorContext, Mapping[str, Tensor]]]:
+        """Every chunk, copied out of the threads' memory."""
+        return self.map(lambda pieces, _: {key: piece.clone() for key, piece in pieces.items()})
+
+    def map(
+        self, function: Callable[[Mapping[str, Tensor], TensorContext], T], *, sample: int = 1
+    ) -> Iterator[tuple[TensorContext, T]]:
+        """`function` of every chunk, in the threads, results in order."""
+
+        def work(task: tuple[AlignedTensor, int, int]) -> list[tuple[TensorContext, T]]:
+            tensor, start, stop = task
+            lane = self.inputs.lanes.get()
+            try:
+                made = []
+                for context, _, pieces in chunks_of(self.inputs, tensor, start, stop, lane, sample):
+                    self.inputs.check(tensor, pieces)
+                    with reused():
+                        made.append((context, function(pieces, context)))
+                return made
+            finally:
+                self.inputs.lanes.put(lane)
+
+        tasks = (
+            (tensor, start, stop)
+            for tensor in self._merged()
+            for start, stop in ranges(tensor, self.inputs.info(tensor).elements, WIDE * CHUNK)
+        )
+        for made in in_order(work, tasks, self.pool, self.threads):
+            yield from made
+
+    def _merged(self) -> Iterator[AlignedTensor]:
+        return (tensor for tensor in self.inputs.alignment.merged if self.inputs.info(tensor).elements)
+
+
+def ranges(tensor: AlignedTensor, elements: int, step: int) -> Iterator[tuple[int, int]]:
+    """Cut a tensor whose element order on disk is the VLM's into ranges; another one is a range of its own."""
+    if not lines_up(tensor):
+        step = elements
+    for start in range(0, elements, step):
+        yield start, min(elements, start + step)

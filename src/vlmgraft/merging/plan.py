@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vlmgraft.alignment.layouts import Source
 from vlmgraft.checkpoint.header import ITEM_SIZES
-from vlmgraft.checkpoint.shards import count_shards
+from vlmgraft.checkpoint.shards import TensorSpec, count_shards
 from vlmgraft.errors import AlignmentError
 
 if TYPE_CHECKING:
     from vlmgraft.alignment import AlignedTensor, Alignment
     from vlmgraft.methods.base import Method
-from vlmgraft.records import collection_paused
+from vlmgraft.storage.resources import collection_paused
 
 CHUNK = 1 << 18
 """Elements per piece: four float32 pieces stay in a core's cache, whole tensors take ten times as long an element."""
 
 WIDEST = max(ITEM_SIZES.values())
 OTHERS = ("donor", "donor_base", "vlm_base")
+DEQUANTISING = 24
+"""Bytes per element of the largest quantised matrix: float32 values, scales and product, and two results kept."""
 ASSUMED_RATE = 10**9
 """Bytes read and written per second that `plan_merge` assumes: a disk of 1 GB/s, or two cores on cached files."""
-
-THRESHOLD_PASSES = 2
-"""Passes that a method with `prepare` is taken to make, unless its class says otherwise by `passes`."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,19 @@ class MergePlan:
 
 @collection_paused()
 def plan_merge(
-    alignment: Alignment, method: Method, shard_size: int = 5 * 10**9, *, threads: int = 2, rate: int = ASSUMED_RATE
+    alignment: Alignment,
+    method: Method | type[Method],
+    shard_size: int = 5 * 10**9,
+    *,
+    threads: int = 2,
+    rate: int = ASSUMED_RATE,
+    float32: bool = False,
 ) -> MergePlan:
     """Plan a merge from headers; nothing is opened or written.
 
     Args:
         shard_size: bytes of data per output file, at most.
+        float32: merged tensors are written in float32.
         rate: bytes per second, read and written, to reckon the time with. Methods that decompose matrices take longer.
     Raises:
         AlignmentError: a checkpoint that the method needs is missing. ValueError: a shard size or rate below 1.
@@ -68,22 +75,31 @@ def plan_merge(
         counts[tensor.verdict] += 1
         if tensor.verdict != "merged":
             continue
-        read = _bytes_read(alignment, tensor)
+        read = _bytes_read(alignment, tensor, method.reads_sources)
         again += read
         pieces += read - alignment.vlm.tensors[tensor.name].nbytes
         if not streamed(tensor, method):
             whole = max(whole, alignment.vlm.tensors[tensor.name].elements)
-    written = alignment.vlm.nbytes
-    passes = getattr(method, "passes", THRESHOLD_PASSES if hasattr(method, "prepare") else 0)
-    total = written + pieces + passes * again
-    files = count_shards([info.nbytes for info in alignment.vlm.tensors.values()], shard_size)
-    seconds, memory = (total + written) / rate, _memory(alignment, whole, threads)
+    specs = written_specs(alignment, float32)
+    written = sum(spec.nbytes for spec in specs)
+    total = alignment.vlm.nbytes + pieces + method.passes * again
+    files = count_shards([spec.nbytes for spec in specs], shard_size)
+    seconds, memory = (total + written) / rate, _memory(alignment, whole, threads, method.reads_sources)
     return MergePlan(
         method.name, **counts, read=total, written=written, files=files, rate=rate, seconds=seconds, memory=memory
     )
 
 
-def check_needs(alignment: Alignment, method: Method) -> None:
+def written_specs(alignment: Alignment, float32: bool = False) -> list[TensorSpec]:
+    """Name, dtype and shape of every tensor of the output: the VLM's, with `float32` merged ones in float32."""
+    wide = {tensor.name for tensor in alignment.tensors if float32 and tensor.verdict == "merged"}
+    return [
+        TensorSpec(info.name, "F32" if info.name in wide else info.dtype, info.shape)
+        for info in alignment.vlm.tensors.values()
+    ]
+
+
+def check_needs(alignment: Alignment, method: Method | type[Method]) -> None:
     """Raise AlignmentError when a checkpoint that the method needs was not given."""
     for key in sorted(method.needs):
         if getattr(alignment, key) is None:
@@ -104,14 +120,18 @@ def lines_up(tensor: AlignedTensor) -> bool:
     )
 
 
-def streamed(tensor: AlignedTensor, method: Method) -> bool:
+def streamed(tensor: AlignedTensor, method: Method | type[Method]) -> bool:
     """Whether a tensor is merged chunk by chunk from the files, and never held whole."""
-    return method.granularity == "element" and lines_up(tensor)
+    return not method.whole_tensors and lines_up(tensor)
 
 
-def _bytes_read(alignment: Alignment, tensor: AlignedTensor) -> int:
-    """Bytes of a merged tensor in all checkpoints."""
-    total = alignment.vlm.tensors[tensor.name].nbytes
+def _bytes_read(alignment: Alignment, tensor: AlignedTensor, sources: bool) -> int:
+    """Bytes of a merged tensor in all checkpoints; without `sources` in the VLM and as float32 factors of full rank."""
+    info = alignment.vlm.tensors[tensor.name]
+    total = info.nbytes
+    if not sources:
+        experts, (m, n) = math.prod(info.shape[:-2]), info.shape[-2:]
+        return total + 4 * experts * min(m, n) * (m + n + 1)
     for checkpoint, source in (
         (alignment.donor, tensor.donor),
         (alignment.donor_base, tensor.donor_base),
@@ -123,11 +143,15 @@ def _bytes_read(alignment: Alignment, tensor: AlignedTensor) -> int:
     return total
 
 
-def _memory(alignment: Alignment, whole: int, threads: int) -> int:
+def _memory(alignment: Alignment, whole: int, threads: int, sources: bool) -> int:
     """Buffers of every thread, and whole tensors of `whole` elements where a tensor cannot be streamed.
 
     Such a tensor is held in float32 by every checkpoint, once more in the files' dtype, and once as result and change.
     """
-    keys = 1 + sum(getattr(alignment, key) is not None for key in OTHERS)
+    others = sum(getattr(alignment, key) is not None for key in OTHERS) if sources else 2  # else U and Vh
+    opened = [getattr(alignment, key) for key in ("vlm", *(OTHERS if sources else ()))]
+    largest = [max(one.tensors[name].elements for name in one.packed) for one in opened if one and one.packed]
+    keys = 1 + others
     lane = CHUNK * (keys * (WIDEST + 4) + WIDEST + 4)
-    return threads * (lane + 4 * CHUNK * 4 + whole * (keys * (4 + WIDEST // 2) + 8))
+    dequantised = sum(DEQUANTISING * elements for elements in largest)
+    return threads * (lane + 4 * CHUNK * 4 + whole * (keys * (4 + WIDEST // 2) + 8)) + dequantised

@@ -1,29 +1,24 @@
 """What a merging method is: a frozen dataclass whose fields are its recipe, with one function on float32 tensors.
 
-`granularity` says what `combine` is given: "element" methods get flat chunks (of 262,144 elements in a merge, the last
-one shorter; `context.start` is the first element's number) and must treat every element alike; "tensor" methods get
-whole tensors in their shape. A method that brings its own update (FRISM's factors, say) uses `tensors["vlm"]` and
-`context.name` and ignores the other sources.
+A merge calls `check(alignment)` on headers, then `prepare(passes)` once, and streams `apply` of what `prepare` gives
+back. Most methods need no preparation and are their own result; one that must see the weights first (a global
+threshold, say) gives back another `Method` that holds what its passes found.
 
-A method that must see the weights before it can merge (a global threshold, say) also defines
-`prepare(self, passes: Passes) -> Method`. A merge calls it once, before streaming, and streams the method it gives
-back, which holds what the passes found; `combine` may be left to that one. `passes` of the class says how many it
-makes, for the plan's estimate; `notes()` of what it gives back is what the receipt should say.
-
-Options that are numbers are annotated `Number` or `Pair`, so that `check_numbers` finds them and reads every one for
-every tensor before a merge starts. What else depends on the models a method checks in `check(self, alignment)`.
+Options that are numbers are annotated `Number`, `Number | None` or `Pair`, so that `check_numbers` finds them and reads
+every one for every tensor before a merge starts.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
 
 from vlmgraft.alignment.view import GROUPS
-from vlmgraft.errors import AlignmentError, RecipeError
+from vlmgraft.errors import RecipeError
+from vlmgraft.spectral.rank import check_matrix
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,7 +59,7 @@ class Passes(Protocol):
         """Every merged tensor with a loader: `loader(key)` reads the whole tensor of that checkpoint, in its shape."""
 
     def chunks(self) -> Iterator[tuple[TensorContext, Mapping[str, Tensor]]]:
-        """Every flat chunk that `combine` of an "element" method will be given, one after the other; yours to keep."""
+        """Every flat chunk that `apply` of a method of chunks will be given, one after the other; yours to keep."""
 
     def map(
         self, function: Callable[[Mapping[str, Tensor], TensorContext], T], *, sample: int = 1
@@ -76,21 +71,53 @@ class Passes(Protocol):
         """
 
 
-class Method(Protocol):
-    """What a merge asks of a method. needs: checkpoints beside VLM and donor ("donor_base", "vlm_base")."""
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods.
+
+    name: in recipes. needs: checkpoints beside VLM and donor ("donor_base", "vlm_base"). default_modules: merged where
+    the recipe names none. whole_tensors: `apply` is given whole tensors in their shape; else flat chunks (of 262,144
+    elements in a merge, the last one shorter; `context.start` is the first element's number), in which it treats every
+    element alike. matrices_only: `check_numbers` refuses tensors without singular directions.
+    passes: over the merged weights that `prepare` makes, for the plan's estimate. reads_sources: False for a method
+    that brings its own update (FRISM's factors): it is given the VLM alone.
+    """
 
     name: ClassVar[str]
-    needs: ClassVar[frozenset[str]]
-    default_modules: ClassVar[tuple[str, ...]]
-    granularity: ClassVar[Literal["element", "tensor"]]
+    needs: ClassVar[frozenset[str]] = frozenset()
+    default_modules: ClassVar[tuple[str, ...]] = DEFAULT_MODULES
+    whole_tensors: ClassVar[bool] = False
+    matrices_only: ClassVar[bool] = False
+    passes: ClassVar[int] = 0
+    reads_sources: ClassVar[bool] = True
 
-    def combine(self, tensors: Mapping[str, Tensor], context: TensorContext) -> Tensor:
+    def check(self, alignment: Alignment) -> None:
+        """Refuse options that do not fit the aligned models; raises RecipeError before a merge starts."""
+
+    def prepare(self, passes: Passes) -> Method:
+        """The method that is streamed: this one, or another that holds what `passes` over the weights found."""
+        return self
+
+    def notes(self) -> tuple[str, ...]:
+        """What a prepared method has to say in the receipt and on the terminal."""
+        return ()
+
+    def task_vector_norm(self, name: str) -> float | None:
+        """‖τ‖_F of a tensor, by a method that knows it without the sources (`reads_sources` is False)."""
+        return None
+
+    def sources_read(self) -> Mapping[str, Mapping[str, str]]:
+        """Checkpoint → tensor → digest of what was read before the merge, by such a method."""
+        return {}
+
+    def apply(self, tensors: Mapping[str, Tensor], context: TensorContext) -> Tensor:
         """The merged piece in float32 from float32 pieces of "vlm", "donor" and what `needs` names.
 
         Inputs are not changed and not kept: a merge uses their memory again, and the result's too where it comes from
-        `scratch`, which an "element" method should take all its memory from. A result that is the VLM's piece is that
+        `scratch`, which a method of chunks should take all its memory from. A result that is the VLM's piece is that
         very object, so that its bits survive. Called from several threads.
         """
+        raise NotImplementedError(f"{self.name}: a merge streams what `prepare` gives back")
 
 
 def number_for(value: Number, context: TensorContext, option: str) -> float:
@@ -108,43 +135,42 @@ def number_for(value: Number, context: TensorContext, option: str) -> float:
     if not value or context.layer is None:
         why = "the list is empty" if not value else f"{context.name} is in no layer; use a number or a map"
         raise RecipeError(f"method.{option}: {why}")
-    place = context.layer / max(1, context.layers - 1) * (len(value) - 1)
-    low = min(int(place), len(value) - 1)
+    depth = context.layer / max(1, context.layers - 1) * (len(value) - 1)
+    low = min(int(depth), len(value) - 1)
     high = min(low + 1, len(value) - 1)
-    return float(value[low] + (place - low) * (value[high] - value[low]))
+    return float(value[low] + (depth - low) * (value[high] - value[low]))
 
 
-def numbers_of(method: object) -> Iterator[tuple[str, Number]]:
-    """(option, value) of every field annotated `Number` or `Pair`; a pair gives `option[0]` and `option[1]`."""
-    for field in fields(method):  # type: ignore[arg-type]
+def numbers_of(method: Method) -> Iterator[tuple[str, Number]]:
+    """(option, value) of fields annotated `Number`, `Number | None` (if set) or `Pair` (`option[0]`, `option[1]`)."""
+    for field in fields(method):
         value = getattr(method, field.name)
-        if field.type == "Number":
+        if field.type in ("Number", "Number | None") and value is not None:
             yield field.name, value
         elif field.type == "Pair":
-            yield from ((f"{field.name}[{place}]", one) for place, one in enumerate(value))
+            yield from ((f"{field.name}[{index}]", number) for index, number in enumerate(value))
 
 
-def check_range(method: object, option: str, low: float, high: float = math.inf, *, above: bool = False) -> None:
-    """Refuse an option with a number that is not finite, under `low` (at it, when `above`) or over `high`.
+def check_range(
+    method: Method, *options: str, low: float = -math.inf, high: float = math.inf, above: bool = False
+) -> None:
+    """Refuse options with a number that is not finite, under `low` (at it, when `above`) or over `high`.
 
     Raises:
         RecipeError: with the option, the number and the range.
     """
     for name, value in numbers_of(method):
-        if name.partition("[")[0] != option:
+        if name.partition("[")[0] not in options:
             continue
-        every: Iterable[float] = (
-            value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-        )
-        for number in every:
+        numbers = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        for number in numbers:
             if not math.isfinite(number) or number < low or number > high or (above and number == low):
-                said = f"{'above' if above else 'at least'} {low:g}" + (
-                    f" and at most {high:g}" if high < math.inf else ""
-                )
-                raise RecipeError(f"method.{name}: {number} must be {said if low > -math.inf else 'finite'}")
+                bounds = f"{'above' if above else 'at least'} {low:g}"
+                bounds += f" and at most {high:g}" if high < math.inf else ""
+                raise RecipeError(f"method.{name}: {number} must be {bounds if low > -math.inf else 'finite'}")
 
 
-def check_numbers(method: object, alignment: Alignment) -> None:
+def check_numbers(method: Method, alignment: Alignment) -> None:
     """Prove before a merge that the method's options hold for every tensor that it will be given.
 
     Raises:
@@ -161,16 +187,7 @@ def check_numbers(method: object, alignment: Alignment) -> None:
                 raise RecipeError(f"method.{option}: {group!r} is no group ({', '.join(GROUPS)}){hint}")
         for tensor in merged.values():
             number_for(value, TensorContext(tensor.name, (), alignment.layers, tensor.layer, tensor.group), option)
-    if getattr(method, "matrices_only", False):
+    if method.matrices_only:
         for tensor in alignment.merged:
             check_matrix(tensor.name, alignment.vlm.tensors[tensor.name].shape)
-    if hasattr(method, "check"):
-        method.check(alignment)
-
-
-def check_matrix(name: str, shape: tuple[int, ...]) -> None:
-    """Refuse what has no singular directions: all but matrices [out, in] and stacks of them [experts, out, in]."""
-    if len(shape) not in (2, 3) or 0 in shape:
-        raise AlignmentError(
-            f"{name}: shape {tuple(shape)} is not a matrix and has no singular directions; leave it out of `modules`"
-        )
+    method.check(alignment)

@@ -1,38 +1,30 @@
-"""Curvature gates: FRISM's update with hard gates from one pass over the calibration set, no training (METHODS.md, 2).
+"""Curvature gates: FRISM's update with hard gates from one pass over the calibration set, no training.
 
-Only the recipe is here; training/curvature.py estimates the curvature, and the fold is FRISM's.
+Only the recipe is here; distillation/curvature.py estimates the curvature, and the fold is FRISM's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from vlmgraft.errors import RecipeError
-from vlmgraft.methods.base import DEFAULT_MODULES
-from vlmgraft.methods.frism import Calibration, GatedFold
-
-if TYPE_CHECKING:
-    from vlmgraft.spectral.factors import Factors
-    from vlmgraft.spectral.gates import Gates
+from vlmgraft.methods.frism import DEFAULT_RANK, Calibration, GatedMethod
 
 
 @dataclass(frozen=True)
-class Curvature:
+class Curvature(GatedMethod):
     """The recipe: directions open until the drift, measured on held-out prompts, reaches the budget."""
 
     name: ClassVar[str] = "curvature"
     needs: ClassVar[frozenset[str]] = frozenset({"donor_base"})
-    default_modules: ClassVar[tuple[str, ...]] = DEFAULT_MODULES
-    granularity: ClassVar[Literal["element", "tensor"]] = "tensor"
 
     scale: float = 1.0
     """λ, a factor on the open part of the task vector."""
     kl_budget: float = 0.01
     """Allowed drift from the VLM, nats per token."""
-    rank: Literal["full"] | int | dict[Literal["energy"], float] = "full"
-    """Directions per matrix: full, a number, or {energy: share}."""
+    rank: Literal["full"] | int | dict[Literal["energy"], float] = DEFAULT_RANK
+    """Directions per matrix: a number, full, or {energy: share}."""
     draws: int = 1
     """Passes over the calibration questions, each with its own tokens drawn from the VLM."""
     seed: int = 0
@@ -40,14 +32,7 @@ class Curvature:
     calibration: Calibration = field(default_factory=lambda: Calibration("calibration.jsonl"))
     """The image questions on which drift is estimated and measured."""
 
-    def bind(self, factors: Mapping[str, Factors], gates: Gates) -> GatedFold:
-        """The method that a merge runs, once the gates are known."""
-        return GatedFold(factors, gates)
-
     def __post_init__(self) -> None:
-        if self.kl_budget <= 0:
-            raise RecipeError(f"method.kl_budget: {self.kl_budget} must be above 0; a zero budget is the VLM itself")
-        if self.calibration.held_out == 0:
-            raise RecipeError("method.kl_budget is measured on held-out prompts; set method.calibration.held_out")
+        super().__post_init__()
         if self.draws < 1:
             raise RecipeError(f"method.draws: {self.draws} must be at least 1")

@@ -3,9 +3,11 @@
     W   = W_vlm_base + λ_V·τ_vlm + λ_R·τ           τ_vlm = W_vlm − W_vlm_base,  τ = W_donor − W_base
     λ_t = w_t‖τ_t‖² / (w_V‖τ_vlm‖² + w_R‖τ‖²)      norms over one decoder layer,  λ_V + λ_R = 1,  w_R = 1 − w_V
 
-w_V of layer l is an exponential c·exp(−b·l), fitted by least squares to the share of attention that text tokens give to
-visual tokens in each layer (`visual_attention`, which `vlmgraft attention VLM --data FILE` measures; or b itself as
-`decay`). How it is normalised:
+w_V of layer l is an exponential exp(−b·l). b is given as `decay`, or fitted as in the paper's equation 16 to the share
+a_l of attention that text tokens give to visual tokens in each layer (`visual_attention`, which `vlmgraft attention VLM
+--data FILE` measures): minus the slope of the linear regression of log a_l on l.
+
+How w_V is normalised over layers (`prior`):
 
 - `literal`: as the paper words it, over layers: Σ_l w_V = 1. With 28 layers w_V is about 1/28, so that the donor takes
   nearly all of every layer.
@@ -13,20 +15,21 @@ visual tokens in each layer (`visual_attention`, which `vlmgraft attention VLM -
   VLM's. Our choice.
 - `none`: w_V = ½ everywhere, the norms alone decide.
 
-The fit is of the shares themselves, not of their logarithms. Tensors outside the layers, which have no share of
-attention, form one more unit with w_V = ½: our choice too.
+Tensors outside the layers, which have no share of attention, form one more unit with w_V = ½: our choice too.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from vlmgraft.errors import RecipeError
-from vlmgraft.methods.base import DEFAULT_MODULES, TensorContext
-from vlmgraft.methods.ties import task_vectors
+from vlmgraft.methods.base import Method, TensorContext
+from vlmgraft.methods.task_vectors import task_vectors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,13 +39,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Frank:
+class Frank(Method):
     """Two task vectors, weighted layer by layer."""
 
     name: ClassVar[str] = "frank"
     needs: ClassVar[frozenset[str]] = frozenset({"donor_base", "vlm_base"})
-    default_modules: ClassVar[tuple[str, ...]] = DEFAULT_MODULES
-    granularity: ClassVar[Literal["element", "tensor"]] = "element"
     passes: ClassVar[int] = 1
 
     prior: Literal["max_rescaled", "literal", "none"] = "max_rescaled"
@@ -63,6 +64,11 @@ class Frank:
             raise RecipeError("method.visual_attention: not used with a number as decay or prior: none; remove one")
         if shares is not None and (len(shares) < 2 or not all(0 <= share <= 1 for share in shares) or not any(shares)):
             raise RecipeError(f"method.visual_attention: {shares} must be two or more shares from 0 to 1, not all 0")
+        if shares is not None and not all(shares):
+            raise RecipeError(
+                f"method.visual_attention: layer {shares.index(0)} has share 0, which has no logarithm; measure on "
+                "more samples, or give decay"
+            )
         if self.decay != "fitted" and not math.isfinite(self.decay):
             raise RecipeError(f"method.decay: {self.decay} must be a finite number or `fitted`")
 
@@ -87,20 +93,19 @@ class Frank:
         """Sum both task vectors' squares per layer in one pass; the method that merges with the λ that follow."""
         import torch
 
-        def squares(pieces: Mapping[str, Tensor], context: TensorContext) -> tuple[float, float]:
-            own, donor = (float(tau.norm(dtype=torch.float64)) for tau in task_vectors(pieces).values())
-            return own**2, donor**2
+        def squares(pieces: Mapping[str, Tensor], context: TensorContext) -> tuple[float, ...]:
+            return tuple(float(tau.norm(dtype=torch.float64)) ** 2 for tau in task_vectors(pieces).values())
 
-        own: dict[int | None, float] = {}
-        donor: dict[int | None, float] = {}
+        vlm: dict[int | None, float] = defaultdict(float)
+        donor: dict[int | None, float] = defaultdict(float)
         layers = 0
-        for context, (mine, theirs) in passes.map(squares):
-            own[context.layer] = own.get(context.layer, 0.0) + mine
-            donor[context.layer] = donor.get(context.layer, 0.0) + theirs
+        for context, (vlm_square, donor_square) in passes.map(squares):
+            vlm[context.layer] += vlm_square
+            donor[context.layer] += donor_square
             layers = context.layers
         prior = self.visual_prior(layers)
         return WeighedFrank(
-            tuple(_weigh(unit, 0.5 if unit is None else prior[unit], own[unit], donor[unit]) for unit in own)
+            tuple(_weigh(layer, 0.5 if layer is None else prior[layer], vlm[layer], donor[layer]) for layer in vlm)
         )
 
 
@@ -117,28 +122,26 @@ class LayerWeights:
 
 
 @dataclass(frozen=True)
-class WeighedFrank:
+class WeighedFrank(Method):
     """FRANK with its weights, in the order of the layers on disk."""
 
     name: ClassVar[str] = Frank.name
     needs: ClassVar[frozenset[str]] = Frank.needs
-    default_modules: ClassVar[tuple[str, ...]] = Frank.default_modules
-    granularity: ClassVar[Literal["element", "tensor"]] = "element"
 
     layers: tuple[LayerWeights, ...]
 
     def notes(self) -> tuple[str, ...]:
         """λ per layer in words, for the receipt and the terminal."""
         return tuple(
-            f"frank, {'outside the layers' if one.layer is None else f'layer {one.layer}'}: "
-            f"λ_V {one.vlm:.4f}, λ_R {one.donor:.4f} (w_V {one.visual_prior:.4f}, ‖τ_vlm‖ {one.vlm_norm:.4g}, "
-            f"‖τ‖ {one.donor_norm:.4g})"
-            for one in self.layers
+            f"frank, {'outside the layers' if weights.layer is None else f'layer {weights.layer}'}: "
+            f"λ_V {weights.vlm:.4f}, λ_R {weights.donor:.4f} (w_V {weights.visual_prior:.4f}, "
+            f"‖τ_vlm‖ {weights.vlm_norm:.4g}, ‖τ‖ {weights.donor_norm:.4g})"
+            for weights in self.layers
         )
 
-    def combine(self, tensors: Mapping[str, Tensor], context: TensorContext) -> Tensor:
+    def apply(self, tensors: Mapping[str, Tensor], context: TensorContext) -> Tensor:
         """vlm_base + λ_V·τ_vlm + λ_R·τ; the VLM's piece itself where λ_R is zero."""
-        weights = next(one for one in self.layers if one.layer == context.layer)
+        weights = next(weights for weights in self.layers if weights.layer == context.layer)
         if weights.donor == 0:
             return tensors["vlm"]
         taus = task_vectors(tensors)
@@ -146,23 +149,8 @@ class WeighedFrank:
 
 
 def fit_decay(shares: Sequence[float]) -> float:
-    """b of the least-squares fit c·exp(−b·l) to shares of layers l = 0, 1, …; |b| at most 5.
-
-    c follows from b in closed form; the remaining error in b is searched on a grid and refined by golden sections.
-    """
-
-    def error(decay: float) -> float:
-        curve = _curve(decay, len(shares))
-        factor = sum(a * e for a, e in zip(shares, curve, strict=True)) / sum(e * e for e in curve)
-        return sum((a - factor * e) ** 2 for a, e in zip(shares, curve, strict=True))
-
-    step = 0.01
-    best = min((step * place for place in range(-500, 501)), key=error)
-    low, high, golden = best - step, best + step, (math.sqrt(5) - 1) / 2
-    for _ in range(60):
-        left, right = high - golden * (high - low), low + golden * (high - low)
-        low, high = (low, right) if error(left) < error(right) else (left, high)
-    return (low + high) / 2
+    """b of equation 16: minus the slope of the linear regression of log a_l on l = 0, 1, …; shares above 0."""
+    return -statistics.linear_regression(range(len(shares)), [math.log(share) for share in shares]).slope
 
 
 def _curve(decay: float, layers: int) -> list[float]:
@@ -171,8 +159,8 @@ def _curve(decay: float, layers: int) -> list[float]:
     return [math.exp(-decay * (layer - first)) for layer in range(layers)]
 
 
-def _weigh(layer: int | None, prior: float, own: float, donor: float) -> LayerWeights:
+def _weigh(layer: int | None, prior: float, vlm_square: float, donor_square: float) -> LayerWeights:
     """λ of one layer from ‖τ_vlm‖² and ‖τ‖²; the VLM's alone where both terms are zero."""
-    mine, theirs = prior * own, (1 - prior) * donor
-    share = mine / (mine + theirs) if mine + theirs > 0 else 1.0
-    return LayerWeights(layer, prior, share, 1 - share, math.sqrt(own), math.sqrt(donor))
+    vlm, donor = prior * vlm_square, (1 - prior) * donor_square
+    share = vlm / (vlm + donor) if vlm + donor > 0 else 1.0
+    return LayerWeights(layer, prior, share, 1 - share, math.sqrt(vlm_square), math.sqrt(donor_square))

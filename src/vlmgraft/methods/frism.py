@@ -2,7 +2,7 @@
 
     W = W_vlm + λ U diag(σ(g) ⊙ s) Vh
 
-The dataclass holds the recipe; the gates are learned elsewhere (training/distill.py) from factors that are computed
+The dataclass holds the recipe; the gates are learned elsewhere (distillation/distill.py) from factors that are computed
 once (spectral/decompose.py). `fold` is the last step: a plain matrix again, in float32, before the cast to the file's
 dtype. `GatedFold` is the method that a merge runs once factors and gates exist.
 """
@@ -10,12 +10,14 @@ dtype. `GatedFold` is the method that a merge runs once factors and gates exist.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from vlmgraft.errors import CheckpointError, RecipeError
-from vlmgraft.methods.base import DEFAULT_MODULES, TensorContext
+from vlmgraft.methods.base import Method, TensorContext
+from vlmgraft.spectral.rank import check_rank
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -23,6 +25,19 @@ if TYPE_CHECKING:
 
     from vlmgraft.spectral.factors import Factors
     from vlmgraft.spectral.gates import Gates
+
+
+MEMORY_REMEDY = "lower method.calibration.batch_size, method.calibration.max_new_tokens or method.rank"
+"""What to change where learning gates does not fit into memory."""
+
+
+DEFAULT_RANK = 128
+"""Directions per matrix where the recipe does not say. On the lab's small models that is all of them; on a larger pair
+16 of 576 carried the skill that is merged and the damage alike (docs/measured.md)."""
+
+
+WHOLE = 0.9995
+"""A share of ‖τ‖² above this is not worth a note."""
 
 
 @dataclass(frozen=True)
@@ -38,27 +53,90 @@ class Calibration:
     max_new_tokens: int = 64
     """Length of the VLM's answers, tokens."""
     batch_size: int = 8
-    """Questions in a batch."""
+    """Questions in a batch of the training."""
+    answer_batch_size: int = 32
+    """Questions that the VLM answers at once."""
+    batch_tokens: int = 16384
+    """Tokens of a batch of the training, images and padding included: longer prompts make smaller batches."""
+    max_pixels: int = 1_003_520
+    """Larger images are shrunk to so many pixels, 1,280 tokens of a Qwen2.5-VL."""
     packing: Literal["length", "shuffle"] = "length"
     """Batches of similar length (little padding), or shuffled."""
     tokens: Literal["answer", "all"] = "answer"
     """The drift is that of the answer, or of all text."""
 
     def __post_init__(self) -> None:
-        for name in ("samples", "max_new_tokens", "batch_size"):
+        for name in ("samples", "max_new_tokens", "batch_size", "answer_batch_size", "batch_tokens", "max_pixels"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"method.calibration.{name}: {getattr(self, name)} must be at least 1")
         if self.held_out < 0:
             raise RecipeError(f"method.calibration.held_out: {self.held_out} must not be negative")
 
 
+def check_budget(kl_budget: float, option: str = "kl_budget") -> None:
+    """Raise RecipeError unless a budget, nats per token, is above 0."""
+    if not kl_budget > 0:
+        raise RecipeError(f"{option}: {kl_budget} must be above 0; a zero budget is the VLM itself")
+
+
+class GatedMethod(Method):
+    """Base of the methods that are merged by factors and gates, which are made from this recipe first."""
+
+    whole_tensors: ClassVar[bool] = True
+
+    scale: float
+    kl_budget: float | None
+    rank: Any
+    seed: int
+    calibration: Calibration
+    start: str = "half"
+    donor_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        check_rank(self.rank, "method.rank")
+        if self.kl_budget is not None:
+            check_budget(self.kl_budget, "method.kl_budget")
+            if self.calibration.held_out == 0:
+                raise RecipeError("method.kl_budget is measured on held-out prompts; set method.calibration.held_out")
+
+    @property
+    def donor_length(self) -> int:
+        """The most tokens of a donor's answer."""
+        return self.donor_tokens or self.calibration.max_new_tokens
+
+    def bind(self, factors: Mapping[str, Factors], gates: Gates, device: str = "cpu") -> GatedFold:
+        """The method that a merge runs, once the gates are known; device: where it folds."""
+        return GatedFold(factors, gates, device)
+
+
 @dataclass(frozen=True)
-class Frism:
+class BudgetGuarantee:
+    """A bound on the drift of prompts that nobody measured: gates are scaled back until it is within kl_budget."""
+
+    kind: Literal["confidence", "expectation"] = "confidence"
+    """The bound is right with probability `level`, or on average over calibration sets."""
+    level: float = 0.9
+    """Of confidence: above 0, below 1."""
+    prompts: int = 256
+    """Further questions of the calibration file, on which nothing else is learned or measured."""
+    cap: float | None = None
+    """Drift of a prompt above which it counts as the cap, nats per token; default 10 times kl_budget (our choice)."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.level < 1:
+            raise RecipeError(f"method.budget_guarantee.level: {self.level} must be above 0 and below 1")
+        if self.prompts < 1:
+            raise RecipeError(f"method.budget_guarantee.prompts: {self.prompts} must be at least 1")
+        if self.cap is not None and not 0 < self.cap < math.inf:
+            raise RecipeError(f"method.budget_guarantee.cap: {self.cap} must be above 0 and finite")
+
+
+@dataclass(frozen=True)
+class Frism(GatedMethod):
     """The recipe of gates and of the merge with them."""
 
     name: ClassVar[str] = "frism"
     needs: ClassVar[frozenset[str]] = frozenset({"donor_base"})
-    default_modules: ClassVar[tuple[str, ...]] = DEFAULT_MODULES
 
     scale: float = 1.0
     """λ, a factor on the gated task vector."""
@@ -68,10 +146,14 @@ class Frism:
     """α, the weight of that term; not beside kl_budget; default 0.1 for energy, 1 for donor."""
     kl_budget: float | None = None
     """Allowed drift from the VLM, nats per token; α follows."""
+    budget_guarantee: BudgetGuarantee | None = None
+    """Keep unseen prompts of the calibration file's kind within kl_budget, too."""
     questions: str | list[str] | None = None
     """Of inject: donor, a file of text questions, or one file per donor."""
-    rank: Literal["full"] | int | dict[Literal["energy"], float] = "full"
-    """Directions per matrix: full, a number, or {energy: share}."""
+    donor_tokens: int | None = None
+    """Length of the donor's answers to them, tokens; default calibration.max_new_tokens, of the VLM's."""
+    rank: Literal["full"] | int | dict[Literal["energy"], float] = DEFAULT_RANK
+    """Directions per matrix: a number (our choice), full as in the paper, or {energy: share}."""
     granularity: Literal["direction", "matrix", "layer"] = "direction"
     """One gate per singular direction, per matrix or per layer."""
     start: Literal["half", "curvature"] = "half"
@@ -83,36 +165,29 @@ class Frism:
     """Of Adam, on the gates' logits."""
     batches_per_step: int = 1
     """Batches averaged for one step: as many as there are GPUs, or a multiple."""
-    gradient_checkpointing: bool = False
-    """Less memory, more time, the same gates."""
+    gradient_checkpointing: Literal["auto"] | bool = "auto"
+    """Less memory, more time, the same gates; auto: where the training would not fit without it."""
     seed: int = 0
     """Of the order of batches."""
     calibration: Calibration = field(default_factory=lambda: Calibration("calibration.jsonl"))
     """The image questions on which the VLM is kept."""
 
-    def bind(self, factors: Mapping[str, Factors], gates: Gates) -> GatedFold:
-        """The method that a merge runs, once gates are learned."""
-        return GatedFold(factors, gates)
-
     def __post_init__(self) -> None:
         if self.inject_weight is not None and self.kl_budget is not None:
             raise RecipeError("method: inject_weight and kl_budget exclude each other; the budget sets the weight")
-        if self.kl_budget is not None and self.kl_budget <= 0:
-            raise RecipeError(f"method.kl_budget: {self.kl_budget} must be above 0; a zero budget is the VLM itself")
-        if self.kl_budget is not None and self.calibration.held_out == 0:
-            raise RecipeError("method.kl_budget is measured on held-out prompts; set method.calibration.held_out")
+        super().__post_init__()
+        if self.budget_guarantee is not None and self.kl_budget is None:
+            raise RecipeError("method.budget_guarantee bounds the drift by a budget; give it as method.kl_budget")
         if self.inject == "donor" and self.questions is None:
             raise RecipeError("method.inject: donor needs method.questions, a file of text questions for the donor")
         if self.start == "curvature" and self.kl_budget is None:
             raise RecipeError("method.start: curvature opens gates up to a drift; give it as method.kl_budget")
         if self.steps < 0 or self.learning_rate <= 0:
             raise RecipeError(f"method: steps ({self.steps}) and learning_rate ({self.learning_rate}) must be positive")
-        if self.batches_per_step < 1:
-            raise RecipeError(f"method.batches_per_step: {self.batches_per_step} must be at least 1")
-        if isinstance(self.rank, int) and self.rank < 1:
-            raise RecipeError(f"method.rank: {self.rank} must be at least 1")
-        if isinstance(self.rank, dict) and not 0 < self.rank.get("energy", 0) <= 1:
-            raise RecipeError(f"method.rank: {self.rank} must be {{energy: share}} with a share above 0, at most 1")
+        for option in ("batches_per_step", "donor_tokens"):
+            value = getattr(self, option)
+            if value is not None and value < 1:
+                raise RecipeError(f"method.{option}: {value} must be at least 1")
 
 
 def fold(
@@ -123,8 +198,8 @@ def fold(
     weight = weight.float()
     if weight.ndim == 3:
         merged = weight.clone()
-        for place, (U, c, Vh) in enumerate(zip(factors.U, spectrum, factors.Vh, strict=True)):
-            merged[place] = _fold(weight[place], U, c, Vh)
+        for expert, (U, c, Vh) in enumerate(zip(factors.U, spectrum, factors.Vh, strict=True)):
+            merged[expert] = _fold(weight[expert], U, c, Vh)
         return merged
     return _fold(weight, factors.U, spectrum, factors.Vh)
 
@@ -137,35 +212,48 @@ def _fold(weight: Tensor, U: Tensor, spectrum: Tensor, Vh: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, repr=False)
-class GatedFold:
+class GatedFold(Method):
     """Factors and gates that belong together, as a method that a merge runs on whole matrices.
 
     Its `repr` names what it holds by digest, the same in every process: a merge is resumed by it.
     """
 
     name: ClassVar[str] = "frism"
-    needs: ClassVar[frozenset[str]] = frozenset()
-    default_modules: ClassVar[tuple[str, ...]] = DEFAULT_MODULES
-    granularity: ClassVar[Literal["element", "tensor"]] = "tensor"
+    whole_tensors: ClassVar[bool] = True
+    reads_sources: ClassVar[bool] = False
 
     factors: Mapping[str, Factors]
     gates: Gates
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
-        known = getattr(self.factors, "digest", None)
-        if known is not None and self.gates.factors is not None and known != self.gates.factors:
-            raise CheckpointError(
-                f"the gates were learned on factors {self.gates.factors}, not on these ({known}): learn them again"
-            )
+        from vlmgraft.spectral.factor_store import check_gates
+
+        check_gates(self.gates, self.factors)
         missing = [name for name in self.gates.logits if name not in self.factors]
         if missing:
             raise CheckpointError(f"{missing[0]}: there are gates but no factors for it; decompose again")
 
     def __repr__(self) -> str:
+        from vlmgraft.spectral.factor_store import stored_digest
+
         state = hashlib.sha256(repr(self.gates.scale).encode())
         for name, logits in sorted(self.gates.logits.items()):
             state.update(name.encode() + logits.cpu().numpy().tobytes())
-        return f"GatedFold({getattr(self.factors, 'digest', None)}, {state.hexdigest()[:16]})"
+        where = "" if self.device == "cpu" else f", {self.device}"  # another device's last bits differ
+        return f"GatedFold({stored_digest(self.factors)}, {state.hexdigest()[:16]}{where})"
+
+    def task_vector_norm(self, name: str) -> float | None:
+        """‖τ‖_F as the factors have it, of several donors over all of them."""
+        from vlmgraft.spectral.factor_store import Store
+
+        return math.sqrt(self.factors.energy(name) if isinstance(self.factors, Store) else self.factors[name].energy)
+
+    def sources_read(self) -> Mapping[str, Mapping[str, str]]:
+        """Digests of the donors and their bases as they were decomposed."""
+        from vlmgraft.spectral.factor_store import sources_of_factors
+
+        return sources_of_factors(self.factors)
 
     def matrix(self, name: str, weight: Float[Tensor, "*experts out in"]) -> Float[Tensor, "*experts out in"]:
         """W_vlm + λ U diag(σ(g) ⊙ s) Vh of one tensor; raises CheckpointError when it has no gates or another shape."""
@@ -174,8 +262,27 @@ class GatedFold:
         factors = self.factors[name]
         if tuple(weight.shape) != factors.shape:
             raise CheckpointError(f"{name}: factors of shape {factors.shape} for a weight of {tuple(weight.shape)}")
-        return fold(weight, factors, self.gates.spectrum(name, factors.s))
+        factors = factors.to(self.device)
+        return fold(weight.to(self.device), factors, self.gates.spectrum(name, factors.s)).to(weight.device)
 
-    def combine(self, tensors: Mapping[str, Tensor], context: TensorContext) -> Tensor:
+    @property
+    def divergence(self) -> dict[str, float]:
+        """KL from the VLM's own answers in nats per token, by the prompts that it was measured on."""
+        measured = {"KL from the VLM on held-out prompts": self.gates.settings.get("held_out_kl")}
+        if self.gates.log:
+            measured["KL from the VLM on the prompts of training"] = self.gates.log[-1].get("kl")
+        return {name: float(kl) for name, kl in measured.items() if kl is not None}
+
+    def notes(self) -> tuple[str, ...]:
+        """How far the VLM's answers moved, what of the task vector the factors hold, and the bound that was kept."""
+        from vlmgraft.spectral.factor_store import Store
+
+        bound = self.gates.settings.get("guarantee")
+        notes = tuple(f"{name}: {kl:.4g} nats per token" for name, kl in self.divergence.items())
+        notes += () if bound is None else (bound["words"],)
+        kept = self.factors.kept if isinstance(self.factors, Store) else 1.0
+        return notes if kept > WHOLE else (f"the factors hold {kept:.1%} of ‖τ‖²; rank: full holds all", *notes)
+
+    def apply(self, tensors: Mapping[str, Tensor], context: TensorContext) -> Tensor:
         """The merged matrix from the VLM's; the donor's side is in the factors."""
         return self.matrix(context.name, tensors["vlm"])

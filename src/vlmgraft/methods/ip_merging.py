@@ -1,16 +1,25 @@
 """IP-Merging (arXiv 2510.14387): identify the matrices where both models moved alike, project the donor's move, add it.
 
-    τ_vlm = W_vlm − W_vlm_base = U diag(s) Vh,   τ = W_donor − W_base = U' diag(s') Vh'
-    identify   similarity = max over i ≤ k of |⟨v_i, v'_i⟩|; matrices below the threshold T stay the VLM's
-    rescale    τ' = τ·‖τ_vlm‖/‖τ‖
-    project    W = W_vlm + λ·U_k U_kᵀ τ' V_k V_kᵀ      onto the first k singular directions of the VLM's own τ_vlm
+    τ_vlm = W_vlm − W_vlm_base = U diag(s) Vh,   τ = W_donor − W_base = U' diag(s') Vh'       first k directions each
 
-The record leaves open how the cosines of a matrix become one number, T and k, and what the unit is. Our choices: the
-largest |cos| (a singular vector's sign is arbitrary), T = 0.4, k = 256, each matrix for itself. A script in
-circulation that computes something like it takes T = 0.4 and k = 1024, signed cosines, nuclear norms in the
-rescaling, and weights directions by a softmax of their cosines. With k of a square matrix's full rank the projection
-does nothing. Singular directions are matched by their number: where singular values lie close together, so that their
-order is an accident, so is the similarity.
+The script that was released and the paper's text are two procedures, whose updates differ several times in norm.
+`variant: released`, the default:
+
+    identify   c_i = ⟨v_i, v'_i⟩ for i ≤ k; matrices with max c_i < T stay the VLM's
+    rescale    τ' = τ_k·Σ_{i≤k} s_i / Σ_{i≤k} s'_i                τ_k: the first k directions of τ; nuclear norms
+    project    W = W_vlm + λ·τ' Σ_i p_i² v_i v_iᵀ                 p = softmax(32·c); the input side alone
+
+`variant: paper`:
+
+    identify   matrices with max |c_i| < T stay the VLM's
+    rescale    τ' = τ·‖τ_vlm‖/‖τ‖                                 Frobenius norms
+    project    W = W_vlm + λ·U_k U_kᵀ τ' V_k V_kᵀ                 output and input side; nothing for k = full rank
+
+T = 0.4 in both. k is 1,024 in the script; the text names none, 256 is our choice, as is the largest |c_i| for a
+matrix. Each matrix is taken by itself. The script's c_i have the signs of a randomised SVD, which are arbitrary: here
+every pair has the signs with which ⟨u_i, u'_i⟩ ≥ 0, so that c_i > 0 says that both sides agree and the result does not
+depend on the SVD. The script takes one base for both models, ours are two. Singular directions are matched by their
+number: where singular values lie close together, so that their order is an accident, so is the similarity.
 
 Fused matrices count as one, as they are stored; a stack of experts [experts, out, in] is a matrix per expert.
 """
@@ -22,68 +31,96 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from vlmgraft.errors import RecipeError
-from vlmgraft.methods.base import DEFAULT_MODULES, Number, TensorContext, check_matrix, check_range, number_for
-from vlmgraft.methods.ties import task_vectors
+from vlmgraft.methods.base import Method, Number, TensorContext, check_range, number_for
+from vlmgraft.methods.task_vectors import task_vectors
+from vlmgraft.spectral.rank import check_matrix
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+    from vlmgraft.spectral.svd import SVD
+
+RANKS = {"released": 1024, "paper": 256}
+SHARPNESS = 32.0
+"""Factor on the cosines in the released script's softmax."""
+
 
 @dataclass(frozen=True)
-class IpMerging:
-    """Identify, project, add; a scale of 0 is the VLM bit for bit."""
+class IpMerging(Method):
+    """Identify, rescale, project, add; a scale of 0 is the VLM bit for bit."""
 
     name: ClassVar[str] = "ip_merging"
     needs: ClassVar[frozenset[str]] = frozenset({"donor_base", "vlm_base"})
-    default_modules: ClassVar[tuple[str, ...]] = DEFAULT_MODULES
-    granularity: ClassVar[Literal["element", "tensor"]] = "tensor"
+    whole_tensors: ClassVar[bool] = True
     matrices_only: ClassVar[bool] = True
 
     threshold: Number = 0.4
-    """T, the least similarity (|cosine|, 0 to 1) of a matrix that is merged."""
-    rank: int = 256
-    """k, how many singular directions of the VLM's task vector are projected onto."""
+    """T, the least similarity (cosine, 0 to 1) of a matrix that is merged."""
+    rank: int | None = None
+    """k, how many singular directions are compared and projected onto; default 1024 (released) or 256 (paper)."""
     scale: Number = 1.0
     """λ, a factor on what is added; 0 is the VLM."""
+    variant: Literal["released", "paper"] = "released"
+    """The authors' script, or the text of their paper."""
 
     def __post_init__(self) -> None:
-        check_range(self, "threshold", 0, 1)
-        check_range(self, "scale", -float("inf"))
-        if self.rank < 1:
+        check_range(self, "threshold", low=0, high=1)
+        check_range(self, "scale")
+        if self.rank is not None and self.rank < 1:
             raise RecipeError(f"method.rank: {self.rank} must be at least 1")
 
-    def combine(self, tensors: Mapping[str, Tensor], context: TensorContext) -> Tensor:
+    def apply(self, tensors: Mapping[str, Tensor], context: TensorContext) -> Tensor:
         """vlm + λ·projected donor, of one matrix or a stack; raises NumericalError when one is not finite."""
         import torch
 
         vlm, taus = tensors["vlm"], task_vectors(tensors)
-        check_matrix(context.name, tuple(vlm.shape))
+        check_matrix(context.name, vlm.shape)
         scale = number_for(self.scale, context, "scale")
         threshold = number_for(self.threshold, context, "threshold")
         if scale == 0:
             return vlm
-        own, donor = (tau.reshape(-1, *tau.shape[-2:]) for tau in (taus["vlm"], taus["donor"]))
-        updates = [self.update(a, b, threshold, context.name) for a, b in zip(own, donor, strict=True)]
+        receiver, donor = (tau.reshape(-1, *tau.shape[-2:]) for tau in (taus["vlm"], taus["donor"]))
+        updates = [self.update(a, b, threshold, context.name) for a, b in zip(receiver, donor, strict=True)]
         if all(update is None for update in updates):
             return vlm
         merged = vlm.clone(memory_format=torch.contiguous_format)
-        for place, update in zip(merged.view(own.shape), updates, strict=True):
+        for matrix, update in zip(merged.view(receiver.shape), updates, strict=True):
             if update is not None:
-                place.add_(update, alpha=scale)
+                matrix.add_(update, alpha=scale)
         return merged
 
     def update(
-        self, own: Float[Tensor, "out in"], donor: Float[Tensor, "out in"], threshold: float, name: str
+        self, receiver: Float[Tensor, "out in"], donor: Float[Tensor, "out in"], threshold: float, name: str
     ) -> Float[Tensor, "out in"] | None:
         """The rescaled and projected task vector of the donor, or None where the two are not alike."""
         from vlmgraft.spectral.svd import decompose_matrix
 
-        norms = own.norm(), donor.norm()
-        if not (norms[0] > 0 and norms[1] > 0):
+        if not (receiver.any() and donor.any()):
             return None
-        mine, theirs = decompose_matrix(own, self.rank, name=name), decompose_matrix(donor, self.rank, name=name)
-        if float((mine.Vh * theirs.Vh).sum(1).abs().max()) < threshold:
-            return None
-        inner = mine.U.mT @ (donor @ mine.Vh.mT)
-        return (mine.U @ inner @ mine.Vh).mul_(norms[0] / norms[1])
+        rank = RANKS[self.variant] if self.rank is None else self.rank
+        vlm_svd, donor_svd = (decompose_matrix(tau, rank, name=name) for tau in (receiver, donor))
+        if self.variant == "paper":
+            return _paper_update(vlm_svd, donor_svd, donor, receiver.norm() / donor.norm(), threshold)
+        return _released_update(vlm_svd, donor_svd, threshold)
+
+
+def _released_update(vlm: SVD, donor: SVD, threshold: float) -> Tensor | None:
+    """τ_k·Σs/Σs' Σ_i p_i² v_i v_iᵀ with p = softmax(32·c), or None where every c_i is below the threshold."""
+    import torch
+
+    flip = torch.where((vlm.U * donor.U).sum(0) < 0, -1.0, 1.0)
+    cosines = (vlm.Vh * donor.Vh).sum(1) * flip
+    if float(cosines.max()) < threshold:
+        return None
+    weights = (SHARPNESS * cosines).softmax(0).square()
+    inner = (donor.Vh @ vlm.Vh.mT) * donor.s[:, None] * weights
+    return (donor.U @ inner @ vlm.Vh).mul_(vlm.s.sum() / donor.s.sum())
+
+
+def _paper_update(vlm: SVD, donor: SVD, tau: Tensor, ratio: Tensor, threshold: float) -> Tensor | None:
+    """U_k U_kᵀ τ V_k V_kᵀ times ‖τ_vlm‖/‖τ‖, or None where every |c_i| is below the threshold."""
+    if float((vlm.Vh * donor.Vh).sum(1).abs().max()) < threshold:
+        return None
+    inner = vlm.U.mT @ (tau @ vlm.Vh.mT)
+    return (vlm.U @ inner @ vlm.Vh).mul_(ratio)

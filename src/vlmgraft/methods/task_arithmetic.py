@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
-from vlmgraft.methods.base import DEFAULT_MODULES, Number, TensorContext, check_range, number_for
+from vlmgraft.methods.base import Method, Number, TensorContext, check_range, number_for
 from vlmgraft.methods.scratch import scratch
 
 if TYPE_CHECKING:
@@ -14,21 +14,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TaskArithmetic:
+class TaskArithmetic(Method):
     """The plain sum; a scale of 0 is the VLM bit for bit."""
 
     name: ClassVar[str] = "task_arithmetic"
     needs: ClassVar[frozenset[str]] = frozenset({"donor_base"})
-    default_modules: ClassVar[tuple[str, ...]] = DEFAULT_MODULES
-    granularity: ClassVar[Literal["element", "tensor"]] = "element"
 
     scale: Number = 1.0
     """λ, a factor on the task vector."""
 
     def __post_init__(self) -> None:
-        check_range(self, "scale", -float("inf"))
+        check_range(self, "scale")
 
-    def combine(self, tensors: Mapping[str, Tensor], context: TensorContext) -> Tensor:
+    def apply(self, tensors: Mapping[str, Tensor], context: TensorContext) -> Tensor:
         """vlm + λ·(donor − donor_base)."""
         scale = number_for(self.scale, context, "scale")
         if scale == 0:

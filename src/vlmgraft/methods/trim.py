@@ -10,7 +10,7 @@ bracket has more integers than a histogram has bins, another pass takes the bin 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -66,7 +66,7 @@ class Bracket:
         return (self.high - self.low - 1 >> self.shift) + 1
 
     @property
-    def found(self) -> bool:
+    def exact(self) -> bool:
         """Whether one integer is left."""
         return self.high - self.low == 1
 
@@ -147,9 +147,11 @@ def find_thresholds(
     passes: Passes,
     task_vectors: TaskVectors,
     unit: Callable[[TensorContext], str],
-    density: Callable[[TensorContext], float],
+    density: Callable[[str, TensorContext], float],
 ) -> dict[str, dict[str, float]]:
     """{unit: {source: threshold}}: the round(density·n)-th largest magnitude of each source's task vector in a unit.
+
+    density: of a source in a tensor.
 
     One pass over the weights after a look at a sample; up to two more where the sample was not like the rest. Tensors
     of one unit follow each other, as do a tensor's chunks; the density is read from a unit's first chunk.
@@ -157,38 +159,29 @@ def find_thresholds(
     searches: dict[str, dict[str, _Search]] = {}
 
     def count(pieces: Mapping[str, Tensor], context: TensorContext) -> dict[str, Counts]:
-        here = searches.get(unit(context), {})
+        known = searches.get(unit(context), {})
         return {
-            source: (here[source].bracket if source in here else Bracket()).count(tau)
+            source: (known[source].bracket if source in known else Bracket()).count(tau)
             for source, tau in task_vectors(pieces).items()
-            if source not in here or not here[source].bracket.found
+            if source not in known or not known[source].bracket.exact
         }
 
     def run(sample: int, close: Callable[[_Search, float], None]) -> None:
         for name, rows in groupby(passes.map(count, sample=sample), key=lambda row: unit(row[0])):
-            _collect(searches.setdefault(name, {}), rows, density, close)
+            unit_searches, shares = searches.setdefault(name, {}), dict[str, float]()
+            for context, counts in rows:
+                for source, counted in counts.items():
+                    if source not in shares:
+                        shares[source] = density(source, context)
+                    unit_searches.setdefault(source, _Search()).add(counted)
+            for source, share in shares.items():
+                if unit_searches[source].total:
+                    close(unit_searches[source], share)
 
     run(SAMPLE, _Search.guess)
-    while not all(search.bracket.found for found in searches.values() for search in found.values()):
+    while not all(search.bracket.exact for unit_searches in searches.values() for search in unit_searches.values()):
         run(1, _Search.narrow)
     return {
-        name: {source: to_float(search.bracket.low) for source, search in found.items()}
-        for name, found in searches.items()
+        name: {source: to_float(search.bracket.low) for source, search in unit_searches.items()}
+        for name, unit_searches in searches.items()
     }
-
-
-def _collect(
-    found: dict[str, _Search],
-    rows: Iterable[tuple[TensorContext, Mapping[str, Counts]]],
-    density: Callable[[TensorContext], float],
-    close: Callable[[_Search, float], None],
-) -> None:
-    """Add up one unit's counts and move its brackets."""
-    share = None
-    for context, counts in rows:
-        share = density(context) if share is None else share
-        for source, one in counts.items():
-            found.setdefault(source, _Search()).add(one)
-    for search in found.values():
-        if search.total:
-            close(search, share or 1.0)

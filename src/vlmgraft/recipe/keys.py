@@ -34,9 +34,9 @@ def refuse_unknown(
             continue
         if key in inner:
             raise RecipeError(f"{prefix}{key}: belongs under method; write `method: {{name: …, {key}: {given[key]}}}`")
-        raise RecipeError(f"{prefix}{key}: unknown key{nearest(str(key), names)} Valid keys: {', '.join(names)}")
+        raise RecipeError(f"{prefix}{key}: unknown key{nearest(str(key), names) or ';'} Valid keys: {', '.join(names)}")
     if isinstance(valid, type):
-        for name, cls in _nested(valid).items():
+        for name, cls in nested(valid).items():
             if isinstance(given.get(name), Mapping):
                 refuse_unknown(given[name], cls, f"{prefix}{name}.")
 
@@ -66,7 +66,7 @@ def several_donors(raw: dict[str, Any]) -> None:
         ]
 
 
-def _nested(cls: type) -> dict[str, type]:
+def nested(cls: type) -> dict[str, type]:
     """Fields of a dataclass that hold another dataclass (also as one side of a union)."""
     hints = typing.get_type_hints(cls)
     found: dict[str, type] = {}

@@ -13,17 +13,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, TypeAdapter, ValidationError, field_validator
 
 from vlmgraft.errors import RecipeError
 from vlmgraft.methods import METHODS
+from vlmgraft.methods.base import DEFAULT_MODULES, Method
+from vlmgraft.methods.frism import GatedMethod
 from vlmgraft.recipe.keys import nearest, refuse_unknown, several_donors
 from vlmgraft.recipe.mergekit import is_mergekit, translate
-from vlmgraft.recipe.source import apply_override, as_recipe_error, naming, read_mapping, with_name
-from vlmgraft.records import write_text
+from vlmgraft.recipe.source import (
+    apply_override,
+    as_recipe_error,
+    folder_of,
+    located,
+    naming,
+    read_mapping,
+    refuse_odd_values,
+    with_name,
+)
 
-DEFAULT_MODULES = ("attention", "mlp")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -36,14 +44,26 @@ def parse_size(value: str | int) -> int:
 
 
 class Output(BaseModel):
-    """How the merged checkpoint is written; its names, shapes and dtypes are the VLM's."""
+    """How the merged checkpoint is written; its names and shapes are the VLM's."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    dtype: Literal["vlm", "float32"] = Field(
+        "vlm",
+        description="of merged tensors: the VLM's, or float32, which keeps every change and takes twice the bytes",
+    )
     shard_size: str | int = Field("5GB", description="largest size of one file, in bytes or such as 5GB, 500MB, 4GiB")
     overflow: Literal["refuse", "clamp"] = Field(
         "refuse", description="merged values beyond the VLM's dtype: refuse the merge, or clamp them and say how many"
     )
+    allow_nonfinite: bool = Field(
+        False, description="copy kept tensors that hold NaN or infinity, and say how many values; else they are refused"
+    )
+
+    rounding: Literal["nearest", "stochastic"] = Field(
+        "nearest", description="to the VLM's dtype: nearest, or up and down at random so that small changes survive"
+    )
+    seed: int = Field(0, description="of stochastic rounding")
 
     @field_validator("shard_size")
     @classmethod
@@ -62,8 +82,8 @@ class Donor(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    donor: str = Field(description="the text model: folder or hub id")
-    donor_base: str = Field(description="the model it was tuned from: folder or hub id")
+    donor: str = Field(min_length=1, description="the text model: folder or hub id")
+    donor_base: str = Field(min_length=1, description="the model it was tuned from: folder or hub id")
 
 
 class Recipe(BaseModel):
@@ -71,20 +91,29 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    vlm: str = Field(description="the vision-language model: a local folder or a hub id, optionally with @revision")
-    donor: str = Field(description="the text model whose reasoning is grafted: folder or hub id")
-    donor_base: str | None = Field(None, description="the model the donor was tuned from: folder or hub id")
+    vlm: str = Field(
+        min_length=1, description="the vision-language model: a local folder or a hub id, optionally with @revision"
+    )
+    donor: str = Field(min_length=1, description="the text model whose reasoning is grafted: folder or hub id")
+    donor_base: str | None = Field(
+        None, min_length=1, description="the model the donor was tuned from: folder or hub id"
+    )
     more_donors: tuple[Donor, ...] = Field(
         (), description="further donors for frism and curvature; `donor` and `donor_base` may also be lists"
     )
-    vlm_base: str | None = Field(None, description="the text model the VLM was built on; only some methods need it")
+    vlm_base: str | None = Field(
+        None, min_length=1, description="the text model the VLM was built on; only some methods need it"
+    )
     method: Any = Field(None, description="name of a method, or a mapping of its name and options")
     modules: tuple[str, ...] = Field(DEFAULT_MODULES, description="groups, or patterns on tensor names")
     layers: Literal["all"] | int | str | tuple[int, ...] = Field(
         "all", description="all, a range such as 0-27, or a list"
     )
     output: Output = Field(
-        default=Output(shard_size="5GB", overflow="refuse"), description="how the checkpoint is written"
+        default=Output(
+            dtype="vlm", shard_size="5GB", overflow="refuse", allow_nonfinite=False, rounding="nearest", seed=0
+        ),
+        description="how the checkpoint is written",
     )
 
     _notes: tuple[str, ...] = PrivateAttr(default=())
@@ -108,34 +137,36 @@ def load_recipe(
         RecipeError: with the path, the value, the nearest valid key or what to write instead.
     """
     with naming(source):
-        return _load(read_mapping(source), overrides, need_method)
+        return _load(read_mapping(source), overrides, need_method, folder_of(source))
 
 
-def _load(raw: dict[str, Any], overrides: Sequence[str], need_method: bool) -> Recipe:
-    """A recipe from its raw mapping."""
+def _load(raw: dict[str, Any], overrides: Sequence[str], need_method: bool, folder: Path) -> Recipe:
+    """A recipe from its raw mapping; relative paths are also looked for in `folder`."""
     notes: tuple[str, ...] = ()
     if is_mergekit(raw):
         raw, notes = translate(raw)
     for override in overrides:
         apply_override(raw, override)
+    raw = located(raw, folder)
     several_donors(raw)
     options = with_name(raw.get("method"))
     refuse_unknown(raw, Recipe.model_fields, "", inner=_option_names(options))
     method = _load_method(options) if options is not None else None
     if method is None and need_method:
         raise RecipeError(f"method: missing; write `method: {{name: …}}` with one of {', '.join(METHODS)}")
-    for key in sorted(getattr(method, "needs", ())):
+    for key in sorted(method.needs if method else ()):
         if not raw.get(key):
             raise RecipeError(f"{key}: method {options['name']} needs it" + _WHAT.get(key, "") if options else key)
-    if raw.get("more_donors") and not hasattr(method, "bind"):
+    if raw.get("more_donors") and not isinstance(method, GatedMethod):
         raise RecipeError("more_donors: several donors need gates of their own; write method frism or curvature")
     if raw.get("modules") is None:
-        raw["modules"] = tuple(getattr(method, "default_modules", DEFAULT_MODULES))
+        raw["modules"] = (method or Method).default_modules
     raw["modules"] = [raw["modules"]] if isinstance(raw["modules"], str) else raw["modules"]
     try:
         recipe = Recipe.model_validate({**raw, "method": method})
     except ValidationError as error:
         raise as_recipe_error(error, "", Recipe.model_fields) from None
+    refuse_odd_values({**raw, "method": options}, recipe)
     recipe._notes = notes
     return recipe
 
@@ -155,28 +186,19 @@ def dump_recipe(recipe: Recipe) -> dict[str, Any]:
         return plain
     cls = type(recipe.method)
     unset = {field.name for field in dataclasses.fields(cls) if field.default is None}
-    options = _adapter(cls).dump_python(recipe.method, mode="json")
+    options = TypeAdapter(cls).dump_python(recipe.method, mode="json")
     options = {key: value for key, value in options.items() if value is not None or key not in unset}
     before: dict[str, Any] = {key: plain.pop(key) for key in ("vlm", "donor", "donor_base", "vlm_base") if key in plain}
     return {**before, "method": {"name": cls.name, **options}, **plain}
 
 
-def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write the recipe as YAML, atomically."""
-    write_text(path, yaml.safe_dump(dump_recipe(recipe), sort_keys=False, allow_unicode=True))
-
-
-def _adapter(cls: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(cls)
-
-
 def _option_names(options: dict[str, Any] | None) -> list[str]:
     """Option names of the method a recipe names, to recognise one that was written a level too high."""
     cls = METHODS.get(str(options.get("name"))) if options else None
-    return [field.name for field in dataclasses.fields(cls)] if cls else []  # type: ignore[arg-type]
+    return [field.name for field in dataclasses.fields(cls)] if cls else []
 
 
-def _load_method(options: dict[str, Any]) -> Any:
+def _load_method(options: dict[str, Any]) -> Method:
     """The method's dataclass from its mapping."""
     name = options.get("name")
     if not isinstance(name, str) or name not in METHODS:
@@ -185,7 +207,8 @@ def _load_method(options: dict[str, Any]) -> Any:
     cls, given = METHODS[name], {key: value for key, value in options.items() if key != "name"}
     refuse_unknown(given, cls, "method.")
     try:
-        return _adapter(cls).validate_python(given)
+        method: Method = TypeAdapter(cls).validate_python(given)
+        return method
     except ValidationError as error:
         raise as_recipe_error(error, "method.", [field.name for field in dataclasses.fields(cls)]) from None
     except ValueError as error:

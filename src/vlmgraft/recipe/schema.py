@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import inspect
 import textwrap
+from dataclasses import is_dataclass
 from itertools import pairwise
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from vlmgraft.methods import METHODS
+from vlmgraft.recipe.keys import nested
 from vlmgraft.recipe.model import Recipe
 
 
@@ -25,9 +26,8 @@ def json_schema() -> dict[str, Any]:
         one = adapter.json_schema(ref_template="#/$defs/{model}")
         _describe(one, cls)
         parts = one.pop("$defs", {})
-        for part in (_part(field) for field in dataclasses.fields(cls)):
-            if part is not None:
-                _describe(parts[part.__name__], part)
+        for part in nested(cls).values():
+            _describe(parts[part.__name__], part)
         shared.update(parts)
         properties = {"name": {"const": name}, **one.get("properties", {})}
         required = ["name", *one.get("required", [])]
@@ -51,12 +51,7 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 def _describe(schema: dict[str, Any], cls: type) -> None:
-    for name, text in field_docs(cls).items():
-        if name in schema["properties"]:
-            schema["properties"][name]["description"] = text
-
-
-def _part(field: Any) -> type | None:
-    """The dataclass that a field is made with, if it is one."""
-    made = None if field.default_factory is dataclasses.MISSING else type(field.default_factory())
-    return made if made is not None and dataclasses.is_dataclass(made) else None
+    for parent in reversed([parent for parent in cls.__mro__ if is_dataclass(parent)]):
+        for name, text in field_docs(parent).items():
+            if name in schema["properties"]:
+                schema["properties"][name]["description"] = text

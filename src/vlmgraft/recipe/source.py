@@ -6,25 +6,26 @@ A recipe that grows or nests while it is read is refused before it does.
 
 from __future__ import annotations
 
+import math
+import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from vlmgraft.checkpoint.files import open_regular
 from vlmgraft.errors import CheckpointError, RecipeError
-from vlmgraft.methods import METHODS
 from vlmgraft.recipe.keys import nearest
+from vlmgraft.storage.limits import MAX_RECIPE
+from vlmgraft.storage.yaml_text import parse_yaml
 
-LARGEST = 1_000_000
-"""Bytes of a recipe."""
-DEEPEST = 32
-"""Levels of a recipe."""
-ALIASES = 16
-"""In a recipe, at most: nested aliases grow exponentially."""
+PATHS = {
+    "vlm", "donor", "donor_base", "vlm_base", "data", "questions", "train", "validation", "gates", "factors",
+}  # fmt: skip
+"""Keys of recipes, at any level, whose text may be a path."""
 
 
 @contextmanager
@@ -38,42 +39,55 @@ def naming(source: object) -> Iterator[None]:
         raise type(error)(f"{source}: {error}") from None
 
 
+def folder_of(source: object) -> Path:
+    """The folder of a recipe file; of a mapping the working directory."""
+    return Path(source).parent if isinstance(source, str | Path) else Path()
+
+
 def read_mapping(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """The raw mapping of a recipe file or a mapping (copied)."""
     if isinstance(source, Mapping):
-        return yaml.safe_load(yaml.safe_dump(_plain(source)))
+        return _plain(source)
     path = Path(source)
     try:
         with open_regular(path) as file:
-            text = file.read(LARGEST + 1).decode("utf-8")
-        if len(text) > LARGEST:
-            raise RecipeError(f"{path}: has more than {LARGEST:,} bytes; a recipe is a page of YAML")
-        _refuse_growth(text, path)
-        raw = yaml.safe_load(text)
+            raw = file.read(MAX_RECIPE + 1)
     except CheckpointError as error:
         raise RecipeError(f"{error}; give a recipe in YAML") from None
-    except (RecursionError, UnicodeDecodeError):
-        raise RecipeError(f"{path}: nested too deeply or not UTF-8; give a recipe in YAML") from None
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}); give a recipe in YAML") from None
-    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-        # yaml reports its own mistakes over odd scalars (0b_, 2001-99-99, !!binary) as Python's errors
-        raise RecipeError(f"{path}: not YAML: {error!s:.300}; give a recipe in YAML") from None
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{path}: this is {type(raw).__name__}; a recipe is a mapping (vlm: …, donor: …, method: …)")
-    return raw
+    if len(raw) > MAX_RECIPE:
+        raise RecipeError(f"{path}: has more than {MAX_RECIPE:,} bytes; a recipe is a page of YAML")
+    try:
+        value = parse_yaml(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 ({error.reason}); give a recipe in YAML") from None
+    except ValueError as error:
+        raise RecipeError(f"{path}: {error}; give a recipe in YAML") from None
+    if not isinstance(value, dict):
+        kind = type(value).__name__
+        raise RecipeError(f"{path}: this is {kind}; a recipe is a mapping (vlm: …, donor: …, method: …)")
+    return value
 
 
-def _refuse_growth(text: str, path: Path) -> None:
-    """Refuse what takes exponential or quadratic time or memory; events come one by one, so this stops early."""
-    aliases = depth = 0
-    for event in yaml.parse(text, yaml.SafeLoader):
-        aliases += isinstance(event, yaml.AliasEvent)
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if aliases > ALIASES:
-            raise RecipeError(f"{path}: more than {ALIASES} YAML aliases (*name); write the values out")
-        if depth > DEEPEST:
-            raise RecipeError(f"{path}: nested too deeply; write a recipe in YAML, of at most {DEEPEST} levels")
+def refuse_odd_values(raw: Any, value: Any, prefix: str = "") -> None:
+    """Raise RecipeError where a number is infinite or no number, or where true or false was taken for a number.
+
+    raw: what was written. value: what became of it, a mapping or an object with fields.
+    """
+    if isinstance(raw, float) and not math.isfinite(raw):
+        raise RecipeError(f"{prefix}: {raw} is not a finite number; write one")
+    if isinstance(raw, bool) and isinstance(value, int | float) and not isinstance(value, bool):
+        raise RecipeError(f"{prefix}: {str(raw).lower()} is no number; write one")
+    dot = f"{prefix}." if prefix else ""
+    if isinstance(raw, Mapping):
+        for key, item in raw.items():
+            made = value.get(key) if isinstance(value, Mapping) else getattr(value, str(key), None)
+            refuse_odd_values(item, made, f"{dot}{key}")
+    elif isinstance(raw, list | tuple):
+        values = value if isinstance(value, list | tuple) and len(value) == len(raw) else [value] * len(raw)
+        for number, (item, made) in enumerate(zip(raw, values, strict=True)):
+            refuse_odd_values(item, made, f"{dot}{number}")
 
 
 def _plain(value: Any) -> Any:
@@ -92,8 +106,8 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set {override!r:.120}: write key=value, such as method.scale=0.5")
     *path, last = key.strip().split(".")
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
+        value = parse_yaml(text)
+    except ValueError:
         raise RecipeError(
             f"--set {override!r:.120}: {text!r:.120} is not a YAML value; write a number, text or list"
         ) from None
@@ -114,24 +128,55 @@ def with_name(method: Any) -> dict[str, Any] | None:
         return method
     if isinstance(method, str):
         return {"name": method}
-    raise RecipeError(f"method: {method!r} is neither a name nor a mapping with a name; methods: {', '.join(METHODS)}")
+    raise RecipeError(
+        f"method: {method!r} is neither a name nor a mapping with a name; write {{name: task_arithmetic}}"
+    )
 
 
 def as_recipe_error(error: ValidationError, prefix: str, keys: Any) -> RecipeError:
     """Pydantic's complaints in our words: path, value, what is expected; the branches of a union become one line."""
-    lines: dict[str, tuple[list[str], Any]] = {}
+    lines: dict[str, tuple[list[str], str]] = {}
     found = error.errors(include_url=False)
     for item in found:
-        same = [other for other in found if other["loc"][:1] == item["loc"][:1] and other["input"] == item["input"]]
-        path = prefix + ".".join(str(step) for step in (item["loc"][:1] if len(same) > 1 else item["loc"]))
+        same = [other for other in found if other["loc"][:-1] == item["loc"][:-1] and other["input"] == item["input"]]
+        path = prefix + ".".join(str(step) for step in (item["loc"][:-1] if len(same) > 1 else item["loc"]))
         if item["type"] == "extra_forbidden":
-            lines[path] = [f"unknown key{nearest(str(item['loc'][-1]), keys)}"], None
+            lines[path] = [f"unknown key{nearest(str(item['loc'][-1]), keys)}"], ""
         elif item["type"] in ("missing", "missing_argument"):
-            lines[path] = ["missing; write it"], None
+            lines[path] = ["missing; write it"], ""
         else:
-            lines.setdefault(path, ([], item["input"]))[0].append(item["msg"])
-    said = (
-        f"{path}: {' or '.join(dict.fromkeys(expected))}" + (f", got {value!r}" if value is not None else "")
-        for path, (expected, value) in lines.items()
+            said = re.sub(r"a valid dictionary( or instance of \w+)?", "a mapping", item["msg"])
+            said = (
+                said.removeprefix("Value error, ").replace("a valid tuple", "a list").replace("a valid list", "a list")
+            )
+            lines.setdefault(path, ([], f", got {item['input']!r}"))[0].append(said)
+    return RecipeError(
+        "; ".join(f"{path}: {' or '.join(dict.fromkeys(expected))}{got}" for path, (expected, got) in lines.items())
     )
-    return RecipeError("; ".join(said))
+
+
+def located(raw: Any, folder: Path, prefix: str = "") -> Any:
+    """The raw mapping of a recipe file in `folder`, with relative paths that are there made true from here.
+
+    Raises:
+        RecipeError: a path that begins with ./ or ../ is neither here nor there.
+    """
+    if not isinstance(raw, dict):
+        return raw
+    return {key: _located(value, folder, str(key), f"{prefix}{key}") for key, value in raw.items()}
+
+
+def _located(value: Any, folder: Path, key: str, path: str) -> Any:
+    if isinstance(value, dict):
+        return located(value, folder, f"{path}.")
+    if isinstance(value, list):
+        return [_located(item, folder, key, path) for item in value]
+    if key not in PATHS or not isinstance(value, str) or not 0 < len(value) <= 1000 or "\0" in value:
+        return value
+    if os.path.lexists(value):
+        return value
+    if os.path.lexists(folder / value):
+        return str(folder / value)
+    if value.startswith(("./", "../")):
+        raise RecipeError(f"{path}: {value} is neither here nor in {folder}; say where it is: --set {path}=PATH")
+    return value

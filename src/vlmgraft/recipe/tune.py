@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vlmgraft.errors import RecipeError
 from vlmgraft.recipe.keys import refuse_unknown
-from vlmgraft.recipe.source import apply_override, as_recipe_error, naming, read_mapping
-from vlmgraft.records import write_text
+from vlmgraft.recipe.source import (
+    apply_override,
+    as_recipe_error,
+    folder_of,
+    located,
+    naming,
+    read_mapping,
+    refuse_odd_values,
+)
+from vlmgraft.storage.jsonl import write_text
+
+Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class PriorOptions(BaseModel):
@@ -23,7 +33,10 @@ class PriorOptions(BaseModel):
     mode: Literal["adaptive", "grad_norm", "absolute", "none"] = Field("adaptive", description="how far g is pushed")
     strength: float = Field(1.0, ge=0, description="a of the push; 0 pushes nothing")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="decay of the strength to zero")
-    modules: tuple[str, ...] = Field(("attention",), description="groups, or patterns on tensor names")
+    modules: tuple[str, ...] | dict[str, Share] = Field(
+        ("attention",),
+        description="groups, or patterns on tensor names; `pattern: number` is its share of the strength",
+    )
     layers: Literal["all"] | int | str | tuple[int, ...] = Field("all", description="all, such as 0-27, or a list")
     delta: Literal["vlm", "base"] = Field("vlm", description="Δ is the donor minus the VLM, or minus the donor's base")
     gates: str | None = Field(None, description="a gates folder: push only along directions that FRISM leaves open")
@@ -43,7 +56,7 @@ class DataOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    train: str = Field(description="the traces to learn")
+    train: str = Field(min_length=1, description="the traces to learn")
     validation: str | None = Field(None, description="traces for the trainer's evaluation; see train.eval_strategy")
     columns: dict[str, str] = Field(default_factory=dict, description="our name: the data's name of a column")
     limit: int | None = Field(None, ge=1, description="the first so many rows only")
@@ -55,9 +68,15 @@ class TuneRecipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    vlm: str = Field(description="the vision-language model: a local folder or a hub id, optionally with @revision")
-    donor: str | None = Field(None, description="the text model to move towards; not needed with prior.mode none")
-    donor_base: str | None = Field(None, description="the model the donor was tuned from, for delta: base")
+    vlm: str = Field(
+        min_length=1, description="the vision-language model: a local folder or a hub id, optionally with @revision"
+    )
+    donor: str | None = Field(
+        None, min_length=1, description="the text model to move towards; not needed with prior.mode none"
+    )
+    donor_base: str | None = Field(
+        None, min_length=1, description="the model the donor was tuned from, for delta: base"
+    )
     prior: PriorOptions = Field(default_factory=lambda: PriorOptions.model_validate({}))
     data: DataOptions
     lora: dict[str, Any] | None = Field(None, description="fields of peft's LoraConfig; without it all weights train")
@@ -70,15 +89,18 @@ class TuneRecipe(BaseModel):
 def load_tune_recipe(source: str | Path | Mapping[str, Any] | TuneRecipe, overrides: Sequence[str] = ()) -> TuneRecipe:
     """Read, override and validate a tune recipe; raises RecipeError with path, value and the nearest valid key."""
     if isinstance(source, TuneRecipe):
+        if overrides:
+            raise RecipeError(f"{overrides[0]}: the recipe is validated already; give its file or a mapping instead")
         return source
     with naming(source):
-        return _load(read_mapping(source), overrides)
+        return _load(read_mapping(source), overrides, folder_of(source))
 
 
-def _load(raw: dict[str, Any], overrides: Sequence[str]) -> TuneRecipe:
-    """A recipe from its raw mapping."""
+def _load(raw: dict[str, Any], overrides: Sequence[str], folder: Path) -> TuneRecipe:
+    """A recipe from its raw mapping; relative paths are also looked for in `folder`."""
     for override in overrides:
         apply_override(raw, override)
+    raw = located(raw, folder)
     if isinstance(raw.get("prior"), str):
         raw["prior"] = {"mode": raw["prior"]}
     refuse_unknown(raw, TuneRecipe.model_fields, "")
@@ -89,6 +111,7 @@ def _load(raw: dict[str, Any], overrides: Sequence[str]) -> TuneRecipe:
         recipe = TuneRecipe.model_validate(raw)
     except ValidationError as error:
         raise as_recipe_error(error, "", TuneRecipe.model_fields) from None
+    refuse_odd_values(raw, recipe)
     _refuse_contradictions(recipe)
     return recipe
 

@@ -1,19 +1,49 @@
-"""Charts as SVG text: lines with intervals, heat maps, bars. Every mark says its numbers to the pointer."""
+"""Charts by matplotlib: lines with intervals, heat maps, bars; SVG inside the page, SVG, PDF or PNG for papers.
+
+In the page colours are its CSS variables, so that one picture serves light, dark and print; every mark carries its
+numbers in `aria-label`, for the pointer, the keyboard and screen readers, and attributes that filters look at.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import html
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from vlmgraft.report.svg import Scale, coordinate, escape, label, mixed, number, span, tip
+from vlmgraft.report.text import attributes, escape, number
 
-SERIES = 8
-MARKS = ("circle", "square", "diamond", "triangle")
+PALETTE = ("#000000", "#0072b2", "#d55e00", "#00805c", "#b4508a", "#9a6b00", "#2b8fc4", "#6d6d6d")
+"""Colours of series on a light page, after Okabe and Ito; `page.css` holds them as --s0 to --s7."""
+MARKERS = ("o", "s", "D", "^")
+SHADES = {"ink": "#1c1d21", "soft": "#5c5f68", "grid": "#e9eaee", "paper": "#fffffe"}
+SCALE = ("#b35806", "#f1f1f1", "#2166ac")
+"""Low, neutral and high end of heat maps: --low, --zero and --high of `page.css`."""
+STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "text.color": SHADES["ink"],
+    "axes.labelcolor": SHADES["soft"],
+    "axes.edgecolor": SHADES["soft"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": SHADES["grid"],
+    "xtick.color": SHADES["soft"],
+    "ytick.color": SHADES["soft"],
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+}
 
 
 @dataclass(frozen=True)
 class Dot:
-    """One point. tip: what the pointer reads. *_low, *_high: the ends of its interval. ring: drawn with a ring."""
+    """One point. tip: its numbers in words. *_range: the ends of its interval. ring: drawn with a ring. label: written
+    beside it."""
 
     x: float
     y: float
@@ -21,104 +51,81 @@ class Dot:
     x_range: tuple[float, float] | None = None
     y_range: tuple[float, float] | None = None
     ring: bool = False
+    label: str = ""
 
 
 @dataclass(frozen=True)
 class Series:
-    """A line or a set of points. data: attributes that filters look at, such as {"method": "ties"}."""
+    """A line with marks. data: attributes that filters look at, such as {"method": "ties"}. style: number of its colour
+    and mark, by default its position in the chart."""
 
     name: str
     dots: tuple[Dot, ...]
-    joined: bool = True
     data: Mapping[str, str] = field(default_factory=dict)
+    style: int | None = None
 
 
 @dataclass(frozen=True)
-class Axes:
-    """What a chart of lines shows on its axes; limits default to the data with a margin."""
+class Lines:
+    """A chart of lines; colour and mark change together, so that neither is needed alone."""
 
+    series: Sequence[Series]
     x: str
     y: str
     log_x: bool = False
     log_y: bool = False
     x_limits: tuple[float, float] | None = None
     y_limits: tuple[float, float] | None = None
+    size: tuple[float, float] = (4.6, 3.7)
+
+    def draw(self, figure: Any) -> None:
+        """Draw into an empty matplotlib figure."""
+        axes = figure.add_subplot()
+        axes.set(xlabel=self.x, ylabel=self.y, xscale="log" if self.log_x else "linear")
+        axes.set(yscale="log" if self.log_y else "linear")
+        handles = [self._series(axes, index, series) for index, series in enumerate(self.series)]
+        axes.set(xlim=self.x_limits, ylim=self.y_limits)
+        axes.grid()
+        if len(self.series) > 1:
+            columns = max(1, int(16 * self.size[0] / (6 + max(len(series.name) for series in self.series))))
+            legend = figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, 3))
+            for series, handle, text in zip(self.series, legend.legend_handles, legend.get_texts(), strict=True):
+                handle.set_gid(_tag(series.data))
+                text.set_gid(_tag(series.data))
+        _thin(axes)
+
+    def _series(self, axes: Any, index: int, series: Series) -> Any:
+        style = index if series.style is None else series.style
+        colour, marker = PALETTE[style % len(PALETTE)], MARKERS[style % len(MARKERS)]
+        dots = [dot for dot in series.dots if (dot.x > 0 or not self.log_x) and (dot.y > 0 or not self.log_y)]
+        line: dict[str, Any] = {"color": colour, "gid": _tag(series.data)}
+        axes.plot([dot.x for dot in dots], [dot.y for dot in dots], lw=1.3, **line)
+        for dot in dots:
+            if dot.x_range:
+                axes.plot(dot.x_range, (dot.y, dot.y), lw=0.8, alpha=0.45, **line)
+            if dot.y_range:
+                axes.plot((dot.x, dot.x), dot.y_range, lw=0.8, alpha=0.45, **line)
+            if dot.ring:
+                axes.plot(dot.x, dot.y, "o", ms=12, mfc="none", **line)
+            mark: dict[str, Any] = {"mec": SHADES["paper"], "mew": 0.7, "ms": 6, "zorder": 3}
+            axes.plot(dot.x, dot.y, marker, **line | mark | {"gid": _tag(series.data, dot.tip)})
+            if dot.label:
+                beside: dict[str, Any] = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 7}
+                axes.annotate(dot.label, (dot.x, dot.y), color=SHADES["soft"], gid=line["gid"], **beside)
+        (key,) = axes.plot([], [], marker=marker, mec=SHADES["paper"], color=colour, label=series.name)
+        return key
 
 
-def line_chart(title: str, series: Sequence[Series], axes: Axes, width: int = 460, height: int = 320) -> str:
-    """Lines with marks, intervals and a grid; colour and mark change together, so that neither is needed alone."""
-    left, right, top, bottom = 62, 12, 12, 44
-    xs = [end for one in series for dot in one.dots for end in (dot.x, *(dot.x_range or ()))]
-    ys = [end for one in series for dot in one.dots for end in (dot.y, *(dot.y_range or ()))]
-    x = Scale(*(axes.x_limits or span(xs, log=axes.log_x)), left, width - right, axes.log_x)
-    y = Scale(*(axes.y_limits or span(ys, log=axes.log_y)), height - bottom, top, axes.log_y)
-    body = [_frame(x, y, axes, width, height)]
-    body += [_series(one, place, x, y) for place, one in enumerate(series)]
-    return _svg(title, width, height, body)
-
-
-def _frame(x: Scale, y: Scale, axes: Axes, width: int, height: int) -> str:
-    base, edge = y.start, x.start
-    lines = []
-    for value in x.ticks:
-        at = x(value)
-        lines.append(f'<path class="grid" d="M{coordinate(at)} {coordinate(y.stop)}V{coordinate(base)}"/>')
-        lines.append(label(at, base + 16, number(value), "tick", "middle"))
-    for value in y.ticks:
-        at = y(value)
-        lines.append(f'<path class="grid" d="M{coordinate(edge)} {coordinate(at)}H{coordinate(x.stop)}"/>')
-        lines.append(label(edge - 6, at + 4, number(value), "tick", "end"))
-    lines.append(f'<path class="axis" d="M{coordinate(edge)} {coordinate(y.stop)}V{base}H{coordinate(x.stop)}"/>')
-    lines.append(label((edge + x.stop) / 2, height - 8, axes.x, "name", "middle"))
-    lines.append(label(13, (base + y.stop) / 2, axes.y, "name", "middle", turn=True))
-    return "".join(lines)
-
-
-def _series(one: Series, place: int, x: Scale, y: Scale) -> str:
-    dots = [dot for dot in one.dots if (dot.x > 0 or not x.log) and (dot.y > 0 or not y.log)]
-    data = "".join(f' data-{key}="{escape(value)}"' for key, value in one.data.items())
-    body = []
-    if one.joined and len(dots) > 1:
-        path = "L".join(f"{coordinate(x(dot.x))} {coordinate(y(dot.y))}" for dot in dots)
-        body.append(f'<path class="line" d="M{path}"/>')
-    for dot in dots:
-        at = x(dot.x), y(dot.y)
-        if dot.x_range:
-            ends = [coordinate(x(end)) for end in dot.x_range]
-            body.append(f'<path class="whisker" d="M{ends[0]} {coordinate(at[1])}H{ends[1]}"/>')
-        if dot.y_range:
-            ends = [coordinate(y(end)) for end in dot.y_range]
-            body.append(f'<path class="whisker" d="M{coordinate(at[0])} {ends[0]}V{ends[1]}"/>')
-        if dot.ring:
-            body.append(f'<circle class="ring" cx="{coordinate(at[0])}" cy="{coordinate(at[1])}" r="8"/>')
-        body.append(mark(MARKS[place % len(MARKS)], *at, dot.tip))
-    return f'<g class="series s{place % SERIES}"{data}>{"".join(body)}</g>'
-
-
-def mark(kind: str, x: float, y: float, said: str) -> str:
-    """One mark of `MARKS`, which says `said` to the pointer."""
-    hover = f'class="mark" tabindex="0" {tip(said)}><title>{escape(said)}</title>'
-    if kind == "circle":
-        return f'<circle cx="{coordinate(x)}" cy="{coordinate(y)}" r="4" {hover}</circle>'
-    shapes = {
-        "square": "m-3.6-3.6h7.2v7.2h-7.2z",
-        "diamond": "m0-5l5 5-5 5-5-5z",
-        "triangle": "m0-4.8l4.6 8.2h-9.2z",
-    }
-    return f'<path d="M{coordinate(x)} {coordinate(y)}{shapes[kind]}" {hover}</path>'
-
-
-def legend(series: Sequence[Series]) -> str:
-    """The names of series with their marks, as HTML; filters hide an entry with its series."""
-    entries = []
-    for place, one in enumerate(series):
-        data = "".join(f' data-{key}="{escape(value)}"' for key, value in one.data.items())
-        shape = mark(MARKS[place % len(MARKS)], 8, 8, one.name).replace(' tabindex="0"', "")
-        entries.append(
-            f'<span class="series s{place % SERIES}"{data}><svg viewBox="0 0 16 16" aria-hidden="true">{shape}</svg>'
-            f"{escape(one.name)}</span>"
-        )
-    return f'<p class="legend">{"".join(entries)}</p>'
+def _thin(axes: Any) -> None:
+    """Leave out labels of points that would lie on another's; tip and table have them."""
+    axes.figure.draw_without_rendering()
+    kept: list[Any] = []
+    for text in list(axes.texts):
+        box = text.get_window_extent()
+        if any(box.overlaps(other) for other in kept):
+            text.remove()
+        else:
+            kept.append(box)
 
 
 @dataclass(frozen=True)
@@ -132,106 +139,157 @@ class Heat:
     rows: Sequence[str]
     columns: Sequence[str]
     values: Sequence[Sequence[float | None]]
-    x: str
-    y: str
+    x: str = "layer"
+    y: str = ""
     middle: float = 0.0
     reach: float = 1.0
     unit: str = ""
-    written: str | None = "{:.0f}"
+    written: str | None = "{:.2f}"
     one_sided: bool = False
     reach_low: float | None = None
+
+    @staticmethod
+    def by_layer(values: Mapping[tuple[str, int], float | None], **settings: Any) -> Heat:
+        """A row per name and a column per layer, from values by (name, layer)."""
+        names, layers = list(dict.fromkeys(name for name, _ in values)), sorted({layer for _, layer in values})
+        table = [[values.get((name, layer)) for layer in layers] for name in names]
+        return Heat(names, [str(layer) for layer in layers], table, **settings)
+
+    @property
+    def size(self) -> tuple[float, float]:
+        """Inches."""
+        return 4.6, 1.15 + 0.27 * len(self.rows)
 
     def share(self, value: float) -> float:
         """Where a value lies between the colours, −1 to 1."""
         away = value - self.middle
         reach = self.reach if away >= 0 or self.reach_low is None else self.reach_low
-        return away / reach if reach else 0.0
+        return max(-1.0, min(1.0, away / reach)) if reach else 0.0
+
+    def draw(self, figure: Any) -> None:
+        """Draw into an empty matplotlib figure: the cells with their numbers, and a colour bar below."""
+        axes, bar = figure.subplots(2, 1, height_ratios=(len(self.rows), 0.4))
+        for y, (name, values) in enumerate(zip(self.rows, self.values, strict=True)):
+            for x, value in enumerate(values):
+                if value is not None:
+                    tip = f"{self.y} {name}, {self.x} {self.columns[x]}: {number(value)}{self.unit}".strip()
+                    _cell(axes, x, y, self.share(value), tip)
+                    if self.written and len(self.columns) <= 14:
+                        self._write(axes, x, y, value)
+        every = -(-len(self.columns) // 14)
+        axes.set_xticks([x + 0.5 for x in range(0, len(self.columns), every)], self.columns[::every])
+        axes.set_yticks([y + 0.5 for y in range(len(self.rows))], self.rows)
+        axes.set(xlim=(0, len(self.columns)), ylim=(len(self.rows), 0), xlabel=self.x, ylabel=self.y)
+        low = 0.0 if self.one_sided else -1.0
+        steps = 24
+        for step in range(steps):
+            _cell(bar, step, 0, low + (1 - low) * (step + 0.5) / steps)
+        bottom = self.middle + (self.reach if self.reach_low is None else self.reach_low) * low
+        top = self.middle + self.reach
+        centre = (bottom + top) / 2 if self.one_sided else self.middle
+        bar.set_xticks((0, steps / 2, steps), [number(value) for value in (bottom, centre, top)])
+        bar.set(xlim=(0, steps), ylim=(1, 0), yticks=())
+        for each in (axes, bar):
+            each.tick_params(length=0)
+            each.spines[:].set_visible(False)
+
+    def _write(self, axes: Any, x: int, y: int, value: float) -> None:
+        text = (self.written or "").format(value).replace("-", "−")
+        text = text.lstrip("+−") if not text.strip("+−0.") else text  # no signed zero
+        colour = SHADES["paper" if abs(self.share(value)) > 0.75 else "ink"]
+        axes.text(x + 0.5, y + 0.5, text, color=colour, ha="center", va="center", fontsize=7)
 
 
-def heat_map(title: str, heat: Heat, width: int = 460, cell: int | None = None) -> str:
-    """Cells with their numbers inside, a name per row, and a colour bar."""
-    longest = max([len(row) for row in heat.rows] or [1])
-    left = 34 + 6.4 * longest
-    count = max(1, len(heat.columns))
-    size = min(cell or 72, (width - left - 8) / count)
-    tall = min(30, max(16, size))
-    top, bottom = 6, 64
-    height = top + tall * len(heat.rows) + bottom
-    body = []
-    for place, (name, values) in enumerate(zip(heat.rows, heat.values, strict=True)):
-        y = top + place * tall
-        body.append(label(left - 6, y + tall / 2 + 4, name, "tick", "end"))
-        for column, value in enumerate(values):
-            body.append(_cell(heat, name, column, value, left + column * size, y, size, tall))
-    every = max(1, -(-count * 26 // int(max(1, size * count))))
-    base = top + tall * len(heat.rows)
-    for column, name in enumerate(heat.columns):
-        if column % every == 0:
-            body.append(label(left + (column + 0.5) * size, base + 14, name, "tick", "middle"))
-    body.append(label(left + size * count / 2, base + 31, heat.x, "name", "middle"))
-    body.append(label(12, top + tall * len(heat.rows) / 2, heat.y, "name", "middle", turn=True))
-    body.append(_colour_bar(heat, left, base + 40, max(120.0, size * count)))
-    return _svg(title, width, int(height), body)
-
-
-def _cell(
-    heat: Heat, row: str, column: int, value: float | None, x: float, y: float, width: float, height: float
-) -> str:
-    where = f"{heat.y} {row}, {heat.x} {heat.columns[column]}"
-    box = f'x="{coordinate(x)}" y="{coordinate(y)}" width="{coordinate(width)}" height="{coordinate(height)}"'
-    if value is None:
-        return f'<rect class="cell none" {box}/>'
-    share = heat.share(value)
-    said = f"{where}: {number(value)}{heat.unit}"
-    made = (
-        f'<rect class="cell" {box} style="fill:{mixed(share)}" tabindex="0" {tip(said)}><title>{escape(said)}</title>'
-        "</rect>"
-    )
-    if heat.written and width >= 24:
-        text = heat.written.format(value).replace("-", "−")
-        text = text.lstrip("+−") if not text.strip("+−0.") else text
-        kind = "in strong" if abs(share) > 0.75 else "in"
-        made += label(x + width / 2, y + height / 2 + 4, text, kind, "middle")
-    return made
-
-
-def _colour_bar(heat: Heat, x: float, y: float, width: float) -> str:
-    width, steps = min(width, 200.0), 24
-    low = 0.0 if heat.one_sided else -1.0
-    made = []
-    for step in range(steps):
-        share = low + (1 - low) * (step + 0.5) / steps
-        box = f'x="{coordinate(x + step * width / steps)}" y="{coordinate(y)}"'
-        made.append(f'<rect {box} width="{coordinate(width / steps + 0.5)}" height="7" style="fill:{mixed(share)}"/>')
-    down = heat.reach if heat.reach_low is None else heat.reach_low
-    ends = [heat.middle + down * low, heat.middle + heat.reach]
-    middle = (ends[0] + ends[1]) / 2 if heat.one_sided else heat.middle
-    for at, value, anchor in ((x, ends[0], "start"), (x + width / 2, middle, "middle"), (x + width, ends[1], "end")):
-        made.append(label(at, y + 19, number(value), "tick", anchor))
-    return "".join(made)
-
-
-def bar_chart(title: str, bars: Sequence[tuple[str, float, str]], x: str, y: str, width: int = 460) -> str:
+@dataclass(frozen=True)
+class Bars:
     """Bars as (name, height, tip), from zero."""
-    left, right, top, bottom, height = 62, 12, 12, 44, 240
-    across = Scale(0, len(bars), left, width - right)
-    up = Scale(0, max([value for _, value, _ in bars] + [1e-9]) * 1.08, height - bottom, top)
-    body = []
-    for value in up.ticks:
-        at = coordinate(up(value))
-        body.append(f'<path class="grid" d="M{left} {at}H{width - right}"/>')
-        body.append(label(left - 6, up(value) + 4, number(value), "tick", "end"))
-    for place, (name, value, said) in enumerate(bars):
-        box = f'x="{coordinate(across(place) + 1)}" y="{coordinate(up(value))}"'
-        size = f'width="{coordinate(across(1) - across(0) - 2)}" height="{coordinate(up(0) - up(value))}"'
-        body.append(f'<rect class="bar" {box} {size} tabindex="0" {tip(said)}><title>{escape(said)}</title></rect>')
-        body.append(label(across(place + 0.5), height - bottom + 16, name, "tick", "middle"))
-    body.append(f'<path class="axis" d="M{left} {coordinate(up(0))}H{width - right}"/>')
-    body.append(label((left + width - right) / 2, height - 8, x, "name", "middle"))
-    body.append(label(13, (up(0) + top) / 2, y, "name", "middle", turn=True))
-    return _svg(title, width, height, body)
+
+    bars: Sequence[tuple[str, float, str]]
+    x: str
+    y: str
+    size: tuple[float, float] = (4.6, 2.8)
+
+    def draw(self, figure: Any) -> None:
+        """Draw into an empty matplotlib figure."""
+        axes = figure.add_subplot()
+        drawn = axes.bar(range(len(self.bars)), [height for _, height, _ in self.bars], color=PALETTE[1])
+        for patch, (_, _, tip) in zip(drawn, self.bars, strict=True):
+            patch.set_gid(_tag({}, tip))
+        axes.set_xticks(range(len(self.bars)), [name for name, _, _ in self.bars])
+        axes.set(xlabel=self.x, ylabel=self.y)
+        axes.tick_params(axis="x", length=0)
+        axes.grid(axis="y")
 
 
-def _svg(title: str, width: int, height: int, body: Sequence[str]) -> str:
-    head = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}"'
-    return f'{head} style="max-width:{width * 1.35:.0f}px">{"".join(body)}</svg>'
+Chart = Lines | Heat | Bars
+
+
+def _tag(data: Mapping[str, str], tip: str = "") -> str:
+    """Attributes of an SVG element, carried through matplotlib as its id."""
+    mark = f' class="mark" tabindex="0" role="img" aria-label="{escape(tip)}"' if tip else ""
+    return f"@{mark}{attributes(dict(data))}"
+
+
+def _cell(axes: Any, x: int, y: int, share: float, tip: str = "") -> None:
+    """A cell in the colour of its share; in the page the same mixture of the page's colours."""
+    from matplotlib.colors import to_rgb
+    from matplotlib.patches import Rectangle
+
+    end = "high" if share >= 0 else "low"
+    zero, full = to_rgb(SCALE[1]), to_rgb(SCALE[2 if share >= 0 else 0])
+    colour = [(1 - abs(share)) * low + abs(share) * high for low, high in zip(zero, full, strict=True)]
+    tag = _tag({}, tip).replace('class="mark', 'class="mark cell') if tip else '@ class="cell"'
+    tag += f' style="--end:var(--{end});--share:{100 * abs(share):.0f}%"'
+    axes.add_patch(Rectangle((x, y), 1, 1, fc=colour, ec=SHADES["paper"], lw=0.5, gid=tag, clip_on=False))
+
+
+@contextmanager
+def _drawn(chart: Chart, salt: str) -> Iterator[Any]:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    settings: Any = STYLE | {"svg.hashsalt": salt}
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=chart.size, layout="constrained")
+        chart.draw(figure)
+        yield figure
+
+
+def save_chart(chart: Chart, path: Path, title: str = "") -> None:
+    """Write the picture as SVG, PDF or PNG by the suffix of `path`."""
+    with _drawn(chart, path.stem) as figure:
+        figure.suptitle(title, fontsize=10)
+        for artist in figure.findobj():
+            artist.set_gid(None)
+        date = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(path.suffix, {})
+        figure.savefig(path, dpi=160, metadata=date)
+
+
+def svg_and_pdf(chart: Chart, title: str, salt: str) -> tuple[str, bytes]:
+    """The picture as an SVG element of the page, with its attributes, and as a PDF file. `salt` keeps ids of several
+    pictures of one page apart."""
+    text, pdf = io.StringIO(), io.BytesIO()
+    with _drawn(chart, salt) as figure:
+        figure.savefig(text, format="svg", metadata={"Date": None})
+        figure.set_layout_engine("none")  # it is laid out
+        figure.savefig(pdf, format="pdf", metadata={"CreationDate": None})
+    return _for_page(text.getvalue(), title), pdf.getvalue()
+
+
+def _for_page(svg: str, title: str) -> str:
+    """matplotlib's SVG with the attributes of its marks, the page's colours, and no ids but those that are used."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.S)
+    svg = re.sub(r"<g id='@([^']*)'>", lambda match: f"<g{html.unescape(match[1])}>", svg)
+    svg = re.sub(r'<g id="[^"]*"/>', "", svg)
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
+    svg = re.sub(r'<style type="text/css">.*?</style>', "", svg, flags=re.S)
+    svg = re.sub(r'<g>\s*<path d="[^"]*" style="fill: #ffffff"/>\s*</g>', "", svg)  # backgrounds
+    names = {colour: f"s{index}" for index, colour in enumerate(PALETTE)}
+    names |= {colour: name for name, colour in SHADES.items()}
+    svg = re.sub(r"#[0-9a-f]{6}\b", lambda match: f"var(--{names[match[0]]})" if match[0] in names else match[0], svg)
+    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
+    box = re.search(r'viewBox="[^"]*"', svg)
+    return re.sub(
+        r"<svg[^>]*>", f'<svg {box[0] if box else ""} role="group" aria-label="{escape(title)}">', svg, count=1
+    )

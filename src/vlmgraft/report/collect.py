@@ -7,7 +7,7 @@
 | distances.jsonl, spectra.jsonl, inspection.json | inspect --distances --out |
 | gates.json, gates.safetensors, training.jsonl | gates, merge --workdir, demo |
 | receipt.json, recipe.yaml | merge |
-| answers.jsonl | lab report: the same questions to several models |
+| answers.jsonl | `python -m experiments.lab report`: the same questions to several models |
 | summary.json with records.jsonl and run.json | evaluate |
 """
 
@@ -23,8 +23,9 @@ import numpy as np
 from safetensors import SafetensorError
 
 from vlmgraft.errors import CheckpointError, DamagedError, InputError, VlmgraftError
-from vlmgraft.records import read_json, read_rows
 from vlmgraft.report.evaluations import Evaluation, evaluation_points, read_evaluation, side_by_side
+from vlmgraft.storage.jsonl import read_json, read_rows
+from vlmgraft.storage.portable import nameless
 
 Rows = list[dict[str, Any]]
 BINS = 16
@@ -34,7 +35,7 @@ ODD = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, OSEr
 _IN_LAYER = re.compile(r"layers\.(\d+)\.(?:.*\.)?(\w+)$")
 
 
-def place_of(name: str) -> tuple[int, str] | None:
+def layer_and_projection(name: str) -> tuple[int, str] | None:
     """Layer and projection of a tensor's name, such as (3, "q_proj"); None outside the layers."""
     match = _IN_LAYER.search(name.removesuffix(".weight"))
     return (int(match[1]), match[2]) if match else None
@@ -64,6 +65,14 @@ class GatedRun:
     histogram: list[int]
 
 
+@dataclass(frozen=True)
+class Document:
+    """A receipt (parsed) or a recipe (text), with the folder it is of."""
+
+    folder: Path
+    content: Any
+
+
 @dataclass
 class Collected:
     """Everything found, in the order of the folders."""
@@ -75,15 +84,10 @@ class Collected:
     spectra: list[Run] = field(default_factory=list)
     inspections: list[tuple[Path, dict[str, Any]]] = field(default_factory=list)
     gates: list[GatedRun] = field(default_factory=list)
-    receipts: list[tuple[Path, dict[str, Any]]] = field(default_factory=list)
-    recipes: list[tuple[Path, str]] = field(default_factory=list)
+    receipts: list[Document] = field(default_factory=list)
+    recipes: list[Document] = field(default_factory=list)
     answers: list[Run] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
-
-    @property
-    def empty(self) -> bool:
-        """Whether nothing was found."""
-        return not any(vars(self).values())
 
 
 def collect(folders: Sequence[str | Path]) -> Collected:
@@ -93,29 +97,25 @@ def collect(folders: Sequence[str | Path]) -> Collected:
         InputError: a folder is missing, or no file of a run is in any of them. CheckpointError: unreadable gates.
         DamagedError: another file is not what a command wrote.
     """
-    found = Collected()
+    runs = Collected()
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder; give folders that vlmgraft wrote")
         for path in _files(folder, DEPTH):
             try:
-                _READERS[path.name](found, path)
+                _READERS[path.name](runs, path)
             except VlmgraftError:
                 raise
             except ODD as error:
                 raise DamagedError(path, error) from error
-    _join_evaluations(found)
-    if found.empty:
+    parent = runs.evaluations[0].folder.parent if runs.evaluations else Path()
+    for compared, rows in ((runs.points, evaluation_points), (runs.answers, side_by_side)):
+        if made := rows(runs.evaluations):  # of several models one picture and one list of answers
+            compared.append(Run(parent, made))
+    if not any(vars(runs).values()):
         names = ", ".join(sorted(_READERS))
         raise InputError(f"{', '.join(map(str, folders))}: holds none of the files a report is made of ({names})")
-    return found
-
-
-def _join_evaluations(found: Collected) -> None:
-    """Evaluations of several models are one picture and one list of answers."""
-    for place, rows in (("points", evaluation_points(found.evaluations)), ("answers", side_by_side(found.evaluations))):
-        if rows:
-            getattr(found, place).append(Run(found.evaluations[0].folder.parent, rows))
+    return runs
 
 
 def _files(folder: Path, depth: int) -> Iterator[Path]:
@@ -127,45 +127,34 @@ def _files(folder: Path, depth: int) -> Iterator[Path]:
                 yield from _files(path, depth - 1)
 
 
-def _rows_into(place: str) -> Callable[[Collected, Path], None]:
-    def read(found: Collected, path: Path) -> None:
-        rows = list(read_rows(path))
+def _rows_into(kind: str) -> Callable[[Collected, Path], None]:
+    def read(runs: Collected, path: Path) -> None:
+        rows = nameless(list(read_rows(path)))
         if rows:
-            getattr(found, place).append(Run(path.parent, rows))
+            getattr(runs, kind).append(Run(path.parent, rows))
 
     return read
 
 
-def _json_into(place: str) -> Callable[[Collected, Path], None]:
-    def read(found: Collected, path: Path) -> None:
-        getattr(found, place).append((path.parent, read_json(path)))
-
-    return read
-
-
-def _receipt(found: Collected, path: Path) -> None:
+def _receipt(runs: Collected, path: Path) -> None:
     """Of merges; the receipts of stores, adapters and tuned folders say nothing but their bytes."""
-    receipt = read_json(path)
+    receipt = nameless(read_json(path))
     if "method" in receipt:
         if not isinstance(receipt.get("tensors"), list):
             raise DamagedError(path, "it lists no tensors")
-        found.receipts.append((path.parent, receipt))
+        runs.receipts.append(Document(path.parent, receipt))
 
 
-def _recipe(found: Collected, path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    if text not in [other for _, other in found.recipes]:
-        found.recipes.append((path.parent, text))
+def _recipe(runs: Collected, path: Path) -> None:
+    text = nameless(path.read_text(encoding="utf-8"))
+    if text not in [recipe.content for recipe in runs.recipes]:
+        runs.recipes.append(Document(path.parent, text))
 
 
-def _summary(found: Collected, path: Path) -> None:
+def _summary(runs: Collected, path: Path) -> None:
     evaluation = read_evaluation(path.parent)
     if evaluation is not None:
-        found.evaluations.append(evaluation)
-
-
-def _gates(found: Collected, path: Path) -> None:
-    found.gates.append(read_gates(path.parent))
+        runs.evaluations.append(evaluation)
 
 
 def read_gates(folder: Path) -> GatedRun:
@@ -191,13 +180,13 @@ def read_gates(folder: Path) -> GatedRun:
 
 
 def _matrix(name: str, opened: np.ndarray, factors: Path) -> dict[str, Any]:
-    place = place_of(name)
+    at = layer_and_projection(name)
     flat = opened.ravel()
     parts = np.array_split(opened, BINS, axis=-1)
     row: dict[str, Any] = {
         "name": name,
-        "layer": place[0] if place else None,
-        "projection": place[1] if place else name,
+        "layer": at[0] if at else None,
+        "projection": at[1] if at else name,
         "directions": int(flat.size),
         "open": float(flat.mean()),
         "above_half": float((flat > 0.5).mean()),
@@ -228,10 +217,10 @@ _READERS: Mapping[str, Callable[[Collected, Path], None]] = {
     "ranks.jsonl": _rows_into("ranks"),
     "distances.jsonl": _rows_into("distances"),
     "spectra.jsonl": _rows_into("spectra"),
-    "inspection.json": _json_into("inspections"),
+    "inspection.json": lambda runs, path: runs.inspections.append((path.parent, nameless(read_json(path)))),
     "receipt.json": _receipt,
     "recipe.yaml": _recipe,
-    "gates.json": _gates,
+    "gates.json": lambda runs, path: runs.gates.append(read_gates(path.parent)),
     "answers.jsonl": _rows_into("answers"),
     "summary.json": _summary,
 }

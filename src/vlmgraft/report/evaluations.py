@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmgraft.errors import DamagedError
-from vlmgraft.records import read_json, read_rows
+from vlmgraft.storage.jsonl import read_json, read_rows
 
 Rows = list[dict[str, Any]]
 SHOWN = 24
@@ -32,39 +32,39 @@ def read_evaluation(folder: Path) -> Evaluation | None:
     averages = read_json(folder / "summary.json").get("averages") if records.is_file() else None
     if not isinstance(averages, dict):
         return None
-    if not all(isinstance(one, dict) and "mean" in one for one in averages.values()):
+    if not all(isinstance(average, dict) and "mean" in average for average in averages.values()):
         raise DamagedError(folder / "summary.json", f"averages {averages!r:.80}")
     asked = read_json(run) if run.is_file() else {}
     name = Path(str(asked.get("model", folder.name))).name
     return Evaluation(folder, name, averages, list(read_rows(records)))
 
 
-def evaluation_points(found: Sequence[Evaluation]) -> Rows:
+def evaluation_points(evaluations: Sequence[Evaluation]) -> Rows:
     """A point for every model that has both kinds of tasks."""
     return [
-        {"method": one.model, "setting": "", "order": 0, "kl": None}
-        | {kind: one.averages[kind] for kind in ("reasoning", "perception")}
-        for one in found
-        if {"reasoning", "perception"} <= set(one.averages)
+        {"method": each.model, "setting": "", "order": 0, "kl": None}
+        | {kind: each.averages[kind] for kind in ("reasoning", "perception")}
+        for each in evaluations
+        if {"reasoning", "perception"} <= set(each.averages)
     ]
 
 
-def side_by_side(found: Sequence[Evaluation]) -> Rows:
+def side_by_side(evaluations: Sequence[Evaluation]) -> Rows:
     """The first questions of every task that all models were asked, as `answers.jsonl` has them, without images."""
-    if len(found) < 2:
+    if len(evaluations) < 2:
         return []
-    by_model = [{(row["id"], row["key"]): row for row in one.records if row.get("score") is not None} for one in found]
+    scored = [
+        {(row["id"], row["key"]): row for row in each.records if row.get("score") is not None} for each in evaluations
+    ]
     tasks: dict[str, Rows] = {}
-    for key, row in by_model[0].items():
-        if all(key in other for other in by_model[1:]):
+    for key, row in scored[0].items():
+        if all(key in records for records in scored):
             answers = [
-                {"model": one.model, "said": rows[key]["output"], "right": rows[key]["score"] == 1}
-                for one, rows in zip(found, by_model, strict=True)
+                {"model": each.model, "said": records[key]["output"], "right": records[key]["score"] == 1}
+                for each, records in zip(evaluations, scored, strict=True)
             ]
-            question = row["prompt"][-QUESTION_LENGTH:]
-            told = {"task": row["task"], "kind": row["kind"], "question": question}
-            tasks.setdefault(row["task"], []).append(
-                {**told, "expected": ", ".join(row["expected"]), "image": None, "answers": answers}
-            )
+            shown = {"task": row["task"], "kind": row["kind"], "question": row["prompt"][-QUESTION_LENGTH:]}
+            shown |= {"expected": ", ".join(row["expected"]), "image": None, "answers": answers}
+            tasks.setdefault(row["task"], []).append(shown)
     turns = chain.from_iterable(zip_longest(*tasks.values()))
     return [row for row in turns if row is not None][:SHOWN]

@@ -2,13 +2,13 @@
 (() => {
   const tip = document.getElementById("tip");
   const show = (target, x, y) => {
-    tip.textContent = target.dataset.tip;
+    tip.textContent = target.getAttribute("aria-label");
     tip.hidden = false;
     const box = tip.getBoundingClientRect();
     tip.style.left = `${Math.max(4, Math.min(x + 12, innerWidth - box.width - 4))}px`;
     tip.style.top = `${Math.max(4, y - box.height - 10)}px`;
   };
-  const held = (event) => (event.target.closest ? event.target.closest("[data-tip]") : null);
+  const held = (event) => (event.target.closest ? event.target.closest(".mark") : null);
   document.addEventListener("pointermove", (event) => {
     const target = held(event);
     if (target) show(target, event.clientX, event.clientY);
@@ -21,7 +21,26 @@
     show(target, box.left, box.top);
   });
   document.addEventListener("keydown", (event) => { if (event.key === "Escape") tip.hidden = true; });
-  for (const title of document.querySelectorAll("[data-tip] > title")) title.remove();
+
+  const root = document.documentElement;
+  for (const button of document.querySelectorAll("button[data-svg]")) {
+    button.addEventListener("click", () => {
+      const copy = button.closest("figure").querySelector("svg").cloneNode(true);
+      const theme = root.dataset.theme;
+      root.dataset.theme = "light";
+      const colours = getComputedStyle(root);
+      copy.setAttribute("xmlns", "http://www.w3.org/2000/svg");
+      copy.setAttribute("font-family", "sans-serif");
+      const text = new XMLSerializer().serializeToString(copy)
+        .replace(/var\((--\w+)\)/g, (_, name) => colours.getPropertyValue(name));
+      if (theme) root.dataset.theme = theme; else delete root.dataset.theme;
+      const link = document.createElement("a");
+      link.href = URL.createObjectURL(new Blob([text], { type: "image/svg+xml" }));
+      link.download = `${button.dataset.svg}.svg`;
+      link.click();
+      URL.revokeObjectURL(link.href);
+    });
+  }
 
   const filter = (section) => {
     const off = {};

@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlmgraft.report.svg import escape, number
+from vlmgraft.report.charts import Chart, svg_and_pdf
+from vlmgraft.report.text import attributes, escape, number
 
 Cell = str | float | int | bool | None
 
@@ -29,10 +31,9 @@ class Figure:
     """One picture. caption: what it shows, with `note` below in small print. data: for filters."""
 
     caption: str
-    svg: str
+    chart: Chart
     note: str = ""
     data: Mapping[str, str] = field(default_factory=dict)
-    legend: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,70 +60,75 @@ class Section:
     choices: Sequence[Choice] = ()
     extra: str = ""
 
-
-def topic(text: str, run: Any, place: int) -> str:
-    """The words of the navigation; from the second run of one kind on with its folder's name."""
-    return f"{text}, {run.folder.name}" if place else text
+    def file_name(self, index: int) -> str:
+        """Of one of the figures, without its suffix."""
+        return f"{self.id}-{index + 1}-" + re.sub(r"\W+", "-", self.figures[index].caption.lower()).strip("-")[:48]
 
 
 def render_section(section: Section) -> str:
     """The section as HTML."""
     body = [f'<p class="kicker">{escape(section.topic)}</p><h2>{escape(section.title)}</h2>']
     body += [f"<p>{escape(paragraph)}</p>" for paragraph in section.text]
-    body += [_choice(section.id, choice) for choice in section.choices]
+    body += [_choice(choice) for choice in section.choices]
     if section.figures:
-        body.append(f'<div class="figures">{"".join(map(_figure, section.figures))}</div>')
+        figures = (_figure(figure, section.file_name(index)) for index, figure in enumerate(section.figures))
+        body.append(f'<div class="figures">{"".join(figures)}</div>')
     body.append(section.extra)
     body += [_table(table) for table in section.tables if table.rows]
     return f'<section id="{section.id}">{"".join(body)}</section>'
 
 
-def _attributes(data: Mapping[str, str]) -> str:
-    return "".join(f' data-{key}="{escape(value)}"' for key, value in data.items())
-
-
-def _choice(place: str, choice: Choice) -> str:
+def _choice(choice: Choice) -> str:
     boxes = []
-    for value, said in choice.values.items():
+    for value, label in choice.values.items():
         on = "" if value in choice.off else " checked"
         boxes.append(
-            f'<label><input type="checkbox" name="{choice.key}" value="{escape(value)}"{on}>{escape(said)}</label>'
+            f'<label><input type="checkbox" name="{choice.key}" value="{escape(value)}"{on}>{escape(label)}</label>'
         )
     return f'<fieldset class="filters"><legend>{escape(choice.title)}</legend>{"".join(boxes)}</fieldset>'
 
 
-def _figure(figure: Figure) -> str:
+def _figure(figure: Figure, name: str) -> str:
     note = f"<small>{escape(figure.note)}</small>" if figure.note else ""
     caption = f"<figcaption>{escape(figure.caption)}{note}</figcaption>"
-    return f"<figure{_attributes(figure.data)}>{caption}{figure.svg}{figure.legend}</figure>"
+    svg, pdf = svg_and_pdf(figure.chart, figure.caption, name)
+    label = escape(f"of the figure: {figure.caption}")
+    links = (
+        f'<p class="downloads"><button type="button" data-svg="{name}" aria-label="SVG {label}">SVG</button> '
+        f"{_download('PDF', f'{name}.pdf', 'application/pdf', pdf, f'PDF {label}')}</p>"
+    )
+    return f"<figure{attributes(dict(figure.data))}>{caption}{svg}{links}</figure>"
+
+
+def _download(text: str, name: str, kind: str, content: bytes, label: str) -> str:
+    data = base64.b64encode(content).decode()
+    return f'<a class="button" download="{name}" aria-label="{label}" href="data:{kind};base64,{data}">{text}</a>'
 
 
 def _table(table: Table) -> str:
-    head = "".join(f"<th{_words(table, place)}>{escape(column)}</th>" for place, column in enumerate(table.columns))
+    words = [any(isinstance(row[column], str) for row in table.rows) for column in range(len(table.columns))]
+    kinds = [' class="words"' if word else "" for word in words]
+    head = "".join(
+        f'<th scope="col"{kind}>{escape(column)}</th>' for kind, column in zip(kinds, table.columns, strict=True)
+    )
     rows = []
     for index, row in enumerate(table.rows):
-        cells = "".join(f"<td{_words(table, place)}>{escape(said(value))}</td>" for place, value in enumerate(row))
-        rows.append(f"<tr{_attributes(table.data[index]) if table.data else ''}>{cells}</tr>")
-    content = base64.b64encode(as_csv(table).encode()).decode()
-    link = f'<a class="button" download="{escape(table.name)}.csv" href="data:text/csv;base64,{content}">CSV</a>'
+        cells = "".join(f"<td{kind}>{escape(cell_text(value))}</td>" for kind, value in zip(kinds, row, strict=True))
+        rows.append(f"<tr{attributes(dict(table.data[index])) if table.data else ''}>{cells}</tr>")
+    name = escape(table.name)
+    link = _download("CSV", f"{name}.csv", "text/csv", as_csv(table).encode(), f"CSV of the table: {name}")
     return (
-        f"<details><summary>Numbers: {escape(table.name)} ({len(table.rows)} rows)</summary><p>{link}</p>"
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-        "</details>"
+        f"<details><summary>Numbers: {name} ({len(table.rows)} rows)</summary><p>{link}</p>"
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{name}"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div></details>"
     )
 
 
-def _words(table: Table, place: int) -> str:
-    return ' class="words"' if any(isinstance(row[place], str) for row in table.rows) else ""
-
-
-def said(value: Any) -> str:
+def cell_text(value: Any) -> str:
     """A cell for people."""
-    if value is None:
-        return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return number(value, 4) if isinstance(value, float) else str(value)
+    return "" if value is None else number(value, 4) if isinstance(value, float) else str(value)
 
 
 def as_csv(table: Table) -> str:

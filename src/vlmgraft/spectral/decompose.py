@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from vlmgraft.alignment import Alignment
 from vlmgraft.errors import AlignmentError, CheckpointError, OutputError
-from vlmgraft.spectral.delta import TaskVectors
-from vlmgraft.spectral.factors import Factors, FactorStore, factorize
-from vlmgraft.spectral.svd import KRYLOV_MAX_RANK, Rank, check_rank
+from vlmgraft.spectral.factor_store import FactorStore, is_store_file
+from vlmgraft.spectral.factors import Factors, factorize
+from vlmgraft.spectral.rank import Rank, check_rank
+from vlmgraft.spectral.svd import matrix_cost
+from vlmgraft.spectral.task_vector import TaskVectors
 from vlmgraft.spectral.threads import in_turn, one_core_each, workers_for
+from vlmgraft.storage.outputs import refuse_output
+from vlmgraft.storage.progress import Progress
+from vlmgraft.storage.torchrun import rank_and_world
 
-Progress = Callable[[int, int, str], None]
+READ_AHEAD = 2
+"""Task vectors that are read, by as many threads, while a GPU decomposes another; one more is written meanwhile."""
 
 
 def decompose(
@@ -41,39 +48,71 @@ def decompose(
     """
     check_rank(rank)
     store = FactorStore(out)
+    inputs = [source.path for source in (alignment.vlm, alignment.donor, alignment.donor_base) if source is not None]
+    refuse_output(store.folder, inputs, ours=is_store_file)
     with TaskVectors(alignment) as taus:
-        digests = {name: f"{taus.digest(name)}-{_rank_label(rank)}" for name in taus.names}
-        todo = [name for name in taus.names if not _fits(store, name, digests[name], train_copy)]
+        stamp, digests = taus.stamp(), _digests_of_stored(taus, store, rank)
+        todo = [name for name in taus.names if not _fits(store, name, digests.get(name), train_copy)]
         if todo and not resume and _holds_others(store, todo):
             raise OutputError(
-                f"{out}: holds factors of other inputs or is unfinished: {len(todo)} of {len(digests)} matrices "
+                f"{out}: holds factors of other inputs or is unfinished: {len(todo)} of {len(taus.names)} matrices "
                 f"differ, first {todo[0]}; resume to redo what differs, or choose another folder"
             )
         # shares are cut from all matrices, not from those still to do: every process then cuts them alike
         shared = _my_share(taus.names, [matrix_cost(taus.shape(name), rank) for name in taus.names])
-        wanted = set(todo)
-        mine = [name for name in shared if name in wanted]
+        missing = set(todo)
+        mine = [name for name in shared if name in missing]
         if mine:
             store.reopen()
 
-        def factors_of(name: str) -> Factors:
-            return factorize(taus.load(name).to(device), name, taus.role(name), rank)
-
-        largest = max((math.prod(taus.shape(name)) for name in mine), default=0)
-        workers = workers_for(largest) if torch.device(device).type == "cpu" else 1
-        with one_core_each():
-            for done, (name, factors) in enumerate(in_turn(factors_of, mine, workers)):
+        with one_core_each(), ThreadPoolExecutor(1) as writer:
+            saving: Future[None] | None = None
+            for done, (name, factors) in enumerate(_made(taus, mine, rank, digests, device)):
                 if progress is not None:
                     progress(done, len(mine), name)
-                store.save(factors, digests[name], train_copy=train_copy)
+                if saving is not None:
+                    saving.result()
+                saving = writer.submit(
+                    store.save, factors, digests[name], train_copy=train_copy, sources=taus.digests(name)
+                )
+            if saving is not None:
+                saving.result()
         if progress is not None:
             progress(len(mine), len(mine), "factors")
         store.sweep()
-        if not store.complete and all(_fits(store, name, digests[name], train_copy) for name in taus.names):
-            store.finish(taus.names, {"rank": rank if isinstance(rank, str | int) else dict(rank)})
+        if not store.complete and _all_fit(taus, store, rank, digests, train_copy):
+            store.finish(taus.names, {"rank": rank if isinstance(rank, str | int) else dict(rank), "inputs": stamp})
             if not any(matrix["energy"] > 0 for matrix in store.manifest["matrices"].values()):
                 raise AlignmentError("the task vector is zero: the donor and its base hold the same weights")
     return store
+
+
+def _made(
+    taus: TaskVectors, names: Sequence[str], rank: Rank, digests: dict[str, str], device: torch.device | str
+) -> Iterator[tuple[str, Factors]]:
+    """The factors of these matrices in turn: on CPUs several at a time, on a GPU one after the other, read ahead.
+
+    A digest that is not there yet is added to `digests`.
+    """
+
+    def load(name: str) -> Tensor:
+        tau = taus.load(name)
+        if name not in digests:  # of what was just read, so that no source is read twice
+            digests[name] = _digest(taus, name, rank)
+        return tau
+
+    def pinned(name: str) -> Tensor:  # in memory that a GPU copies from by itself
+        return load(name).pin_memory() if torch.cuda.is_available() else load(name)
+
+    def factors_of(name: str) -> Factors:
+        return factorize(load(name), name, taus.role(name), rank)
+
+    if torch.device(device).type == "cpu":
+        largest = max((math.prod(taus.shape(name)) for name in names), default=0)
+        yield from in_turn(factors_of, names, workers_for(largest))
+        return
+    for name, tau in in_turn(pinned, names, READ_AHEAD):
+        yield name, factorize(tau.to(device, non_blocking=True), name, taus.role(name), rank)
 
 
 def check_store(alignment: Alignment, store: FactorStore, rank: Rank) -> None:
@@ -82,28 +121,18 @@ def check_store(alignment: Alignment, store: FactorStore, rank: Rank) -> None:
     Raises CheckpointError naming the store, the first tensor that differs and the remedy.
     """
     with TaskVectors(alignment) as taus:
-        names = store.names
-        odd = sorted(set(names) ^ set(taus.names))
-        for name in odd or taus.names:
-            if odd or not _fits(store, name, f"{taus.digest(name)}-{_rank_label(rank)}", False):
+        unpaired = sorted(set(store.names) ^ set(taus.names))
+        digests = {} if unpaired else _digests_of_stored(taus, store, rank)
+        for name in unpaired or taus.names:
+            if unpaired or not _fits(store, name, digests.get(name), False):
                 raise CheckpointError(
                     f"{store.folder}: {name}: these factors are not of this recipe's donor, donor_base, modules, "
                     "layers and rank; run decompose with this recipe, or name its folder"
                 )
 
 
-def matrix_cost(shape: Sequence[int], rank: Rank = "full") -> float:
-    """Floating-point operations of one decomposition, to a constant: Gram matrix, eigenvectors, B = τV."""
-    if len(shape) == 3:
-        return shape[0] * matrix_cost(shape[1:])
-    m, n = max(shape), min(shape)
-    if isinstance(rank, int) and rank <= KRYLOV_MAX_RANK and 5 * rank <= n:
-        return 2.0 * m * n * (5 * rank + rank)
-    return 4.0 * m * n * n + 10.0 * n**3
-
-
 def share(costs: Sequence[float], workers: int) -> list[list[int]]:
-    """Indices per worker, balanced by cost: the dearest first, each to the worker with the least work so far."""
+    """Indices per worker, balanced by cost: the costliest first, each to the worker with the least work so far."""
     loads, shares = [0.0] * workers, [[] for _ in range(workers)]  # type: tuple[list[float], list[list[int]]]
     for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
         worker = loads.index(min(loads))
@@ -114,11 +143,35 @@ def share(costs: Sequence[float], workers: int) -> list[list[int]]:
 
 def _my_share(names: list[str], costs: list[float]) -> list[str]:
     """This process's matrices under torchrun (RANK of WORLD_SIZE), all of them otherwise, in disk order."""
-    workers, worker = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    worker, workers = rank_and_world()
     return [names[index] for index in sorted(share(costs, workers)[worker])]
 
 
-def _fits(store: FactorStore, name: str, digest: str, train_copy: bool) -> bool:
+def _digest(taus: TaskVectors, name: str, rank: Rank) -> str:
+    return f"{taus.digest(name)}-{_rank_label(rank)}"
+
+
+def _digests_of_stored(taus: TaskVectors, store: FactorStore, rank: Rank) -> dict[str, str]:
+    """The digests that the files in the store should have, by name; without those of matrices that have no file.
+
+    A finished store of the same stamp is believed: then no source is opened. Else samples of the sources are read.
+    """
+    stamp = taus.stamp()
+    believed = bool(stamp) and store.complete and store.manifest.get("inputs") == stamp
+    digests = {}
+    for name in taus.names:
+        if header := store.header(name):
+            same = believed and header["digest"].endswith(f"-{_rank_label(rank)}")
+            digests[name] = header["digest"] if same else _digest(taus, name, rank)
+    return digests
+
+
+def _all_fit(taus: TaskVectors, store: FactorStore, rank: Rank, digests: Mapping[str, str], train_copy: bool) -> bool:
+    """Whether every matrix has its file, those that other processes wrote included."""
+    return all(_fits(store, name, digests.get(name) or _digest(taus, name, rank), train_copy) for name in taus.names)
+
+
+def _fits(store: FactorStore, name: str, digest: str | None, train_copy: bool) -> bool:
     header = store.header(name)
     return header is not None and header["digest"] == digest and (header["train_copy"] == "yes" or not train_copy)
 
@@ -128,7 +181,7 @@ def _holds_others(store: FactorStore, todo: Sequence[str]) -> bool:
     have begun with its share."""
     if not store.folder.exists():
         return False
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if rank_and_world()[1] > 1:
         return any(store.header(name) is not None for name in todo)
     return any(store.folder.iterdir())
 

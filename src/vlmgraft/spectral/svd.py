@@ -5,27 +5,26 @@ Shapes: τ [out, in], r = min(out, in) unless truncated, U [out, r], s [r] desce
 The full decomposition takes the eigenvectors V of the float64 Gram matrix of the short side and reads U and s from
 B = τV. The Gram matrix squares the condition number, so in float64 directions down to 1e-8 of the largest singular
 value come out right, while in float32 they would not: gates on single directions need the former. Small ranks use
-block Krylov iteration (Musco & Musco, arXiv 1504.05477). Every result is tested with random probes; what fails is
-orthogonalised by QR of B, and what still fails is handed to LAPACK's gesdd, and where that does not converge to its
-gesvd. Either is slow; that it was needed is warned of, and stands as `route` with the factors.
+block Krylov iteration (`krylov.py`). Every result is tested with random probes; what fails is orthogonalised by QR of
+B, and what still fails is handed to LAPACK's gesdd, and where that does not converge to its gesvd. Either is slow; that
+it was needed is warned of, and stands as `route` with the factors.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from vlmgraft.errors import NumericalError, RecipeError
-
-Rank = int | Literal["full"] | Mapping[str, float]
+from vlmgraft.errors import NumericalError
+from vlmgraft.spectral import krylov
+from vlmgraft.spectral.rank import Rank, check_rank, directions_kept
 
 NOT_CONVERGED = (torch.linalg.LinAlgError, numpy.linalg.LinAlgError)  # type: ignore[attr-defined]
 """What torch, numpy and scipy raise; torch does not declare its own."""
@@ -33,8 +32,6 @@ RESIDUAL_TOLERANCE = 1e-5
 V_TOLERANCE = 1e-5
 U_TOLERANCE = 1e-3
 PROBES = 8
-KRYLOV_MAX_RANK = 256
-KRYLOV_DEPTH = 5
 GRAM_BLOCK = 256
 
 
@@ -45,6 +42,7 @@ class SVD:
     error: relative residual of the factors against what they claim, estimated by random probes inside span(V).
     energy: ‖τ‖_F², kept or not; Σ s² / energy is the share that a truncation keeps.
     route: which algorithm produced the factors ("gram", "qr", "krylov", "gesdd", "gesvd").
+    missed: of a Krylov result, the largest singular value outside the factors, as power steps estimate it from below.
     """
 
     U: Float[Tensor, "out r"]
@@ -53,20 +51,12 @@ class SVD:
     error: float
     energy: float
     route: str
+    missed: float = 0.0
 
     @property
     def kept(self) -> float:
         """Share of ‖τ‖_F² inside the factors; 1 for a zero matrix."""
         return float(self.s.double().square().sum()) / self.energy if self.energy > 0 else 1.0
-
-
-def check_rank(rank: Rank) -> None:
-    """Raise RecipeError unless rank is "full", a positive integer or {"energy": share in (0, 1]}."""
-    if rank == "full" or (isinstance(rank, int) and not isinstance(rank, bool) and rank > 0):
-        return
-    if isinstance(rank, Mapping) and set(rank) == {"energy"} and 0 < rank["energy"] <= 1:
-        return
-    raise RecipeError(f'rank: {rank!r} is not "full", a positive integer or {{energy: share in (0, 1]}}')
 
 
 def decompose_matrix(tau: Float[Tensor, "out in"], rank: Rank = "full", *, name: str = "task vector") -> SVD:
@@ -81,21 +71,23 @@ def decompose_matrix(tau: Float[Tensor, "out in"], rank: Rank = "full", *, name:
         raise NumericalError(f"{name}: {bad} values are NaN or infinite; look at the checkpoint it was read from")
     flipped = tau.shape[0] < tau.shape[1]
     tall = tau.mT if flipped else tau
-    wanted = rank if isinstance(rank, int) else tall.shape[1]
-    result = _checked(tall, energy, wanted, name)
+    count = rank if isinstance(rank, int) else tall.shape[1]
+    result = _checked(tall, energy, count, name)
     if isinstance(rank, Mapping):
-        result = _truncate(result, rank_for_energy(result.s, rank["energy"]))
+        result = _truncate(result, directions_kept(result.s, rank))
     if flipped:
         return replace(result, U=result.Vh.mT.contiguous(), Vh=result.U.mT.contiguous())
     return result
 
 
-def rank_for_energy(s: Float[Tensor, " r"], share: float) -> int:
-    """Smallest k ≥ 1 with Σ_{i≤k} s² ≥ share · Σ s²; every direction when share is 1."""
-    if share >= 1:
-        return len(s)
-    cumulative = s.double().square().cumsum(0)
-    return min(len(s), int((cumulative < share * cumulative[-1]).sum()) + 1)
+def matrix_cost(shape: Sequence[int], rank: Rank = "full") -> float:
+    """Floating-point operations of one decomposition, to a constant: Gram matrix, eigenvectors, B = τV."""
+    if len(shape) == 3:
+        return shape[0] * matrix_cost(shape[1:])
+    m, n = max(shape), min(shape)
+    if isinstance(rank, int) and krylov.suits(rank, n):
+        return 2.0 * m * n * (krylov.DEPTHS[0] + 1) * rank
+    return 4.0 * m * n * n + 10.0 * n**3
 
 
 def decompose_naive(tau: Float[Tensor, "out in"], name: str = "task vector") -> SVD:
@@ -111,7 +103,7 @@ def decompose_naive(tau: Float[Tensor, "out in"], name: str = "task vector") -> 
     U, s, Vh = U.float().contiguous(), s.float(), Vh.float().contiguous()
     if not bool(s.isfinite().all()):
         raise NumericalError(f"{name}: its singular values are beyond float32; leave it out of `modules`")
-    return SVD(U, s, Vh, _probe(tau.float(), U, s, Vh)[0], energy, route)
+    return SVD(U, s, Vh, float(probe(tau.float(), U, s, Vh)[0]), energy, route)
 
 
 def _gesvd(tau: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,34 +111,46 @@ def _gesvd(tau: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
     from scipy.linalg import svd  # type: ignore[import-untyped]
 
     try:
-        found = svd(tau.double().cpu().numpy(), full_matrices=False, lapack_driver="gesvd")
+        factors = svd(tau.double().cpu().numpy(), full_matrices=False, lapack_driver="gesvd")
     except (*NOT_CONVERGED, ValueError) as error:
         raise NumericalError(f"{name}: its SVD does not converge ({error}); leave it out of `modules`") from error
-    U, s, Vh = (torch.from_numpy(part).to(tau.device) for part in found)
+    U, s, Vh = (torch.from_numpy(part).to(tau.device) for part in factors)
     return U, s, Vh
 
 
-def _last_resort(tall: Tensor, wanted: int, name: str, why: str) -> SVD:
+def _last_resort(tall: Tensor, count: int, name: str, why: str) -> SVD:
     """LAPACK's decomposition, and a warning that it was needed."""
     result = decompose_naive(tall, name)
     warnings.warn(f"{name}: the fast SVD {why}; decomposed by LAPACK's {result.route}", RuntimeWarning, stacklevel=4)
-    return _truncate(result, wanted)
+    return _truncate(result, count)
 
 
-def _checked(tall: Tensor, energy: float, wanted: int, name: str) -> SVD:
-    """Fast route, then QR of B, then gesdd: the first that passes the probes, cut to `wanted` directions."""
-    width = tall.shape[1]
-    krylov = wanted <= KRYLOV_MAX_RANK and KRYLOV_DEPTH * wanted <= width
+def _checked(tall: Tensor, energy: float, count: int, name: str) -> SVD:
+    """Krylov spaces of growing depth for small ranks, the Gram matrix, gesdd: the first that passes its checks, cut to
+    `count` directions."""
     try:
-        V = _krylov_basis(tall, wanted) if krylov else _gram_basis(tall)
+        for V in krylov.krylov_bases(tall, count) if krylov.suits(count, tall.shape[1]) else ():
+            result = _probed(tall, energy, V, "krylov")
+            if result is not None:
+                missed = krylov.missed_outside(tall, result.U, result.s, result.Vh, energy)
+                if missed is not None:
+                    return replace(result, missed=missed)
+        result = _probed(tall, energy, _gram_basis(tall), "gram")
     except NOT_CONVERGED:
-        return _last_resort(tall, wanted, name, "did not converge")
-    for route, finish in (("krylov" if krylov else "gram", _from_columns), ("qr", _from_qr)):
+        return _last_resort(tall, count, name, "did not converge")
+    if result is None:
+        return _last_resort(tall, count, name, "did not pass its check")
+    return _truncate(result, count)
+
+
+def _probed(tall: Tensor, energy: float, V: Float[Tensor, "n k"], route: str) -> SVD | None:
+    """The factors that a basis of right singular vectors gives, by columns or else by QR; None if no probe passes."""
+    for label, finish in ((route, from_columns), ("qr", _from_qr)):
         U, s, Vh = finish(tall, V)
-        error, v_error, u_error = _probe(tall, U, s, Vh)
-        if error <= RESIDUAL_TOLERANCE and v_error <= V_TOLERANCE and u_error <= U_TOLERANCE:
-            return _truncate(SVD(U, s, Vh, error, energy, route), wanted)
-    return _last_resort(tall, wanted, name, "did not pass its check")
+        errors = probe(tall, U, s, Vh)
+        if passes(errors):
+            return SVD(U, s, Vh, float(errors[0]), energy, label)
+    return None
 
 
 def _truncate(result: SVD, k: int) -> SVD:
@@ -178,34 +182,15 @@ def _upper_gram(wide: Float[Tensor, "m n"]) -> Float[Tensor, "n n"]:
     return gram
 
 
-def _krylov_basis(tall: Float[Tensor, "m n"], k: int) -> Float[Tensor, "n k"]:
-    """Right singular vectors of the k largest singular values, float64, from a block Krylov space of τᵀτ.
-
-    Block k/2 + 4 and depth 5 lose 1e-5 to 4e-5 of the energy on task vectors. The seed is fixed: the same matrix gives
-    the same factors, so that gates carry over.
-    """
-    generator = torch.Generator(device="cpu").manual_seed(0)
-    width = tall.shape[1]
-    block = min(width, k // 2 + 4)
-    Q = torch.randn(width, block, generator=generator).to(tall.device)
-    blocks = []
-    for _ in range(KRYLOV_DEPTH):
-        Q = torch.linalg.qr(tall.mT @ (tall @ Q)).Q
-        blocks.append(Q)
-    basis = torch.linalg.qr(torch.cat(blocks, dim=1).double()).Q[:, :width]
-    image = (tall @ basis.float()).double()
-    rotation = torch.linalg.eigh(image.mT @ image).eigenvectors.flip(1)[:, :k]
-    return basis @ rotation
-
-
-def _from_columns(tall: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U and s as the normalised columns and the column norms of B = τV (float32 product: 3e-7 in reconstruction)."""
+def from_columns(tall: Float[Tensor, "*b m n"], V: Float[Tensor, "*b n k"]) -> tuple[Tensor, Tensor, Tensor]:
+    """U, s and Vh from the normalised columns and the column norms of B = τV (float32 product: 3e-7 in
+    reconstruction), of one matrix or a batch."""
     V = V.float()
     B = tall @ V
-    s = torch.linalg.vector_norm(B, dim=0)
-    s, order = s.sort(descending=True, stable=True)
-    U = B[:, order] / s.clamp_min(torch.finfo(torch.float32).tiny)
-    return U, s, V[:, order].mT.contiguous()
+    s, order = torch.linalg.vector_norm(B, dim=-2).sort(dim=-1, descending=True, stable=True)
+    columns = order[..., None, :]
+    U = B.take_along_dim(columns, -1) / s[..., None, :].clamp_min(torch.finfo(torch.float32).tiny)
+    return U, s, V.take_along_dim(columns, -1).mT.contiguous()
 
 
 def _from_qr(tall: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -221,19 +206,27 @@ def _from_qr(tall: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return U[:, order].float().contiguous(), s.float(), V[:, order].mT.float().contiguous()
 
 
-def _probe(tau: Tensor, U: Tensor, s: Tensor, Vh: Tensor) -> tuple[float, float, float]:
-    """Relative residual inside span(V), and orthogonality errors of V and U, each from a few Gaussian probes.
+def probe(tau: Float[Tensor, "*b m n"], U: Tensor, s: Tensor, Vh: Tensor) -> Float[Tensor, "*b 3"]:
+    """Relative residual inside span(V), and orthogonality errors of V and U, each from a few Gaussian probes; of one
+    matrix or each of a batch.
 
     A Gaussian probe's squared image is an unbiased estimate of a squared Frobenius norm; with 8 probes the estimate is
     within a factor of 2 with overwhelming probability, and the tolerances have room for it.
     """
     generator = torch.Generator(device="cpu").manual_seed(1)
-    probe = torch.randn(len(s), PROBES, generator=generator).to(tau.device)
-    inside = Vh.mT @ probe
-    image = U @ (s[:, None] * probe)
-    norm = torch.linalg.vector_norm
-    scale, residual = float(norm(image)), float(norm(tau @ inside - image))
-    error = residual / scale if scale > 0 else (0.0 if residual == 0 else float("inf"))
-    v_error = float(norm(Vh @ inside - probe) / norm(probe))
-    u_error = float(norm(U.mT @ (U @ probe) - probe) / norm(probe))
-    return error, v_error, u_error
+    x = torch.randn(s.shape[-1], PROBES, generator=generator).to(tau.device)
+    inside = Vh.mT @ x
+    image = U @ (s[..., None] * x)
+
+    def norm(value: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(value, dim=(-2, -1))
+
+    scale, residual = norm(image), norm(tau @ inside - image)
+    error = torch.where(scale > 0, residual / scale, torch.where(residual == 0, 0.0, math.inf))
+    return torch.stack([error, norm(Vh @ inside - x) / norm(x), norm(U.mT @ (U @ x) - x) / norm(x)], dim=-1)
+
+
+def passes(errors: Float[Tensor, "*b 3"]) -> Bool[Tensor, "*b"]:
+    """Whether what `probe` measured is within the tolerances."""
+    residual, v_error, u_error = errors.unbind(-1)
+    return (residual <= RESIDUAL_TOLERANCE) & (v_error <= V_TOLERANCE) & (u_error <= U_TOLERANCE)

@@ -17,8 +17,11 @@ from typing import TypeVar
 import torch
 from threadpoolctl import threadpool_limits
 
+from vlmgraft.storage.resources import free_memory
+
 S = TypeVar("S")
 T = TypeVar("T")
+PER_THREAD = 4_000_000
 COPIES = 10
 """Bytes that a decomposition takes, over those of the matrix in float32: float64 copies, Gram matrix, both bases."""
 
@@ -35,11 +38,26 @@ def one_core_each() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@contextmanager
+def threads_for(parameters: int) -> Iterator[None]:
+    """Inside, torch uses one thread for every `PER_THREAD` parameters of a model, at most those that it had.
+
+    More threads wait for each other on products so small, and on a busy machine for its busy core. What
+    OMP_NUM_THREADS says, which `--threads` sets, is left alone.
+    """
+    before = torch.get_num_threads()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, min(before, parameters // PER_THREAD)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def workers_for(elements: int) -> int:
     """How many matrices of so many elements to decompose at a time: one per core, as far as half of the free memory
     goes. The number changes nothing but the time."""
-    pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else 1 << 18
-    fit = pages * os.sysconf("SC_PAGE_SIZE") // 2 // max(1, 4 * COPIES * elements)
+    fit = free_memory() // 2 // max(1, 4 * COPIES * elements)
     return max(1, min(torch.get_num_threads(), fit))
 
 

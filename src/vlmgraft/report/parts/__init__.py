@@ -2,31 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 from vlmgraft.report.collect import Collected
 from vlmgraft.report.parts.gates import gates
-from vlmgraft.report.parts.layers import knockouts, ranks
-from vlmgraft.report.parts.outcome import answers, receipts, recipes
-from vlmgraft.report.parts.safety import safety, spectra
-from vlmgraft.report.parts.tradeoff import best, tradeoff, vlm_row
-from vlmgraft.report.svg import escape, number
-
-ALL = (tradeoff, answers, safety, spectra, ranks, gates, knockouts, receipts, recipes)
-"""In the order of the page: what it gave, whether it was wise, what carries it, how to do it again."""
+from vlmgraft.report.parts.layers import bands, knockout
+from vlmgraft.report.parts.outcome import answers, receipt, recipes
+from vlmgraft.report.parts.safety import distances, spectra
+from vlmgraft.report.parts.tradeoff import best, method_styles, tradeoff, vlm_row
+from vlmgraft.report.sections import Section
+from vlmgraft.report.text import escape, number
 
 
-def summary(found: Collected) -> str:
-    """The figures a reader should take away, as HTML."""
+def sections(runs: Collected) -> list[Section]:
+    """In the order of the page: what it gave, whether it was wise, what carries it, how to do it again.
+
+    From the second run of a kind on, id and topic are told apart by number and folder.
+    """
+    styles, inspections = method_styles([row for run in runs.points for row in run.rows]), dict(runs.inspections)
+    kinds: list[tuple[list[Any], Callable[[Any], Section]]] = [
+        (runs.points, lambda run: tradeoff(run, styles)),
+        (runs.answers, answers),
+        (runs.distances, lambda run: distances(run, inspections.get(run.folder, {}))),
+        (runs.spectra, spectra),
+        (runs.ranks, bands),
+        (runs.gates, gates),
+        (runs.knockouts, knockout),
+        (runs.receipts, receipt),
+    ]
+    made = []
+    for found, make in kinds:
+        for index, run in enumerate(found):
+            section = make(run)
+            if index:
+                topic = f"{section.topic}, {run.folder.name}"
+                section = replace(section, id=f"{section.id}-{index}", topic=topic)
+            made.append(section)
+    return [*made, *recipes(runs.recipes)]
+
+
+def summary(runs: Collected) -> str:
+    """The headline as HTML: one model, the best point of the first run, against the VLM; without points, the pair."""
     items: list[tuple[str, str]] = []
-    for run in found.points[:1]:
+    for run in runs.points[:1]:
         vlm, top = vlm_row(run.rows), best(run.rows)
         if vlm is not None and top is not None:
+            name = f"{top['method']} {top['setting']}".strip()
             for kind in ("reasoning", "perception"):
                 before, after = (100 * row[kind]["mean"] for row in (vlm, top))
-                items.append((f"{before:.1f} → {after:.1f} %", f"{kind}, VLM → {top['method']} {top['setting']}"))
-    for _, inspection in found.inspections[:1]:
-        items.append((inspection["verdict"]["level"], "is merging safe? DRIFT's diagnostic"))
-    for gated in found.gates[:1]:
-        if gated.settings.get("energy") is not None:
-            items.append((f"{number(100 * gated.settings['energy'], 2)} %", "of the task vector's energy injected"))
-    entries = "".join(f"<li><b>{escape(value)}</b>{escape(said)}</li>" for value, said in items)
+                items.append((f"{before:.1f} → {after:.1f} %", f"{kind}, VLM → {name}"))
+            if top.get("kl") is not None:
+                items.append((number(top["kl"]), f"nats per token, KL of {name} from the VLM"))
+    for _, inspection in runs.inspections[: 0 if items else 1]:
+        if extent := inspection.get("extent"):
+            items.append((f"{100 * extent['median_ratio']:.1f} %", "‖τ‖ / ‖W‖, median of layers and modules"))
+    entries = "".join(f"<li><b>{escape(value)}</b>{escape(text)}</li>" for value, text in items)
     return f'<ul class="key">{entries}</ul>' if entries else ""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vlmgraft.report.charts import Axes, Dot, Heat, Series, heat_map, legend, line_chart
-from vlmgraft.report.collect import Collected, Run
-from vlmgraft.report.sections import Choice, Figure, Section, Table, topic
-from vlmgraft.report.svg import number
+from vlmgraft.report.charts import Dot, Heat, Lines, Series
+from vlmgraft.report.collect import Run
+from vlmgraft.report.sections import Choice, Figure, Section, Table
+from vlmgraft.report.text import number
 
 Row = Mapping[str, Any]
 KINDS = ("reasoning", "perception")
@@ -22,12 +22,8 @@ MODES = {
 }
 
 
-def knockouts(found: Collected) -> list[Section]:
-    """One section per knock-out."""
-    return [_knockout(run, place) for place, run in enumerate(found.knockouts)]
-
-
-def _knockout(run: Run, place: int) -> Section:
+def knockout(run: Run) -> Section:
+    """One knock-out."""
     cells = [row for row in run.rows if row["mode"] != "intact" and "reasoning_change" in row]
     models = list(dict.fromkeys(row["model"] for row in cells))
     modes = list(dict.fromkeys(row["mode"] for row in cells))
@@ -48,21 +44,14 @@ def _knockout(run: Run, place: int) -> Section:
     ]
     rows += [[*(row[key] for key in columns), *(x for kind in KINDS for x in _figures(row, kind))] for row in cells]
     data = [{"model": row[0], **({"mode": row[3]} if row[3] != "intact" else {})} for row in rows]
-    hidden = tuple(mode for mode in modes if mode not in _first(modes))
+    hidden = tuple(mode for mode in modes if mode not in (_gentlest(cells), "restore", "only"))
     choices = [
         Choice("mode", "a block becomes", {mode: MODES[mode] for mode in modes}, hidden),
         Choice("model", "in", {model: NAMES[model] for model in models}),
         Choice("kind", "change of", {kind: kind for kind in KINDS}),
     ]
     table = Table("knock-out", (*columns, *heads), rows, data)
-    name = f"layers-{place}" if place else "layers"
-    return Section(name, topic("layers", run, place), _finding(cells), _text(cells, intact), figures, [table], choices)
-
-
-def _first(modes: Sequence[str]) -> list[str]:
-    """The modes that are shown at first: the gentlest knock-out, and the two that concern the merge."""
-    gentle = next((mode for mode in ("mean", "zero", "constant") if mode in modes), "")
-    return [mode for mode in modes if mode in (gentle, "restore", "only")]
+    return Section("layers", "layers", _finding(cells), _text(cells, intact), figures, [table], choices)
 
 
 def _figures(row: Row, kind: str) -> tuple[float, float, float, float]:
@@ -71,34 +60,31 @@ def _figures(row: Row, kind: str) -> tuple[float, float, float, float]:
 
 
 def _map(cells: Sequence[Row], model: str, mode: str, kind: str) -> Figure:
-    own = [row for row in cells if row["model"] == model and row["mode"] == mode]
-    layers = sorted({row["layer"] for row in own})
-    parts = list(dict.fromkeys(row["part"] for row in own))
-    found = {(row["part"], row["layer"]): 100 * row[f"{kind}_change"]["mean"] for row in own}
-    table = [[found.get((part, layer)) for layer in layers] for part in parts]
-    gentle = mode in ("restore", "only")
-    reach = max([abs(value) for value in found.values()] + [5.0]) if gentle else 100.0
-    heat = Heat(parts, [str(one) for one in layers], table, "layer", "", 0.0, reach, " points", "{:+.0f}")
-    said = {
+    rows = [row for row in cells if row["model"] == model and row["mode"] == mode]
+    values = {(row["part"], row["layer"]): 100 * row[f"{kind}_change"]["mean"] for row in rows}
+    reach = max([abs(value) for value in values.values()] + [5.0]) if mode in ("restore", "only") else 100.0
+    caption = {
         "restore": f"{kind.capitalize()} when a block is un-merged",
         "only": f"{kind.capitalize()} when only this block is merged",
     }.get(mode, f"{kind.capitalize()} of {NAMES[model]} without a block")
     note = f"change in points; block set to: {MODES[mode]}" + ("; against the VLM" if mode == "only" else "")
-    return Figure(said, heat_map(said, heat), note, {"mode": mode, "model": model, "kind": kind})
+    heat = Heat.by_layer(values, reach=reach, unit=" points", written="{:+.0f}")
+    return Figure(caption, heat, note, {"mode": mode, "model": model, "kind": kind})
 
 
 def centre(cells: Sequence[Row], model: str, mode: str, kind: str) -> float | None:
     """Σ layer · loss / Σ loss over single layers with both blocks (or all parts) knocked out; None without loss."""
-    own = [row for row in cells if row["model"] == model and row["mode"] == mode]
-    own = [row for row in own if row["part"] == "both"] or own
-    losses = [(row["layer"], max(0.0, -row[f"{kind}_change"]["mean"])) for row in own]
+    rows = [row for row in cells if row["model"] == model and row["mode"] == mode]
+    rows = [row for row in rows if row["part"] == "both"] or rows
+    losses = [(row["layer"], max(0.0, -row[f"{kind}_change"]["mean"])) for row in rows]
     total = sum(loss for _, loss in losses)
     return sum(layer * loss for layer, loss in losses) / total if total > 0 else None
 
 
 def _gentlest(cells: Sequence[Row]) -> str:
     """The gentlest knock-out among the cells; empty when there is none."""
-    return next((one for one in ("mean", "zero", "constant") if any(row["mode"] == one for row in cells)), "")
+    modes = {row["mode"] for row in cells}
+    return next((mode for mode in ("mean", "zero", "constant") if mode in modes), "")
 
 
 def _lost(cells: Sequence[Row], kind: str) -> str:
@@ -111,19 +97,19 @@ def _finding(cells: Sequence[Row]) -> str:
     mode = _gentlest(cells)
     models = {row["model"] for row in cells}
     model = "merged" if "merged" in models else next(iter(models), "")
-    found = {kind: centre(cells, model, mode, kind) if mode else None for kind in KINDS}
-    if None in found.values():
+    reasoning, perception = (centre(cells, model, mode, kind) for kind in KINDS)
+    if reasoning is None or perception is None:
         return "What each layer carries"
-    gap = (found["reasoning"] or 0) - (found["perception"] or 0)
+    gap = reasoning - perception
     where = "later than" if gap > 0.25 else "earlier than" if gap < -0.25 else "in the same layers as"
     return (
         f"In {NAMES[model]} reasoning sits {where} perception: centre of loss at layer "
-        f"{number(found['reasoning'], 2)} against {number(found['perception'], 2)}"
+        f"{number(reasoning, 2)} against {number(perception, 2)}"
     )
 
 
 def _text(cells: Sequence[Row], intact: Sequence[Row]) -> list[str]:
-    said = [
+    text = [
         "Each cell changes one block of the model in memory and asks the same questions again. Bring Reason to Vision "
         "(arXiv 2505.05464) found perception in early layers, reasoning in middle and late ones, and reasoning "
         "everywhere after merging. Whether that holds here can be read from the maps. Reasoning about an image needs "
@@ -135,14 +121,14 @@ def _text(cells: Sequence[Row], intact: Sequence[Row]) -> list[str]:
         for row in intact
     ]
     if levels:
-        said.append(f"Intact: {'; '.join(levels)}.")
+        text.append(f"Intact: {'; '.join(levels)}.")
     mode = _gentlest(cells)
     for model in dict.fromkeys(row["model"] for row in cells if row["mode"] == mode):
-        own = [row for row in cells if row["model"] == model and row["mode"] == mode]
-        said.append(
+        rows = [row for row in cells if row["model"] == model and row["mode"] == mode]
+        text.append(
             f"With a block knocked out ({MODES[mode]}), {NAMES[model]} loses reasoning beyond chance in layers "
-            f"{_lost(own, 'reasoning')} and perception in layers {_lost(own, 'perception')}; the centre of loss is at "
-            f"layer {number(centre(cells, model, mode, 'reasoning'), 2)} and "
+            f"{_lost(rows, 'reasoning')} and perception in layers {_lost(rows, 'perception')}; the centre of loss is "
+            f"at layer {number(centre(cells, model, mode, 'reasoning'), 2)} and "
             f"{number(centre(cells, model, mode, 'perception'), 2)}."
         )
     only = [row for row in cells if row["mode"] == "only" and row["part"] == "both"] or [
@@ -151,29 +137,23 @@ def _text(cells: Sequence[Row], intact: Sequence[Row]) -> list[str]:
     if only:
         top = max(only, key=lambda row: row["reasoning_change"]["mean"])
         change = top["reasoning_change"]
-        said.append(
+        text.append(
             f"Merged alone, layer {top['layer']} ({top['part']}) brings the most: {100 * change['mean']:+.1f} points "
             f"of reasoning [{100 * change['low']:.1f}, {100 * change['high']:.1f}]."
         )
-    return said
+    return text
 
 
-def ranks(found: Collected) -> list[Section]:
-    """One section per file of bands."""
-    return [_ranks(run, place) for place, run in enumerate(found.ranks)]
-
-
-def _ranks(run: Run, place: int) -> Section:
+def bands(run: Run) -> Section:
+    """One file of bands of singular directions."""
     zero = next((row for row in run.rows if row["scale"] == 0), None)
-    bands = list(dict.fromkeys(row["band"] for row in run.rows if row["scale"]))
-    series = {kind: [_band(run.rows, band, kind, zero) for band in bands] for kind in KINDS}
+    order = list(dict.fromkeys(row["band"] for row in run.rows if row["scale"]))
     figures = [
         Figure(
             f"{kind.capitalize()} when one band is injected",
-            line_chart(f"{kind} by band", lines, Axes("λ", f"{kind}, % right")),
-            legend=legend(lines),
+            Lines([_band(run.rows, band, kind, zero) for band in order], "λ", f"{kind}, % right"),
         )
-        for kind, lines in series.items()
+        for kind in KINDS
     ]
     heads = [head for kind in KINDS for head in (f"{kind} %", "low", "high")]
     names = ("band", "λ", "share of energy", "λ·‖band‖/‖τ‖", *heads, "KL")
@@ -183,14 +163,11 @@ def _ranks(run: Run, place: int) -> Section:
         + [row.get("kl")]
         for row in run.rows
     ]
-    labels = [_name({"band": band, "of": run.rows[0]["of"]}) for band in bands]
+    labels = [_name({"band": band, "of": run.rows[0]["of"]}) for band in order]
     choice = Choice("band", "show", {label: label for label in labels})
     data = [{"band": row[0]} if row[1] else {} for row in rows]
-    name = f"directions-{place}" if place else "directions"
     table = Table("bands of directions", names, rows, data)
-    return Section(
-        name, topic("directions", run, place), _rank_finding(run.rows), _rank_text(run), figures, [table], [choice]
-    )
+    return Section("directions", "directions", _rank_finding(run.rows), _rank_text(run), figures, [table], [choice])
 
 
 def _name(row: Row) -> str:
@@ -198,9 +175,9 @@ def _name(row: Row) -> str:
 
 
 def _band(rows: Sequence[Row], band: int | None, kind: str, zero: Row | None) -> Series:
-    own = [row for row in rows if row["band"] == band and row["scale"]]
-    own = ([zero] if zero else []) + sorted(own, key=lambda row: row["scale"])
-    name = _name(own[-1])
+    points = [row for row in rows if row["band"] == band and row["scale"]]
+    points = ([zero] if zero else []) + sorted(points, key=lambda row: row["scale"])
+    name = _name(points[-1])
     dots = tuple(
         Dot(
             row["scale"],
@@ -208,9 +185,9 @@ def _band(rows: Sequence[Row], band: int | None, kind: str, zero: Row | None) ->
             f"{name}, λ {number(row['scale'])}: {kind} {100 * row[kind]['mean']:.1f} %",
             y_range=(100 * row[kind]["low"], 100 * row[kind]["high"]),
         )
-        for row in own
+        for row in points
     )
-    return Series(name, dots, data={"band": name})
+    return Series(name, dots, {"band": name})
 
 
 def _peak(rows: Sequence[Row], band: int | None) -> Row:
@@ -231,11 +208,11 @@ def _rank_finding(rows: Sequence[Row]) -> str:
 def _rank_text(run: Run) -> list[str]:
     rows = run.rows
     how = {"rank": "equal numbers of directions", "energy": "equal shares of the energy Σs²"}[rows[0]["by"]]
-    said = []
+    peaks = []
     for band in dict.fromkeys(row["band"] for row in rows if row["scale"]):
         top = _peak(rows, band)
-        said.append(f"{_name(top)} at λ {number(top['scale'])} ({100 * top['reasoning']['mean']:.1f} %)")
+        peaks.append(f"{_name(top)} at λ {number(top['scale'])} ({100 * top['reasoning']['mean']:.1f} %)")
     return [
         f"The singular directions of every matrix of τ are cut into bands of {how}, the largest singular values first; "
-        "one band at a time is added to the VLM (FRISM, figure 3). Peaks of reasoning: " + "; ".join(said) + "."
+        "one band at a time is added to the VLM (FRISM, figure 3). Peaks of reasoning: " + "; ".join(peaks) + "."
     ]

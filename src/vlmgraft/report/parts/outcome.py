@@ -5,26 +5,23 @@ from __future__ import annotations
 import base64
 import io
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmgraft.report.charts import Heat, heat_map
-from vlmgraft.report.collect import Collected, Run, place_of
+from vlmgraft.report.charts import Heat
+from vlmgraft.report.collect import Document, Run, layer_and_projection
 from vlmgraft.report.sections import Choice, Figure, Section, Table
-from vlmgraft.report.svg import escape, number
+from vlmgraft.report.text import escape, number
 
 MAX_ANSWERS = 24
 MAX_SIDE = 384
 IMAGE_BYTES = 1_200_000
 
 
-def receipts(found: Collected) -> list[Section]:
+def receipt(document: Document) -> Section:
     """What a merge did, tensor by tensor."""
-    return [_receipt(folder, one, place) for place, (folder, one) in enumerate(found.receipts)]
-
-
-def _receipt(folder: Path, receipt: Mapping[str, Any], place: int) -> Section:
+    receipt = document.content
     tensors = receipt["tensors"]
     counts = Counter(tensor["verdict"] for tensor in tensors)
     merged = [tensor for tensor in tensors if tensor["verdict"] == "merged"]
@@ -36,43 +33,35 @@ def _receipt(folder: Path, receipt: Mapping[str, Any], place: int) -> Section:
         f"{receipt['peak_memory'] / 1e9:.1f} GB at most. {versions}.",
         *receipt.get("notes", []),
     ]
-    known = [(tensor, place_of(tensor["name"])) for tensor in merged if tensor.get("task_vector")]
-    shares = {(at[1], at[0]): tensor["added"] / tensor["task_vector"] for tensor, at in known if at}
+    shares = {
+        (at[1], at[0]): tensor["added"] / tensor["task_vector"]
+        for tensor in merged
+        if tensor.get("task_vector") and (at := layer_and_projection(tensor["name"]))
+    }
     figures = []
     if shares:
-        names = list(dict.fromkeys(name for name, _ in shares))
-        layers = sorted({layer for _, layer in shares})
-        table = [[shares.get((name, layer)) for layer in layers] for name in names]
-        reach = max(1.0, *shares.values())
-        heat = Heat(
-            names, [str(one) for one in layers], table, "layer", "", 0.0, reach, written="{:.2f}", one_sided=True
-        )
+        heat = Heat.by_layer(shares, reach=max(1.0, *shares.values()), one_sided=True)
         caption = "Length of what was added, as a share of ‖τ‖"
-        figures.append(Figure(caption, heat_map(caption, heat), "1 would be the whole task vector"))
+        figures.append(Figure(caption, heat, "1 would be the whole task vector"))
     rows = [
         (tensor["name"], tensor["verdict"], tensor.get("added"), tensor.get("task_vector"), tensor["reason"])
         for tensor in tensors
     ]
-    table_ = Table("receipt", ("tensor", "verdict", "norm added", "norm of τ", "reason"), rows)
+    table = Table("receipt", ("tensor", "verdict", "norm added", "norm of τ", "reason"), rows)
     added = sum(tensor["added"] ** 2 for tensor in merged) ** 0.5
     whole = sum((tensor.get("task_vector") or 0) ** 2 for tensor in merged) ** 0.5
     title = f"The merge changed {counts['merged']} of {len(tensors)} tensors" + (
         f" and took {100 * added / whole:.0f} % of the task vector's length" if whole else ""
     )
-    return Section(f"receipt-{place}" if place else "receipt", "receipt", title, text, figures, [table_])
+    return Section("receipt", "receipt", title, text, figures, [table])
 
 
-def answers(found: Collected) -> list[Section]:
+def answers(run: Run) -> Section:
     """The same questions to several models, with images and verdicts."""
-    return [_answers(run, place) for place, run in enumerate(found.answers)]
-
-
-def _answers(run: Run, place: int) -> Section:
     rows = run.rows[:MAX_ANSWERS]
-    models = list(dict.fromkeys(one["model"] for row in rows for one in row["answers"]))
-    right = {
-        model: sum(one["right"] for row in rows for one in row["answers"] if one["model"] == model) for model in models
-    }
+    right: Counter[str] = Counter()
+    for row in rows:
+        right.update({answer["model"]: int(answer["right"]) for answer in row["answers"]})
     budget = IMAGE_BYTES
     cards = []
     for row in rows:
@@ -87,24 +76,25 @@ def _answers(run: Run, place: int) -> Section:
     text = ["The first questions of every task, not picked." + note]
     table = Table(
         "answers",
-        ("task", "question", "expected", *models),
-        [(row["task"], row["question"], row["expected"], *(_said(row, model) for model in models)) for row in rows],
+        ("task", "question", "expected", *right),
+        [(row["task"], row["question"], row["expected"], *(_answer_of(row, model) for model in right)) for row in rows],
         [{"kind": row["kind"]} for row in rows],
     )
     choice = [Choice("kind", "show", {kind: kind for kind in kinds})] if len(kinds) > 1 else []
     extra = f'<div class="answers">{"".join(cards)}</div>'
-    return Section(f"answers-{place}" if place else "answers", "answers", title, text, (), [table], choice, extra)
+    return Section("answers", "answers", title, text, (), [table], choice, extra)
 
 
-def _said(row: Mapping[str, Any], model: str) -> str:
-    return next((one["said"] for one in row["answers"] if one["model"] == model), "")
+def _answer_of(row: Mapping[str, Any], model: str) -> str:
+    return next((answer["said"] for answer in row["answers"] if answer["model"] == model), "")
 
 
 def _card(row: Mapping[str, Any], image: str) -> str:
     picture = f'<img alt="image of the question" src="{image}">' if image else ""
     lines = "".join(
-        f'<dt>{escape(one["model"])}</dt><dd class="{"right" if one["right"] else "wrong"}">{escape(one["said"])}</dd>'
-        for one in row["answers"]
+        f"<dt>{escape(answer['model'])}</dt>"
+        f'<dd class="{"right" if answer["right"] else "wrong"}">{escape(answer["said"])}</dd>'
+        for answer in row["answers"]
     )
     return (
         f'<div class="answer" data-kind="{escape(row["kind"])}"><b>{escape(row["question"])}</b>{picture}'
@@ -128,15 +118,15 @@ def _image(path: Path) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(made.getvalue()).decode()}"
 
 
-def recipes(found: Collected) -> list[Section]:
-    """Recipes to copy."""
-    if not found.recipes:
+def recipes(documents: Sequence[Document]) -> list[Section]:
+    """Recipes to copy, in one section."""
+    if not documents:
         return []
     blocks = []
-    for place, (folder, text) in enumerate(found.recipes):
-        button = f"<button type='button' data-copy='recipe-{place}'>copy</button>"
-        head = f"<h3>{escape(folder.name)}/recipe.yaml</h3><p>{button}</p>"
-        blocks.append(f"{head}<pre id='recipe-{place}'>{escape(text.strip())}</pre>")
+    for index, document in enumerate(documents):
+        button = f"<button type='button' data-copy='recipe-{index}'>copy</button>"
+        head = f"<h3>{escape(document.folder.name)}/recipe.yaml</h3><p>{button}</p>"
+        blocks.append(f"{head}<pre id='recipe-{index}' tabindex='0'>{escape(document.content.strip())}</pre>")
     title = "This recipe replays the merge" if len(blocks) == 1 else "These recipes replay the merges"
     command = "<p><code>vlmgraft merge recipe.yaml --out merged</code></p>"
     return [Section("recipe", "recipe", title, extra=command + "".join(blocks))]

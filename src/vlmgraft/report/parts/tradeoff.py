@@ -5,51 +5,35 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vlmgraft.report.charts import Axes, Dot, Series, legend, line_chart
-from vlmgraft.report.collect import Collected, Run
-from vlmgraft.report.sections import Choice, Figure, Section, Table, topic
-from vlmgraft.report.svg import number
+from vlmgraft.report.charts import Dot, Lines, Series
+from vlmgraft.report.collect import Run
+from vlmgraft.report.sections import Choice, Figure, Section, Table
+from vlmgraft.report.text import number
 
 Row = Mapping[str, Any]
-SIGHT = 0.01
-"""A point keeps its sight when its perception is at most a point below the VLM's."""
+SLACK = 0.01
+"""A point keeps its perception when it is at most a point below the VLM's."""
 
 
-def tradeoff(found: Collected) -> list[Section]:
-    """One section per file of points."""
-    return [_section(run, place) for place, run in enumerate(found.points)]
-
-
-def _section(run: Run, place: int) -> Section:
+def tradeoff(run: Run, styles: Mapping[str, int]) -> Section:
+    """One file of points; `styles` of `method_styles`, so that a method looks alike in all pictures."""
     rows = [row for row in run.rows if row.get("drawn", True)]
     methods = list(dict.fromkeys(row["method"] for row in rows))
     front = _front(rows)
-    curves = [_series(method, rows, front) for method in methods]
-    figures = [
-        Figure(
-            "Perception against reasoning",
-            line_chart(
-                "perception against reasoning", curves, Axes("perception, % right", "reasoning, % right"), 460, 360
-            ),
-            "up and to the right is better; a ring marks the Pareto front, crosses are 95 % intervals",
-            legend=legend(curves),
-        )
-    ]
+    note = "up and to the right is better; a ring marks the Pareto front, crosses are 95 % intervals"
+    figures = [Figure("Perception against reasoning", tradeoff_chart(rows, styles), note)]
     drifting = [row for row in rows if row.get("kl")]
     if drifting:
-        by_drift = [_drift_series(method, rows) for method in methods]
-        axes = Axes("KL from the VLM, nats per token", "reasoning, % right", log_x=True)
-        figures.append(
-            Figure(
-                "Reasoning bought per drift",
-                line_chart("KL against reasoning", by_drift, axes, 460, 360),
-                "KL is measured on held-out perception questions; the VLM itself has none and is not shown",
-                legend=legend(by_drift),
-            )
-        )
+        series = [
+            _series(method, drifting, styles, x="kl") for method in dict.fromkeys(row["method"] for row in drifting)
+        ]
+        chart = Lines(series, "KL from the VLM, nats per token", "reasoning, % right", log_x=True)
+        note = "KL is measured on held-out perception questions; the VLM itself has none and is not shown"
+        figures.append(Figure("Reasoning bought per drift", chart, note))
+    columns = ("method", "setting", "reasoning %", "low", "high", "perception %", "low", "high", "KL", "front")
     table = Table(
         f"points of {run.folder.name}",
-        ("method", "setting", "reasoning %", "low", "high", "perception %", "low", "high", "KL", "front"),
+        columns,
         [
             [
                 row["method"],
@@ -64,9 +48,25 @@ def _section(run: Run, place: int) -> Section:
         [{"method": row["method"]} for row in rows],
     )
     choice = Choice("method", "show", {method: method for method in methods})
-    text = _text(rows)
-    name = f"tradeoff-{place}" if place else "tradeoff"
-    return Section(name, topic("trade-off", run, place), finding(rows), text, figures, [table], [choice])
+    return Section("tradeoff", "trade-off", finding(rows), _text(rows), figures, [table], [choice])
+
+
+def tradeoff_chart(rows: Sequence[Row], styles: Mapping[str, int] | None = None) -> Lines:
+    """The picture of the trade-off.
+
+    Args:
+        rows: with `method`, `setting` (text), `order`, and `reasoning` and `perception` as {mean, low, high} in [0, 1].
+    """
+    styles, front = styles or method_styles(rows), _front(rows)
+    best_rows = [row for row, on in zip(rows, front, strict=True) if on]
+    series = [_series(method, rows, styles, best_rows) for method in dict.fromkeys(row["method"] for row in rows)]
+    return Lines(series, "perception, % right", "reasoning, % right")
+
+
+def method_styles(rows: Sequence[Row]) -> dict[str, int]:
+    """Method → number of its colour and mark: the VLM 0, the others in the order of the rows."""
+    methods = dict.fromkeys(row["method"] for row in rows if row["method"] != "VLM")
+    return {"VLM": 0, **{method: number for number, method in enumerate(methods, start=1)}}
 
 
 def _front(rows: Sequence[Row]) -> list[bool]:
@@ -80,29 +80,26 @@ def _percent(estimate: Mapping[str, float]) -> tuple[float, float, float]:
 
 
 def _tip(row: Row) -> str:
-    said = [row["method"], row["setting"]] if row["setting"] else [row["method"]]
+    name = [row["method"], row["setting"]] if row["setting"] else [row["method"]]
     both = [f"{kind} {_percent(row[kind])[0]:.1f} %" for kind in ("reasoning", "perception")]
     kl = [f"KL {number(row['kl'])}"] if row.get("kl") is not None else []
-    return ", ".join([*said, *both, *kl])
+    return ", ".join([*name, *both, *kl])
 
 
-def _series(method: str, rows: Sequence[Row], front: Sequence[bool]) -> Series:
-    own = [(row, on) for row, on in zip(rows, front, strict=True) if row["method"] == method]
-    own.sort(key=lambda pair: pair[0]["order"])
+def _series(
+    method: str, rows: Sequence[Row], styles: Mapping[str, int], front: Sequence[Row] = (), x: str = "order"
+) -> Series:
+    """Reasoning of one method over its perception, with rings on the front, in the order of `x`; over KL if that is
+    "kl"."""
+    points = sorted((row for row in rows if row["method"] == method), key=lambda row: row[x])
     dots = []
-    for row, on in own:
-        (x, *x_range), (y, *y_range) = _percent(row["perception"]), _percent(row["reasoning"])
-        dots.append(Dot(x, y, _tip(row), (x_range[0], x_range[1]), (y_range[0], y_range[1]), on))
-    return Series(method, tuple(dots), data={"method": method})
-
-
-def _drift_series(method: str, rows: Sequence[Row]) -> Series:
-    own = sorted((row for row in rows if row["method"] == method and row.get("kl")), key=lambda row: row["kl"])
-    dots = []
-    for row in own:
-        y, low, high = _percent(row["reasoning"])
-        dots.append(Dot(row["kl"], y, _tip(row), y_range=(low, high)))
-    return Series(method, tuple(dots), data={"method": method})
+    for row in points:
+        seen, *seen_range = _percent(row["perception"])
+        right, *right_range = _percent(row["reasoning"])
+        across = (row["kl"], None) if x == "kl" else (seen, (seen_range[0], seen_range[1]))
+        label = row["setting"] if len(points) > 1 else ""
+        dots.append(Dot(across[0], right, _tip(row), across[1], (right_range[0], right_range[1]), row in front, label))
+    return Series(method, tuple(dots), {"method": method}, styles[method])
 
 
 def vlm_row(rows: Sequence[Row]) -> Row | None:
@@ -111,16 +108,16 @@ def vlm_row(rows: Sequence[Row]) -> Row | None:
 
 
 def best(rows: Sequence[Row]) -> Row | None:
-    """The best reasoning among the points that keep their sight; None without a VLM to compare with."""
+    """The best reasoning among the points that keep perception; None without a VLM to compare with."""
     vlm = vlm_row(rows)
     if vlm is None:
         return None
-    seeing = [row for row in rows if row["perception"]["mean"] >= vlm["perception"]["mean"] - SIGHT]
+    seeing = [row for row in rows if row["perception"]["mean"] >= vlm["perception"]["mean"] - SLACK]
     return max(seeing, key=lambda row: row["reasoning"]["mean"])
 
 
 def finding(rows: Sequence[Row]) -> str:
-    """The title: what the best point that keeps its sight gains."""
+    """The title: what the best point that keeps perception gains."""
     top, vlm = best(rows), vlm_row(rows)
     if top is None or vlm is None:
         return "Reasoning and perception of every point"
@@ -136,17 +133,19 @@ def _text(rows: Sequence[Row]) -> list[str]:
     vlm = vlm_row(rows)
     if vlm is None:
         return []
-    said = []
+    gains, chosen = [], []
     for method in dict.fromkeys(row["method"] for row in rows if row is not vlm):
-        own = [row for row in rows if row["method"] == method]
-        seeing = [row for row in own if row["perception"]["mean"] >= vlm["perception"]["mean"] - SIGHT]
-        if seeing:
-            top = max(seeing, key=lambda row: row["reasoning"]["mean"])
-            said.append(f"{method} {100 * top['reasoning']['mean']:.1f} %")
+        top = best([vlm, *(row for row in rows if row["method"] == method)])
+        if top is None or top is vlm:
+            gains.append(f"{method}: no point reasons better and sees as well")
         else:
-            said.append(f"{method}: no point sees as well")
+            gains.append(f"{method} {100 * top['reasoning']['mean']:.1f} %")
+        chosen += [method] if all(row.get("chosen_on") for row in rows if row["method"] == method) else []
+    how = "These points were picked and measured on the same questions, so their lead is somewhat flattered."
+    if chosen:
+        how = f"Chosen on validation questions and measured here on others: {', '.join(chosen)}. Every other point is "
+        how += "picked and measured on the same questions, which flatters it somewhat."
     return [
         "Every point is one setting, asked the same questions. Best reasoning within one point of the VLM's perception "
-        f"({100 * vlm['perception']['mean']:.1f} %): {'; '.join(said)}. These points were picked and measured on the "
-        "same questions, so their lead is somewhat flattered."
+        f"({100 * vlm['perception']['mean']:.1f} %): {'; '.join(gains)}. {how}"
     ]

@@ -1,0 +1,293 @@
+"""Everything that a card must show, in one command of at most eight minutes, without a network.
+
+    python benchmarks/gpu.py                      # one card, shapes of Qwen2.5-VL-7B, made-up weights
+    python benchmarks/gpu.py --quick --out x.json # seconds on the CPU: does it run?
+
+First the device's results are held against a CPU twin in float64 at small shapes; where one is off the command fails.
+Then, at the true shapes: decompositions against torch's own SVD, answers, gate steps in both forms against a plain
+forward and backward pass, folds on the device and on the CPU, a training step with DRIFT's prior against one without,
+and a streamed merge against `cp`. Every row has seconds, the ratio to what it is measured against, and on a GPU the
+peak of its memory. Rows go to benchmarks/results/gpu-NAME.json. After `--minutes` no further stage begins; a stage
+that was left out is named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import drift as drift_benchmark
+import merge as merge_benchmark
+from svd import task_vector
+
+from vlmgraft.distillation.gate_vector import GateVector
+from vlmgraft.distillation.gated_layers import gated
+from vlmgraft.distillation.projections import FactoredProjection, RebuiltProjection, gated_naive
+from vlmgraft.distillation.targets import Distribution, TargetBatch
+from vlmgraft.hf.modules import text_linears
+from vlmgraft.methods.frism import fold
+from vlmgraft.spectral.factors import Factors, factorize
+from vlmgraft.spectral.svd import decompose_matrix, decompose_naive
+
+RESULTS = Path(__file__).parent / "results"
+Row = dict[str, Any]
+
+SIZES: dict[str, dict[str, int]] = {
+    "7B": {"hidden": 3584, "inner": 18944, "layers": 28, "heads": 28, "keys": 4, "words": 152064, "prompt": 1000,
+           "answer": 64, "batch": 8, "answered": 32, "rank": 64, "repeats": 3, "drift_layers": 2, "drift_steps": 6},
+    "quick": {"hidden": 64, "inner": 128, "layers": 2, "heads": 4, "keys": 2, "words": 128, "prompt": 12, "answer": 4,
+              "batch": 2, "answered": 3, "rank": 8, "repeats": 1, "drift_layers": 1, "drift_steps": 2},
+}  # fmt: skip
+
+
+class Bench:
+    """The device, the sizes, and rows as they are made."""
+
+    def __init__(self, device: torch.device, sizes: dict[str, int]) -> None:
+        self.device, self.sizes, self.rows = device, sizes, []  # type: torch.device, dict[str, int], list[Row]
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+
+    def time(self, what: str, run: Callable[[], object], against: float | None = None, **notes: Any) -> float:
+        """Median seconds of a call after one that is not counted; a row with the ratio to `against` seconds."""
+        cuda = self.device.type == "cuda"
+        seconds = []
+        for turn in range(self.sizes["repeats"] + 1):
+            if cuda and turn == 1:
+                torch.cuda.reset_peak_memory_stats(self.device)
+            began = time.perf_counter()
+            run()
+            if cuda:
+                torch.cuda.synchronize(self.device)
+            seconds.append(time.perf_counter() - began)
+        median = statistics.median(seconds[1:])
+        memory = torch.cuda.max_memory_allocated(self.device) if cuda else None
+        self.add(what, median, against, memory, **notes)
+        return median
+
+    def add(self, what: str, seconds: float, against: float | None, memory: int | None, **notes: Any) -> None:
+        """Keep and print a row."""
+        ratio = None if against is None else seconds / against
+        self.rows.append({"what": what, "seconds": seconds, "ratio": ratio, "memory": memory, **notes})
+        held = "" if memory is None else f"{memory / 2**30:8.2f} GiB"
+        print(f"{what:58} {seconds:10.4f} s {'' if ratio is None else f'{ratio:7.2f} ×'} {held}", flush=True)
+
+
+def check(bench: Bench) -> None:
+    """Results of the device against float64 on the CPU, at small shapes; raises SystemExit where one is off."""
+    tau = task_vector((96, 40), "cpu")
+    expected = decompose_naive(tau)
+    for rank, tolerance in (("full", 1e-5), (6, 1e-3)):
+        made = decompose_matrix(tau.to(bench.device), rank)  # type: ignore[arg-type]
+        s = expected.s[: len(made.s)]
+        _close(f"singular values, rank {rank}", made.s, s, tolerance)
+        update, twin = (one.U[:, : len(s)] * one.s[: len(s)] @ one.Vh[: len(s)] for one in (made, expected))
+        _close(f"τ from the factors, rank {rank}", update, twin, 10 * tolerance)
+    generator = torch.Generator().manual_seed(1)
+    x, weight, U, Vh = (torch.randn(*shape, generator=generator, dtype=torch.float64)
+                        for shape in ((3, 20, 40), (96, 40), (96, 8), (8, 40)))  # fmt: skip
+    spectrum = torch.rand(8, generator=generator, dtype=torch.float64)
+    twin = _gradients(gated_naive, x, weight, U, spectrum, Vh)
+    for function in (FactoredProjection.apply, RebuiltProjection.apply):
+        on_device = [tensor.to(bench.device, torch.float32) for tensor in (x, weight, U, spectrum, Vh)]
+        for name, ours, theirs in zip(
+            ("y", "x.grad", "spectrum.grad"), _gradients(function, *on_device), twin, strict=True
+        ):
+            _close(f"gated projection, {name}", ours, theirs, 1e-4)
+    factors = Factors("w", "w", U.float(), spectrum.float(), Vh.float(), 1.0, 0.0)
+    moved = factors.to(bench.device)
+    folded = fold(weight.float().to(bench.device), moved, moved.s)
+    _close("fold", folded, weight + (U * spectrum) @ Vh, 1e-5)
+
+
+def _gradients(function: Any, x: Any, weight: Any, U: Any, spectrum: Any, Vh: Any) -> tuple[torch.Tensor, ...]:
+    x, spectrum = x.clone().requires_grad_(), spectrum.clone().requires_grad_()
+    y = function(x, weight, None, U, spectrum, Vh)
+    return (y, *torch.autograd.grad(y.square().sum(), (x, spectrum)))
+
+
+def _close(what: str, ours: torch.Tensor, twin: torch.Tensor, tolerance: float) -> None:
+    error = float((ours.detach().double().cpu() - twin.detach().double().cpu()).norm() / twin.detach().double().norm())
+    print(f"check: {what:40} {error:.1e}")
+    if not error <= tolerance:
+        raise SystemExit(f"{what}: {error:.1e} off the CPU's result, {tolerance:.0e} is allowed")
+
+
+def decompositions(bench: Bench) -> None:
+    """One matrix of every shape: torch's SVD, ours in full and to the rank; the whole model by counting."""
+    sizes, total = bench.sizes, dict.fromkeys(("full", "rank"), 0.0)
+    narrow = sizes["hidden"] * sizes["keys"] // sizes["heads"]
+    counts = {(sizes["hidden"], sizes["hidden"]): 2, (narrow, sizes["hidden"]): 2, (sizes["inner"], sizes["hidden"]): 3}
+    for shape, count in counts.items():
+        tau, base = task_vector(shape, str(bench.device)), None
+        if shape[0] <= sizes["hidden"]:  # torch's own of the widest takes minutes
+            base = bench.time(f"torch.linalg.svd {shape}", lambda tau=tau: torch.linalg.svd(tau, full_matrices=False))
+        for key, rank in (("full", "full"), ("rank", sizes["rank"])):
+            seconds = bench.time(f"decompose {shape}, rank {rank}", partial(decompose_matrix, tau, rank), base)
+            total[key] += count * sizes["layers"] * seconds
+    for key, seconds in total.items():
+        bench.add(f"decompose the whole model, {key}, by counting", seconds, None, None)
+
+
+def model_of(bench: Bench) -> Any:
+    """A Qwen2.5-VL of the sizes with random weights, on the device."""
+    from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
+
+    sizes = bench.sizes
+    text = {"hidden_size": sizes["hidden"], "intermediate_size": sizes["inner"], "num_hidden_layers": sizes["layers"],
+            "num_attention_heads": sizes["heads"], "num_key_value_heads": sizes["keys"], "vocab_size": sizes["words"],
+            "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}  # fmt: skip
+    half = sizes["hidden"] // sizes["heads"] // 2
+    text["rope_parameters"] = {
+        "rope_type": "default",
+        "rope_theta": 1e6,
+        "mrope_section": [half - 2 * (half // 3), half // 3, half // 3],
+    }
+    vision = {
+        "depth": 2,
+        "hidden_size": 64,
+        "num_heads": 4,
+        "intermediate_size": 128,
+        "out_hidden_size": sizes["hidden"],
+    }
+    ids = dict(
+        zip(("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"), range(4), strict=True)
+    )
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **ids)
+    with torch.device(bench.device):
+        return AutoModelForImageTextToText.from_config(config, dtype=bench.dtype).eval().requires_grad_(False)
+
+
+def random_factors(model: Any, rank: int) -> dict[str, Factors]:
+    """Factors of every projection with orthonormal columns on average, small against the weights."""
+    factors = {}
+    for name, linear in text_linears(model).items():
+        out, inner = linear.weight.shape
+        options = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        U, Vh = torch.randn(out, rank, **options) / out**0.5, torch.randn(rank, inner, **options) / inner**0.5
+        factors[name] = Factors(name, name, U, 0.01 * torch.linspace(1, 0.1, rank), Vh, 1.0, 0.0)
+    return factors
+
+
+def steps(bench: Bench) -> None:
+    """Answers, a plain forward and backward pass, and gate steps in both forms, with and without checkpointing."""
+    sizes, model = bench.sizes, model_of(bench)
+    prompt = torch.randint(8, sizes["words"], (sizes["answered"], sizes["prompt"]), device=bench.device)
+    options = {"max_new_tokens": sizes["answer"], "do_sample": False, "pad_token_id": 0}
+    answer = partial(model.generate, input_ids=prompt, attention_mask=torch.ones_like(prompt), **options)
+    bench.time(f"answer {sizes['answered']} prompts of {sizes['prompt']} tokens", answer, tokens=sizes["answer"])
+    length = sizes["prompt"] + sizes["answer"]
+    ids = torch.randint(8, sizes["words"], (sizes["batch"], length), device=bench.device)
+    captured = {"inputs_embeds": model.get_input_embeddings()(ids).detach(), "use_cache": False}
+    predicts = torch.zeros(ids.shape, dtype=torch.bool)
+    predicts[:, sizes["prompt"] :] = True
+    batch = TargetBatch(ids.cpu(), dict, captured, predicts, Distribution(torch.empty(0), None))
+    with torch.no_grad():
+        target = batch.distribution(model)
+    batch = TargetBatch(ids.cpu(), dict, captured, predicts, target)
+    x = captured["inputs_embeds"].clone().requires_grad_()
+    whole = TargetBatch(ids.cpu(), dict, {**captured, "inputs_embeds": x}, predicts, target)
+    plain = bench.time("plain forward and backward", lambda: torch.autograd.grad(whole.kl(model).mean(), x))
+    factors = random_factors(model, min(sizes["rank"], sizes["hidden"]))
+    for backend in ("factored", "rebuilt"):
+        with gated(model, text_linears(model), factors, backend) as layers:  # type: ignore[arg-type]
+            vector = GateVector(factors, device=bench.device)
+
+            def step(layers: Any = layers, vector: GateVector = vector) -> None:
+                layers.set(vector.spectra(1.0)[0])
+                torch.autograd.grad(batch.kl(model).mean(), vector.logits)
+
+            bench.time(f"gate step, {backend}, rank {sizes['rank']}", step, plain)
+
+
+def folds(bench: Bench) -> None:
+    """The widest matrix folded on the device, against the CPU."""
+    sizes = bench.sizes
+    tau = task_vector((sizes["inner"], sizes["hidden"]), str(bench.device))
+    factors, weight = factorize(tau, "w", "w", sizes["rank"]), torch.randn_like(tau)
+    on_cpu, held = factors.to("cpu"), weight.cpu()
+    base = bench.time("fold the widest matrix on the CPU", lambda: fold(held, on_cpu, on_cpu.s))
+    bench.time("fold the widest matrix", lambda: fold(weight, factors, factors.s), base)
+
+
+def tuning(bench: Bench) -> None:
+    """A step of fine-tuning with DRIFT's prior against one without."""
+    sizes = bench.sizes
+    rows = drift_benchmark.measure(
+        sizes["hidden"], sizes["drift_layers"], sizes["batch"], min(sizes["prompt"], 256), sizes["drift_steps"],
+        bench.device.type, "device",
+    )  # fmt: skip
+    for row in rows:
+        bench.add(f"DRIFT step, {row['modules']}", row["step"] * (1 + row["added"]), row["step"], None)
+
+
+def merging(bench: Bench) -> None:
+    """A streamed task-arithmetic merge against `cp`, of files in the page cache."""
+    gigabytes = 0.002 if bench.sizes["hidden"] < 512 else 1.0
+    with tempfile.TemporaryDirectory() as folder:
+        rows = merge_benchmark.compare(
+            Path(folder) / "merge", gigabytes, ["cp", "task_arithmetic"], bench.sizes["repeats"], 2
+        )
+    seconds = {row["case"]: row["seconds"] for row in rows}
+    bench.add("cp of a checkpoint", seconds["cp"], None, None, bytes=rows[0]["bytes"])
+    bench.add("merge, task arithmetic", seconds["task_arithmetic"], seconds["cp"], None)
+
+
+STAGES: dict[str, Callable[[Bench], None]] = {
+    "decompositions": decompositions, "steps": steps, "folds": folds, "tuning": tuning, "merging": merging,
+}  # fmt: skip
+
+
+def run(bench: Bench, minutes: float) -> Iterator[str]:
+    """All stages in turn until the time is over; gives the names of those left out."""
+    end = time.monotonic() + 60 * minutes
+    for name, stage in STAGES.items():
+        if time.monotonic() > end:
+            yield name
+            continue
+        stage(bench)
+        if bench.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def main() -> None:
+    """Check, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, on the CPU where there is no card")
+    parser.add_argument("--minutes", type=float, default=7.0, help="after which no further stage begins")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu-NAME.json")
+    arguments = parser.parse_args()
+    cuda = torch.cuda.is_available()
+    if not cuda and not arguments.quick:
+        raise SystemExit("no card: run it where torch.cuda.is_available(), or with --quick on the CPU")
+    device = torch.device("cuda" if cuda else "cpu")
+    name = torch.cuda.get_device_name(device) if cuda else "CPU"
+    bench = Bench(device, SIZES["quick" if arguments.quick else "7B"])
+    torch.manual_seed(0)
+    check(bench)
+    left_out = list(run(bench, arguments.minutes))
+    if left_out:
+        print(f"left out after {arguments.minutes:g} minutes: {', '.join(left_out)}")
+    out = arguments.out or RESULTS / f"gpu-{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}.json"
+    about = {
+        "device": name,
+        "torch": torch.__version__,
+        "command": " ".join(["python", *sys.argv]),
+        "sizes": bench.sizes,
+    }
+    out.write_text(json.dumps({**about, "left_out": left_out, "rows": bench.rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""What an analysis asks a model in memory: suites that `vlmgraft evaluate` reads, scored right or wrong per item."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vlmgraft.alignment.select import select_layers
+from vlmgraft.analysis.scores import Right
+from vlmgraft.data.sources import registered_source
+from vlmgraft.distillation.teacher import build_targets
+from vlmgraft.errors import AlignmentError, DataError
+from vlmgraft.evaluation.ask import ask
+from vlmgraft.evaluation.engine import Sampling, TransformersEngine
+from vlmgraft.evaluation.images import open_image
+from vlmgraft.evaluation.items import Item, Suite, merge_suites, with_suffix
+from vlmgraft.evaluation.readers import load_suite
+from vlmgraft.evaluation.records import Record
+from vlmgraft.evaluation.summary import units
+from vlmgraft.hf.batches import Question, load_questions
+from vlmgraft.hf.models import load_processor, load_vlm
+from vlmgraft.hf.placement import default_device, default_dtype
+
+RIGHT = 0.5
+"""A partial score, as VQA gives it, counts as right from here on."""
+KL_TOKENS = 64
+PROMPTS = 128
+"""Prompts that mean ablation averages over."""
+
+
+class SuiteEvaluator:
+    """Greedy answers to a suite, scored as an evaluation scores them; a task is a category of one kind.
+
+    reasoning: the categories or tasks that count as reasoning, all others are perception; None: as the items' `kind`
+    says. Items without a reference answer are left out.
+
+    Raises:
+        DataError: an item cannot be asked, or there is no reasoning or no perception among them.
+    """
+
+    def __init__(
+        self,
+        suite: Suite,
+        processor: Any,
+        *,
+        reasoning: Sequence[str] | None = None,
+        max_new_tokens: int | None = None,
+        batch_size: int = 16,
+    ) -> None:
+        self.processor, self.batch_size = processor, batch_size
+        self.sampling = Sampling(max_new_tokens or suite.max_new_tokens)
+        kinds = {item.id: _kind(item, reasoning) for item in suite.items if item.answers}
+        items = tuple(item for item in suite.items if kinds.get(item.id) in ("reasoning", "perception"))
+        faulty = next((item for item in items if item.fault), None)
+        if faulty is not None:
+            raise DataError(f"{suite.name}, item {faulty.id}: {faulty.fault}; an analysis asks every item, so mend it")
+        self.suite = Suite(suite.name, items, suite.suffix, suite.max_new_tokens)
+        self.tasks = {item.id: f"{kinds[item.id]}: {_task(item)}" for item in items}
+        tasks = list(dict.fromkeys(self.tasks.values()))
+        self.reasoning: Sequence[str] = [task for task in tasks if task.startswith("reasoning:")]
+        self.perception: Sequence[str] = [task for task in tasks if task.startswith("perception:")]
+        if not self.reasoning or not self.perception:
+            names = sorted({item.category or item.task for item in suite.items})
+            raise DataError(
+                f"{suite.name}: {len(self.reasoning)} tasks of reasoning and {len(self.perception)} of perception; "
+                f"both are needed. Give data of both kinds, or say which of {', '.join(names[:12])} count as reasoning "
+                "(--reasoning CATEGORY)"
+            )
+        self.label = f"{suite.name}: {len(items)} items, {self.suite.digest}, reasoning {list(reasoning or [])}"
+
+    def part(self, index: int, of: int) -> SuiteEvaluator:
+        """Every `of`-th item of each task, from number `index` on; raises DataError where a task would have none."""
+        counts: Counter[str] = Counter()
+        items = []
+        for item in self.suite.items:
+            task = self.tasks[item.id]
+            if counts[task] % of == index:
+                items.append(item)
+            counts[task] += 1
+        few = next((task for task, count in counts.items() if count < of), None)
+        if few is not None:
+            raise DataError(f"{self.suite.name}, {few}: {counts[few]} items for {of} parts; give more questions")
+        part = copy(self)
+        part.suite = replace(self.suite, items=tuple(items))
+        part.label = f"{self.label}, part {index + 1} of {of}"
+        return part
+
+    def __call__(self, model: Any) -> Right:
+        """Right or wrong by task, per unit that an evaluation's score is the mean of: an item, all rotations of a
+        question together, a problem with its steps."""
+        engine = TransformersEngine(model, self.processor, self.sampling)
+        records: dict[str, list[Record]] = {}
+        for record in ask(engine, self.suite, batch_size=self.batch_size):
+            records.setdefault(self.tasks[record.id], []).append(record)
+        return {task: [score >= RIGHT for score in units(rows).values()] for task, rows in records.items()}
+
+
+@dataclass(frozen=True)
+class EvalData:
+    """What the analyses ask.
+
+    data: what `vlmgraft evaluate` reads: registered sources (`lab`, `lab:SEED`), question files, data sets, benchmarks;
+    several together. reasoning: categories or tasks that count as reasoning, all others are perception; None: as the
+    data says. samples: at most so many rows of each. drift: a question file on whose answers the KL from the VLM is
+    measured; None takes the split "divergence" of a registered source. max_new_tokens, batch_size: None is the data's.
+    split: of data that has splits.
+    """
+
+    data: tuple[str, ...] = ("lab",)
+    reasoning: tuple[str, ...] | None = None
+    samples: int | None = None
+    drift: str | None = None
+    max_new_tokens: int | None = None
+    batch_size: int | None = None
+    split: str | None = None
+
+    @property
+    def questions_at_a_time(self) -> int:
+        """batch_size, or what the data's sources say."""
+        sources = [source for data in self.data if (source := registered_source(data))]
+        return self.batch_size or min((source.batch_size for source, _ in sources), default=16)
+
+    def evaluator(self, processor: Any) -> SuiteEvaluator:
+        """The questions, read and checked; raises DataError. Of registered sources the split "validation" is asked."""
+        suites = [load_suite(data, split=self._split(data), limit=self.samples) for data in self.data]
+        return SuiteEvaluator(
+            merge_suites(suites),
+            processor,
+            reasoning=self.reasoning,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.questions_at_a_time,
+        )
+
+    def _split(self, data: str) -> str | None:
+        registered = registered_source(data)
+        if self.split is None and registered and "validation" in registered[0].splits:
+            return "validation"
+        return self.split
+
+    def prompts(self, evaluator: SuiteEvaluator, count: int = PROMPTS) -> list[Question]:
+        """Prompts to average over: of the split "calibration" where a source has it, else the first questions."""
+        suites = self._suites("calibration", count)
+        return as_questions(merge_suites(suites) if suites else evaluator.suite, count)
+
+    def kl_from(self, model: Any, processor: Any) -> Callable[[Any], float] | None:
+        """A function that measures a model's KL from this one, in nats per token; None without questions for it."""
+        suites = self._suites("divergence")
+        if self.drift is not None:
+            prompts, length = load_questions(self.drift), KL_TOKENS
+        elif suites:
+            prompts, length = as_questions(merge_suites(suites)), max(suite.max_new_tokens for suite in suites)
+        else:
+            return None
+        teacher = (model, processor)
+        size = min(48, self.questions_at_a_time)
+        return build_targets(teacher, teacher, prompts, max_new_tokens=length, batch_size=size).mean_kl
+
+    def _suites(self, split: str, count: int | None = None) -> list[Suite]:
+        registered = [(data, source[0]) for data in self.data if (source := registered_source(data))]
+        return [load_suite(data, split=split, limit=count) for data, source in registered if split in source.splits]
+
+
+def as_questions(suite: Suite, count: int | None = None) -> list[Question]:
+    """The first prompts as they are asked, without answers."""
+    return [
+        Question(with_suffix(item.question, suite.suffix), tuple(map(open_image, item.images)), choices=item.choices)
+        for item in suite.items[:count]
+    ]
+
+
+def _task(item: Item) -> str:
+    """The category, or the task where a problem's steps may be of several."""
+    return item.task if item.pairing == "four_way" else item.category or item.task
+
+
+def _kind(item: Item, reasoning: Sequence[str] | None) -> str:
+    if reasoning is None:
+        return item.kind
+    return "reasoning" if item.category in reasoning or item.task in reasoning else "perception"
+
+
+def open_vlm(path: str | Path) -> tuple[Any, Any]:
+    """The model and its processor, where `hf.placement` says."""
+    device = default_device()
+    return load_vlm(path, default_dtype(device), device), load_processor(path)
+
+
+def layer_list(text: str | Sequence[int] | None, depth: int) -> list[int] | None:
+    """Layers as recipes write them: None or "all", "3", "0-5" or numbers; raises DataError."""
+    if text is None or text == "all":
+        return None
+    try:
+        return sorted(select_layers(text, depth))
+    except AlignmentError as error:
+        raise DataError(f"--layers {text!r:.120}: {error}") from None

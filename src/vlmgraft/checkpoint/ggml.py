@@ -1,0 +1,136 @@
+"""A GGUF file of a text model seen as the checkpoint that it was converted from.
+
+Names, settings and the order of rows (llama.cpp turns the heads of Llama's q and k) are undone as transformers undoes
+them, with its tables; the package `gguf` reads the file and dequantises, one tensor at a time. What needs several
+tensors at once (experts) or another layout is refused. The libraries are imported when a GGUF file is met.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmgraft.checkpoint.header import Packed, TensorInfo
+from vlmgraft.errors import CheckpointError
+from vlmgraft.storage.limits import MAX_LAYERS
+
+if TYPE_CHECKING:
+    import numpy
+
+SUFFIX = ".gguf"
+GGUF = {"quant_method": "gguf"}
+LLAMA_IN_GGUF = ("mistral", "ministral", "ministral3", "internlm3")
+"""Kinds of text models beside Llama whose GGUF files name the architecture llama."""
+_UNTURNED = ("TensorProcessor", "LlamaTensorProcessor", "Gemma2TensorProcessor")
+"""transformers' classes that undo a conversion tensor by tensor."""
+_FAILURES = (ArithmeticError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError)
+"""What the libraries raise over a file that is damaged, or of another architecture."""
+
+
+@dataclass(frozen=True)
+class Ggml(Packed):
+    """One tensor of a GGUF file. kind: of its numbers, such as "Q4_K". shape: as transformers has it. architecture and
+    heads (of queries, of keys): what its conversion depends on."""
+
+    kind: str = "F32"
+    shape: tuple[int, ...] = ()
+    architecture: str = ""
+    heads: tuple[int, int] = (1, 1)
+
+    @property
+    def error(self) -> str:
+        """How far a value may be from what it was rounded from."""
+        return "" if self.kind in ("F32", "F16", "BF16") else f"half a step of {self.kind}"
+
+
+def gguf_tensors(file: Path) -> tuple[dict[str, TensorInfo], dict[str, Packed], dict[str, Any]]:
+    """The tensors by transformers' names, how they are kept, and the config, of a GGUF file.
+
+    Raises:
+        CheckpointError: gguf is not installed, the file is damaged, or its layout is not undone tensor by tensor.
+    """
+    with _explained(file):
+        import gguf
+        import transformers.modeling_gguf_pytorch_utils as library
+
+        try:
+            reader = gguf.GGUFReader(file)
+        except _FAILURES as error:
+            raise CheckpointError(f"{file}: truncated, or no GGUF file ({error!s:.200}); download it again") from None
+        config = library.load_gguf_checkpoint(str(file))["config"]
+        architecture = str(library.read_field(reader, "general.architecture")[0])
+        processor = library.TENSOR_PROCESSORS.get(architecture, library.TensorProcessor)(config=config)
+        if config["num_hidden_layers"] > min(MAX_LAYERS, len(reader.tensors)):
+            raise _not_read(file, f"{config['num_hidden_layers']} layers in {len(reader.tensors)} tensors")
+        if type(processor).__name__ not in _UNTURNED or any("_exps" in tensor.name for tensor in reader.tensors):
+            raise _not_read(file, f"{architecture} with other layouts or experts")
+        names = _names(config, processor, library)
+        heads = (
+            int(config["num_attention_heads"]),
+            int(config.get("num_key_value_heads") or config["num_attention_heads"]),
+        )
+        tensors: dict[str, TensorInfo] = {}
+        packed: dict[str, Packed] = {}
+        for tensor in reader.tensors:
+            if tensor.name == "rope_freqs.weight":
+                continue
+            name, kind = names[tensor.name], tensor.tensor_type.name
+            shape = tuple(int(size) for size in reversed(tensor.shape))
+            begin, nbytes = int(tensor.data_offset), int(tensor.n_bytes)
+            part = TensorInfo(tensor.name, "U8", (nbytes,), file, begin, nbytes)
+            tensors[name] = TensorInfo(name, "F32", shape, file, begin, 4 * int(tensor.n_elements))
+            packed[name] = Ggml({"values": part}, kind=kind, shape=shape, architecture=architecture, heads=heads)
+    return tensors, packed, {**config, "quantization_config": GGUF}
+
+
+def _names(config: dict[str, Any], processor: Any, library: Any) -> dict[str, str]:
+    """Name in the file → name in transformers' class, which is made without memory for weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {key: value for key, value in config.items() if key not in ("model_type", "_model_name_or_path")}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **settings))
+    return dict(library.get_gguf_hf_weights_map(model, processor))
+
+
+def gguf_matrix(packed: Ggml, data: numpy.ndarray) -> numpy.ndarray:
+    """The float32 tensor of its bytes, in transformers' layout."""
+    part = packed.parts["values"]
+    with _explained(part.file):
+        import gguf
+        import transformers.modeling_gguf_pytorch_utils as library
+
+        kind = gguf.GGMLQuantizationType[packed.kind]
+        weights = gguf.dequantize(data.reshape(gguf.quant_shape_to_byte_shape(packed.shape, kind)), kind)
+        config = dict(zip(("num_attention_heads", "num_key_value_heads"), packed.heads, strict=True))
+        processor = library.TENSOR_PROCESSORS.get(packed.architecture, library.TensorProcessor)(config=config)
+        return processor.process(weights=weights, name=part.name).weights
+
+
+@contextmanager
+def _explained(file: Path) -> Iterator[None]:
+    """What the libraries raise over a file, with the command that converts it by transformers alone."""
+    try:
+        yield
+    except ImportError:
+        raise CheckpointError(
+            f"{file}: GGUF files are read with the package gguf: pip install 'vlmgraft[gguf]'"
+        ) from None
+    except _FAILURES as error:
+        raise _not_read(file, f"{type(error).__name__}: {error!s:.200}") from None
+
+
+def _not_read(file: Path, why: str) -> CheckpointError:
+    folder, out = shlex.quote(str(file.parent)), shlex.quote(str(file.with_suffix("")))
+    return CheckpointError(
+        f"{file}: is not read tensor by tensor ({why}); convert it with "
+        '`python -c "import sys; from transformers import AutoModelForCausalLM as M; m = M.from_pretrained('
+        "sys.argv[1], gguf_file=sys.argv[2]); c = M.from_config(m.config); c.load_state_dict(m.state_dict()); "
+        f'c.config.quantization_config = None; c.save_pretrained(sys.argv[3])" {folder} {shlex.quote(file.name)} '
+        f"{out}` and give that folder"
+    )

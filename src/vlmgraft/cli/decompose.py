@@ -1,0 +1,26 @@
+"""`decompose`: the singular value decomposition of the donor's task vector."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vlmgraft.cli.options import LoadsModels, Overrides, RecipeArgument, Resumable, command
+
+
+@command()
+@dataclass(kw_only=True)
+class Decompose(LoadsModels, Resumable):
+    """SVD of the donor's task vector, one file per matrix; also under torchrun."""
+
+    recipe: RecipeArgument
+    overrides: Overrides = None
+
+    def run(self) -> None:
+        from vlmgraft import pipeline
+
+        with self.progress() as progress:
+            store = pipeline.decompose(
+                self.recipe, self.out, overrides=self.overrides or [], resume=self.resume, progress=progress
+            )
+        summary = {"out": str(self.out), "matrices": len(store), "kept": store.kept}
+        self.show(summary, f"{self.out}: {len(store)} matrices, {store.kept:.1%} of ‖τ‖², {self.elapsed()}")

@@ -1,0 +1,46 @@
+"""`init`: a commented recipe for one's own pair."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vlmgraft.cli.options import Fetches, command
+
+
+@command()
+@dataclass(kw_only=True)
+class Init(Fetches):
+    """Write a commented recipe; the donor's base is taken from the donor's model card where that names one."""
+
+    out: Annotated[Path, typer.Option("--out", "-o", help="the recipe to write")] = Path("recipe.yaml")
+    vlm: Annotated[str | None, typer.Option(help="the vision-language model: folder or hub id")] = None
+    donor: Annotated[str | None, typer.Option(help="the text model that reasons: folder or hub id")] = None
+    donor_base: Annotated[str | None, typer.Option(help="the model the donor was tuned from")] = None
+    data: Annotated[
+        str | None, typer.Option("--data", help="questions with images, no answers needed: writes a recipe of FRISM")
+    ] = None
+    force: Annotated[bool, typer.Option("--force", help="replace a recipe that exists")] = False
+
+    def run(self) -> None:
+        from vlmgraft.errors import OutputError
+        from vlmgraft.export.licence import stated_base
+        from vlmgraft.recipe.template import recipe_template
+        from vlmgraft.storage.jsonl import write_text
+        from vlmgraft.storage.outputs import refuse_file
+
+        if self.out.exists() and not self.force:
+            raise OutputError(f"{self.out}: exists; choose another name with --out, or replace it with --force")
+        refuse_file(self.out, lambda head: b"vlm:" in head)
+        base = self.donor_base or (stated_base(self.donor) if self.donor else None)
+        if self.donor and base is None:
+            self.note(f"{self.donor}: its card names no base model; write donor_base into {self.out}")
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(self.out, recipe_template(self.vlm, self.donor, base, self.data))
+        line = (
+            f"{self.out}: next `vlmgraft inspect {self.out}`, then `vlmgraft merge {self.out} --out merged --dry-run`"
+        )
+        self.show({"out": str(self.out), "donor_base": base}, line)

@@ -1,0 +1,104 @@
+"""`inspect`: what pairs with what, and how far the models moved."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vlmgraft.cli.merge import print_plan
+from vlmgraft.cli.options import Computes, Overrides, command
+from vlmgraft.cli.output import show_table
+
+Model = Annotated[str | None, typer.Option(help="folder or hub id")]
+
+
+@command()
+@dataclass(kw_only=True)
+class Inspect(Computes):
+    """What pairs with what, from headers alone; --distances reads the weights too."""
+
+    recipe: Annotated[Path | None, typer.Argument(help="recipe in YAML")] = None
+    overrides: Overrides = None
+    vlm: Model = None
+    donor: Model = None
+    donor_base: Annotated[
+        list[str] | None, typer.Option(help="folder or hub id; several, with --distances: which one is it?")
+    ] = None
+    vlm_base: Model = None
+    distances: Annotated[
+        bool, typer.Option("--distances", help="read the weights: norms and cosines of both task vectors")
+    ] = False
+    spectra: Annotated[bool, typer.Option("--spectra", help="with --distances: singular values of the task vector")] = (
+        False
+    )
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="with --distances: folder for the rows")] = None
+
+    def run(self) -> None:
+        recipe = self._recipe()
+        if not self.distances:
+            self._show_headers(recipe)
+            return
+        from vlmgraft.analysis import inspect_weights
+
+        with self.progress() as progress:
+            bases = self.donor_base or []
+            result = inspect_weights(recipe, bases=bases, spectra=self.spectra, out=self.out, progress=progress)
+        self.show(result, lambda: _print_inspection(result))
+
+    def _recipe(self) -> Any:
+        """The recipe, or one of the models that the options name."""
+        from vlmgraft.errors import RecipeError
+        from vlmgraft.recipe.model import load_recipe
+
+        if self.recipe is None and not (self.vlm and self.donor):
+            raise RecipeError("inspect: give a recipe, or --vlm and --donor (and --donor-base)")
+        bases = self.donor_base or []
+        if not self.distances and (self.spectra or self.out or len(bases) > 1):
+            raise RecipeError("inspect: --spectra, --out and several --donor-base need --distances")
+        if self.recipe and (self.vlm or self.donor or self.vlm_base or (bases and not self.distances)):
+            raise RecipeError("inspect: a recipe names its models; write such as --set vlm=FOLDER to try others")
+        models = {"vlm": self.vlm, "donor": self.donor, "donor_base": bases[0] if bases else None}
+        models["vlm_base"] = self.vlm_base
+        source = self.recipe or {key: value for key, value in models.items() if value}
+        return load_recipe(source, self.overrides or [], need_method=False)
+
+    def _show_headers(self, recipe: Any) -> None:
+        """The plan, and what configs and headers say the models do not share."""
+        from vlmgraft import pipeline
+        from vlmgraft.analysis.inspection import differences
+
+        alignment = pipeline.pair(recipe, headers_only=True)
+        plan, differing = pipeline.plan(recipe, alignment), differences(alignment)
+        rows = [dataclasses.asdict(row) for row in differing]
+
+        def show() -> None:
+            print_plan(plan)
+            for row in differing:
+                typer.echo(
+                    f"{row.weight}: {row.field} is {row.vlm} in the VLM, {row.theirs} in {row.other}: {row.meaning}"
+                )
+
+        self.show({**dataclasses.asdict(plan), "differences": rows}, show)
+
+
+def _print_inspection(result: Any) -> None:
+    columns = ("layer", "group", "‖W‖", "‖τ‖", "‖τ‖/‖W‖", "‖τ_vlm‖", "cosine", "zeros of τ")
+    keys = ("group", "weight_norm", "donor_norm", "ratio", "vlm_norm", "cosine", "unchanged")
+    rows = [("-" if row["layer"] is None else str(row["layer"]), *(row[key] for key in keys)) for row in result.rows]
+    show_table("distances", columns, rows)
+    if result.spectra:
+        columns = ("matrix", "‖τ‖", "effective rank", "stable rank", "first 1", "first 8", "first 64", "of")
+        rows = [
+            (row.name, row.norm, row.effective_rank, row.stable_rank, *row.first.values(), min(row.shape))
+            for row in result.spectra
+        ]
+        show_table("spectra of τ", columns, rows)
+    if result.differences:
+        rows = [(row.field, row.other, row.vlm, row.theirs, row.weight, row.meaning) for row in result.differences]
+        show_table("differences", ("field", "checkpoint", "VLM", "theirs", "weight", "meaning"), rows)
+    typer.echo(f"base: {result.base}")
+    typer.echo(f"distances: {result.extent}")

@@ -1,0 +1,226 @@
+"""Options that several commands share, and how a dataclass becomes a command.
+
+A command is one dataclass: its fields are its arguments and options, its docstring is its help, `run` is its work.
+Shared options are base classes, so that an option is defined in one place whatever commands have it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import os
+import sys
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+
+import typer
+from typer.models import ArgumentInfo
+
+from vlmgraft.cli.output import duration, log_to_terminal, progress_bar
+from vlmgraft.cli.replace import replacing
+from vlmgraft.storage.progress import Progress
+
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 the work failed; 2 recipe or inputs are wrong, nothing was started; 130 interrupted."
+)
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=EXIT_CODES,
+)
+lab_app = typer.Typer(no_args_is_help=True, help="The embedded trio: base, VLM and donor, small and offline.")
+app.add_typer(lab_app, name="lab")
+
+RecipeArgument = Annotated[Path, typer.Argument(help="recipe in YAML")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="override a recipe key: key=value, dotted")]
+
+
+@dataclasses.dataclass(kw_only=True)
+class Command:
+    """What every command has. Results go to standard output, everything else to standard error."""
+
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on standard output")] = False
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress, no notes")] = False
+    verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, help="more on standard error; -vv: all")] = 0
+
+    def __post_init__(self) -> None:
+        self._began = time.monotonic()
+
+    def elapsed(self) -> str:
+        """Since the command began, in words."""
+        return duration(time.monotonic() - self._began)
+
+    @abstractmethod
+    def run(self) -> None:
+        """Do the work and show its result."""
+
+    def around(self) -> AbstractContextManager[object]:
+        """A context around `run`; subclasses with options that concern the whole command override it."""
+        return nullcontext()
+
+    def progress(self) -> AbstractContextManager[Progress | None]:
+        """Progress on standard error; None with --quiet."""
+        return progress_bar(self.quiet)
+
+    def note(self, text: str) -> None:
+        """A line on standard error, unless --quiet."""
+        if not self.quiet:
+            typer.echo(text, err=True)
+
+    def show(self, result: Any, show: Callable[[], object] | str) -> None:
+        """The result: as one JSON object with --json, else as `show` prints it."""
+        if self.as_json:
+            plain = dataclasses.asdict(result) if hasattr(result, "__dataclass_fields__") else result
+            typer.echo(json.dumps(plain, ensure_ascii=False, default=str))
+        elif isinstance(show, str):
+            typer.echo(show)
+        else:
+            show()
+
+
+@dataclasses.dataclass(kw_only=True)
+class Writes(Command):
+    """Commands that write `--out`, which must not exist."""
+
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder to write; must not exist")]
+    force: Annotated[bool, typer.Option("--force", help="replace an --out that vlmgraft wrote")] = False
+
+    def replaced(self) -> Path | None:
+        """The output that this run may replace."""
+        return self.out if self.force else None
+
+    def around(self) -> AbstractContextManager[object]:
+        """The old `--out` steps aside while the new one is made, and comes back if that fails."""
+        outer, out = super().around(), self.replaced()
+        return outer if out is None else nested(outer, replacing(out))
+
+
+@dataclasses.dataclass(kw_only=True)
+class Resumable(Writes):
+    """Commands that go on with what an interruption left."""
+
+    resume: Annotated[bool, typer.Option("--resume", help="go on with what an interruption left")] = False
+
+    def around(self) -> AbstractContextManager[object]:
+        """As `Writes`; raises RecipeError for two options that contradict each other."""
+        if self.force and self.resume:
+            from vlmgraft.errors import RecipeError
+
+            raise RecipeError("--force and --resume: one begins anew, the other goes on; give one of them")
+        return super().around()
+
+
+@dataclasses.dataclass(kw_only=True)
+class Fetches(Command):
+    """Commands that may read from a hub."""
+
+    token: Annotated[
+        str | None, typer.Option("--token", envvar="HF_TOKEN", help="of the hub, for gated models", show_default=False)
+    ] = None
+
+    def around(self) -> AbstractContextManager[object]:
+        """The token in the environment, where the hub's library looks for it."""
+        return nested(super().around(), environment(HF_TOKEN=self.token))
+
+
+@dataclasses.dataclass(kw_only=True)
+class Computes(Fetches):
+    """Commands that compute on weights."""
+
+    threads: Annotated[int | None, typer.Option(help="CPU threads [default: as the libraries choose]", min=1)] = None
+
+    def around(self) -> AbstractContextManager[object]:
+        """OMP_NUM_THREADS, which torch reads when it is loaded."""
+        count = str(self.threads) if self.threads else None
+        return nested(super().around(), environment(OMP_NUM_THREADS=count, MKL_NUM_THREADS=count))
+
+
+@dataclasses.dataclass(kw_only=True)
+class LoadsModels(Computes):
+    """Commands that load a model."""
+
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or such as cuda:1 [default: the first GPU, or the CPU]")
+    ] = None
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="of the loaded models; auto: bfloat16 on a GPU, float32 on the CPU"),
+    ] = "auto"
+
+    def around(self) -> AbstractContextManager[object]:
+        """The choice in the environment, where `vlmgraft.hf.placement` looks for it."""
+        dtype = None if self.dtype == "auto" else self.dtype
+        return nested(super().around(), environment(VLMGRAFT_DEVICE=self.device, VLMGRAFT_DTYPE=dtype))
+
+
+C = TypeVar("C", bound=type[Command])
+
+
+def command(group: typer.Typer = app, name: str | None = None) -> Callable[[C], C]:
+    """Register a dataclass as the command of its name in lower case."""
+
+    def register(cls: C) -> C:
+        def call(**values: Any) -> None:
+            chosen = cls(**values)
+            log_to_terminal(chosen.verbose, chosen.quiet)
+            bars = None if sys.stderr.isatty() and not chosen.quiet else "1"  # the libraries' own
+            silent = environment(HF_HUB_DISABLE_PROGRESS_BARS=bars, HF_DATASETS_DISABLE_PROGRESS_BARS=bars)
+            with silent, chosen.around():
+                chosen.run()
+
+        call.__doc__ = cls.__doc__
+        call.__name__ = name or cls.__name__.lower()
+        call.__signature__ = inspect.Signature(_parameters(cls))  # type: ignore[attr-defined]
+        group.command(call.__name__, epilog=EXIT_CODES)(call)
+        return cls
+
+    return register
+
+
+def _parameters(cls: type[Command]) -> list[inspect.Parameter]:
+    """The fields as parameters of a function: arguments first, then the command's own options, then shared ones."""
+    hints = get_type_hints(cls, include_extras=True)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    order = [key for base in cls.__mro__ for key in inspect.get_annotations(base) if key in fields]
+    names = list(dict.fromkeys(order))
+    arguments = [key for key in names if any(isinstance(note, ArgumentInfo) for note in hints[key].__metadata__)]
+    return [
+        inspect.Parameter(
+            key,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if fields[key].default is dataclasses.MISSING else fields[key].default,
+            annotation=hints[key],
+        )
+        for key in [*arguments, *(key for key in names if key not in arguments)]
+    ]
+
+
+@contextmanager
+def environment(**values: str | None) -> Iterator[None]:
+    """Environment variables inside the block; those that are None stay as they are."""
+    changed: Mapping[str, str] = {key: value for key, value in values.items() if value is not None}
+    before = {key: os.environ.get(key) for key in changed}
+    os.environ.update(changed)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value
+
+
+@contextmanager
+def nested(outer: AbstractContextManager[object], inner: AbstractContextManager[object]) -> Iterator[None]:
+    """One context around another."""
+    with outer, inner:
+        yield

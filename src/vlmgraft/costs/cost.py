@@ -1,0 +1,252 @@
+"""The cost model: operations, bytes and memory of every stage. Formulas are explained in docs/scale.md.
+
+Notation: P parameters, M elements of the merged matrices, A those that a token meets (M but for experts), L layers,
+m × n a matrix with its longer side first, r directions kept, T tokens of a batch, h hidden width, q width of the
+queries, V vocabulary. A multiplication and an addition are two operations. Work on a device follows from its published
+peak rates and the shares of them that are assumed here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vlmgraft.costs.device import H100, Device
+from vlmgraft.costs.models import Model, kept
+from vlmgraft.distillation.memory import ROOM, Rank, Shapes, memory_of
+from vlmgraft.distillation.projections import Backend, choose_backend
+from vlmgraft.distillation.targets import DONOR_BATCH, TOP_K
+from vlmgraft.distillation.trainer import MONITOR_EVERY, WATCHED
+from vlmgraft.merging.plan import ASSUMED_RATE
+from vlmgraft.spectral.svd import matrix_cost
+
+LANDING = 5
+"""Measurements of all held-out prompts after the last step: four of the search, one of the bound from above."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is done. Defaults: FRISM as docs/gpus.md has it.
+
+    questions are learned from, `held_out` measured on; `prompt` tokens each, images included, and `answer` tokens,
+    answered `answered` at a time; so many steps of `batch` questions on each GPU, with a KL budget or without, beside
+    each of which donor matching has one of `DONOR_BATCH` of its `matched` text questions, of `told` tokens with
+    `replied` tokens of answer; `asked` questions of an evaluation with `said` tokens of answer.
+    """
+
+    rank: Rank = "full"
+    gpus: int = 1
+    questions: int = 512
+    held_out: int = 128
+    prompt: int = 1000
+    answer: int = 64
+    batch: int = 8
+    answered: int = 32
+    steps: int = 200
+    checkpointing: bool = True
+    budget: bool = False
+    matched: int = 0
+    told: int = 100
+    replied: int = 64
+    asked: int = 1000
+    said: int = 256
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage. operations: all GPUs together; read, written: bytes of disk; memory: bytes on one GPU (of `merge` and
+    `fold` in the host); seconds: predicted, of the disk at 1 GB/s for `merge` and `fold`."""
+
+    name: str
+    operations: float
+    read: float
+    written: float
+    memory: float
+    seconds: float
+
+
+def forward(model: Model, tokens: int, length: int, heads: int = 0) -> float:
+    """Operations of a pass of `tokens` tokens in sequences of `length` through the decoder, and the head on `heads` of
+    them: 2AT, attention 4·T·length·q·L (a kernel that skips what is masked does half), 2hV per row of the head."""
+    shapes = model.shapes
+    attention = 4 * tokens * length * shapes.width("q_proj") * shapes.layers
+    return 2.0 * model.active * tokens + attention + 2.0 * shapes.hidden * shapes.vocabulary * heads
+
+
+def gated_forward(shapes: Shapes, tokens: int, length: int, *, rank: Rank = "full", backend: Backend = "auto") -> float:
+    """Operations of a pass of `tokens` tokens in sequences of `length` through the gated decoder: per matrix
+    2T(mn + r(m + n)) factored or 2mn(T + r) rebuilt; of experts 2Tmn for each that a token takes and 2mnr for all;
+    attention as in `forward`."""
+    layer = 4.0 * tokens * length * shapes.width("q_proj")
+    for _, out, inner in shapes.projections:
+        r = kept(out, inner, rank)
+        if choose_backend(tokens, (out, inner), r, backend) == "factored":
+            layer += 2.0 * tokens * (out * inner + r * (out + inner))
+        else:
+            layer += 2.0 * out * inner * (tokens + r)
+    for count, out, inner in shapes.experts:
+        layer += 2.0 * out * inner * (tokens * shapes.active + count * kept(out, inner, rank))
+    return shapes.layers * layer
+
+
+def gate_step(
+    shapes: Shapes,
+    tokens: int,
+    length: int,
+    answers: int,
+    *,
+    rank: Rank = "full",
+    checkpointing: bool = False,
+    backend: Backend = "auto",
+) -> float:
+    """Operations of one training step on `tokens` tokens in sequences of `length`, of which `answers` count.
+
+    The forward pass (`gated_forward`), twice with checkpointing. Backward what is forward, but for the rebuilt matrices
+    and experts, which take 4Tmn + 2mnr, and attention, which takes 2.5 times as much. The head 2hV per answer forward
+    and backward.
+    """
+    forwards = gated_forward(shapes, tokens, length, rank=rank, backend=backend)
+    backward = forwards + 1.5 * 4.0 * tokens * length * shapes.width("q_proj") * shapes.layers
+    for _, out, inner in shapes.projections:
+        if choose_backend(tokens, (out, inner), kept(out, inner, rank), backend) == "rebuilt":
+            backward += shapes.layers * 2.0 * tokens * out * inner
+    backward += sum(shapes.layers * 2.0 * tokens * shapes.active * out * inner for _, out, inner in shapes.experts)
+    return (2 if checkpointing else 1) * forwards + backward + 4.0 * shapes.hidden * shapes.vocabulary * answers
+
+
+def budget_batches(held_out: int, batch: int, steps: int) -> int:
+    """Forward passes on held-out batches that a KL budget takes: all at first, a part every few steps, all at the
+    end, as often as the last search measures."""
+    whole, part = -(-held_out // batch), -(-min(held_out, WATCHED) // batch)
+    return whole * (1 + LANDING) + part * max(0, -(-steps // MONITOR_EVERY) - 1)
+
+
+def answering(model: Model, device: Device, questions: int, prompt: int, said: int, batch: int) -> tuple[float, float]:
+    """(operations, seconds on one device) of greedy answers: prompts are read at the bf16 rate, answers written a
+    token at a time, every step of which reads all weights once for the batch (all experts: a batch meets most)."""
+    tokens = questions * prompt
+    tower = 2.0 * model.tower * 4 * tokens  # four patches to a token, nearly all tokens of the image
+    reading = forward(model, tokens, prompt, questions) + tower
+    writing = forward(model, questions * said, prompt + said, questions * said)
+    steps = -(-questions // batch) * said
+    seconds = reading / (device.bf16 * device.products)
+    seconds += steps * 2.0 * model.parameters / (device.bandwidth * device.stream)
+    return reading + writing, seconds
+
+
+def decomposition_memory(out: int, inner: int, on_gpu: bool = False) -> float:
+    """Bytes while one matrix is decomposed in full: τ, its copy in double precision, B and U (4, 8, 4, 4 per element);
+    the Gram matrix, eigenvectors and the solver's workspace (8 each, the workspace two), V twice (4 each)."""
+    long, short = max(out, inner), min(out, inner)
+    return 20.0 * long * short + (8 * 4 + 8) * short * short
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a training of gates fits a device's memory, in `note` in words, with what to lower where it does not."""
+
+    fits: bool
+    checkpointing: bool
+    needed: float
+    note: str
+
+
+def fitting(model: Model, work: Work, device: Device) -> Fit:
+    """Checkpointing where the training does not fit without; and where it still does not, what to lower, in order:
+    questions in a batch, then directions per matrix."""
+
+    def needed(work: Work) -> float:
+        return _training_memory(model, work, width=device.width)
+
+    room = ROOM * device.memory
+    plain, low = replace(work, checkpointing=False), replace(work, checkpointing=True)
+    chosen = work if work.checkpointing else plain if needed(plain) <= room else low
+    sizes = f"{needed(chosen) / 2**30:.1f} GiB of {device.memory / 2**30:.1f} on {device.name}"
+    how = "with checkpointed layers" if chosen.checkpointing else "without checkpointing"
+    if needed(chosen) <= room:
+        return Fit(True, chosen.checkpointing, needed(chosen), f"gates take {sizes}, {how}")
+    batches = [2**power for power in range(work.batch.bit_length()) if 2**power < work.batch][::-1]
+    lower = [replace(low, batch=batch) for batch in batches]
+    lower += [
+        replace(low, batch=1, rank=rank) for rank in (256, 128, 64, 32, 16) if work.rank == "full" or rank < work.rank
+    ]
+    enough = next((smaller for smaller in lower if needed(smaller) <= room), None)
+    advice = "no batch or rank fits: use more GPUs (torchrun), or a larger one"
+    if enough is not None:
+        advice = f"set method.gradient_checkpointing: true, method.calibration.batch_size: {enough.batch}"
+        advice += f", method.rank: {enough.rank}" if enough.rank != work.rank else ""
+    text = f"gates would take {sizes}, too much: {advice}"
+    return Fit(False, True, needed(low), text)
+
+
+def _training_memory(model: Model, work: Work, width: int = 2) -> float:
+    """Bytes of one GPU while gates are learned, `width` bytes per weight."""
+    return memory_of(
+        model.shapes,
+        rank=work.rank,
+        tokens=work.batch * (work.prompt + work.answer),
+        answer_tokens=work.batch * work.answer,
+        gpus=work.gpus,
+        checkpointing=work.checkpointing,
+        width=width,
+    ).total
+
+
+def _matching(model: Model, work: Work, device: Device) -> tuple[float, float, float]:
+    """What donor matching adds: operations of its batches in all steps; operations and seconds of its answers."""
+    if not work.matched:
+        return 0.0, 0.0, 0.0
+    count, length = min(DONOR_BATCH, work.matched), work.told + work.replied
+    options: dict[str, Any] = {"rank": work.rank, "checkpointing": work.checkpointing}
+    step = gate_step(model.shapes, count * length, length, count * work.replied, **options)
+    return work.gpus * work.steps * step, *answering(
+        model, device, work.matched, work.told, work.replied, work.answered
+    )
+
+
+def stages(model: Model, work: Work, device: Device = H100, *, rate: float = ASSUMED_RATE) -> list[Stage]:
+    """The stages of a FRISM merge, and of task arithmetic (`merge`) and an evaluation beside them.
+
+    rate: bytes per second of the disk.
+    """
+    weights, merged = 2.0 * model.parameters, 2.0 * model.merged
+    factors, gates = model.factors(work.rank), model.directions(work.rank)
+    stored = (4 + 2) * factors + 4.0 * gates
+    whole = max(out * inner for _, out, inner in model.matrices)  # two threads hold four such matrices each in the fold
+    decomposing = max(decomposition_memory(out, inner) for _, out, inner in model.matrices)
+    operations = sum(count * matrix_cost((out, inner), work.rank) for count, out, inner in model.matrices)
+    asked = work.questions + work.held_out
+    answered, answer_seconds = answering(model, device, asked, work.prompt, work.answer, work.answered)
+    again = forward(model, asked * (work.prompt + work.answer), work.prompt + work.answer, asked * work.answer)
+    cached = asked * work.answer * (4 * (TOP_K + 1) + 4 * TOP_K)
+    length = work.prompt + work.answer
+    tokens, answers = work.batch * length, work.batch * work.answer
+    step = gate_step(model.shapes, tokens, length, answers, rank=work.rank, checkpointing=work.checkpointing)
+    learning = work.gpus * work.steps * step
+    if work.budget:
+        passes = gated_forward(model.shapes, tokens, length, rank=work.rank)
+        passes += 2.0 * model.shapes.hidden * model.shapes.vocabulary * answers
+        learning += passes * budget_batches(work.held_out, work.batch, work.steps)
+    matching, donor, donor_seconds = _matching(model, work, device)
+    learning, answered, answer_seconds = learning + matching, answered + donor, answer_seconds + donor_seconds
+    kv = 4.0 * model.shapes.layers * model.keys
+    said, said_seconds = answering(model, device, work.asked, work.prompt, work.said, 32)
+    products = device.bf16 * device.products
+    folding = sum(2.0 * count * out * inner * kept(out, inner, work.rank) for count, out, inner in model.matrices)
+    return [
+        Stage("merge", 3.0 * model.merged, weights + 2 * merged, weights, 40e6, (2 * weights + 2 * merged) / rate),
+        Stage(
+            "decompose", operations, 2 * merged, stored, decomposing,
+            operations / (device.double * device.eigen) / work.gpus + (2 * merged + stored) / rate,
+        ),
+        Stage(
+            "teacher", answered + again, weights, cached, weights + kv * work.answered * length,
+            (answer_seconds + again / products) / work.gpus,
+        ),
+        Stage(
+            "gates", learning, weights + 2 * factors, 4.0 * gates, _training_memory(model, work),
+            learning / work.gpus / products,
+        ),
+        Stage("fold", folding, weights + 4 * factors, weights, 64.0 * whole, (2 * weights + 4 * factors) / rate),
+        Stage("evaluate", said, weights, 0.0, weights + kv * 32 * (work.prompt + work.said), said_seconds / work.gpus),
+    ]  # fmt: skip

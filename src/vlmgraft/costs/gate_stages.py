@@ -1,0 +1,216 @@
+"""The stages of a merge with gates, and what they read: questions and the processor are tried, the rest is reckoned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmgraft.alignment import Alignment
+from vlmgraft.checkpoint.hub import fetch, is_hub_id
+from vlmgraft.data.questions import Question, load_questions
+from vlmgraft.errors import DataError, InputError, RecipeError
+from vlmgraft.methods.frism import Frism, GatedMethod
+from vlmgraft.recipe.model import Recipe
+
+if TYPE_CHECKING:
+    from vlmgraft.costs.cost import Stage, Work
+    from vlmgraft.costs.device import Device
+
+ASSUMED_TEXT = 100
+"""Tokens of a text question that cannot be read."""
+ASSUMED_PROMPT = 1000
+"""Tokens of a question that cannot be read, as `costs` assumes."""
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """One stage. seconds: expected; gpu_memory, host_memory: bytes at once; disk: bytes written; done: what of it is
+    there already, in words."""
+
+    name: str
+    seconds: float
+    gpu_memory: int
+    host_memory: int
+    disk: int
+    done: str = ""
+
+
+@dataclass
+class Faults:
+    """Collects the refusals of checks that do not depend on each other, and tells each as it is found."""
+
+    tell: Callable[[str], object]
+    texts: list[str] = field(default_factory=list)
+
+    def add(self, text: str) -> None:
+        self.texts.append(text)
+        self.tell(text)
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        try:
+            yield
+        except InputError as error:
+            self.add(str(error))
+
+
+def gated_stages(
+    recipe: Recipe, method: GatedMethod, alignment: Alignment, work: Path | None, faults: Faults
+) -> tuple[list[StageCost], str, list[str]]:
+    """The stages of a merge with gates, the device and notes, after questions, processor and device were tried."""
+    questions: list[Question] = []
+    with faults.collected():
+        questions = calibration_questions(method)
+    text: list[Question] = []
+    with faults.collected():
+        text = _text_questions(recipe, method)
+    from vlmgraft.costs.cost import fitting, stages
+    from vlmgraft.costs.device import device_of
+    from vlmgraft.costs.models import Model
+    from vlmgraft.hf.models import load_config
+    from vlmgraft.hf.placement import default_device, learning_dtype
+
+    device = device_of(None)
+    with faults.collected():
+        place, tensors = default_device(), alignment.vlm.tensors.values()
+        stored = {info.dtype for info in tensors}
+        device = device_of(place, learning_dtype(place, sum(info.elements for info in tensors), stored))
+    calibration, prompt = method.calibration, ASSUMED_PROMPT
+    count = len(questions) or calibration.samples + calibration.held_out
+    notes = [] if questions else [f"the questions were not read: {count} of {prompt} tokens each are assumed"]
+    folder = fetch(recipe.vlm, headers_only=True) if is_hub_id(recipe.vlm) else Path(recipe.vlm)
+    with faults.collected():
+        prompt = _prompt_length(folder, questions[0], calibration.max_new_tokens) if questions else prompt
+    told = ASSUMED_TEXT
+    with faults.collected():
+        told = _prompt_length(folder, text[0], method.donor_length) if text else told
+    model, load = Model.of(recipe.vlm, load_config(folder)), _load(method, count, prompt, len(text), told)
+    fit = fitting(model, load, device)
+    if isinstance(method, Frism) and method.gradient_checkpointing == "auto":
+        load = replace(load, checkpointing=fit.checkpointing)
+    if not fit.fits and device.is_gpu:
+        faults.add(fit.note)
+    kept_inputs = count * (prompt + load.answer) * model.shapes.hidden * device.width
+    notes += [fit.note, f"the text model's inputs take {kept_inputs / 1e9:.2f} GB of host memory, pixels none"]
+    with faults.collected():
+        notes += _held(alignment, method.rank)
+    reckoned = {stage.name: stage for stage in stages(model, load, device)}
+    done = _done(work, len([tensor for tensor in alignment.merged if tensor.group in ("attention", "mlp")]))
+    named = (("decompose", "decompose"), ("answer", "teacher"), ("learn", "gates"), ("fold", "fold"))
+    return [_line(label, reckoned[name], device, done.get(name, "")) for label, name in named], device.name, notes
+
+
+def _load(method: GatedMethod, count: int, prompt: int, matched: int, told: int) -> Work:
+    """The work that a method makes of `count` questions of `prompt` tokens, and `matched` text questions of `told`."""
+    from vlmgraft.costs.cost import Work
+
+    calibration, frism = method.calibration, method if isinstance(method, Frism) else None
+    held_out = min(calibration.held_out, max(0, count - calibration.samples))
+    learned, length = count - held_out, prompt + calibration.max_new_tokens
+    return Work(
+        rank=method.rank if isinstance(method.rank, int) else "full",
+        questions=learned,
+        held_out=held_out,
+        prompt=prompt,
+        answer=calibration.max_new_tokens,
+        batch=max(1, min(calibration.batch_size, learned, calibration.batch_tokens // length)),
+        answered=min(calibration.answer_batch_size, count),
+        steps=frism.steps if frism else -(-learned // calibration.batch_size),
+        checkpointing=frism is not None and frism.gradient_checkpointing is True,
+        budget=frism is not None and frism.kl_budget is not None,
+        matched=matched,
+        told=told,
+        replied=method.donor_length,
+    )
+
+
+def _held(alignment: Alignment, rank: Any) -> list[str]:
+    """What share of ‖τ‖² so many directions hold in the middle layer, where donor and base lie on this machine."""
+    sources = (alignment.donor, alignment.donor_base)
+    local = all(file.is_file() for source in sources if source is not None for file in source.files)
+    if not isinstance(rank, int) or not local:
+        return []
+    from vlmgraft.spectral.krylov import MAX_RANK, share_kept
+    from vlmgraft.spectral.task_vector import TaskVectors
+
+    if rank > MAX_RANK:
+        return []
+    middle = alignment.layers // 2
+    with TaskVectors(alignment) as taus:
+        names = [
+            tensor.name for tensor in alignment.merged if tensor.layer == middle and len(taus.shape(tensor.name)) == 2
+        ]
+        loaded = [taus.load(name) for name in names]
+    whole = sum(float(tau.double().square().sum()) for tau in loaded)
+    if not whole:
+        return []
+    kept = sum(share_kept(tau, rank) * float(tau.double().square().sum()) for tau in loaded) / whole
+    return [f"rank {rank} holds about {kept:.1%} of ‖τ‖² (in layer {middle}); rank: full holds all"]
+
+
+def calibration_questions(method: GatedMethod) -> list[Question]:
+    """The questions that gates are learned and measured on; raises DataError, also where a budget has too few."""
+    calibration = method.calibration
+    guarantee = method.budget_guarantee if isinstance(method, Frism) else None
+    wanted = calibration.samples + calibration.held_out + (guarantee.prompts if guarantee else 0)
+    read = load_questions(calibration.data, need_images=True, limit=wanted)
+    questions = [replace(question, max_pixels=calibration.max_pixels) for question in read]
+    if method.kl_budget is not None and len(questions) < wanted:
+        raise DataError(
+            f"{calibration.data}: has {len(questions)} questions; method.kl_budget {method.kl_budget:g} is learned on "
+            f"{calibration.samples} and measured on {wanted - calibration.samples} others. Give {wanted}, or lower "
+            "method.calibration.samples and held_out so that they sum to no more than there are"
+        )
+    return questions
+
+
+def _text_questions(recipe: Recipe, method: GatedMethod) -> list[Question]:
+    """The text questions of donor matching, of all donors; raises DataError, RecipeError."""
+    if not isinstance(method, Frism) or method.inject != "donor":
+        return []
+    if not method.questions:
+        raise RecipeError("method.questions: missing; inject: donor needs a file of text questions")
+    files = [method.questions] if isinstance(method.questions, str) else list(method.questions)
+    if len(files) not in (1, 1 + len(recipe.more_donors)):
+        raise RecipeError(f"method.questions: {len(files)} files for {1 + len(recipe.more_donors)} donors")
+    return [question for file in files for question in load_questions(file)]
+
+
+def _prompt_length(folder: Path, question: Question, answer: int) -> int:
+    """Tokens of a question with its image, through the chat template and the processor; raises DataError where prompt
+    and answer are longer than the model reads, CheckpointError where there is no processor."""
+    from vlmgraft.hf.batches import check_lengths, encode
+    from vlmgraft.hf.models import load_config, load_processor
+
+    processor = load_processor(folder)
+    check_lengths(load_config(folder), processor, [question], answer)
+    return int(encode(processor, [question])["input_ids"].shape[1])
+
+
+def _done(work: Path | None, matrices: int) -> dict[str, str]:
+    """What a work folder holds, by stage of the cost model. Whether it was made from these inputs is seen when the
+    merge reads it; what does not fit is made again."""
+    if work is None or not work.is_dir():
+        return {}
+    done: dict[str, str] = {}
+    factors = len([*(work / "factors").glob("*.safetensors")])
+    if factors:
+        done["decompose"] = f"{min(factors, matrices)} of {matrices} matrices are in {work / 'factors'}"
+    batches = len([*work.glob("gates.teacher/*")])
+    if batches:
+        done["teacher"] = f"{batches} batches are in {work / 'gates.teacher'}"
+    if (work / "gates" / "gates.json").is_file():
+        done["gates"] = f"gates are in {work / 'gates'}"
+    elif (work / "gates.state").is_file():
+        done["gates"] = "was begun"
+    return done
+
+
+def _line(label: str, stage: Stage, device: Device, done: str) -> StageCost:
+    """A stage of the cost model; folding, and everything without a GPU, takes the host's memory."""
+    on_host = stage.name == "fold" or not device.is_gpu
+    gpu, host = (0, int(stage.memory)) if on_host else (int(stage.memory), 0)
+    return StageCost(label, stage.seconds, gpu, host, int(stage.written), done)

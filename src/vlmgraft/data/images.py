@@ -1,0 +1,147 @@
+"""Decoding pictures that nobody vouched for: the common formats, from regular files, of a bounded number of pixels."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from vlmgraft.checkpoint.files import open_regular
+from vlmgraft.errors import CheckpointError, DataError
+
+MAX_PIXELS = 61_000_000
+"""A photograph of the largest common sensors. Pillow takes four bytes a pixel, and again as many to convert it:
+half a gigabyte."""
+ORIENTATION = 0x0112
+"""The key of EXIF data that says how a camera was held."""
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+"""What is decoded. Pillow knows more, some of which start other programs (EPS runs Ghostscript). MPO files are opened
+as JPEG; a name that Pillow cannot open by ends its search, so "MPO" must not stand here."""
+
+
+LARGEST_FILE = 1 << 28
+"""Bytes of an image file that is read whole."""
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image file that was read and checked once. digest: SHA-256 of its bytes. pixels: its width times its height.
+    data: the bytes, where they are kept.
+
+    As a text it is its path.
+    """
+
+    path: Path
+    digest: str
+    pixels: int = field(default=0, compare=False)
+    data: bytes | None = field(default=None, repr=False, compare=False)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def read(self) -> bytes:
+        """The bytes that were checked; raises DataError when the file changed since."""
+        if self.data is not None:
+            return self.data
+        again = read_image(self.path, f"image {self}", keep=True)
+        if again.digest != self.digest or again.data is None:
+            raise DataError(f"image {self}: changed while it was in use; run the command again")
+        return again.data
+
+
+def read_image(path: Path, name: str, *, keep: bool) -> ImageFile:
+    """Read a file once: check its header and checksums, take its digest, and keep its bytes if asked to.
+
+    Raises DataError as `open_picture`.
+    """
+    with _explained(name):
+        with open_regular(path) as file:
+            data = file.read(LARGEST_FILE + 1)
+        if len(data) > LARGEST_FILE:
+            raise Image.DecompressionBombError(f"more than {LARGEST_FILE:,} bytes")
+        with _opened(data) as image:
+            pixels = image.width * image.height
+            image.verify()
+    return ImageFile(path, hashlib.sha256(data).hexdigest(), pixels, data if keep else None)
+
+
+def open_picture(source: Path | bytes | bytearray, name: str) -> Image.Image:
+    """The first frame of a picture in RGB. Its size is checked before anything is decoded.
+
+    Raises:
+        DataError: naming the picture: missing, no regular file, another format, enormous, or corrupt.
+    """
+    with _explained(name), _opened(source) as image:
+        return upright_rgb(image)
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """The picture in RGB, turned as its EXIF data say; 16 bits per pixel are scaled to 8 (Pillow would clip them)."""
+    if image.mode.startswith("I;16"):
+        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+    if image.getexif().get(ORIENTATION, 1) != 1:  # else a copy would be made
+        image = ImageOps.exif_transpose(image)
+    return image.convert("RGB")
+
+
+def shrunk(image: Image.Image, pixels: int) -> Image.Image:
+    """The picture, or where it has more than so many pixels one of its proportions that has not."""
+    if image.width * image.height <= pixels:
+        return image
+    factor = math.sqrt(pixels / (image.width * image.height))
+    size = max(1, math.floor(image.width * factor)), max(1, math.floor(image.height * factor))
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def check_picture(source: Path | bytes, name: str) -> None:
+    """Look at a picture's header and checksums without decoding it; raises as `open_picture`."""
+    with _explained(name), _opened(source) as image:
+        image.verify()
+
+
+@contextmanager
+def _opened(source: Path | bytes | bytearray) -> Iterator[Image.Image]:
+    with open_regular(source) if isinstance(source, Path) else io.BytesIO(source) as file:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(file, formats=FORMATS)
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise Image.DecompressionBombError(f"{width}×{height} pixels; at most {MAX_PIXELS:,} are decoded")
+        yield image
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Whatever Pillow raises over a picture, as DataError."""
+    remedy = "replace it, or drop its line"
+    try:
+        yield
+    except FileNotFoundError:
+        raise DataError(f"{name}: missing; give its path relative to the file that names it") from None
+    except CheckpointError as error:
+        raise DataError(f"{error}" if str(error).startswith(name) else f"{name}: {error}") from None
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{name}: enormous ({error}); shrink it, or drop its line") from None
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        TypeError,
+        ArithmeticError,
+        AttributeError,
+        EOFError,
+        LookupError,
+        MemoryError,
+        RuntimeError,
+        struct.error,
+    ) as error:
+        raise DataError(f"{name}: cannot be read, or is corrupt ({str(error)[:120]}); {remedy}") from error

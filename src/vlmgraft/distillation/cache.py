@@ -1,0 +1,127 @@
+"""A teacher's answers and distributions on disk, one file per batch, named by a digest of everything they depend on.
+
+Layout: `FOLDER/KEY/KIND-0007.safetensors`. A file is written under a temporary name, flushed and renamed, so a killed
+run loses one batch at most. KEY changes with the teacher's weights and configs, its processor, the
+questions with their images' bytes, and the settings: nothing has to be invalidated. Old keys stay until the folder is
+removed; a token costs about half a kilobyte.
+
+Under torch.distributed the batches are shared out among the processes, which must see the same folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vlmgraft.checkpoint.writer import save_tensors
+from vlmgraft.distillation.distributed import barrier, process
+from vlmgraft.storage.files import scratch_folder, sweep_files
+from vlmgraft.storage.filesystem import make_folder
+from vlmgraft.storage.resources import cannot_write
+
+SAMPLES = 32
+SAMPLE_BYTES = 4096
+Unit = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class UnitCache:
+    """Units of work under one key; `folder` None keeps nothing on disk."""
+
+    folder: Path | None
+    key: str
+
+    def run(self, kind: str, count: int, make: Callable[[int], Unit]) -> Iterator[Unit]:
+        """The units 0 to count − 1 in order: read where they are on disk, made and written where they are not.
+
+        Without a folder every process makes all units. Raises OutputError when the folder cannot be written.
+        """
+        if self.folder is None:
+            yield from (make(index) for index in range(count))
+            return
+        rank, world = process()
+        if world == 1:
+            yield from (self._load_or_make(kind, index, make) for index in range(count))
+            self._sweep()
+            return
+        for index in range(rank, count, world):
+            self._load_or_make(kind, index, make)
+        barrier()
+        if rank == 0:
+            self._sweep()
+        yield from (self._load_or_make(kind, index, make) for index in range(count))
+
+    def _path(self, kind: str, index: int) -> Path:
+        assert self.folder is not None
+        return self.folder / self.key / f"{kind}-{index:04d}.safetensors"
+
+    def _load_or_make(self, kind: str, index: int, make: Callable[[int], Unit]) -> Unit:
+        path = self._path(kind, index)
+        if path.is_file():
+            try:
+                return load_file(path)
+            except SafetensorError:  # damaged after it was written: as if it were not there
+                path.unlink()
+        unit = {name: tensor.detach().cpu().contiguous() for name, tensor in make(index).items()}
+        try:
+            make_folder(path.parent)
+            save_tensors(unit, path)
+        except OSError as error:
+            raise cannot_write(path, error) from error
+        return unit
+
+    def _sweep(self) -> None:
+        """Remove what killed runs left, under other keys too."""
+        assert self.folder is not None
+        for folder in self.folder.iterdir() if self.folder.is_dir() else ():
+            if folder.is_dir():
+                sweep_files(folder)
+
+
+def digest(*parts: Any) -> str:
+    """A short fingerprint of values with a faithful repr."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
+
+
+def teacher_digest(model: Any, processor: Any) -> str:
+    """Fingerprint of a model in memory (configs, 32 samples of 4 KiB of every parameter) and of its processor's files.
+
+    The folder's path is not part of it. The library's version is: greedy answers may change with it.
+    """
+    state = hashlib.sha256(transformers.__version__.encode())
+    for config in (model.config, getattr(model, "generation_config", None)):
+        if config is not None:
+            fields = {key: value for key, value in config.to_dict().items() if key not in ("_name_or_path", "dtype")}
+            state.update(repr(sorted(fields.items(), key=str)).encode())
+    for name, parameter in model.named_parameters():
+        state.update(repr((name, parameter.dtype, tuple(parameter.shape))).encode())
+        state.update(_sample(parameter))
+    state.update(_processor_files(processor))
+    return state.hexdigest()[:20]
+
+
+def _sample(tensor: Tensor) -> bytes:
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    if len(flat) > SAMPLES * SAMPLE_BYTES:
+        step = (len(flat) - SAMPLE_BYTES) // (SAMPLES - 1)
+        flat = flat.unfold(0, SAMPLE_BYTES, step).contiguous()
+    return flat.cpu().numpy().tobytes()
+
+
+def _processor_files(processor: Any) -> bytes:
+    """Digest of what the processor saves: tokenizer, chat template, image settings."""
+    with scratch_folder() as folder:
+        processor.save_pretrained(folder)
+        state = hashlib.sha256()
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            state.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+    return state.digest()

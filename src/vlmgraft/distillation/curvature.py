@@ -1,0 +1,156 @@
+"""Curvature gates: which directions open, from one pass over the calibration set and no training.
+
+To second order, opening direction i by c_i costs a KL divergence of ½ λ² c_i² h_i, with the Fisher matrix's diagonal
+
+    h_i = E[ (Σ_t (δ_t · u_i)(x_t · v_i) · s_i)² ]                            per answer token
+
+x_t is the layer's input, δ_t the gradient at its output of −log p of a token drawn from the teacher at each answer
+position. Scores of different positions are uncorrelated: the square of a question's sum estimates the sum of squares.
+Directions open in the order of h_i / s_i² (KL per injected energy) until the KL reaches a budget: as the diagonal
+predicts it, or as it is measured on held-out prompts.
+
+Soft gates come from the same h with another injection term, the distance to the whole task vector: the minimum of
+Σ ½ λ² c_i² h_i + α (1 − c_i)² s_i² is c_i = 1 / (1 + (h_i/s_i²) / cut) with cut = 2α/λ², so that σ(g) = c for
+g = log(cut · s_i²/h_i). They are a start that learned gates can move away from; hard ones are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vlmgraft.distillation.fisher import question_gradients, tapped_scores
+from vlmgraft.distillation.pareto import within_reach
+from vlmgraft.distillation.targets import Targets
+from vlmgraft.methods.frism import check_budget
+from vlmgraft.spectral.factors import Factors
+from vlmgraft.spectral.gates import Gates, injected_energy
+
+if TYPE_CHECKING:
+    from vlmgraft.data.questions import Question
+    from vlmgraft.distillation.distill import Distiller
+
+BISECTIONS = 14
+START_REACH = 2.0
+"""Logits of a start are kept within ±2: gates between 0.12 and 0.88, which training still moves."""
+
+
+@dataclass(frozen=True)
+class FisherDiagonal:
+    """h per tensor [r], of fused experts [experts, r], float32 on the CPU, in nats per answer token at λ = 1, averaged
+    over `tokens` tokens."""
+
+    h: Mapping[str, Float[Tensor, " r"]]
+    tokens: int
+
+    def thresholds(self, factors: Mapping[str, Factors]) -> dict[str, Float[Tensor, " r"]]:
+        """h_i / s_i² per direction; infinite where s_i is zero, so that empty directions stay closed."""
+        result = {}
+        for name, h in self.h.items():
+            energy = factors[name].s.float().cpu().square()
+            result[name] = torch.where(energy > 0, h / energy.clamp_min(1e-30), torch.inf)
+        return result
+
+    def gates(self, factors: Mapping[str, Factors], scale: float, kl_budget: float) -> Gates:
+        """Hard gates whose predicted KL is the largest one within the budget, in nats per token."""
+        check_budget(kl_budget)
+        thresholds = torch.cat([value.flatten() for value in self.thresholds(factors).values()])
+        ascending, index = thresholds.sort(stable=True)
+        kl = 0.5 * scale**2 * torch.cat([h.flatten() for h in self.h.values()]).double()[index].cumsum(0)
+        count = int((kl <= kl_budget).sum())
+        cut = float(ascending[count - 1]) if count else -1.0
+        predicted = float(kl[count - 1]) if count else 0.0
+        return self.cut(factors, scale, cut, {"kl_budget": kl_budget, "predicted_kl": predicted})
+
+    def cut(
+        self,
+        factors: Mapping[str, Factors],
+        scale: float,
+        cut: float,
+        settings: Mapping[str, Any] | None = None,
+        *,
+        soft: bool = False,
+    ) -> Gates:
+        """Directions with h/s² ≤ cut fully open and the others closed, or (soft) each open by 1 / (1 + h/(s² cut))."""
+        logits = {}
+        for name, value in self.thresholds(factors).items():
+            if soft:
+                opened = (cut / value.clamp_min(1e-30)).log()
+            else:
+                opened = torch.where((value <= cut) & value.isfinite(), torch.inf, -torch.inf)
+            logits[name] = opened
+        gates = Gates(logits, scale)
+        energy = injected_energy(gates, {name: factors[name].s.cpu() for name in logits})
+        return replace(gates, settings={"inject": "curvature", "energy": energy, **(settings or {})})
+
+
+def estimate_curvature(distiller: Distiller, *, draws: int = 1, seed: int = 0) -> FisherDiagonal:
+    """h of every direction, from `draws` passes over the distiller's calibration set; the model is left as it was."""
+    factors = distiller.factors
+    h = {name: torch.zeros(factor.s.shape) for name, factor in factors.items()}
+    scores = question_gradients if any(value.ndim == 2 for value in h.values()) else tapped_scores
+    generator = torch.Generator().manual_seed(seed)
+    tokens = 0
+    with scores(distiller) as scored:
+        for _ in range(draws):
+            for batch in distiller.targets.batches:
+                for name, score in scored(batch, generator):
+                    h[name] += score.square().sum(0).cpu()
+                tokens += int(batch.predicts.sum())
+    return FisherDiagonal({name: value / tokens for name, value in h.items()}, tokens)
+
+
+def curvature_gates(
+    distiller: Distiller,
+    scale: float,
+    kl_budget: float,
+    *,
+    curvature: FisherDiagonal | None = None,
+    held_out: Sequence[Question] | Targets | None = None,
+    soft: bool = False,
+) -> Gates:
+    """Hard (or soft) gates in curvature order whose *measured* held-out KL is the largest within the budget.
+
+    The diagonal leaves the interaction of directions out, so its prediction is not trusted for the amount, only for the
+    order. About 14 measurements. held_out: questions or targets, by default the distiller's own.
+    """
+    check_budget(kl_budget)
+    curvature = estimate_curvature(distiller) if curvature is None else curvature
+    targets = held_out if isinstance(held_out, Targets | None) else distiller.teacher_targets(held_out)
+    cuts = _cuts(curvature, distiller.factors, soft)
+    low, high, best, reached = -1, len(cuts) - 1, 0.0 if soft else -1.0, 0.0
+    for _ in range(BISECTIONS):
+        if low >= high:
+            break
+        middle = (low + high + 1) // 2
+        gates = curvature.cut(distiller.factors, scale, float(cuts[middle]), soft=soft)
+        kl = distiller.keep_kl(gates, targets)
+        if kl <= kl_budget:
+            low, best, reached = middle, float(cuts[middle]), kl
+        else:
+            high = middle - 1
+    settings = {"kl_budget": kl_budget, "held_out_kl": reached, "cut": best}
+    return replace(curvature.cut(distiller.factors, scale, best, settings, soft=soft), factors=distiller.digest)
+
+
+def curvature_start(
+    distiller: Distiller, scale: float, kl_budget: float, *, curvature: FisherDiagonal | None = None, seed: int = 0
+) -> Gates:
+    """Where training starts from instead of half-open gates: soft gates at the budget, kept where they can move."""
+    curvature = estimate_curvature(distiller, seed=seed) if curvature is None else curvature
+    return within_reach(curvature_gates(distiller, scale, kl_budget, curvature=curvature, soft=True), START_REACH)
+
+
+def _cuts(curvature: FisherDiagonal, factors: Mapping[str, Factors], soft: bool) -> Float[Tensor, " cuts"]:
+    """Candidate cuts in ascending order: where a direction opens, or for soft gates a fine geometric grid from a
+    thousandth of the smallest threshold to a thousand times the largest."""
+    values = torch.cat([value.flatten() for value in curvature.thresholds(factors).values()])
+    positive = values[values.isfinite() & (values > 0)].unique()
+    if not soft or not len(positive):
+        return values[values.isfinite()].unique()
+    return torch.logspace(float(positive[0].log10()) - 3, float(positive[-1].log10()) + 3, 2**BISECTIONS - 1)

@@ -1,0 +1,264 @@
+"""Gated layers in the place of a model's projections, linear or fused experts, and back again.
+
+`gated(...)` swaps the projections of a model for gated ones and puts the originals back on exit, whatever happens.
+`checkpointed(...)` trades time for memory in the same way. The arithmetic is in `projections.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
+
+from vlmgraft.distillation.projections import (
+    Backend,
+    FactoredProjection,
+    RebuiltProjection,
+    RebuiltStack,
+    choose_backend,
+)
+from vlmgraft.errors import AlignmentError
+from vlmgraft.hf.modules import ExpertSlice, Projection, parameter_of, text_model
+from vlmgraft.spectral.factors import Factors
+
+
+class GatedLinear(nn.Module):
+    """A frozen linear layer plus gated factors.
+
+    `spectrum` [r] is set from outside before every forward pass (it is λ σ(g) ⊙ s, part of the autograd graph); None
+    means the original layer. U and Vh are in the layer's dtype and on its device; they are frozen parameters, so that
+    sharding the layer shards them too.
+    """
+
+    def __init__(self, linear: nn.Linear, factors: Factors, backend: Backend = "auto") -> None:
+        super().__init__()
+        shape = tuple(linear.weight.shape)
+        if shape != factors.shape:
+            raise AlignmentError(f"{factors.name}: factors of shape {factors.shape} do not fit a weight of {shape}")
+        self.linear = linear
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.backend: Backend = backend
+        self.U, self.Vh = _frozen(factors.U, linear.weight), _frozen(factors.Vh, linear.weight)
+        self.spectrum: Tensor | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight: some models read it from the layer."""
+        return self.linear.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The frozen bias, if any."""
+        return self.linear.bias
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """The gated projection of x."""
+        if self.spectrum is None:
+            return self.linear(x)
+        tokens = x.numel() // x.shape[-1]
+        shape = (self.out_features, self.in_features)
+        route = choose_backend(tokens, shape, len(self.spectrum), self.backend)
+        function = FactoredProjection if route == "factored" else RebuiltProjection
+        return function.apply(x, self.linear.weight, self.linear.bias, self.U, self.spectrum, self.Vh)
+
+
+class GatedStack(nn.Module):
+    """Factors of one parameter of fused experts, [experts, out, in], with a spectrum [experts, r] or None."""
+
+    def __init__(self, weight: nn.Parameter, factors: Factors, transposed: bool) -> None:
+        super().__init__()
+        U, Vh = (factors.Vh.mT, factors.U.mT) if transposed else (factors.U, factors.Vh)
+        if (*U.shape[:-1], Vh.shape[-1]) != tuple(weight.shape):
+            raise AlignmentError(
+                f"{factors.name}: factors of shape {factors.shape} do not fit experts of {tuple(weight.shape)}"
+            )
+        self.device = weight.device
+        self.U, self.Vh = _frozen(U, weight), _frozen(Vh, weight)
+        self.spectrum: Tensor | None = None
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """The experts' weight with the gated update."""
+        return weight if self.spectrum is None else RebuiltStack.apply(weight, self.U, self.spectrum, self.Vh)
+
+
+class GatedExperts(nn.Module):
+    """A module of fused experts whose weights are rebuilt with their gated update in every call.
+
+    The routing is unchanged: the model's own module runs, on other weights. Files that hold the
+    experts transposed give factors that are transposed here.
+    """
+
+    def __init__(self, experts: nn.Module, factors: Mapping[str, Factors]) -> None:
+        super().__init__()
+        self.experts = experts
+        weights = {key: getattr(experts, key) for key in factors}
+        transposed = any(tuple(weights[key].shape) != factors[key].shape for key in factors)
+        self.gated = {key: GatedStack(weights[key], factors[key], transposed) for key in factors}
+        self.stacks = nn.ModuleDict(self.gated)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The experts' own forward pass on gated weights."""
+        merged = {key: stack.merged(getattr(self.experts, key)) for key, stack in self.gated.items()}
+        return torch.func.functional_call(self.experts, merged, args, kwargs)
+
+
+def _frozen(factor: Tensor, like: Tensor) -> nn.Parameter:
+    return nn.Parameter(factor.to(like.device, like.dtype).contiguous(), requires_grad=False)
+
+
+@dataclass
+class JoinedStack:
+    """Fused experts whose matrices have factors of their own, as files that keep the experts one by one give them.
+
+    names: by expert, of the matrices that stand one below the other. ranks: of each. width: of all factors.
+    """
+
+    names: list[list[str]]
+    ranks: Mapping[str, int]
+    factors: Factors
+
+    @classmethod
+    def of(cls, parts: Mapping[str, ExpertSlice], factors: Mapping[str, Factors]) -> JoinedStack:
+        """The slices of one parameter as one stack of factors; a matrix without a gate, and what a rank lacks, is zero.
+
+        U of an expert's matrices stand in blocks, so that U diag(s) Vh of the stack is theirs, one below the other.
+        """
+        first = next(iter(parts.values()))
+        experts, rows, inner = first.stack.weight.shape
+        names = [["" for _ in range(first.parts)] for _ in range(experts)]
+        read = {name: factors[name] for name in parts}
+        for name, part in parts.items():
+            if read[name].shape != tuple(part.weight.shape):
+                shapes = f"{read[name].shape} do not fit a matrix of {tuple(part.weight.shape)}"
+                raise AlignmentError(f"{name}: factors of shape {shapes}")
+            names[part.expert][part.part] = name
+        ranks = {name: one.s.shape[-1] for name, one in read.items()}
+        width, height = max(ranks.values()), rows // first.parts
+        U, Vh = torch.zeros(experts, rows, first.parts * width), torch.zeros(experts, first.parts * width, inner)
+        for name, part in parts.items():
+            begin, row = part.part * width, part.part * height
+            U[part.expert, row : row + height, begin : begin + ranks[name]] = read[name].U.float()
+            Vh[part.expert, begin : begin + ranks[name]] = read[name].Vh.float()
+        joined = replace(next(iter(read.values())), U=U, Vh=Vh, s=torch.zeros(experts, first.parts * width))
+        return cls(names, ranks, joined)
+
+    def spectrum(self, spectra: Mapping[str, Tensor]) -> Tensor:
+        """[experts, width]: the matrices' spectra, side by side."""
+        width = self.factors.s.shape[-1] // len(self.names[0])
+        none = next(iter(spectra.values())).new_zeros(width)
+        rows = [
+            [pad(spectra[name], (0, width - self.ranks[name])) if name else none for name in row] for row in self.names
+        ]
+        return torch.stack([torch.cat(row) for row in rows])
+
+
+class GatedLayers(dict[str, GatedLinear | GatedStack]):
+    """The gated layers of a model by tensor name, with their spectra set together; `joined`: where a name stands for
+    the matrices of several."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.joined: dict[str, JoinedStack] = {}
+
+    def add(self, other: GatedLayers) -> None:
+        """Take over another's layers."""
+        self.update(other)
+        self.joined.update(other.joined)
+
+    def set(self, spectra: Mapping[str, Tensor] | None) -> None:
+        """Set every layer's spectrum; None turns all gates off: the model is then the original one."""
+        for name, layer in self.items():
+            spectrum = None
+            if spectra is not None:
+                spectrum = self.joined[name].spectrum(spectra) if name in self.joined else spectra[name]
+            layer.spectrum = None if spectrum is None else spectrum.to(layer.U.device)
+
+
+def swap_in(
+    model: nn.Module, projections: Mapping[str, Projection], factors: Mapping[str, Factors], backend: Backend = "auto"
+) -> tuple[GatedLayers, list[tuple[nn.Module, str, nn.Module]]]:
+    """Put gated layers in the place of `projections`; returns them, and (parent, key, original) of every swap.
+
+    Factors are read one matrix at a time. Raises AlignmentError, with the model as it was, when something does not fit.
+    """
+    parents = {id(child): (parent, key) for parent in model.modules() for key, child in parent.named_children()}
+    grouped: dict[int, tuple[nn.Module, dict[str, dict[str, Projection]]]] = {}
+    for name, projection in projections.items():
+        module, key = parameter_of(projection)
+        if id(module) not in parents:
+            raise AlignmentError(f"{name}: its layer is not part of the model")
+        grouped.setdefault(id(module), (module, {}))[1].setdefault(key, {})[name] = projection
+    layers, swaps = GatedLayers(), []
+    for module, keys in grouped.values():
+        wrapper: GatedLinear | GatedExperts
+        if isinstance(module, nn.Linear):
+            (name,) = keys["weight"]
+            wrapper = layers[name] = GatedLinear(module, factors[name], backend)
+        else:
+            held: dict[str, Factors] = {}
+            for key, found in keys.items():
+                slices = {name: part for name, part in found.items() if isinstance(part, ExpertSlice)}
+                if slices:
+                    layers.joined[next(iter(found))] = joined = JoinedStack.of(slices, factors)
+                held[key] = joined.factors if slices else factors[next(iter(found))]
+            wrapper = GatedExperts(module, held)
+            layers.update({next(iter(found)): wrapper.gated[key] for key, found in keys.items()})
+        swaps.append((*parents[id(module)], module, wrapper))
+    for parent, key, _, wrapper in swaps:
+        setattr(parent, key, wrapper)
+    return layers, [(parent, key, module) for parent, key, module, _ in swaps]
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Inside the context no parameter of the model has a gradient; their flags are as before on exit."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def gated(
+    model: nn.Module, projections: Mapping[str, Projection], factors: Mapping[str, Factors], backend: Backend = "auto"
+) -> Iterator[GatedLayers]:
+    """Swap `projections` (tensor name → layer of `model`) for gated layers inside the context, gates off at first.
+
+    Everything is put back on exit, also after an exception: the same layer objects, the same requires_grad flags.
+    """
+    with frozen(model):
+        layers, swaps = swap_in(model, projections, factors, backend)
+        try:
+            yield layers
+        finally:
+            for parent, key, module in swaps:
+                setattr(parent, key, module)
+
+
+@contextmanager
+def checkpointed(model: nn.Module, wanted: bool = True) -> Iterator[None]:
+    """Inside the context, decoder layers keep their input only and are run again in the backward pass.
+
+    By torch's own checkpointing on each layer's forward pass: transformers' switch works in training mode alone, and
+    gates are learned in evaluation mode, without dropout.
+    """
+    layers = list(text_model(model).layers) if wanted else []
+    try:
+        for layer in layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)

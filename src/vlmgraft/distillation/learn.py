@@ -1,0 +1,299 @@
+"""From a recipe to gates: questions read, models loaded, gates learned and kept in a folder.
+
+Under `torchrun` or `accelerate launch` every process runs the same calls: the teacher's batches are shared out, weights
+and factors are sharded, and the first process writes the gates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlmgraft.alignment import Alignment
+from vlmgraft.checkpoint.reader import Reader
+from vlmgraft.distillation.curvature import FisherDiagonal, curvature_gates, curvature_start, estimate_curvature
+from vlmgraft.distillation.distill import Distiller
+from vlmgraft.distillation.distributed import agreed, await_file, barrier, check_same, join_group, process
+from vlmgraft.distillation.guarantee import check_guarantee, within_budget
+from vlmgraft.distillation.memory import Shapes, fits_plain
+from vlmgraft.distillation.targets import Targets, join_targets
+from vlmgraft.distillation.trainer import Training
+from vlmgraft.errors import OutputError, RecipeError, WeightsError
+from vlmgraft.hf.batches import check_lengths
+from vlmgraft.hf.models import empty_vlm, load_config, load_processor, load_text_model, load_vlm
+from vlmgraft.hf.modules import match_projections
+from vlmgraft.hf.placement import default_device, learning_dtype
+from vlmgraft.merging.pieces import squared_norm
+from vlmgraft.methods.curvature import Curvature
+from vlmgraft.methods.frism import Frism, GatedMethod
+from vlmgraft.recipe.resolve import Job, Questions
+from vlmgraft.spectral.decompose import check_store, decompose
+from vlmgraft.spectral.factor_store import MANIFEST, SUFFIX, FactorStore, Store, donor_folder, open_store
+from vlmgraft.spectral.gate_store import load_gates, save_gates
+from vlmgraft.spectral.gates import Gates
+from vlmgraft.spectral.task_vector import TaskVectors, checkpoint_digest, file_stamp
+from vlmgraft.spectral.threads import threads_for
+from vlmgraft.storage.files import sweep_files
+from vlmgraft.storage.filesystem import make_folder
+from vlmgraft.storage.progress import Progress
+from vlmgraft.storage.publish import sweep_folders
+from vlmgraft.storage.resources import free_memory
+
+READ_ALIKE = ("max_new_tokens", "batch_size", "answer_batch_size", "batch_tokens", "packing", "tokens")
+"""Fields of `Calibration` that a `Distiller` has, too."""
+
+
+def check_inputs(job: Job, gates: Path) -> None:
+    """Before hours of work: questions and images fit in the models' contexts, and the VLM's weights are finite.
+
+    Donor and base are checked while they are decomposed. Where `gates` holds what the job would learn, the VLM is not
+    read: the fold checks it. Raises DataError, WeightsError.
+    """
+    check_questions(job)
+    if kept_gates(job, gates) is None:
+        with Reader(job.vlm) as reader:
+            for tensor in job.alignment.merged:
+                if math.isnan(squared_norm(reader.tensor(tensor.name).float().reshape(-1))):
+                    file = job.vlm.tensors[tensor.name].file
+                    raise WeightsError(f"{tensor.name} in {file} (vlm): holds NaN or infinity")
+
+
+def check_questions(job: Job) -> None:
+    """The part of `check_inputs` that reads no weights: modules that can be gated, and questions."""
+    if job.vlm.packed:
+        raise RecipeError(
+            f"vlm {job.vlm.path}: its weights are quantised, and gates are learned in 16 bits: merge it once by "
+            "task_arithmetic with scale: 0, and give that folder"
+        )
+    match_projections(empty_vlm(job.vlm.path), [tensor.name for tensor in job.alignment.merged])
+    learned, held_out, donors, unseen = questions_of(job)
+    if isinstance(job.method, Frism):
+        check_guarantee(job.method)
+    longest = job.method.calibration.max_new_tokens
+    config, processor = load_config(job.vlm.path), load_processor(job.vlm.path)
+    check_lengths(config, processor, [*learned, *held_out, *unseen], longest)
+    longest = job.method.donor_length
+    for alignment, questions in zip(job.alignments, donors, strict=False):
+        if questions:
+            check_lengths(config, processor, questions, longest)
+            path = alignment.donor.path
+            check_lengths(load_config(path), load_processor(path), questions, longest)
+
+
+def questions_of(job: Job) -> Questions:
+    """The job's questions; a job that was resolved without them has no learning stage."""
+    if job.questions is None:
+        raise RecipeError(f"method.name: {job.recipe.method.name}: the job was resolved without questions")
+    return job.questions
+
+
+def factors_for(job: Job, out: Path, *, resume: bool, progress: Progress | None) -> Store:
+    """Factors of every donor under `out`, as `decompose` makes them; on a GPU, with the copies that training reads."""
+    make_folder(out.parent)
+    device = default_device()
+    options: dict[str, Any] = {"resume": resume, "train_copy": device.type == "cuda", "device": device}
+    join_group()
+    for number, alignment in enumerate(job.alignments):
+        decompose(alignment, donor_folder(out, number), job.method.rank, progress=progress, **options)
+    barrier()  # every process has done its share
+    for number, alignment in enumerate(job.alignments):
+        folder = donor_folder(out, number)
+        if process() != (0, 1):
+            agreed(partial(_finished, alignment, folder, job, options))
+        await_file(folder / MANIFEST)
+    store = open_store(out)
+    check_same("the factors", store.digest)
+    return store
+
+
+def _finished(alignment: Alignment, folder: Path, job: Job, options: Mapping[str, Any]) -> bool:
+    """See to the manifest of a store that several processes wrote: none of them may have seen all files at its end."""
+    for name in TaskVectors(alignment).names:
+        await_file(folder / f"{name}{SUFFIX}")
+    if not FactorStore(folder).complete:
+        decompose(alignment, folder, job.method.rank, **{**options, "resume": True})
+    return True
+
+
+def check_factors(job: Job, folder: Path) -> None:
+    """Raise CheckpointError unless the folder holds the factors of this recipe, of every donor."""
+    for number, alignment in enumerate(job.alignments):
+        check_store(alignment, FactorStore(donor_folder(folder, number)), job.method.rank)
+
+
+def gates_for(job: Job, store: Store, out: Path, progress: Progress | None, *, replace_others: bool = True) -> Gates:
+    """What `out` holds for this job and these factors, or gates learned now and saved there.
+
+    Beside `out`, `out.teacher` keeps the teacher's answers and log-probabilities, a batch at a time, and `out.state`
+    the training, every few steps: what was interrupted goes on from them. replace_others: gates of another recipe are
+    replaced; otherwise they raise OutputError.
+    """
+    join_group()
+    rank = process()[0]
+    check_same("the factors", store.digest)
+    kept = agreed(lambda: kept_gates(job, out))
+    if kept is not None and kept.factors == store.digest:
+        if rank == 0:
+            _drop_state(out)  # of a run that was killed between the gates and this
+        return kept
+    if not replace_others and agreed((out / "gates.json").is_file):
+        raise OutputError(f"{out}: holds gates of another recipe; name another folder, or remove it first")
+    made_from = learned_from(job)
+    barrier()
+    with threads_for(sum(info.elements for info in job.vlm.tensors.values())):
+        learned = _learn(job, store, out, progress if rank == 0 else None)
+    gates = replace(learned, settings={**learned.settings, "from": made_from}, factors=store.digest)
+    if rank == 0:
+        save_gates(gates, out)
+        _drop_state(out)
+    barrier()
+    return gates
+
+
+def kept_gates(job: Job, out: Path, **more: Any) -> Gates | None:
+    """The gates in `out` if they were learned from what this job names (and `more`), with whatever factors.
+
+    The VLM is believed to be the same where its files are (`file_stamp`); else its content is compared.
+    """
+    if not (out / "gates.json").is_file():
+        return None
+    gates = load_gates(out)
+    recorded = gates.settings.get("from")
+    if not isinstance(recorded, dict):
+        return None
+    known = {key: value for key, value in recorded.items() if key not in ("vlm", "vlm_stamp")}
+    if known != {**_named_by(job), **more}:
+        return None
+    stamp = file_stamp(job.vlm)
+    same = (bool(stamp) and recorded.get("vlm_stamp") == stamp) or recorded.get("vlm") == checkpoint_digest(job.vlm)
+    return gates if same else None
+
+
+def _drop_state(out: Path) -> None:
+    """Remove the state of a training that is done, and what killed runs left."""
+    state = out.with_name(out.name + ".state")
+    state.unlink(missing_ok=True)
+    sweep_files(state.parent, state.name)
+    sweep_folders(out, finished=True)
+
+
+def learned_from(job: Job) -> dict[str, Any]:
+    """What gates must have been learned from to be used again; JSON values."""
+    stamp = file_stamp(job.vlm)  # before the content, so that a change in between is noticed
+    return {**_named_by(job), "vlm": checkpoint_digest(job.vlm), "vlm_stamp": stamp}
+
+
+def _named_by(job: Job) -> dict[str, Any]:
+    """The part of `learned_from` that no checkpoint is read for: a digest, as it names files of this machine."""
+    method: dict[str, Any] = asdict(job.method)
+    method.pop("gradient_checkpointing", None)  # memory only: the gates are the same
+    donors = [[str(pair.donor.path), str(pair.donor_base.path if pair.donor_base else None)] for pair in job.alignments]
+    named = {"recipe": method, "donors": donors, "questions": list(job.digests)}
+    return {"job": hashlib.sha256(json.dumps(named, sort_keys=True, default=str).encode()).hexdigest()}
+
+
+def _learn(job: Job, store: Store, out: Path, progress: Progress | None) -> Gates:
+    method = job.method
+    distiller, donor = distiller_for(job, store, out, progress)
+    state = out.with_name(out.name + ".state")
+    started = agreed(state.is_file)
+    unseen = questions_of(job).unseen
+    prompts = distiller.teacher_targets(unseen) if unseen else None
+    learned = learned_gates(distiller, method, donor, started=started, state=state)
+    if "held_out_kl" not in learned.settings and distiller.held_out_targets is not None:
+        learned = replace(learned, settings={**learned.settings, "held_out_kl": distiller.keep_kl(learned)})
+    if prompts is None or not isinstance(method, Frism):
+        return learned
+    return within_budget(method, distiller, learned, prompts)
+
+
+def learned_gates(
+    distiller: Distiller,
+    method: GatedMethod,
+    donor: Targets | None = None,
+    *,
+    curvature: FisherDiagonal | None = None,
+    started: bool = False,
+    state: Path | None = None,
+) -> Gates:
+    """The gates of a recipe's method: in the order of the curvature, or trained.
+
+    curvature: as `estimate_curvature` gave it for this method's draws and seed, where it is known. state: the file of
+    `Distiller.learn`; started: a training goes on from it.
+    """
+    if isinstance(method, Curvature):
+        curvature = curvature or estimate_curvature(distiller, draws=method.draws, seed=method.seed)
+        return curvature_gates(distiller, method.scale, method.kl_budget, curvature=curvature)
+    start: Gates | float = 0.0
+    if method.start == "curvature" and method.kl_budget is not None and not started:
+        start = curvature_start(distiller, method.scale, method.kl_budget, seed=method.seed)
+    return distiller.learn(method.scale, donor=donor, state=state, start=start, **training_of(method, distiller))
+
+
+def training_of(method: GatedMethod, distiller: Distiller) -> dict[str, Any]:
+    """The fields of `Training` that a recipe has, but for the scale."""
+    names = ({field.name for field in fields(Training)} & {field.name for field in fields(method)}) - {"scale"}
+    settings = {name: getattr(method, name) for name in names}
+    return settings | {"gradient_checkpointing": checkpoints(method, distiller)}
+
+
+def reading_of(method: GatedMethod) -> dict[str, Any]:
+    """The fields of `Distiller` that a recipe has."""
+    return {name: getattr(method.calibration, name) for name in READ_ALIKE} | {"seed": method.seed}
+
+
+def checkpoints(method: GatedMethod, distiller: Distiller) -> bool:
+    """Whether to checkpoint: as the recipe says, or (auto) where the largest batch would not fit without it."""
+    wanted = getattr(method, "gradient_checkpointing", False)
+    if wanted != "auto":
+        return bool(wanted)
+    device, batches = distiller.model.device, distiller.targets.batches
+    cuda = device.type == "cuda"
+    memory = torch.cuda.get_device_properties(device).total_memory if cuda else free_memory()
+    return not fits_plain(
+        Shapes.of(distiller.model.config),
+        memory,
+        rank=method.rank if isinstance(method.rank, int) else "full",
+        tokens=max(batch.tokens() for batch in batches),
+        answer_tokens=max(int(batch.predicts.sum()) for batch in batches),
+        gpus=process()[1],
+        width=distiller.model.dtype.itemsize,
+    )
+
+
+def distiller_for(job: Job, store: Store, out: Path, progress: Progress | None) -> tuple[Distiller, Targets | None]:
+    """The recipe's models and questions, ready to train; with the donors' targets for donor matching."""
+    method = job.method
+    learned, held_out, donors, _ = questions_of(job)
+    device = default_device()
+    tensors = job.vlm.tensors.values()
+    dtype = learning_dtype(device, sum(info.elements for info in tensors), {info.dtype for info in tensors})
+    curvature = isinstance(method, Curvature) or method.start == "curvature"
+    distiller = Distiller(
+        load_vlm(job.vlm.path, dtype, device),
+        load_processor(job.vlm.path),
+        store,
+        learned,
+        held_out,
+        progress=progress,
+        cache=out.with_name(out.name + ".teacher"),
+        sharded=process()[1] > 1 and not curvature,
+        keep_factors=curvature,
+        **reading_of(method),
+    )
+    if not isinstance(method, Frism) or method.inject != "donor":
+        return distiller, None
+    parts = []
+    for alignment, questions in zip(job.alignments, donors, strict=True):
+        path = alignment.donor.path
+        donor = load_text_model(path, dtype, device), load_processor(path)
+        parts.append(distiller.donor_targets(*donor, questions, max_new_tokens=method.donor_length))
+    return distiller, join_targets(parts)

@@ -1,0 +1,160 @@
+"""Memory of learning gates, computed from a model's config: weights, factors, gates, activations, logits, per GPU.
+
+Activations are what autograd keeps for the backward pass, counted tensor by tensor for decoder layers of the Llama kind
+(two RMS norms, grouped-query attention by a fused kernel, gated feed-forward); a test holds the count against what a
+run keeps. Not counted: the allocator's slack, CUDA's own memory, communication buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+
+from vlmgraft.distillation.projections import Backend, choose_backend
+from vlmgraft.hf.modules import text_experts, text_linears, text_model
+
+Rank = int | Literal["full"]
+
+GATE_BYTES = 24
+"""Per gate, float32: logit, gradient, two moments of Adam, σ(g) and the spectrum."""
+LOGIT_BYTES = 14
+"""Per answer token and word: the head's bfloat16 output, float32 logits, log-probabilities and their gradient."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the count needs of a model. projections: (name, out, in) of one decoder layer; the rest in parameters.
+
+    experts: (experts, out, in) of one layer's stacks of fused experts, of which a token takes `active`.
+    """
+
+    layers: int
+    layer_parameters: int
+    other_parameters: int
+    projections: tuple[tuple[str, int, int], ...]
+    hidden: int
+    heads: int
+    vocabulary: int
+    experts: tuple[tuple[int, int, int], ...] = ()
+    active: int = 0
+
+    @classmethod
+    def of(cls, config: Any) -> Shapes:
+        """From a transformers config, by building the model without memory."""
+        from transformers import AutoModelForImageTextToText
+
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config)
+        text = config.get_text_config(decoder=True)
+        linears = text_linears(model)
+        first = [(name.split(".")[-2], *linear.weight.shape) for name, linear in linears.items() if ".0." in name[:9]]
+        stacks = [tuple(stack.weight.shape) for name, stack in text_experts(model).items() if ".0." in name[:9]]
+        inside = {id(parameter) for layer in text_model(model).layers for parameter in layer.parameters()}
+        whole = sum(parameter.numel() for parameter in model.parameters())
+        layered = sum(parameter.numel() for parameter in model.parameters() if id(parameter) in inside)
+        return cls(
+            text.num_hidden_layers,
+            layered // text.num_hidden_layers,
+            whole - layered,
+            tuple((name, out, inner) for name, out, inner in first),
+            text.hidden_size,
+            text.num_attention_heads,
+            text.vocab_size,
+            tuple((count, out, inner) for count, out, inner in stacks),
+            getattr(text, "num_experts_per_tok", 0) if stacks else 0,
+        )
+
+    def width(self, name: str) -> int:
+        """Output width of a projection by its last name; 0 where there is none."""
+        return next((out for projection, out, _ in self.projections if projection == name), 0)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU. gathered: what sharding holds whole for a moment, two layers (one is fetched ahead)."""
+
+    weights: int
+    factors: int
+    gathered: int
+    gates: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def memory_of(
+    shapes: Shapes,
+    *,
+    rank: Rank = "full",
+    tokens: int = 8192,
+    answer_tokens: int = 512,
+    gpus: int = 1,
+    checkpointing: bool = False,
+    backend: Backend = "auto",
+    width: int = 2,
+) -> Memory:
+    """Memory of one training step, in bytes on one of `gpus` GPUs.
+
+    tokens: of a batch on one GPU, images and padding included; answer_tokens: those that count. rank: directions per
+    matrix. backend: as `choose_backend` takes them for these tokens, or one for all. width: bytes of a weight or
+    activation, 2 in bfloat16.
+    """
+    ranks = [min(out, inner) if rank == "full" else min(rank, out, inner) for _, out, inner in shapes.projections]
+    per_layer = sum(r * (out + inner) for r, (_, out, inner) in zip(ranks, shapes.projections, strict=True))
+    stacks = [(count, min(out, inner) if rank == "full" else min(rank, out, inner), out, inner)
+              for count, out, inner in shapes.experts]  # fmt: skip
+    per_layer += sum(count * r * (out + inner) for count, r, out, inner in stacks)
+    gates = sum(ranks) + sum(count * r for count, r, _, _ in stacks)
+    layer_bytes = width * (shapes.layer_parameters + per_layer)
+    layer = _kept_per_layer(shapes, ranks, tokens, backend, width)
+    norm = tokens * (4 * shapes.hidden + 4)  # the last one's; the first one's is not kept: no gradient goes below it
+    kept = layer + shapes.layers * tokens * width * shapes.hidden + norm if checkpointing else shapes.layers * layer
+    return Memory(
+        weights=width * (shapes.layers * shapes.layer_parameters // gpus + shapes.other_parameters),
+        factors=width * shapes.layers * per_layer // gpus,
+        gathered=0 if gpus == 1 else 2 * layer_bytes,
+        gates=GATE_BYTES * shapes.layers * gates,
+        activations=kept,
+        logits=LOGIT_BYTES * answer_tokens * shapes.vocabulary,
+    )
+
+
+ROOM = 0.9
+"""Of a device's memory: the rest is the allocator's slack, its own library, and communication."""
+
+
+def fits_plain(shapes: Shapes, memory: float, **work: Any) -> bool:
+    """Whether a training step fits into `memory` bytes without checkpointing; `work` as `memory_of` takes it."""
+    return memory_of(shapes, checkpointing=False, **work).total <= ROOM * memory
+
+
+_INPUTS = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "gate_proj": "feed", "up_proj": "feed"}
+"""Projections that read the same tensor."""
+
+
+def _kept_per_layer(shapes: Shapes, ranks: Sequence[int], tokens: int, backend: Backend, width: int) -> int:
+    """Bytes that autograd keeps for one decoder layer, frozen weights and factors aside."""
+    queries, keys, feed = shapes.width("q_proj"), shapes.width("k_proj"), shapes.width("gate_proj")
+    norms = 2 * (4 * shapes.hidden + 4)  # float32 inputs, and one over their root mean square
+    attention = width * (2 * queries + 2 * keys) + 4 * shapes.heads  # q, k, v, output; log-sum-exp
+    rotation = 2 * width * queries // shapes.heads  # cosines and sines
+    inner, inputs, merged = 0, {}, 0
+    for rank, (name, out, width_in) in zip(ranks, shapes.projections, strict=True):
+        if choose_backend(tokens, (out, width_in), rank, backend) == "factored":
+            inner += rank
+        else:
+            inputs[_INPUTS.get(name, name)] = width_in
+            merged += out * width_in
+    projections = width * (inner + sum(inputs.values()))
+    per_token = norms + attention + rotation + projections + 3 * width * feed  # gate, silu(gate), up
+    merged += sum(count * out * inner for count, out, inner in shapes.experts)  # always rebuilt
+    # of every expert that a token takes: its inputs and outputs, and what lies between its two stacks
+    per_token += 2 * width * shapes.active * sum(out + inner for _, out, inner in shapes.experts)
+    return tokens * per_token + width * merged

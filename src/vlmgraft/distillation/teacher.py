@@ -1,0 +1,232 @@
+"""What the teacher computes, once: its greedy answers, and its distributions on their tokens (or on all text tokens).
+
+Both are kept in a `UnitCache`, a batch at a time, so that an interruption costs one batch and a second run nothing.
+The student's inputs are made anew: they are what the processor and the frozen vision tower give.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from vlmgraft.data.questions import questions_digest
+from vlmgraft.distillation.cache import Unit, UnitCache, digest, teacher_digest
+from vlmgraft.distillation.targets import FULL_VOCABULARY, TOP_K, Distribution, TargetBatch, Targets, moved
+from vlmgraft.errors import DataError
+from vlmgraft.hf.batches import (
+    Batch,
+    Progress,
+    Question,
+    append_answers,
+    batches,
+    encode,
+    generate_batch,
+    text_positions,
+    to_device,
+)
+from vlmgraft.hf.capture import capture_text_inputs, replay_is_exact
+from vlmgraft.hf.modules import tokenizer_of
+from vlmgraft.storage.resources import out_of_memory
+
+Tokens = Literal["answer", "all"]
+Packing = Literal["shuffle", "length"]
+Side = tuple[Any, Any]
+
+_PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+
+
+@torch.no_grad()
+def build_targets(
+    teacher: Side,
+    student: Side,
+    questions: Sequence[Question],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 48,
+    answer_batch_size: int | None = None,
+    batch_tokens: int | None = None,
+    packing: Packing = "shuffle",
+    tokens: Tokens = "answer",
+    seed: int = 0,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> Targets:
+    """The teacher's greedy answers and distributions, and the student's inputs for the same answers.
+
+    teacher, student: (model, processor or tokenizer); the same pair when a model teaches itself. They share token ids.
+    answer_batch_size: of the answering, else `batch_size`. batch_tokens: at most so many in a batch, padding included.
+    packing: "shuffle" mixes questions in a batch, "length" puts similar lengths together (less padding, less mixing).
+    tokens: which positions count: those of the answer, or of all text, prompt included. cache: a folder that keeps
+    the teacher's answers and distributions. Raises DataError when there is nothing to learn from.
+    """
+    if not questions:
+        raise DataError("no questions to learn from: give at least one")
+    if tokens not in ("answer", "all"):
+        raise DataError(f'tokens: {tokens!r} is neither "answer" nor "all"')
+    answering = answer_batch_size or batch_size
+    key = digest(teacher_digest(*teacher), questions_digest(questions), max_new_tokens, answering) if cache else ""
+    units = UnitCache(cache, key)
+    answers, lengths = _answers(teacher, questions, max_new_tokens, answering, units, progress)
+    image_tokens = placeholders(teacher[0]) | placeholders(student[0])
+    answers = [_before(image_tokens, answer) for answer in answers]
+    _check_answers(teacher[0], questions, answers)
+    lengths = [prompt + len(answer) for prompt, answer in zip(lengths, answers, strict=True)]
+    groups = pack(questions, lengths, batch_size, packing, seed, batch_tokens)
+    sides = {
+        id(side[0]): _Prompts(side, questions, answers, groups, image_tokens, tokens) for side in (teacher, student)
+    }
+    reading, learning = sides[id(teacher[0])], sides[id(student[0])]
+
+    def log_probabilities(index: int) -> Unit:
+        with out_of_memory("reading the teacher's answers", "lower batch_size or max_new_tokens"):
+            target = reading.batch(index, replayed=reading is learning).distribution(teacher[0])
+        return {"log_p": target.log_p} | ({} if target.ids is None else {"ids": target.ids.int()})
+
+    packed = (packing, batch_size, batch_tokens, seed)
+    kind = "targets-" + digest(packed, tokens, TOP_K, FULL_VOCABULARY, sorted(image_tokens))[:8]
+    target_batches: list[TargetBatch] = []
+    for index, unit in enumerate(units.run(kind, len(groups), log_probabilities)):
+        ids = unit["ids"].long().cpu() if "ids" in unit else None
+        target_batches.append(replace(learning.batch(index), target=Distribution(unit["log_p"].cpu(), ids)))
+        if progress is not None:
+            progress(index + 1, len(groups), "targets")
+    return Targets(tuple(target_batches), len(questions), tuple(tuple(answer) for answer in answers))
+
+
+@dataclass
+class _Prompts:
+    """Prompts with the teacher's answers, as one model reads them, in batches."""
+
+    side: Side
+    questions: Sequence[Question]
+    answers: Sequence[Sequence[int]]
+    groups: Sequence[Sequence[int]]
+    placeholders: set[int]
+    tokens: Tokens
+    exact: bool | None = None
+    last: tuple[int, TargetBatch] | None = None
+
+    def batch(self, index: int, *, replayed: bool = True) -> TargetBatch:
+        """Batch `index` without a target, on the CPU; with the text model's inputs captured, if replay is exact."""
+        if self.last is not None and self.last[0] == index:
+            return self.last[1]
+        model = self.side[0]
+        inputs, predicts = self._inputs(index)
+        captured = None
+        if replayed:
+            on_device = moved(inputs, model.device)
+            if self.exact is None:
+                self.exact = replay_is_exact(model, on_device, predicts.to(model.device))
+            captured = moved(capture_text_inputs(model, on_device), "cpu") if self.exact else None
+        read: Callable[[], Batch] = (lambda: self._inputs(index)[0]) if captured is not None else (lambda: inputs)
+        batch = TargetBatch(inputs["input_ids"], read, captured, predicts, Distribution(torch.empty(0), None))
+        self.last = (index, batch)
+        return batch
+
+    def _inputs(self, index: int) -> tuple[Batch, Tensor]:
+        """What the model reads, on the CPU, and which positions count."""
+        model, processor = self.side
+        chosen = [self.questions[i] for i in self.groups[index]]
+        replies = [self.answers[i] for i in self.groups[index]]
+        inputs, predicts = append_answers(encode(processor, chosen), replies, tokenizer_of(processor).pad_token_id or 0)
+        if self.tokens == "all":
+            predicts = text_positions(inputs, self.placeholders)
+        return to_device(inputs, "cpu", model.dtype), predicts
+
+
+def _answers(
+    teacher: Side,
+    questions: Sequence[Question],
+    max_new_tokens: int,
+    batch_size: int,
+    cache: UnitCache,
+    progress: Progress | None,
+) -> tuple[list[list[int]], list[int]]:
+    """The teacher's greedy answers as token ids and the prompts' lengths in tokens, in the order of the questions."""
+    groups = batches(questions, batch_size)
+
+    def answer(index: int) -> Unit:
+        replies, prompts = generate_batch(*teacher, [questions[i] for i in groups[index]], max_new_tokens)
+        flat = torch.tensor([token for reply in replies for token in reply], dtype=torch.int64)
+        return {
+            "lengths": torch.tensor([len(reply) for reply in replies]),
+            "tokens": flat,
+            "prompts": torch.tensor(prompts),
+        }
+
+    answers: list[list[int]] = [[] for _ in questions]
+    lengths = [0] * len(questions)
+    done = 0
+    for indices, unit in zip(groups, cache.run("answers", len(groups), answer), strict=True):
+        rows = unit["tokens"].split(unit["lengths"].tolist())
+        for index, answer_ids, length in zip(indices, rows, unit["prompts"].tolist(), strict=True):
+            answers[index], lengths[index] = answer_ids.tolist(), length
+        done += len(indices)
+        if progress is not None:
+            progress(done, len(questions), "answers")
+    return answers, lengths
+
+
+def _check_answers(model: Any, questions: Sequence[Question], answers: Sequence[Sequence[int]]) -> None:
+    """Questions with an empty answer teach next to nothing: say so, and refuse when all are empty.
+
+    An answer is empty when it has no token, or only the one that ends it.
+    """
+    ends = model.generation_config.eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends or [])
+    pairs = zip(questions, answers, strict=True)
+    empty = [question.question for question, answer in pairs if not set(answer) - ends]
+    if not empty:
+        return
+    note = f"the teacher's answer is empty for {len(empty)} of {len(questions)} questions, first {empty[0][:60]!r}"
+    if len(empty) == len(questions):
+        raise DataError(f"{note}; use questions that the model answers")
+    warnings.warn(f"{note}; there is little to learn from them", stacklevel=3)
+
+
+def placeholders(model: Any) -> set[int]:
+    """Token ids that stand for images and videos."""
+    return {token for key in _PLACEHOLDERS if (token := getattr(model.config, key, None)) is not None}
+
+
+def _before(placeholders: set[int], answer: list[int]) -> list[int]:
+    """The answer up to the first image or video placeholder: read back as input, it would ask for an image."""
+    return answer[: next((index for index, token in enumerate(answer) if token in placeholders), len(answer))]
+
+
+def pack(
+    questions: Sequence[Question],
+    lengths: Sequence[int],
+    batch_size: int,
+    packing: Packing,
+    seed: int,
+    batch_tokens: int | None = None,
+) -> list[list[int]]:
+    """Indices in batches of at most so many questions and tokens (padding included; a longer one is alone), images and
+    plain text apart; by "length" a batch holds similar lengths (in tokens, images included), else a mixture."""
+    order = torch.randperm(len(questions), generator=torch.Generator().manual_seed(seed)).tolist()
+    if packing == "length":
+        order.sort(key=lambda i: lengths[i])
+    elif packing != "shuffle":
+        raise DataError(f'packing: {packing!r} is neither "shuffle" nor "length"')
+    groups = ([i for i in order if questions[i].images], [i for i in order if not questions[i].images])
+    return [batch for group in groups for batch in _cut(group, lengths, batch_size, batch_tokens or sum(lengths))]
+
+
+def _cut(order: Sequence[int], lengths: Sequence[int], batch_size: int, batch_tokens: int) -> Iterator[list[int]]:
+    """Consecutive batches that hold to both limits."""
+    batch: list[int] = []
+    for index in order:
+        longest = max(lengths[i] for i in (*batch, index))
+        if batch and (len(batch) == batch_size or longest * (len(batch) + 1) > batch_tokens):
+            yield batch
+            batch = []
+        batch = [*batch, index]
+    if batch:
+        yield batch

@@ -1,0 +1,103 @@
+"""A model as judge, beside the rules: an OpenAI-compatible endpoint (a hosted one, or a local vLLM server).
+
+The judge sees question, reference and answer, and says whether the answer is right. Its verdicts are kept on disk, so
+no answer is judged twice; the summary shows its score and how often it agrees with the rules, whose score counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlmgraft.data.questions import json_lines
+from vlmgraft.errors import InputError, VlmgraftError
+
+if TYPE_CHECKING:
+    from vlmgraft.evaluation.records import Record
+
+PROMPT = """Does the answer below state the reference as its final result? Wording and form do not matter, values do.
+Reply with one word: yes or no.
+
+Question: {question}
+Reference: {reference}
+Answer: {answer}"""
+LONGEST_ANSWER = 6_000
+"""Characters of an answer that the judge reads, at its end."""
+SECONDS = 120
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Where to ask. The key, where one is needed, is read from the environment variable OPENAI_API_KEY.
+
+    url: the endpoint's base, such as http://127.0.0.1:8000/v1. cache: a file of verdicts as JSON lines.
+    """
+
+    url: str
+    model: str
+    cache: Path
+
+    def verdicts(self, records: Sequence[Record]) -> dict[str, bool | None]:
+        """Record id → right, wrong, or None where the judge's reply is neither yes nor no.
+
+        Only scored records with an answer are judged. Raises VlmgraftError when the endpoint cannot be reached; what
+        was judged before is kept.
+        """
+        known = {row["key"]: row["right"] for _, row in json_lines(self.cache)} if self.cache.is_file() else {}
+        verdicts: dict[str, bool | None] = {}
+        for record in records:
+            if record.state != "scored":
+                continue
+            prompt = PROMPT.format(
+                question=record.prompt, reference=" or ".join(record.expected), answer=record.output[-LONGEST_ANSWER:]
+            )
+            key = hashlib.sha256(f"{self.model}\0{prompt}".encode()).hexdigest()
+            if key not in known:
+                known[key] = self._ask(prompt)
+                with self.cache.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"key": key, "right": known[key]}) + "\n")
+            verdicts[record.id] = known[key]
+        return verdicts
+
+    def _ask(self, prompt: str) -> bool | None:
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": prompt}],
+            "temperature": 0,
+            "max_tokens": 8,
+        }
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("OPENAI_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        if not self.url.startswith(("http://", "https://")):
+            raise InputError(f"the judge's address must begin with http:// or https://, got {self.url!r}")
+        request = urllib.request.Request(
+            self.url.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers, method="POST"
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=SECONDS) as response:
+                reply = json.load(response)["choices"][0]["message"]["content"]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise VlmgraftError(f"judge {self.model} at {self.url}: {error!s:.200}; is the server up?") from error
+        word = str(reply).strip().lower()
+        return True if word.startswith("yes") else False if word.startswith("no") else None
+
+
+def agreement(records: Sequence[Record], verdicts: Mapping[str, bool | None]) -> dict[str, float]:
+    """The judge's score, and the share of its verdicts in which the rules agree (right is a score of ½ or more)."""
+    pairs = [
+        (right, (record.score or 0) >= 0.5) for record in records if (right := verdicts.get(record.id)) is not None
+    ]
+    if not pairs:
+        return {}
+    total = len(pairs)
+    return {
+        "judge's score": sum(right for right, _ in pairs) / total,
+        "agreement with the judge": sum(right == ruled for right, ruled in pairs) / total,
+    }

@@ -1,0 +1,173 @@
+"""One row per item asked, and its file: appended batch by batch, read again by a resumed run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from vlmgraft.errors import DataError
+from vlmgraft.evaluation.answers import Verdict, read_final, repeats
+from vlmgraft.evaluation.answers.text import storable
+from vlmgraft.evaluation.answers.values import yes_or_no
+from vlmgraft.evaluation.items import Item
+from vlmgraft.evaluation.metrics import FREE_FORM, METRICS
+from vlmgraft.storage.jsonl import as_dict, write_rows
+
+RECORDS = "records.jsonl"
+State = Literal["scored", "unscored", "failed", "not asked"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What became of one item.
+
+    state: scored; unscored (asked, but no reference answer); failed (the model could not be asked: counts as wrong);
+    not asked (the item itself is at fault: counts nowhere, but is listed). score in [0, 1], None unless scored or
+    failed. tokens of the answer, the end token included; cut: the limit came before the end; found: an answer could
+    be read; repeated: the answer ends in a loop. images: how many were shown.
+    """
+
+    id: str
+    key: str
+    task: str
+    kind: str
+    metric: str
+    state: State
+    prompt: str
+    images: int
+    output: str
+    answer: str
+    how: str
+    expected: tuple[str, ...]
+    choices: tuple[str, ...]
+    score: float | None
+    tokens: int
+    prompt_tokens: int
+    cut: bool
+    found: bool
+    repeated: bool
+    category: str = ""
+    group: str = ""
+    part: str = ""
+    pairing: str = ""
+    fault: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """right, wrong, partly, or the state when there is no score."""
+        if self.score is None:
+            return self.state
+        return "right" if self.score == 1 else "wrong" if self.score == 0 else "partly"
+
+    @property
+    def empty(self) -> bool:
+        """Asked, and nothing was said."""
+        return self.state in ("scored", "unscored") and not self.output.strip()
+
+
+def record_of(item: Item, prompt: str, output: str, *, tokens: int, prompt_tokens: int, cut: bool) -> Record:
+    """The record of an answered item, judged by the item's metric."""
+    if item.answers:
+        judged = METRICS[item.metric](output, item.expected)
+        if cut and _unfinished(item, output):
+            judged = Verdict("", 0.0, False, "none")
+    else:
+        answer, how = read_final(output)
+        judged = Verdict(answer, 0.0, bool(answer), how)
+    counts = {"tokens": tokens, "prompt_tokens": prompt_tokens, "cut": cut, "repeated": repeats(output)}
+    reading = {"answer": judged.answer, "how": judged.how, "found": judged.found}
+    state, score = ("scored", judged.score) if item.answers else ("unscored", None)
+    return _record(item, state=state, score=score, prompt=prompt, output=output, **reading, **counts)
+
+
+def _unfinished(item: Item, output: str) -> bool:
+    """Whether the limit may have cut the answer itself: a number or a text of one's own at the very end, without a box
+    or tag that closes. "1" may have gone on as "15"; a chosen letter, and yes or no, stand where they are."""
+    answer, how = read_final(output)
+    stands = item.metric not in FREE_FORM or item.choices or how in ("box", "tag")
+    return not stands and yes_or_no(answer) is None and output.rstrip().endswith(answer)
+
+
+def fault_record(item: Item, fault: str, *, failed: bool) -> Record:
+    """The record of an item that was not answered: the model failed (a wrong answer, if there is a right one), or the
+    item is at fault."""
+    score = 0.0 if failed and item.answers else None
+    nothing: dict[str, Any] = {"prompt": item.question, "output": "", "answer": "", "how": "none", "score": score}
+    nothing |= {"tokens": 0, "prompt_tokens": 0, "cut": False, "found": False, "repeated": False, "fault": fault}
+    return _record(item, state="failed" if failed else "not asked", **nothing)
+
+
+def _record(item: Item, **outcome: Any) -> Record:
+    of_item = {name: getattr(item, name) for name in ("id", "key", "task", "kind", "metric", "category", "choices")}
+    grouped = {"group": item.group, "part": item.part, "pairing": item.pairing}
+    row: dict[str, Any] = {**of_item, **grouped, "images": len(item.images), "expected": item.answers, **outcome}
+    row |= {name: storable(value) for name, value in row.items() if isinstance(value, str)}
+    return Record(**row)
+
+
+def append_records(path: Path, records: Sequence[Record]) -> None:
+    """Append records in one write, and flush them to the disk: after a kill at most the last line is cut."""
+    data = "".join(json.dumps(as_dict(record), ensure_ascii=False) + "\n" for record in records).encode()
+    with path.open("ab", buffering=0) as file:
+        file.write(data)
+        os.fsync(file.fileno())
+
+
+def load_records(path: str | Path) -> list[Record]:
+    """The records of a file or an evaluation's folder; a last line cut short is dropped. Raises DataError with file and
+    line."""
+    path = Path(path) / RECORDS if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; it should hold the records of `vlmgraft evaluate`")
+    lines = path.read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            records.append(read_record(json.loads(line)))
+        except (ValueError, TypeError, RecursionError) as error:
+            if number == len(lines):
+                break
+            raise DataError(
+                f"{path}, line {number}: no record of an evaluation ({error!s:.200}); take a whole copy of the folder"
+            ) from error
+    return records
+
+
+def read_record(row: dict[str, Any]) -> Record:
+    """A record from its JSON object; raises TypeError for missing fields and other types. Unknown ones are ignored."""
+    if not isinstance(row, dict):
+        raise TypeError(f"{type(row).__name__} where a mapping should be")
+    values = {field.name: row[field.name] for field in fields(Record) if field.name in row}
+    for name, value in values.items():
+        if not isinstance(value, _TYPES.get(name, str)):
+            raise TypeError(f"{name} is {value!r:.60}")
+    lists = {name: tuple(map(str, value)) for name, value in values.items() if isinstance(value, list)}
+    return Record(**{**values, **lists})
+
+
+_TYPES: dict[str, Any] = {
+    **dict.fromkeys(("expected", "choices"), list),
+    **dict.fromkeys(("cut", "found", "repeated"), bool),
+    **dict.fromkeys(("images", "tokens", "prompt_tokens"), int),
+    "score": int | float | None,
+}
+"""Of the fields that are no texts, what JSON makes of them."""
+
+
+def drop_partial_line(path: Path) -> None:
+    """Cut off what stands behind the last line end: the trace of a kill in the middle of a write."""
+    data = path.read_bytes() if path.is_file() else b""
+    if data and not data.endswith(b"\n"):
+        with path.open("r+b") as file:
+            file.truncate(data.rfind(b"\n") + 1)
+
+
+def save_records(path: Path, records: Iterable[Record]) -> None:
+    """Write all records, atomically."""
+    write_rows(path, records)

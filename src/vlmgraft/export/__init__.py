@@ -1,0 +1,1 @@
+"""What leaves the house: LoRA adapters, model cards, folders on a hub."""

@@ -1,0 +1,1 @@
+"""DRIFT: multimodal fine-tuning whose gradients a donor's direction turns (arXiv 2510.15050)."""

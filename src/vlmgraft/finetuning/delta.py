@@ -1,0 +1,180 @@
+"""Δ of DRIFT's prior, streamed from checkpoint folders: donor − VLM, donor − base, or a task vector behind gates.
+
+One tensor of each checkpoint is in memory at a time; what stays is Δ itself, in bfloat16 unless asked otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from vlmgraft.alignment import AlignedTensor, Alignment, align, assemble
+from vlmgraft.alignment.select import selects
+from vlmgraft.checkpoint.index import open_checkpoint
+from vlmgraft.checkpoint.reader import Reader
+from vlmgraft.errors import AlignmentError, WeightsError
+from vlmgraft.finetuning.prior import Delta, Mode, Prior, PushRule, PushVerdict, Schedule, Storage
+from vlmgraft.spectral.factor_store import FactorStore, check_gates, sources_of_factors
+from vlmgraft.spectral.factors import Factors
+from vlmgraft.spectral.gate_store import load_gates
+from vlmgraft.spectral.gates import Gates
+
+Minus = Literal["vlm", "base"]
+ALIKE: Mapping[str, float] = {}
+"""Every tensor takes the whole strength."""
+
+
+def load_prior(
+    vlm: str | Path,
+    donor: str | Path,
+    donor_base: str | Path | None = None,
+    *,
+    modules: Sequence[str] | Mapping[str, float] = ("attention",),
+    layers: str | int | Sequence[int] = "all",
+    mode: Mode = "adaptive",
+    strength: float = 1.0,
+    schedule: Schedule = "constant",
+    minus: Minus = "vlm",
+    store: Storage = "device",
+) -> Prior:
+    """The prior of two or three folders or hub ids, for `DriftCallback` or `bind_prior`; raises as `make_prior`.
+
+    modules, layers: groups or patterns, and ranges, as in every recipe; a mapping gives each entry its share of the
+    strength, a tensor takes that of the first entry that selects it.
+    """
+    rule = PushRule(mode, strength, schedule)
+    base = open_checkpoint(donor_base) if donor_base else None
+    alignment = align(open_checkpoint(vlm), open_checkpoint(donor), base, modules=tuple(modules), layers=layers)
+    return make_prior(alignment, rule, minus=minus, shares=shares_of(modules), store=store)
+
+
+def shares_of(modules: Sequence[str] | Mapping[str, float]) -> Mapping[str, float]:
+    """The share of the strength of each entry of `modules`: 1 where none is written."""
+    return modules if isinstance(modules, Mapping) else dict.fromkeys(modules, 1.0)
+
+
+def make_prior(
+    alignment: Alignment,
+    rule: PushRule | None = None,
+    *,
+    minus: Minus = "vlm",
+    shares: Mapping[str, float] = ALIKE,
+    store: Storage = "device",
+    dtype: torch.dtype = torch.bfloat16,
+) -> Prior:
+    """The prior of an alignment: Δ = W_donor − W_vlm, or W_donor − W_base, for its merged tensors.
+
+    shares: of the rule's strength, by group or pattern.
+
+    Raises:
+        AlignmentError: no base was given, or Δ is zero everywhere.
+        WeightsError: NaN or infinity in a checkpoint (names tensor and file).
+    """
+    if minus == "base" and alignment.donor_base is None:
+        raise AlignmentError("donor_base: missing; with delta: base the prior is the donor minus its base")
+    with ExitStack() as stack:
+        keys = ("donor", "donor_base") if minus == "base" else ("donor",)
+        readers = {key: stack.enter_context(Reader(getattr(alignment, key))) for key in keys}
+
+        def load(tensor: AlignedTensor, weight: Tensor) -> Tensor:
+            return _difference(alignment, tensor, weight, readers, minus)
+
+        prior = _collect(alignment, load, rule, shares, store, dtype)
+        read = {key: reader.digests() for key, reader in readers.items()}
+        return replace(prior, sources={**prior.sources, **read})
+
+
+def filtered_prior(
+    alignment: Alignment,
+    factors: FactorStore | Mapping[str, Factors],
+    gates: Gates | str | Path,
+    rule: PushRule | None = None,
+    *,
+    shares: Mapping[str, float] = ALIKE,
+    store: Storage = "device",
+    dtype: torch.dtype = torch.bfloat16,
+) -> Prior:
+    """A prior along what FRISM's gates leave open (not in the paper): Δ = U diag(σ(g) ⊙ s) Vh.
+
+    For the merged tensors that have gates.
+
+    Raises:
+        CheckpointError: the gates belong to other factors. AlignmentError: no merged tensor has gates, or all are shut.
+    """
+    gates = gates if isinstance(gates, Gates) else load_gates(gates)
+    check_gates(gates, factors)
+    logits = gates.logits
+
+    def load(tensor: AlignedTensor, _: Tensor) -> Tensor | None:
+        if tensor.name not in logits or tensor.name not in factors:
+            return None
+        factor = factors[tensor.name]
+        return factor.update(factor.s * gates.open(tensor.name))
+
+    prior = _collect(alignment, load, rule, shares, store, dtype)
+    return replace(prior, sources={**sources_of_factors(factors), **prior.sources})
+
+
+def _collect(
+    alignment: Alignment,
+    load: Callable[[AlignedTensor, Tensor], Tensor | None],
+    rule: PushRule | None,
+    shares: Mapping[str, float],
+    store: Storage,
+    dtype: torch.dtype,
+) -> Prior:
+    """Every Δ with its norm, and every tensor's verdict. load: Δ from the tensor and the VLM's own values."""
+    deltas: dict[str, Delta] = {}
+    verdicts = []
+    with Reader(alignment.vlm) as vlm:
+        for tensor in alignment.tensors:
+            if tensor.verdict != "merged":
+                verdicts.append(PushVerdict(tensor.name, tensor.verdict, tensor.reason))
+                continue
+            weight = vlm.tensor(tensor.name)
+            value = load(tensor, weight)
+            if value is None:
+                verdicts.append(PushVerdict(tensor.name, "kept", "it has no gates: only gated matrices are pushed"))
+                continue
+            delta = _measured(tensor, value.to(dtype), weight.float(), shares)
+            if delta.norm > 0:
+                deltas[tensor.name] = delta
+                verdicts.append(PushVerdict(tensor.name, "pushed", tensor.reason))
+            else:
+                verdicts.append(PushVerdict(tensor.name, "zero", "the donor's tensor is the same: Δ is zero"))
+    if not deltas:
+        raise AlignmentError(
+            f"{alignment.donor.path}: Δ is zero for every selected tensor, or none has gates: nothing to push towards; "
+            "check that donor and vlm (or donor_base) are what you mean, and `modules`"
+        )
+    return Prior(rule or PushRule(), deltas, tuple(verdicts), store, {"vlm": vlm.digests()})
+
+
+def _measured(tensor: AlignedTensor, value: Tensor, weight: Tensor, shares: Mapping[str, float]) -> Delta:
+    role = tensor.role or tensor.name
+    share = next((share for entry, share in shares.items() if selects(entry, tensor.name, role, tensor.group)), 1.0)
+    norm = float(torch.linalg.vector_norm(value, dtype=torch.float64))
+    start = float((weight * value.float()).sum(dtype=torch.float64))
+    size = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
+    return Delta(tensor.name, role, tensor.group, value, norm, start, size, share)
+
+
+def _difference(
+    alignment: Alignment, tensor: AlignedTensor, weight: Tensor, readers: Mapping[str, Reader], minus: Minus
+) -> Tensor:
+    """W_donor − W_vlm or W_donor − W_base in float32, in the VLM's shape; weight: the VLM's tensor."""
+    sides: list[Tensor] = []
+    for key in ("donor", "vlm" if minus == "vlm" else "donor_base"):
+        source: Any = None if key == "vlm" else getattr(tensor, key)
+        side = weight if key == "vlm" else assemble(source, readers[key].tensor, tuple(weight.shape), weight)
+        if not torch.isfinite(side).all():
+            names = tensor.name if key == "vlm" else ", ".join(source.names)
+            raise WeightsError(f"{names} of {getattr(alignment, key).path}: holds NaN or infinity; fetch it again")
+        sides.append(side.float())
+    return sides[0] - sides[1]

@@ -1,0 +1,137 @@
+"""DRIFT's gradient prior, pure: how far a gradient is pushed along the donor's direction (arXiv 2510.15050).
+
+    absolute   g' = g − a·Δ
+    grad_norm  g' = g − a·‖g‖·Δ/‖Δ‖
+    adaptive   g' = g − a·(1 + cos(g, Δ))/2 · ‖g‖·Δ/‖Δ‖
+
+The paper writes `+` with a = −1, its code `−` with a = +1: the same. A positive strength moves the weights towards the
+donor, since the optimiser goes against g'. The adaptive push is strongest (a·‖g‖) where the data would move the weight
+away from the donor, and vanishes where they already move it along Δ. The released code rescales Δ to the parameter's
+norm in absolute mode, the paper does not: `rescale`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from vlmgraft.errors import RecipeError
+
+Mode = Literal["adaptive", "grad_norm", "absolute"]
+Schedule = Literal["constant", "linear", "cosine"]
+Storage = Literal["device", "cpu"]
+
+
+@dataclass(frozen=True)
+class PushRule:
+    """How strongly gradients are pushed. strength: a, at the start; schedule: how it decays to zero over training.
+
+    rescale: in absolute mode, Δ is taken at the parameter's norm, as the released code does.
+    """
+
+    mode: Mode = "adaptive"
+    strength: float = 1.0
+    schedule: Schedule = "constant"
+    rescale: bool = False
+
+    def __post_init__(self) -> None:
+        for option, kind in (("mode", Mode), ("schedule", Schedule)):
+            value = getattr(self, option)
+            if value not in get_args(kind):
+                raise RecipeError(f"prior.{option}: {value!r} is none of {', '.join(get_args(kind))}")
+        if not 0 <= self.strength < math.inf:
+            raise RecipeError(f"prior.strength: {self.strength} must be 0 or more; a positive one moves to the donor")
+        if self.rescale and self.mode != "absolute":
+            raise RecipeError(f"prior.rescale: only absolute takes Δ at a length of its own, not {self.mode}")
+
+    def strength_at(self, progress: float) -> float:
+        """The strength when a share `progress` (0 to 1) of the training is done."""
+        left = 1 - min(max(progress, 0.0), 1.0)
+        factors = {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left))}
+        return self.strength * factors[self.schedule]
+
+
+@dataclass(frozen=True)
+class PushVerdict:
+    """What the prior does with one tensor of the VLM: pushed, zero (Δ vanishes), excluded or kept, and why."""
+
+    name: str
+    verdict: Literal["pushed", "zero", "excluded", "kept"]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Delta:
+    """Δ of one tensor, on the CPU. name: the VLM's, on disk. role: inside the text model.
+
+    norm: ‖Δ‖ as stored. start: ⟨W_vlm, Δ⟩, from which the distance covered towards the donor is measured.
+    size: ‖W_vlm‖. share: of the rule's strength, for this tensor.
+    """
+
+    name: str
+    role: str
+    group: str
+    value: Tensor
+    norm: float
+    start: float
+    size: float
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Prior:
+    """A rule, the Δ it pushes along (by VLM tensor name), and a verdict for every tensor of the VLM.
+
+    store: where Δ lies while training. `device` takes its size (2 bytes an element) of the accelerator's memory, `cpu`
+    keeps it in pinned memory and copies it over at every step. sources: checkpoint → tensor → digest of what Δ was made
+    from, as it was read.
+    """
+
+    rule: PushRule
+    deltas: Mapping[str, Delta]
+    verdicts: tuple[PushVerdict, ...]
+    store: Storage = "device"
+    sources: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+
+def cosine(dot: Tensor, grad_norm: Tensor, delta_norm: Tensor) -> Tensor:
+    """cos(g, Δ) from ⟨g, Δ⟩ and both norms (any shape); 0 where one of them is zero, and never beyond ±1."""
+    scale = grad_norm * delta_norm
+    return torch.where(scale > 0, dot / scale, torch.zeros_like(dot)).clamp(-1, 1)
+
+
+def push_length(
+    mode: Mode, strength: float | Tensor, grad_norm: Tensor, dot: Tensor, delta_norm: Tensor, target_norm: Tensor
+) -> Tensor:
+    """ℓ ≥ 0 of g' = g − ℓ·Δ/‖Δ‖, for many tensors at once (all arguments of one shape).
+
+    target_norm: the norm at which absolute takes Δ: ‖Δ‖ itself, or the parameter's.
+    """
+    if mode == "absolute":
+        return strength * target_norm
+    if mode == "grad_norm":
+        return strength * grad_norm
+    return strength * (1 + cosine(dot, grad_norm, delta_norm)) / 2 * grad_norm
+
+
+def pushed(grad: Tensor, delta: Tensor, rule: PushRule, parameter: Tensor | None = None) -> Tensor:
+    """g' of one tensor, written out as in the paper: the slow twin of what the trainer does, at the first step.
+
+    grad, delta, parameter: one shape; the parameter is needed for `rescale` alone. A Δ of zero pushes nothing.
+    """
+    norm = delta.norm()
+    if norm == 0:
+        return grad.clone()
+    if rule.mode == "absolute":
+        length = parameter.norm() / norm if rule.rescale and parameter is not None else 1.0
+        return grad - rule.strength * length * delta
+    unit, size = delta / norm, grad.norm()
+    if rule.mode == "grad_norm":
+        return grad - rule.strength * size * unit
+    cos = (grad * unit).sum() / size if size > 0 else torch.zeros(())
+    return grad - rule.strength * (1 + cos) / 2 * size * unit

@@ -1,0 +1,221 @@
+"""Questions about images as padded batches, and greedy answers to them.
+
+Works with a VLM and its processor, and with a text LLM and its tokenizer (questions without images).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from vlmgraft.data.questions import Question, load_questions, open_images
+from vlmgraft.errors import DataError
+from vlmgraft.hf.modules import tokenizer_of
+from vlmgraft.hf.templates import prompt_text
+from vlmgraft.storage.progress import Progress
+from vlmgraft.storage.resources import is_memory, out_of_memory
+
+__all__ = [
+    "Batch",
+    "Progress",
+    "Question",
+    "append_answers",
+    "batches",
+    "check_lengths",
+    "encode",
+    "generate",
+    "generate_batch",
+    "generate_ids",
+    "load_questions",
+    "text_positions",
+    "to_device",
+]
+
+Batch = dict[str, Any]
+PIXELS_PER_CHARACTER = 200
+"""A token is four letters of text or, at Qwen2.5-VL's 28 × 28, 784 pixels."""
+
+
+def encode(processor: Any, questions: Sequence[Question]) -> Batch:
+    """Prompts through the chat template as one left-padded batch: input_ids, attention_mask, and the image tensors.
+
+    All questions of a batch have images, or none has: `batches` sees to it. Raises DataError, CheckpointError.
+    """
+    tokenizer = tokenizer_of(processor)
+    texts = [prompt_text(processor, question) for question in questions]
+    images = [open_images(question) for question in questions]
+    if any(images) and processor is tokenizer:
+        raise DataError(
+            f"{questions[0].name}: has an image, but the model reads text only: {tokenizer.name_or_path} has no "
+            "processor that this transformers knows; of a vision-language model, take processor_config.json and "
+            "preprocessor_config.json from the release of its weights, or save them again with transformers"
+        )
+    start = tokenizer.bos_token
+    options: dict[str, Any] = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+    if start is not None and texts[0].startswith(start):
+        options["add_special_tokens"] = False  # the template wrote it already
+    if any(images):
+        options["images"] = images
+    return _processed(processor, questions, texts, options)
+
+
+def _processed(processor: Any, questions: Sequence[Question], texts: list[str], options: Mapping[str, Any]) -> Batch:
+    """What the processor makes of texts and images; DataError names the question that it refuses."""
+    try:
+        return dict(processor(text=texts, **options))
+    except (ValueError, TypeError, LookupError, RuntimeError) as error:
+        if is_memory(error):
+            raise
+        if len(questions) > 1:
+            for question in questions:
+                encode(processor, [question])
+        raise DataError(
+            f"{questions[0].name}: the processor cannot read it ({error!s:.200}); mend it, or drop it"
+        ) from error
+
+
+def batches(questions: Sequence[Question], batch_size: int) -> list[list[int]]:
+    """Indices in batches of similar length, longest first (what does not fit in memory fails at once), images and
+    plain text apart. Images count by their pixels, so that small and large ones do not share a batch."""
+
+    def cost(index: int) -> int:
+        question = questions[index]
+        return len(question.prompt) + 4000 * len(question.images) + question.pixels // PIXELS_PER_CHARACTER
+
+    order = sorted(range(len(questions)), key=lambda index: (-cost(index), index))
+    groups = ([i for i in order if questions[i].images], [i for i in order if not questions[i].images])
+    return [group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)]
+
+
+def append_answers(batch: Mapping[str, Any], answers: Sequence[Sequence[int]], pad: int) -> tuple[Batch, torch.Tensor]:
+    """A left-padded prompt batch with answers appended, padded on the right, and where the answers are predicted.
+
+    Returns the batch, with every per-token tensor [batch, length] rebuilt, and a boolean mask [batch, length] that is
+    true at the positions whose logits predict an answer token.
+    """
+    ids, keep = batch["input_ids"], batch["attention_mask"].bool()
+    prompts = keep.sum(1).tolist()
+    length = max(prompt + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
+    predicts = torch.zeros(len(ids), length, dtype=torch.bool)
+    result = dict(batch)
+    for key, value in batch.items():
+        if not isinstance(value, torch.Tensor) or value.shape[:2] != ids.shape or value.ndim != 2:
+            continue
+        fill = pad if key == "input_ids" else 0
+        result[key] = torch.full((len(ids), length), fill, dtype=value.dtype)
+        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            result[key][row, :prompt] = value[row][keep[row]]
+            if key in ("input_ids", "attention_mask"):
+                tail = torch.tensor(answer) if key == "input_ids" else 1
+                result[key][row, prompt : prompt + len(answer)] = tail
+            predicts[row, prompt - 1 : prompt + len(answer) - 1] = True
+    return result, predicts
+
+
+def text_positions(batch: Mapping[str, Any], placeholders: Collection[int] = ()) -> torch.Tensor:
+    """Where the next token is text of prompt or answer, [batch, length]: neither padding nor one of `placeholders`.
+
+    For a right-padded batch, as `append_answers` makes it.
+    """
+    ids, keep = batch["input_ids"], batch["attention_mask"].bool()
+    text = keep & ~torch.isin(ids, torch.tensor(sorted(placeholders), dtype=ids.dtype, device=ids.device))
+    return torch.cat([text[:, 1:], torch.zeros_like(text[:, :1])], dim=1)
+
+
+@torch.no_grad()
+def generate_batch(
+    model: Any,
+    processor: Any,
+    questions: Sequence[Question],
+    max_new_tokens: int,
+    options: Mapping[str, Any] | None = None,
+) -> tuple[list[list[int]], list[int]]:
+    """Greedy answers to one batch as token ids, the end token included when it was reached; the prompts' lengths.
+    `options` of `generate`, such as do_sample and temperature, replace the greedy ones.
+
+    Raises DataError when prompt and answer are longer than the model reads, VlmgraftError when memory runs out.
+    """
+    tokenizer = tokenizer_of(processor)
+    ends = model.generation_config.eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends or [])
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
+    encoded = encode(processor, questions)
+    _check_length(model.config, encoded, questions, max_new_tokens)
+    batch = to_device(encoded, model.device, model.dtype)
+    greedy: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    with out_of_memory(f"answering {len(questions)} questions at once", "lower batch_size or max_new_tokens"):
+        output = model.generate(
+            **batch, max_new_tokens=max_new_tokens, pad_token_id=pad, **(greedy | dict(options or {}))
+        )
+    answers = []
+    for row in output[:, batch["input_ids"].shape[1] :].tolist():
+        stop = next((index + 1 for index, token in enumerate(row) if token in ends), len(row))
+        answers.append(row[:stop])
+    return answers, encoded["attention_mask"].sum(1).tolist()
+
+
+def generate_ids(
+    model: Any,
+    processor: Any,
+    questions: Sequence[Question],
+    max_new_tokens: int,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+) -> list[list[int]]:
+    """Greedy answers as token ids, in the order of the questions; batches and errors as `generate_batch`."""
+    answers: list[list[int]] = [[] for _ in questions]
+    done = 0
+    for indices in batches(questions, batch_size):
+        replies, _ = generate_batch(model, processor, [questions[i] for i in indices], max_new_tokens)
+        for index, answer in zip(indices, replies, strict=True):
+            answers[index] = answer
+        done += len(indices)
+        if progress is not None:
+            progress(done, len(questions), "answers")
+    return answers
+
+
+def generate(
+    model: Any,
+    processor: Any,
+    questions: Sequence[Question],
+    max_new_tokens: int,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Greedy answers as text without special tokens, in the order of the questions."""
+    tokenizer = tokenizer_of(processor)
+    rows = generate_ids(model, processor, questions, max_new_tokens, batch_size, progress)
+    return [str(tokenizer.decode(row, skip_special_tokens=True)).strip() for row in rows]
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
+    """The batch on a device; floating tensors (images) also in the model's dtype."""
+    return {
+        key: value.to(device, dtype if value.is_floating_point() else None)
+        if isinstance(value, torch.Tensor)
+        else value
+        for key, value in batch.items()
+    }
+
+
+def check_lengths(config: Any, processor: Any, questions: Sequence[Question], max_new_tokens: int) -> None:
+    """Every prompt, images included, and its answer fit in the model's context; raises DataError naming the question.
+
+    Needs the config and the processor only, so it can run before any weight is read.
+    """
+    for indices in batches(questions, 8):
+        chosen = [questions[i] for i in indices]
+        _check_length(config, encode(processor, chosen), chosen, max_new_tokens)
+
+
+def _check_length(config: Any, batch: Mapping[str, Any], questions: Sequence[Question], max_new_tokens: int) -> None:
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    for question, length in zip(questions, batch["attention_mask"].sum(1).tolist(), strict=True):
+        if limit is not None and length + max_new_tokens > limit:
+            raise DataError(
+                f"{question.name}: prompt and answer need {length + max_new_tokens} tokens, the "
+                f"model reads {limit}; shorten the question, shrink its images, or lower max_new_tokens"
+            )

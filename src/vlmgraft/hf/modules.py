@@ -1,0 +1,179 @@
+"""Parts of a loaded transformers model: its text model, output head and linear layers, by role and not by module name.
+
+Names on disk are not module names: a linear layer is found by its role in the text model, such as
+"layers.3.self_attn.q_proj.weight", which is the end of its tensor name in every family.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from vlmgraft.alignment.families import renamed
+from vlmgraft.errors import AlignmentError
+
+_EXPERT = re.compile(r"(layers\.\d+\..*\bexperts\.)(\d{1,9})\.(\w+)\.weight")
+_ROLE = re.compile(r"(?:^|\.)(?:layers|blocks)\.(\d+)\.(.+)$")
+
+
+def tokenizer_of(processor: Any) -> Any:
+    """The tokenizer inside a processor; a tokenizer is its own."""
+    return getattr(processor, "tokenizer", processor)
+
+
+def text_model(model: Any) -> Any:
+    """The decoder stack of the language model: the module with token embeddings and as many layers as the text
+    configuration says. Raises AlignmentError when none or several fit.
+
+    Vision towers have `layers` too, but no `embed_tokens`; a suffix alone would not tell them apart. Of Nemotron-H,
+    whose token embeddings have another name, the stack with an embedding beside it.
+    """
+    depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    if depth is None:
+        raise AlignmentError(f"{type(model).__name__}: its config names no text model with num_hidden_layers")
+    stacks = [(module, dict(module.named_children())) for module in model.modules()]
+    stacks = [
+        (module, children)
+        for module, children in stacks
+        if isinstance(layers := children.get("layers"), nn.ModuleList) and len(layers) == depth
+    ]
+    candidates = [module for module, children in stacks if "embed_tokens" in children] or [
+        module for module, children in stacks if any(isinstance(child, nn.Embedding) for child in children.values())
+    ]
+    if len(candidates) != 1:
+        raise AlignmentError(
+            f"{type(model).__name__}: {len(candidates)} modules look like a text model of {depth} layers"
+        )
+    return candidates[0]
+
+
+def output_head(model: Any) -> nn.Module:
+    """The layer from hidden states to logits."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise AlignmentError(f"{type(model).__name__} has no output head; load it with its language-model class")
+    return head
+
+
+def text_linears(model: Any) -> dict[str, nn.Linear]:
+    """Role → linear layer, for every linear layer inside the decoder layers."""
+    return {
+        role_of(f"{name}.weight"): module
+        for name, module in text_model(model).named_modules()
+        if name.startswith("layers.") and isinstance(module, nn.Linear)
+    }
+
+
+@dataclass(frozen=True)
+class ExpertStack:
+    """One parameter of a module of fused experts, [experts, out, in], where a gated projection can stand in for it."""
+
+    module: nn.Module
+    key: str
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter itself."""
+        return getattr(self.module, self.key)
+
+
+@dataclass(frozen=True)
+class ExpertSlice:
+    """The matrix [out, in] of one expert, which files keep by itself, in fused experts: number `part` of the `parts`
+    matrices that stand one below the other there (gate, up)."""
+
+    stack: ExpertStack
+    expert: int
+    part: int = 0
+    parts: int = 1
+
+    @property
+    def weight(self) -> Tensor:
+        """A view of the fused parameter."""
+        return self.of(self.stack.weight.detach())
+
+    def of(self, fused: Tensor) -> Tensor:
+        """A view of this matrix in what has the fused parameter's shape."""
+        return fused[self.expert].chunk(self.parts)[self.part]
+
+
+Projection = nn.Linear | ExpertStack | ExpertSlice
+
+
+def text_experts(model: Any) -> dict[str, ExpertStack]:
+    """Role → fused experts, for every three-dimensional parameter inside the decoder layers."""
+    stacks = {}
+    for name, module in text_model(model).named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            if name.startswith("layers.") and parameter.ndim == 3 and "conv" not in name:
+                stacks[role_of(f"{name}.{key}")] = ExpertStack(module, key)
+    return stacks
+
+
+def role_of(name: str) -> str:
+    """The role of a tensor of the text model, from its name on disk; the name itself outside decoder layers."""
+    match = _ROLE.search(name)
+    return f"layers.{match[1]}.{renamed(match[2])}" if match else name
+
+
+def match_linears(model: Any, names: Iterable[str]) -> dict[str, nn.Linear]:
+    """Tensor name (on disk, or a role) → linear layer of the model; raises AlignmentError naming what has none."""
+    linears = text_linears(model)
+    result = {}
+    for name in names:
+        if role_of(name) not in linears:
+            if ".experts." in name:
+                why = "its experts have other names, or another layout, in the model"
+            else:
+                why = "gates act on linear layers and fused experts of the text model only"
+            raise AlignmentError(
+                f"{name}: no linear layer {role_of(name)!r} in {type(model).__name__}: {why}; leave it out "
+                "of `modules`, such as modules: [attention]"
+            )
+        result[name] = linears[role_of(name)]
+    return result
+
+
+def match_projections(model: Any, names: Iterable[str]) -> dict[str, Projection]:
+    """Tensor name (on disk, or a role) → linear layer, fused experts, or one expert's matrix in them; raises
+    AlignmentError naming what has none."""
+    stacks = text_experts(model)
+    found: dict[str, Projection | None] = {name: stacks.get(role_of(name)) or slice_of(stacks, name) for name in names}
+    linears = match_linears(model, [name for name, projection in found.items() if projection is None])
+    return {name: projection or linears[name] for name, projection in found.items()}
+
+
+def slice_of(stacks: Mapping[str, ExpertStack], name: str) -> ExpertSlice | None:
+    """Where fused experts [experts, out, in] hold the matrix that files keep under `name`; None where none do."""
+    match = _EXPERT.fullmatch(role_of(name))
+    if match is None:
+        return None
+    before, expert, kind = match[1], int(match[2]), match[3]
+    halves = {"gate_proj": 0, "up_proj": 1}
+    stack = stacks.get(before + kind)
+    parts, part = 1, 0
+    if stack is None and kind in halves:
+        stack, parts, part = stacks.get(f"{before}gate_up_proj"), 2, halves[kind]
+    if stack is None or expert >= len(stack.weight) or getattr(stack.module, "is_transposed", False):
+        return None
+    return ExpertSlice(stack, expert, part, parts)
+
+
+def put(projection: Projection, weight: Tensor) -> Tensor:
+    """Give a projection another weight; the one that it had."""
+    if isinstance(projection, ExpertSlice):
+        before = projection.weight.clone()
+        projection.weight.copy_(weight)
+        return before
+    before, projection.weight.data = projection.weight.data, weight.to(projection.weight)
+    return before
+
+
+def parameter_of(projection: Projection) -> tuple[nn.Module, str]:
+    """The module that holds a projection's weight, and the weight's name in it."""
+    projection = projection.stack if isinstance(projection, ExpertSlice) else projection
+    return (projection.module, projection.key) if isinstance(projection, ExpertStack) else (projection, "weight")

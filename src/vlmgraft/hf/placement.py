@@ -1,0 +1,64 @@
+"""Where models are loaded and in which dtype: the first GPU in bfloat16, or the CPU in float32.
+
+`VLMGRAFT_DEVICE` and `VLMGRAFT_DTYPE`, which `--device` and `--dtype` set, say otherwise; a process that `torchrun`
+started takes the GPU of its own number.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from vlmgraft.errors import InputError
+from vlmgraft.storage.torchrun import whole_number
+
+LARGE = 50_000_000
+"""Parameters from which on the time of a step is that of its products: below, bfloat16 saves nothing."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def default_device() -> torch.device:
+    """The device that is asked for, else this process's GPU, else the CPU.
+
+    Raises:
+        InputError: the device that is asked for cannot be used.
+    """
+    name = os.environ.get("VLMGRAFT_DEVICE", "")
+    if not name:
+        available = torch.cuda.is_available()
+        return torch.device("cuda", whole_number("LOCAL_RANK", 0)) if available else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", whole_number("LOCAL_RANK", 0))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: cannot be used ({str(error)[:120]}); write cpu, or another") from None
+    return device
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """The dtype that is asked for, else bfloat16 on a GPU and float32 on the CPU.
+
+    Raises:
+        InputError: there is no such dtype.
+    """
+    name = os.environ.get("VLMGRAFT_DTYPE", "")
+    if not name:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise InputError(f"--dtype {name}: write one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def learning_dtype(device: torch.device, parameters: int, stored: set[str]) -> torch.dtype:
+    """Of the models that gates are learned on, which themselves are float32, as are the losses: `default_dtype`; but
+    bfloat16 on a processor with AVX512-BF16 or AMX, three to four times as fast, for a VLM of at least `LARGE`
+    parameters whose file holds nothing finer. stored: dtypes as safetensors names them.
+    """
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    asked = device.type != "cpu" or os.environ.get("VLMGRAFT_DTYPE")
+    if asked or parameters < LARGE or not stored <= {"BF16"} or not native:
+        return default_dtype(device)
+    return torch.bfloat16

@@ -1,0 +1,238 @@
+"""A merge from open checkpoints to a published folder: passes, stream, receipt."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import resource
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vlmgraft._version import __version__
+from vlmgraft.alignment import AlignedTensor, Alignment
+from vlmgraft.checkpoint.digests import RECEIPT, FileReceipt, seal
+from vlmgraft.checkpoint.reader import Reader
+from vlmgraft.checkpoint.shards import TensorSpec
+from vlmgraft.checkpoint.writer import Writer
+from vlmgraft.errors import AlignmentError
+from vlmgraft.merging.engine import Merger
+from vlmgraft.merging.pieces import Inputs, Lane, MergedPasses
+from vlmgraft.merging.plan import check_needs, sources_of, written_specs
+from vlmgraft.merging.rounding import LEAST_EFFECTIVE, Survival, survival_of
+from vlmgraft.methods.base import Method, check_numbers
+from vlmgraft.spectral.threads import one_core_each
+from vlmgraft.storage.jsonl import write_json
+from vlmgraft.storage.outputs import refuse_output
+from vlmgraft.storage.progress import Progress
+
+if TYPE_CHECKING:
+    from vlmgraft.checkpoint.index import Checkpoint
+
+
+@dataclass(frozen=True)
+class TensorReceipt:
+    """One tensor. added: Frobenius norm of (merged − VLM) before the cast; task_vector: of donor − base. digest: of its
+    bytes (see checkpoint/digests.py). effective, noise, changed: of what was added, after the cast (`Survival`).
+    clamped: values beyond the dtype that became its largest. nonfinite: values of a copied tensor that are NaN or
+    infinite."""
+
+    name: str
+    verdict: str
+    reason: str
+    sources: dict[str, list[str]]
+    dtype: str
+    shape: list[int]
+    digest: str
+    added: float = 0.0
+    task_vector: float | None = None
+    effective: float | None = None
+    noise: float | None = None
+    changed: float = 0.0
+    clamped: int = 0
+    nonfinite: int = 0
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a merge did. peak_memory: of the whole process, bytes. inputs: the input files' fingerprint. digest: of the
+    receipt. effective, noise, changed: over all merged tensors (`Survival`). sources: checkpoint → tensor → digest of
+    its bytes as they were read, of all tensors that were read whole. Written as receipt.json."""
+
+    method: str
+    tensors: tuple[TensorReceipt, ...]
+    notes: tuple[str, ...]
+    versions: dict[str, str]
+    seconds: float
+    peak_memory: int
+    files: tuple[FileReceipt, ...]
+    inputs: str
+    effective: float | None = None
+    noise: float | None = None
+    changed: float = 0.0
+    sources: dict[str, dict[str, str]] = field(default_factory=dict)
+    digest: str = ""
+
+    @property
+    def survival(self) -> Survival:
+        """What of the change survived the cast, over all merged tensors."""
+        return Survival(self.effective, self.noise, self.changed)
+
+
+def merge_tensors(
+    alignment: Alignment,
+    method: Method,
+    out: str | Path,
+    *,
+    shard_size: int = 5 * 10**9,
+    float32: bool = False,
+    threads: int = 2,
+    progress: Progress | None = None,
+    fill: Callable[[Path, Survival], object] | None = None,
+    resume: bool = False,
+    clamp: bool = False,
+    allow_nonfinite: bool = False,
+    seed: int | None = None,
+) -> Receipt:
+    """Write the merged checkpoint `out`: the VLM's names, shapes and dtypes, and receipt.json.
+
+    float32: merged tensors are written in float32 rather than the VLM's dtype. fill: writes the side files into the
+    folder that it is called with. clamp, allow_nonfinite, seed: see `Merger`. resume: go on with what an interruption,
+    or with `resume` any failure but a refusal, left; whoever stops a merge can resume it.
+
+    Raises:
+        OutputError: `out` exists or is an input. AlignmentError: a checkpoint that the method needs is missing, or the
+            task vector is zero. WeightsError: an input holds NaN or infinity, naming tensor and file. NumericalError:
+            overflow on the cast. Nothing is published then and no partial folder stays.
+    """
+    began = time.perf_counter()
+    check_needs(alignment, method)
+    check_numbers(method, alignment)
+    sources = {key: getattr(alignment, key) for key in ("vlm", "donor", "donor_base", "vlm_base")}
+    opened = {key: checkpoint for key, checkpoint in sources.items() if checkpoint is not None}
+    refuse_output(Path(out), [checkpoint.path for checkpoint in opened.values()])
+    specs = written_specs(alignment, float32)
+    key = _key(alignment, (method, clamp, allow_nonfinite, seed, float32), shard_size)
+    with ExitStack() as stack:
+        read = opened if method.reads_sources else {"vlm": alignment.vlm}
+        inputs = Inputs(alignment, {name: stack.enter_context(Reader(one)) for name, one in read.items()})
+        writer = stack.enter_context(Writer(out, specs, shard_size, resume=key, anew=not resume))
+        pool = stack.enter_context(ThreadPoolExecutor(threads))
+        stack.enter_context(one_core_each())  # our threads share the work; torch's own would get in their way
+        for _ in range(threads):
+            inputs.lanes.put(Lane(read))
+        method = method.prepare(MergedPasses(inputs, pool, threads))
+        merger = Merger(inputs, method, writer, clamp, allow_nonfinite, seed)
+        for name in merger.run(pool, threads):
+            if progress is not None:
+                progress(len(writer.done), len(specs), name)
+        for checkpoint in opened.values():
+            checkpoint.refuse_changes()
+        receipt = _receipt(alignment, method, writer, opened, fill)
+        receipt = replace(receipt, seconds=time.perf_counter() - began)
+        receipt = replace(receipt, digest=seal(asdict(receipt)))
+        write_json(writer.folder / RECEIPT, asdict(receipt))
+    return receipt
+
+
+def _receipt(
+    alignment: Alignment,
+    method: Method,
+    writer: Writer,
+    opened: Mapping[str, Checkpoint],
+    fill: Callable[[Path, Survival], object] | None,
+) -> Receipt:
+    """What a merge did whose tensors are all written, before its time is known and it is sealed; adds the side files.
+
+    Raises AlignmentError where the task vector is zero.
+    """
+    rows = tuple(_row(tensor, writer.spec(tensor.name), writer.done[tensor.name]) for tensor in alignment.tensors)
+    if "donor_base" in opened and not any(row.task_vector for row in rows):
+        raise AlignmentError(f"the task vector is zero: {alignment.donor.path} and its base hold the same weights")
+    kept = survival_of(
+        (row.added, Survival(row.effective, row.noise, row.changed), math.prod(row.shape))
+        for row in rows
+        if row.verdict == "merged"
+    )
+    if fill is not None:
+        fill(writer.folder, kept)
+    return Receipt(
+        method.name,
+        rows,
+        (*alignment.notes, *method.notes(), *_warning(kept), *_values_noted(rows)),
+        {"vlmgraft": __version__, "torch": torch.__version__},
+        0.0,
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        writer.files(),
+        fingerprint([file for one in opened.values() for file in one.files]),
+        **asdict(kept),
+        sources=_read_from(method, writer.done.values()),
+    )
+
+
+def _read_from(method: Method, facts: Iterable[dict[str, Any]]) -> dict[str, dict[str, str]]:
+    """The digests of the sources: those that the method knows, and those in the facts of every tensor."""
+    sources = {key: dict(digests) for key, digests in method.sources_read().items()}
+    for of_tensor in facts:
+        for key, digests in of_tensor.get("read", {}).items():
+            sources.setdefault(key, {}).update(digests)
+    return sources
+
+
+def _values_noted(rows: Sequence[TensorReceipt]) -> list[str]:
+    """A note for every tensor with clamped values, then for every one with copied values that are not finite."""
+    beyond = [f"{row.name}: {row.clamped} values clamped to the largest of {row.dtype}" for row in rows if row.clamped]
+    copied = [f"{row.name}: {row.nonfinite} values are NaN or infinite, as in the VLM" for row in rows if row.nonfinite]
+    return beyond + copied
+
+
+def _warning(kept: Survival) -> tuple[str, ...]:
+    """A note where too little of the change survived the cast."""
+    if kept.effective is None or kept.effective >= LEAST_EFFECTIVE:
+        return ()
+    return (
+        f"warning: {kept.line()}: rounding to the VLM's dtype lost the rest; write output: {{rounding: stochastic}} "
+        "or {dtype: float32}, or a larger scale",
+    )
+
+
+def finished_receipt(out: Path, inputs: Sequence[Path]) -> Receipt | None:
+    """The receipt of a merged folder, unless there is none or it was made from other input files."""
+    try:
+        found = json.loads((out / RECEIPT).read_text(encoding="utf-8"))
+        if found["digest"] != seal(found) or found["inputs"] != fingerprint(inputs):
+            return None
+        tensors = tuple(TensorReceipt(**row) for row in found["tensors"])
+        files = tuple(FileReceipt(**{**row, "tensors": tuple(row["tensors"])}) for row in found["files"])
+        return Receipt(**{**found, "tensors": tensors, "files": files, "notes": tuple(found["notes"])})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def fingerprint(files: Sequence[Path]) -> str:
+    """Changes when a file is replaced. Times are compared for being equal, never for order: clocks jump."""
+    stats = [(str(file), file.stat()) for file in files]
+    known = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    return hashlib.sha256(repr(known).encode()).hexdigest()[:16]
+
+
+def _key(alignment: Alignment, method: object, shard_size: int) -> str:
+    """Changes with everything that the merged bytes depend on."""
+    opened = [one for one in (alignment.vlm, alignment.donor, alignment.donor_base, alignment.vlm_base) if one]
+    made_from = fingerprint([file for checkpoint in opened for file in checkpoint.files])
+    return hashlib.sha256(repr((method, made_from, opened, alignment.tensors, shard_size)).encode()).hexdigest()[:16]
+
+
+def _row(tensor: AlignedTensor, spec: TensorSpec, facts: dict[str, Any]) -> TensorReceipt:
+    names = {key: list(source.names) for key, source in sources_of(tensor).items()}
+    known = {key: value for key, value in facts.items() if key != "read"}  # digests stand in the receipt's `sources`
+    return TensorReceipt(
+        tensor.name, tensor.verdict, tensor.reason, names, dtype=spec.dtype, shape=list(spec.shape), **known
+    )

@@ -1,0 +1,71 @@
+"""DELLA (arXiv 2406.11617): as DARE, but the larger an entry in its row, the likelier it stays.
+
+    W    = W_vlm_base + λ·merge(δ(τ_vlm), δ(τ))        τ_vlm = W_vlm − W_vlm_base,  τ = W_donor − W_base
+    p_ij = density − ε + 2ε·(r_ij − 1)/(n − 1)         r_ij: rank of |τ_ij| among the n entries of row i, 1 the smallest
+
+δ keeps an entry with probability p_ij (density ± ε, mergekit's reading; the paper's ε is the whole width and it states
+what is dropped). `rescale` then divides it by p_ij, so that its expectation stays (the paper's); or it gives the whole
+tensor its old L1 norm back (mergekit's); or it does neither. With ε = 0 this is DARE, the same entries for the same
+seed: random numbers are DARE's, a function of seed, source, tensor and entry. `merge` elects signs as `ties` does; with
+`election: none` both are added, which is mergekit's `della_linear`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from vlmgraft.errors import RecipeError
+from vlmgraft.methods.base import Number, TensorContext, check_range, number_for
+from vlmgraft.methods.draws import draws
+from vlmgraft.methods.task_vectors import SignMethod
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Della(SignMethod):
+    """Drop at random by rank, then elect signs."""
+
+    name: ClassVar[str] = "della"
+    whole_tensors: ClassVar[bool] = True
+
+    epsilon: Number = 0.15
+    """ε, how far the probability of the smallest and the largest entry of a row lies from the density."""
+    rescale: Literal["probability", "l1", "none"] = "probability"
+    """Divide what is kept by its probability, give the tensor its L1 norm back, or neither."""
+    seed: int = 0
+    """Of the random numbers; one seed gives one result."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "epsilon", low=0, high=0.5)
+
+    def thinned(self, tau: Tensor, source: str, context: TensorContext) -> Tensor:
+        """δ(τ) of one matrix or vector; raises RecipeError where a probability would not lie in (0, 1]."""
+        import torch
+
+        density, epsilon = self.density_of(source, context), number_for(self.epsilon, context, "epsilon")
+        if density >= 1:
+            return tau
+        if not epsilon < density or density + epsilon > 1:
+            raise RecipeError(
+                f"method.epsilon: {epsilon} around a density of {density} leaves 0 to 1 ({context.name}); lower it"
+            )
+        chances = keep_probabilities(tau, density, epsilon)
+        uniform = torch.from_numpy(draws(self.seed, source, context, tau.numel()).astype("int64")).view(tau.shape)
+        kept = tau * (uniform < (chances.double() * 2**32).round().long())
+        if self.rescale == "probability":
+            return kept.div_(chances)
+        if self.rescale == "l1" and (norm := float(kept.abs().sum(dtype=torch.float64))) > 0:
+            return kept.mul_(float(tau.abs().sum(dtype=torch.float64)) / norm)
+        return kept
+
+
+def keep_probabilities(tau: Tensor, density: float, epsilon: float) -> Tensor:
+    """p_ij, float32 in the shape of τ, [out, in] or [n]; entries of one magnitude in the order of their position."""
+    import torch
+
+    ranks = tau.abs().argsort(dim=-1, stable=True).argsort(dim=-1)
+    return ranks.to(torch.float32).mul_(2 * epsilon / max(1, tau.shape[-1] - 1)).add_(density - epsilon)

@@ -1,0 +1,152 @@
+"""What the methods of two task vectors share: their options, the vectors themselves, and merging by sign.
+
+τ_vlm = W_vlm − W_vlm_base and τ = W_donor − W_base are thinned out by each method in its own way, weighted, and added
+to W_vlm_base: as they are, or after `merge_signs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from vlmgraft.methods.base import Method, Number, Pair, TensorContext, check_range, number_for
+from vlmgraft.methods.scratch import scratch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Election = Literal["unweighted", "weighted", "frequency", "none"]
+Combine = Literal["mean", "weighted_mean", "sum", "max"]
+TINY = 1e-8
+"""A divisor below this, in magnitude, divides nothing; mergekit's."""
+
+
+@dataclass(frozen=True)
+class TwoVectorMethod(Method):
+    """Base of the methods that thin out both task vectors and add their weighted sum to the VLM's base."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"donor_base", "vlm_base"})
+
+    density: Number = 0.2
+    """Share of the entries of each task vector that is kept, above 0 to 1."""
+    weights: Pair = (1.0, 1.0)
+    """[VLM, donor]: factors on the two task vectors."""
+    scale: Number = 1.0
+    """λ, a factor on the merged task vector."""
+    donor_density: Number | None = field(default=None, kw_only=True)
+    """Share that is kept of the donor's task vector, where it is another than the VLM's."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "density", "donor_density", low=0, high=1, above=True)
+        check_range(self, "weights", "scale")
+
+    def density_of(self, source: str, context: TensorContext) -> float:
+        """The share that is kept of one task vector, "vlm" or "donor", in one tensor."""
+        if source == "donor" and self.donor_density is not None:
+            return number_for(self.donor_density, context, "donor_density")
+        return number_for(self.density, context, "density")
+
+    def apply(self, tensors: Mapping[str, Tensor], context: TensorContext) -> Tensor:
+        """vlm_base + λ·(the thinned task vectors, added or merged by sign); of a stack matrix by matrix."""
+
+        def merge(matrices: Mapping[str, Tensor], start: int) -> Tensor:
+            piece = replace(context, start=context.start + start)
+            vlm, donor = (self.thinned(tau, source, piece) for source, tau in task_vectors(matrices).items())
+            return self.merge(vlm, donor, matrices["vlm_base"], context)
+
+        return per_matrix(merge, tensors)
+
+    def thinned(self, tau: Tensor, source: str, context: TensorContext) -> Tensor:
+        """δ(τ) of one piece of the "vlm"'s or the "donor"'s task vector, which is used up."""
+        raise NotImplementedError(f"{self.name}: a merge streams what `prepare` gives back")
+
+    def merge(self, vlm: Tensor, donor: Tensor, base: Tensor, context: TensorContext) -> Tensor:
+        """base + λ·(merged task vectors), which are used up."""
+        weights = number_for(self.weights[0], context, "weights[0]"), number_for(self.weights[1], context, "weights[1]")
+        return self.combined(vlm, donor, weights).mul_(number_for(self.scale, context, "scale")).add_(base)
+
+    def combined(self, vlm: Tensor, donor: Tensor, weights: tuple[float, float]) -> Tensor:
+        """The weighted sum of the thinned task vectors, in the memory of the first."""
+        return vlm.mul_(weights[0]).add_(donor, alpha=weights[1])
+
+
+@dataclass(frozen=True)
+class SignMethod(TwoVectorMethod):
+    """Base of the methods that elect a sign per entry and merge what agrees."""
+
+    election: Election = field(default="unweighted", kw_only=True)
+    """Signs by the sum of the thinned task vectors, of the weighted ones, or by their number; none: both are added."""
+    combine: Combine = field(default="mean", kw_only=True)
+    """What the weighted sum is divided by: the number that agree, their weights, nothing; max: the largest alone."""
+
+    def combined(self, vlm: Tensor, donor: Tensor, weights: tuple[float, float]) -> Tensor:
+        """What the thinned task vectors agree on."""
+        if self.election == "none":
+            return super().combined(vlm, donor, weights)
+        return merge_signs(vlm, donor, weights, self.election, self.combine)
+
+
+def task_vectors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """{"vlm": vlm − vlm_base, "donor": donor − donor_base} in memory by `scratch`."""
+    import torch
+
+    vlm, donor = scratch(tensors["vlm"], "vlm", "donor")
+    return {
+        "vlm": torch.sub(tensors["vlm"], tensors["vlm_base"], out=vlm),
+        "donor": torch.sub(tensors["donor"], tensors["donor_base"], out=donor),
+    }
+
+
+def per_matrix(merge: Callable[[Mapping[str, Tensor], int], Tensor], tensors: Mapping[str, Tensor]) -> Tensor:
+    """`merge(tensors, first element)` of a tensor, or of every matrix of a stack [experts, out, in], stacked again."""
+    import torch
+
+    if tensors["vlm"].ndim != 3:
+        return merge(tensors, 0)
+    size = tensors["vlm"][0].numel()
+    experts = range(len(tensors["vlm"]))
+    return torch.stack([merge({key: stack[e] for key, stack in tensors.items()}, e * size) for e in experts])
+
+
+def merge_signs(
+    vlm: Tensor, donor: Tensor, weights: tuple[float, float], election: Election, combine: Combine
+) -> Tensor:
+    """Elect a sign per entry and merge the entries that have it; float32 in any one shape.
+
+    Uses up `vlm` and `donor`, one of which is the result. All steps are float arithmetic: in torch, booleans cost five
+    times as much.
+    """
+    import torch
+
+    vote, count, donor_count = scratch(vlm, "vote", "count", "donor_count")
+    divisors = weights
+    if election == "weighted":  # what votes and agrees is w·τ, whose sign a negative weight turns
+        for tau, weight in zip((vlm, donor), weights, strict=True):
+            if weight < 0:
+                tau.neg_()
+        weights = abs(weights[0]), abs(weights[1])
+        torch.mul(vlm, weights[0], out=vote).add_(donor, alpha=weights[1])
+    elif election == "frequency":
+        torch.sign(vlm, out=vote).add_(torch.sign(donor, out=donor_count))
+    else:
+        torch.add(vlm, donor, out=vote)
+    vote.sign_()
+    vlm.mul_(vote).clamp_(min=0)  # the magnitude where the sign is the elected one, else 0
+    donor.mul_(vote).clamp_(min=0)
+    if combine == "max":
+        torch.abs(vlm.mul_(weights[0]), out=count)
+        torch.abs(donor.mul_(weights[1]), out=donor_count)
+        torch.ge(count, donor_count, out=count)
+        return vlm.mul_(count).add_(donor.mul_(count.neg_().add_(1))).mul_(vote)
+    if combine != "sum":
+        torch.sign(vlm, out=count)
+        torch.sign(donor, out=donor_count)
+    total = vlm.mul_(weights[0]).add_(donor, alpha=weights[1]).mul_(vote)
+    if combine == "sum":
+        return total
+    if combine == "mean":
+        return total.div_(count.add_(donor_count).clamp_(min=1))
+    divisor = count.mul_(divisors[0]).add_(donor_count, alpha=divisors[1])
+    none = torch.lt(torch.abs(divisor, out=donor_count), TINY, out=vote)
+    return total.div_(divisor.add_(none))

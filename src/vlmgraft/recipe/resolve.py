@@ -1,0 +1,231 @@
+"""From a recipe to a job: checkpoints opened and aligned, questions read, once; and to a plan, from headers alone."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vlmgraft.alignment import Alignment, align
+from vlmgraft.checkpoint.hub import check_access
+from vlmgraft.checkpoint.index import open_checkpoint, open_headers
+from vlmgraft.errors import AlignmentError, DataError, RecipeError
+from vlmgraft.merging.plan import MergePlan, plan_merge
+from vlmgraft.methods.base import check_numbers
+from vlmgraft.methods.frism import Frism, GatedFold, GatedMethod
+from vlmgraft.recipe.model import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from vlmgraft.checkpoint.index import Checkpoint
+    from vlmgraft.data.questions import Question
+
+RecipeSource = str | Path | Mapping[str, Any] | Recipe
+
+
+class Questions(NamedTuple):
+    """The questions of a gated method: learned from, held out, of every donor ([] without donor matching), and of the
+    budget's guarantee ([] without one)."""
+
+    learned: list[Question]
+    held_out: list[Question]
+    donors: list[list[Question]]
+    unseen: list[Question]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe and what it names, opened once; what checks, decomposes, learns and folds is handed this.
+
+    alignments: one per donor. questions: of a gated method, with their images read. digests: fingerprints of the
+    questions, part by part.
+    """
+
+    recipe: Recipe
+    alignments: tuple[Alignment, ...]
+    questions: Questions | None = None
+    digests: tuple[str, ...] = ()
+
+    @property
+    def method(self) -> GatedMethod:
+        """The recipe's method; raises RecipeError if it has no factors and gates."""
+        return gated_method(self.recipe)
+
+    @property
+    def alignment(self) -> Alignment:
+        """Of the first donor."""
+        return self.alignments[0]
+
+    @property
+    def vlm(self) -> Checkpoint:
+        """The model that is merged into."""
+        return self.alignment.vlm
+
+    @property
+    def sources(self) -> list[Checkpoint]:
+        """All checkpoints, of every donor."""
+        opened = [(one.vlm, one.donor, one.donor_base, one.vlm_base) for one in self.alignments]
+        return [checkpoint for sources in opened for checkpoint in sources if checkpoint is not None]
+
+    @property
+    def folders(self) -> list[Path]:
+        """Where all checkpoints lie."""
+        return [checkpoint.path for checkpoint in self.sources]
+
+
+def resolve(recipe: RecipeSource, overrides: Sequence[str] = (), *, questions: bool = True) -> Job:
+    """Read a recipe, align its checkpoints by their headers, prove its options, and read its questions and images.
+
+    questions: False for a job without a learning stage.
+
+    Raises:
+        RecipeError, CheckpointError, AlignmentError. DataError: naming file and line.
+    """
+    loaded = read_recipe(recipe, overrides)
+    alignments = tuple(pairs(loaded))
+    check_numbers(loaded.method, alignments[0])
+    if not (questions and isinstance(loaded.method, GatedMethod)):
+        return Job(loaded, alignments)
+    from vlmgraft.data.questions import questions_digest
+
+    parts = read_questions(loaded)
+    unseen = [parts.unseen] if parts.unseen else []
+    digests = (questions_digest(part) for part in (parts.learned, parts.held_out, *parts.donors, *unseen))
+    return Job(loaded, alignments, parts, tuple(digests))
+
+
+def gated_method(recipe: Recipe) -> GatedMethod:
+    """The recipe's method if it has factors and gates; raises RecipeError else."""
+    if not isinstance(recipe.method, GatedMethod):
+        raise RecipeError(f"method.name: {recipe.method.name} has no factors or gates; write frism or curvature")
+    return recipe.method
+
+
+def read_questions(recipe: Recipe) -> Questions:
+    """The questions of a recipe with a gated method; every image file is read once (`hold_images`).
+
+    Raises DataError naming file and line, RecipeError when there are too few files.
+    """
+    from vlmgraft.data.questions import hold_images, load_questions
+
+    method = gated_method(recipe)
+    guarantee = method.budget_guarantee if isinstance(method, Frism) else None
+    learned, seen = method.calibration.samples, method.calibration.samples + method.calibration.held_out
+    count = seen + (guarantee.prompts if guarantee is not None else 0)
+    images = load_questions(method.calibration.data, need_images=True, limit=count, check_images=False)
+    if guarantee is not None and len(images) < count:
+        raise DataError(
+            f"{method.calibration.data}: has {max(0, len(images) - seen)} questions behind the first {seen}, "
+            f"method.budget_guarantee.prompts is {guarantee.prompts}; add questions, or lower calibration.samples, "
+            "held_out or prompts"
+        )
+    if method.kl_budget is not None and len(images) <= learned:
+        raise DataError(
+            f"{method.calibration.data}: has {len(images)} questions; method.kl_budget {method.kl_budget:g} is learned "
+            f"on {learned} and measured on others. Add questions, or lower method.calibration.samples"
+        )
+    donors: list[list[Question]] = [[]]
+    if isinstance(method, Frism) and method.questions:
+        files = [method.questions] if isinstance(method.questions, str) else list(method.questions)
+        number = 1 + len(recipe.more_donors)
+        if len(files) not in (1, number):
+            raise RecipeError(f"method.questions: {len(files)} files for {number} donors; give one, or one per donor")
+        read = {file: load_questions(file) for file in dict.fromkeys(files)}
+        donors = [read[file] for file in (files * number if len(files) == 1 else files)]
+    pixels = method.calibration.max_pixels
+    held = hold_images([replace(question, max_pixels=pixels) for question in images])
+    _warn_of_order(method.calibration.data, held[:learned], held[learned:])
+    return Questions(held[:learned], held[learned:seen], donors, held[seen:])
+
+
+def _warn_of_order(file: str, learned: Sequence[Question], measured: Sequence[Question]) -> None:
+    """Warn where the drift is measured on categories that nothing is learned from: the file is sorted."""
+    unseen = {question.category for question in measured} - {question.category for question in learned}
+    if unseen:
+        names = ", ".join(sorted(str(name) for name in unseen)[:5])
+        warnings.warn(
+            f"{file}: the first {len(learned)} questions hold none of the category {names}, on which the drift is "
+            "measured; shuffle the lines",
+            stacklevel=2,
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a merge would do, from headers alone: counts by verdict, bytes written, notes, one row per tensor.
+
+    cost: files, bytes, expected seconds and memory of the streaming (for FRISM without decomposition and gates); None
+    when the recipe names no method.
+    """
+
+    family: str
+    layers: int
+    merged: int
+    kept: int
+    excluded: int
+    nbytes: int
+    notes: tuple[str, ...]
+    tensors: tuple[dict[str, Any], ...]
+    cost: MergePlan | None = None
+
+
+def read_recipe(recipe: RecipeSource, overrides: Sequence[str] = (), *, need_method: bool = True) -> Recipe:
+    """A validated recipe from a file or mapping with `overrides`, or the given one; raises RecipeError."""
+    if not isinstance(recipe, Recipe):
+        return load_recipe(recipe, overrides, need_method=need_method)
+    if overrides:
+        raise RecipeError(f"{overrides[0]}: a Recipe is validated already; give overrides to load_recipe instead")
+    return recipe
+
+
+def pair(recipe: Recipe, *, headers_only: bool = False) -> Alignment:
+    """Open the recipe's checkpoints (headers) and align them; raises CheckpointError and AlignmentError."""
+    if not headers_only:
+        more = [source for other in recipe.more_donors for source in (other.donor, other.donor_base)]
+        check_access([recipe.vlm, recipe.donor, recipe.donor_base, recipe.vlm_base, *more])
+    opener = open_headers if headers_only else open_checkpoint
+    optional = [opener(source) if source else None for source in (recipe.donor_base, recipe.vlm_base)]
+    return align(opener(recipe.vlm), opener(recipe.donor), *optional, modules=recipe.modules, layers=recipe.layers)
+
+
+def pairs(recipe: Recipe) -> list[Alignment]:
+    """One alignment per donor of the recipe; raises as `pair`, and AlignmentError if their tensors differ."""
+    every = [pair(recipe)]
+    for other in recipe.more_donors:
+        every.append(pair(recipe.model_copy(update={"donor": other.donor, "donor_base": other.donor_base})))
+        odd = {tensor.name for tensor in every[0].merged} ^ {tensor.name for tensor in every[-1].merged}
+        if odd:
+            raise AlignmentError(f"{sorted(odd)[0]}: not all donors have it; leave it out of `modules`")
+    return every
+
+
+def inspect(recipe: RecipeSource, overrides: Sequence[str] = ()) -> Plan:
+    """What pairs with what, reading headers only (of hub ids by range requests)."""
+    loaded = read_recipe(recipe, overrides, need_method=False)
+    return plan(loaded, pair(loaded, headers_only=True))
+
+
+def plan(recipe: Recipe, alignment: Alignment) -> Plan:
+    """The plan of a recipe whose checkpoints are aligned; raises RecipeError for options that fit no tensor."""
+    cost = None
+    if recipe.method is not None:
+        streamed = GatedFold if isinstance(recipe.method, GatedMethod) else recipe.method
+        check_numbers(recipe.method, alignment)
+        cost = plan_merge(alignment, streamed, recipe.output.shard_bytes, float32=recipe.output.dtype == "float32")
+    verdicts = [tensor.verdict for tensor in alignment.tensors]
+    rows = tuple(
+        {
+            "name": tensor.name,
+            "verdict": tensor.verdict,
+            "reason": tensor.reason,
+            "shape": list(alignment.vlm.tensors[tensor.name].shape),
+            "dtype": alignment.vlm.tensors[tensor.name].dtype,
+            "donor": list(tensor.donor.names) if tensor.donor else [],
+        }
+        for tensor in alignment.tensors
+    )
+    counts = {verdict: verdicts.count(verdict) for verdict in ("merged", "kept", "excluded")}
+    nbytes = sum(info.nbytes for info in alignment.vlm.tensors.values())
+    notes = (*alignment.notes, alignment.left_out)
+    return Plan(alignment.family, alignment.layers, **counts, nbytes=nbytes, notes=notes, tensors=rows, cost=cost)

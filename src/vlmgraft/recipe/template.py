@@ -1,0 +1,60 @@
+"""The commented recipe that `vlmgraft init` writes."""
+
+from __future__ import annotations
+
+import yaml
+
+_MODELS = """\
+# What is merged into what: local folders, or hub ids such as organisation/name@revision.
+vlm: {vlm}
+donor: {donor}
+# The model that the donor was tuned from; its difference from the donor is what is injected.
+donor_base: {base}
+"""
+_ARITHMETIC = """\
+# Adds the whole difference, times scale. `vlmgraft sweep` measures a row of scales.
+method:
+  name: task_arithmetic
+  scale: 0.2
+# With questions that show images (a line each: {"image": "a.jpg", "question": "…"}, no answers), FRISM learns how much
+# of every singular direction the VLM's own answers allow. On a GPU; `--dry-run` says what it takes:
+# method:
+#   name: frism
+#   scale: 1.0
+#   kl_budget: 0.01          # how far the answers may move, in nats per token
+#   calibration: {data: questions.jsonl, samples: 512, held_out: 128}
+"""
+_FRISM = """\
+# Learns how much of every singular direction of the difference the VLM's own answers allow.
+method:
+  name: frism
+  scale: 1.0
+  kl_budget: 0.01            # how far the answers may move, in nats per token
+  calibration:
+    data: {data}             # a line each: {{"image": "a.jpg", "question": "…"}}; answers are not read
+    samples: 512             # learned from
+    held_out: 128            # others, on which the budget is measured
+    batch_size: 8            # lower it where memory runs out
+"""
+_REST = """\
+# Groups of tensors (attention, mlp, norm, bias, embeddings, head) or patterns on their names.
+modules: [attention, mlp]
+layers: all                  # or a range such as 8-27
+# All keys, their defaults and the other methods: `vlmgraft merge --schema`.
+"""
+
+
+def recipe_template(vlm: str | None, donor: str | None, donor_base: str | None, data: str | None = None) -> str:
+    """A recipe as YAML with comments: task arithmetic, or FRISM where `data` names its questions.
+
+    A model that is not given becomes a hub id to be replaced.
+    """
+    models = {"vlm": vlm or "organisation/vlm", "donor": donor or "organisation/donor"}
+    models["base"] = donor_base or "organisation/donor-base"
+    method = _ARITHMETIC if data is None else _FRISM.format(data=_scalar(data))
+    return _MODELS.format(**{key: _scalar(value) for key, value in models.items()}) + method + _REST
+
+
+def _scalar(text: str) -> str:
+    """A text as YAML writes it, quoted where it must be."""
+    return yaml.safe_dump(text, allow_unicode=True, width=10_000).removesuffix("\n").removesuffix("\n...")

@@ -1,0 +1,106 @@
+"""Frozen result rows and their JSON lines.
+
+A row is a frozen dataclass whose fields are JSON values. Files are written whole under a temporary name and renamed,
+so a reader never sees half a file; `append_row` is for logs that must survive an interruption line by line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from vlmgraft.errors import DamagedError, OutputError
+from vlmgraft.storage.files import new_file, sweep_files
+
+TAIL = 4096
+"""Bytes read at a time, from the end, to find the last line."""
+
+
+def as_dict(row: Any) -> dict[str, Any]:
+    """A row as a plain dictionary; dictionaries pass through."""
+    return row if isinstance(row, dict) else dataclasses.asdict(row)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` in UTF-8 as a file that is whole or absent; what killed writers of it left is removed."""
+    with new_file(path) as file:
+        file.write(text.encode())
+    sweep_files(path.parent, path.name)
+
+
+def json_text(value: Any) -> str:
+    """One JSON document, indented."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write one JSON document, indented, atomically."""
+    write_text(path, json_text(value))
+
+
+def write_rows(path: Path, rows: Iterable[Any]) -> None:
+    """Write rows as JSON lines, atomically."""
+    write_text(path, "".join(json.dumps(as_dict(row), ensure_ascii=False) + "\n" for row in rows))
+
+
+def append_row(path: Path, row: Any, *, flush: bool = False) -> None:
+    """Append one row as one line, in place of a line that an interruption cut short. flush: put it on disk.
+
+    Raises OutputError where the file is a link or no regular file: what it leads to is not ours to append to.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise OutputError(f"{path}: is not a regular file; remove it")
+    with path.open("a+b", buffering=0) as file:
+        _drop_cut_line(file)
+        file.write((json.dumps(as_dict(row), ensure_ascii=False) + "\n").encode())
+        if flush:
+            os.fsync(file.fileno())
+
+
+def _drop_cut_line(file: FileIO) -> None:
+    """Cut off what stands behind the last line end."""
+    end = size = file.seek(0, os.SEEK_END)
+    while end:
+        begin = max(0, end - TAIL)
+        file.seek(begin)
+        newline = file.read(end - begin).rfind(b"\n")
+        if newline >= 0:
+            end = begin + newline + 1
+            break
+        end = begin
+    if end < size:
+        file.truncate(end)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object of one JSON document that vlmgraft wrote; raises DamagedError, OSError."""
+    return _mapping(path.read_bytes(), path)
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a JSON-lines file; a last line cut short by an interruption is dropped.
+
+    Raises DamagedError naming file and line, OSError.
+    """
+    *lines, cut = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield _mapping(line, f"{path}, line {number}")
+    with suppress(DamagedError):
+        yield _mapping(cut, path)  # a whole row but for its line's end
+
+
+def _mapping(text: bytes, where: object) -> dict[str, Any]:
+    try:
+        document = json.loads(text.decode())
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(where, error) from error
+    if not isinstance(document, dict):
+        raise DamagedError(where, f"{type(document).__name__} where a mapping should be")
+    return document

@@ -1,0 +1,185 @@
+"""Folders that are whole under their name or absent: made hidden beside it, flushed to disk, and renamed.
+
+The hidden folder is `.NAME.partial-PID`, or `.NAME.partial-KEY` if it can be continued, and locked while its writer
+lives. What a killed writer left is removed by the next one of the same output; what can be continued, once there is an
+output that makes it pointless.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+
+from vlmgraft.errors import OutputError, VlmgraftError
+from vlmgraft.storage.files import lock, remove_folder_if_dead
+from vlmgraft.storage.filesystem import flush_folder, make_folder
+from vlmgraft.storage.resources import cannot_write
+
+AT_FDCWD = -100
+NO_REPLACE, EXCHANGE = 1, 2
+OLD = ".old"
+UNKNOWN = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM}
+"""What a file system answers that cannot exchange two names."""
+
+
+@contextmanager
+def new_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A folder to fill, which takes the name `out` after a clean exit and is removed otherwise; see `Publication`."""
+    with Publication(out, replace=replace) as publication:
+        yield publication.folder
+
+
+class Publication:
+    """Context manager over the hidden folder that becomes `out`.
+
+    Args:
+        key: of what is being made. An interrupted folder of the same key is kept and continued; not one whose inputs
+            were refused, as the next run would meet the same refusal, unless `keep_refused`.
+        anew: begin with nothing, and keep what is made only where a person stops it.
+        replace: take the place of a folder that exists, in one step: there is always the old one or the new one.
+    Raises:
+        OutputError: `out` appeared, cannot be written, or another process is writing the same hidden folder.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        key: str | None = None,
+        *,
+        replace: bool = False,
+        keep_refused: bool = False,
+        anew: bool = False,
+    ) -> None:
+        self.out, self.key, self.replace, self.keep_refused, self.anew = out, key, replace, keep_refused, anew
+        self.folder = out.with_name(f".{out.name}.partial-{key or os.getpid()}")
+        self._lock = -1
+
+    def __enter__(self) -> Publication:
+        try:
+            make_folder(self.out.parent)
+            sweep_folders(self.out)
+            self._lock = self._acquire()
+            if self.anew:
+                _empty(self.folder)
+        except BlockingIOError:
+            raise OutputError(f"{self.folder}: another process is writing it") from None
+        except OSError as error:
+            raise cannot_write(self.folder, error) from None
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        refused = kind is not None and issubclass(kind, VlmgraftError) and not issubclass(kind, OutputError)
+        keep = self.key is not None and (self.keep_refused or not refused)
+        keep = keep and not (self.anew and kind is not None and issubclass(kind, Exception))
+        try:
+            if kind is None:
+                self._publish()
+                keep = False
+        finally:
+            if not keep:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            os.close(self._lock)
+
+    def _acquire(self) -> int:
+        """Make the folder, or take over one of the same key, and lock it; again if a sweep removed it in between."""
+        while True:
+            self.folder.mkdir(exist_ok=self.key is not None)
+            handle = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                lock(handle, wait=self.key is None)
+            except OSError:
+                os.close(handle)
+                raise
+            if os.fstat(handle).st_nlink:
+                return handle
+            os.close(handle)
+
+    def _publish(self) -> None:
+        """Put everything on disk, and give the folder its name."""
+        if not os.path.samestat(os.fstat(self._lock), self.folder.lstat()):
+            raise OutputError(f"{self.folder}: was replaced while it was written; nothing was published")
+        try:
+            flush_tree(self.folder)
+            if self.replace and self.out.exists():
+                _exchange(self.folder, self.out)
+            else:
+                _rename(self.folder, self.out)
+            flush_folder(self.out.parent)
+        except OSError as error:
+            raise cannot_write(self.out, error) from None
+        sweep_folders(self.out, finished=True)
+
+
+def sweep_folders(out: Path, *, finished: bool = False) -> None:
+    """Remove hidden folders of `out` whose writers are dead; of those that can be continued only if `out` is there."""
+    prefix = f".{out.name}.partial-"
+    with os.scandir(out.parent) as entries:
+        leftovers = [
+            Path(entry) for entry in entries if entry.name.startswith(prefix) and entry.is_dir(follow_symlinks=False)
+        ]
+    for folder in leftovers:
+        process = folder.name[len(prefix) :]
+        if process.endswith(OLD) and not out.exists():
+            folder.rename(out)  # killed between the two steps of `_exchange`
+        elif finished or (len(process) < 12 and process.isdigit()):
+            remove_folder_if_dead(folder)
+
+
+def flush_tree(folder: Path) -> None:
+    """Put a folder and everything in it on disk; raises OSError, also where a link is in it."""
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            handle = os.open(Path(parent, name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        flush_folder(Path(parent))
+
+
+def _empty(folder: Path) -> None:
+    for entry in os.scandir(folder):
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry)
+        else:
+            Path(entry).unlink()
+
+
+def _rename(folder: Path, out: Path) -> None:
+    """Rename, but never over something: a plain rename would replace an empty folder in silence."""
+    try:
+        if not _renameat2(folder, out, NO_REPLACE):
+            if out.exists() or out.is_symlink():
+                raise FileExistsError
+            folder.rename(out)
+    except FileExistsError:
+        raise OutputError(f"{out}: appeared while it was being written; nothing was replaced") from None
+
+
+def _exchange(folder: Path, out: Path) -> None:
+    """Give `folder` the name of `out` and the other way round, in one step where the file system can."""
+    if not _renameat2(folder, out, EXCHANGE):
+        aside = folder.with_name(folder.name + OLD)
+        out.rename(aside)
+        folder.rename(out)
+        aside.rename(folder)
+
+
+def _renameat2(source: Path, target: Path, flags: int) -> bool:
+    """Linux's renameat2; False where system or file system do not know it. Raises OSError."""
+    with suppress(AttributeError):
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+        if call(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), flags) == 0:
+            return True
+        number = ctypes.get_errno()
+        if number not in UNKNOWN:
+            raise OSError(number, os.strerror(number), str(target))
+    return False

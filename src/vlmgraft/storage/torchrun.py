@@ -1,0 +1,27 @@
+"""What `torchrun` and `accelerate launch` say in the environment about the processes of one job."""
+
+from __future__ import annotations
+
+import os
+
+from vlmgraft.errors import InputError
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's number, from 0, and the number of processes: RANK and WORLD_SIZE; (0, 1) without them.
+
+    Raises:
+        InputError: they are set to what no launcher sets.
+    """
+    rank, world = whole_number("RANK", 0), whole_number("WORLD_SIZE", 1)
+    if not 0 <= rank < max(1, world):
+        raise InputError(f"RANK={rank}, WORLD_SIZE={world}: no such process; unset both, or start it with torchrun")
+    return rank, max(1, world)
+
+
+def whole_number(name: str, default: int) -> int:
+    """The whole number in an environment variable; raises InputError."""
+    text = os.environ.get(name, "").strip() or str(default)
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise InputError(f"{name}={text!r:.60}: is no whole number; unset it, or start the command with torchrun")
+    return int(text)

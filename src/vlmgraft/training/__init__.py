@@ -1,1 +1,0 @@
-"""Learning gates over singular directions, and what it needs."""

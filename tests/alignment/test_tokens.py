@@ -1,0 +1,91 @@
+"""Tokenizers are compared by number: what means something else is named, and its rows of embeddings stay the VLM's."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vlmgraft.alignment import align
+from vlmgraft.checkpoint.index import open_checkpoint
+from vlmgraft.errors import AlignmentError
+from vlmgraft.pipeline import inspect, merge
+
+Edit = Callable[[dict[str, Any]], None]
+
+
+def copied(trio: Path, out: Path, **edits: Edit) -> dict[str, Any]:
+    """A recipe of the trio's copies, with tokenizers edited by role."""
+    for role in ("vlm", "donor", "base"):
+        shutil.copytree(trio / role, out / role)
+        file = out / role / "tokenizer.json"
+        tokenizer = json.loads(file.read_text())
+        edits.get(role, lambda tokenizer: None)(tokenizer)
+        file.write_text(json.dumps(tokenizer))
+    return {"vlm": str(out / "vlm"), "donor": str(out / "donor"), "donor_base": str(out / "base"),
+            "method": {"name": "task_arithmetic", "scale": 1.0}}  # fmt: skip
+
+
+def renamed(*numbers: int) -> Edit:
+    def edit(tokenizer: dict[str, Any]) -> None:
+        vocabulary = tokenizer["model"]["vocab"]
+        tokens = {number: token for token, number in vocabulary.items()}
+        for number in numbers:
+            del vocabulary[tokens[number]]
+            vocabulary[f"<other {number}>"] = number
+            tokenizer["added_tokens"] = [one for one in tokenizer["added_tokens"] if one["id"] != number]
+
+    return edit
+
+
+def removed(number: int) -> Edit:
+    def edit(tokenizer: dict[str, Any]) -> None:
+        vocabulary = tokenizer["model"]["vocab"]
+        tokenizer["model"]["vocab"] = {token: one for token, one in vocabulary.items() if one != number}
+        tokenizer["added_tokens"] = [one for one in tokenizer["added_tokens"] if one["id"] != number]
+
+    return edit
+
+
+def test_equal_tokenizers_give_no_note(trio: Path, tmp_path: Path) -> None:
+    assert not any("token" in note for note in inspect(copied(trio, tmp_path)).notes)
+
+
+def test_other_and_missing_tokens_are_named(trio: Path, tmp_path: Path) -> None:
+    notes = inspect(copied(trio, tmp_path, donor=renamed(20, 21), base=removed(22))).notes
+    (other,) = [note for note in notes if note.startswith("warning: token 20 is")]
+    assert "'<other 20>' in donor (and 1 more)" in other
+    assert any(note.startswith("only the VLM's tokenizer has token 22") for note in notes)
+
+
+@pytest.mark.parametrize("method", [{"name": "task_arithmetic", "scale": 1.0}, {"name": "linear", "vlm_weight": 0.5}])
+def test_rows_of_other_tokens_stay_the_vlms(method: dict[str, Any], trio: Path, tmp_path: Path) -> None:
+    recipe = copied(trio, tmp_path, donor=renamed(20), base=removed(22)) | {"modules": ["embeddings"], "method": method}
+    if method["name"] == "linear":
+        recipe.pop("donor_base")
+    donor = load_file(tmp_path / "donor" / "model.safetensors")
+    name = next(name for name in donor if "embed_tokens" in name)
+    donor[name] = donor[name] + 1  # so that every row that may move does
+    save_file(donor, tmp_path / "donor" / "model.safetensors", metadata={"format": "pt"})
+    before = load_file(tmp_path / "vlm" / "model.safetensors")
+    merge(recipe, tmp_path / "out")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    (name,) = [name for name in before if "embed_tokens" in name]
+    same = {row for row in range(len(before[name])) if torch.equal(before[name][row], after[name][row])}
+    shared = min(len(before[name]), len(donor[next(iter(key for key in donor if "embed_tokens" in key))]))
+    kept = {20, 22} if method["name"] == "task_arithmetic" else {20}
+    assert same == kept | set(range(shared, len(before[name])))
+
+
+def test_another_tokenizer_merges_no_embeddings(trio: Path, tmp_path: Path) -> None:
+    recipe = copied(trio, tmp_path, donor=renamed(*range(20, 60)))
+    opened = [open_checkpoint(recipe[key]) for key in ("vlm", "donor", "donor_base")]
+    assert align(*opened).merged
+    with pytest.raises(AlignmentError, match=r"donor: 40 of \d+ tokens are others.*leave embeddings and head out"):
+        align(*opened, modules=["all", "embeddings"])

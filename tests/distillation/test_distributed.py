@@ -1,0 +1,195 @@
+"""Gates learned by two gloo processes are those of one, with weights replicated and sharded (FSDP2).
+
+The processes add the gradients of their batches in another order than one process does: gates agree to 1e-3 (logits
+move by about 0.3), not bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vlmgraft.distillation import distributed
+from vlmgraft.distillation.distill import Distiller
+from vlmgraft.distillation.distributed import agreed, await_file, check_same
+from vlmgraft.spectral.gate_store import load_gates
+
+OPTIONS: dict[str, Any] = {"steps": 6, "inject_weight": 0.1, "batches_per_step": 2}
+SCRIPT = """
+import json, sys
+from pathlib import Path
+import torch
+sys.path[:0] = [str(Path(sys.argv[1]).parent), sys.argv[1]]
+import tiny_models as shared
+from experiments.lab.models import build_processor, build_vlm
+from vlmgraft.distillation.distill import Distiller
+from vlmgraft.distillation.distributed import agreed, check_same, join_group, process
+from vlmgraft.errors import VlmgraftError
+from vlmgraft.spectral.gate_store import save_gates
+torch.set_num_threads(1)
+def refused(call):
+    try:
+        call()
+    except VlmgraftError as error:
+        return str(error)
+def fail():
+    raise VlmgraftError("no such state")
+out, options = Path(sys.argv[2]), json.loads(sys.argv[3])
+join_group()
+rank = process()[0]
+assert agreed(lambda: rank) == 0
+assert "no such state" in refused(lambda: agreed(fail))
+check_same("the weather", "mild")
+assert "processes 0 and 1 differ in the weather" in refused(lambda: check_same("the weather", str(rank)))
+vlm = build_vlm(0).eval()
+for name, sharded in (("replicated", False), ("sharded", True)):
+    cache = out / "teacher" if sharded else None
+    distiller = Distiller(vlm, build_processor(), shared.random_factors(vlm), shared._image_questions(24),
+                          shared._image_questions(12, first=1000), max_new_tokens=6, batch_size=12,
+                          cache=cache, sharded=sharded)
+    gates = distiller.learn(**options)
+    drift = distiller.keep_kl(gates)
+    held = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in vlm.parameters())
+    if process()[0] == 0:
+        save_gates(gates, out / name)
+        (out / f"{name}.json").write_text(json.dumps({"drift": drift, "held": held}))
+again = distiller.learn(**{**options, "gradient_checkpointing": True})
+if process()[0] == 0:
+    save_gates(again, out / "checkpointed")
+"""
+
+COMMANDS = """
+import sys, time
+from pathlib import Path
+from vlmgraft.cli import main
+seen = Path.is_file
+def late(path):  # as on a network file system: a file of factors shows a second after it was written
+    return seen(path) and ("factors" not in str(path) or time.time() - path.stat().st_mtime > 1)
+Path.is_file = late
+recipe, work = sys.argv[1:]
+for line in (["decompose", recipe, "--out", work + "/factors"],
+             ["gates", recipe, "--factors", work + "/factors", "--out", work + "/gates"]):
+    sys.argv = ["vlmgraft", *line]
+    try:
+        main()
+    except SystemExit as stop:
+        if stop.code:
+            raise
+"""
+
+
+def launch(arguments: list[str], processes: int = 2) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *arguments], timeout=570, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[:3000]
+
+
+@pytest.mark.slow
+def test_two_processes_learn_the_gates_of_one(distiller: Distiller, tmp_path: Path) -> None:
+    (script := tmp_path / "learn.py").write_text(SCRIPT)
+    launch([str(script), str(Path(__file__).parents[1]), str(tmp_path), json.dumps(OPTIONS)])
+    alone = distiller.learn(**OPTIONS)
+    assert max(float(logits.abs().max()) for logits in alone.logits.values()) > 0.1
+    facts = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("replicated", "sharded")}
+    for name in ("replicated", "sharded", "checkpointed"):
+        together = load_gates(tmp_path / name)
+        for key, logits in alone.logits.items():
+            assert (together.logits[key] - logits).abs().max() <= 1e-3, (name, key)
+        assert together.log[-1]["kl"] == pytest.approx(alone.log[-1]["kl"], rel=1e-3)
+    for found in facts.values():
+        assert found["drift"] == pytest.approx(distiller.keep_kl(alone), rel=1e-3)
+    whole = sum(parameter.numel() for parameter in distiller.model.parameters())
+    inside = sum(p.numel() for name, p in distiller.model.named_parameters() if ".language_model.layers." in name)
+    factors = sum(one.U.numel() + one.Vh.numel() for one in distiller.factors.values())
+    assert facts["replicated"]["held"] == whole
+    assert facts["sharded"]["held"] <= whole - inside + 0.51 * (inside + factors), "half of layers and factors each"
+
+
+def test_alone_everybody_agrees(tmp_path: Path) -> None:
+    assert agreed(lambda: 3) == 3
+    check_same("anything", "x")
+    (tmp_path / "there").touch()
+    await_file(tmp_path / "there", 60)
+    await_file(tmp_path / "missing" / "file", 0.0)
+
+
+@pytest.mark.slow
+def test_the_command_under_torchrun(trio: Path, image_calibration: Path, tmp_path: Path) -> None:
+    """`decompose` and `gates` by two processes on a folder whose files show late, then `merge` from their folders:
+    nothing is computed again."""
+    import vlmgraft as vg
+
+    calibration = {"data": str(image_calibration), "samples": 16, "held_out": 4, "max_new_tokens": 4, "batch_size": 4}
+    places = {"vlm": str(trio / "vlm"), "donor": str(trio / "donor"), "donor_base": str(trio / "base")}
+    method = {"name": "frism", "steps": 4, "batches_per_step": 2, "learning_rate": 0.2, "inject_weight": 0.1}
+    recipe = {**places, "method": {**method, "calibration": calibration}, "layers": "0-1"}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
+    work = tmp_path / "work"
+    (script := tmp_path / "run.py").write_text(COMMANDS)
+    launch([str(script), str(tmp_path / "recipe.yaml"), str(work)])
+    made = {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
+    assert not [path for path in made if path.name.endswith(".tmp") or path.name.endswith(".state")]
+    vg.merge(recipe, tmp_path / "merged", workdir=work)
+    assert {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()} == made
+    vg.merge(recipe, tmp_path / "alone", workdir=tmp_path / "other")
+    together, alone = load_gates(work / "gates"), load_gates(tmp_path / "other" / "gates")
+    moved = torch.cat(list(alone.logits.values()))
+    assert float(moved.abs().max()) > 0.1
+    for name, logits in alone.logits.items():
+        assert (together.logits[name] - logits).abs().max() <= 1e-3, name
+
+
+def test_batches_are_shared_out_and_the_last_round_is_filled_with_work_that_does_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dealt = []
+    for rank in range(3):
+        monkeypatch.setattr(distributed, "process", lambda rank=rank: (rank, 3))
+        dealt.append(list(distributed.shared("abcdefg")))
+    assert dealt[0] == [("a", 1.0), ("d", 1.0), ("g", 1.0)]
+    assert dealt[1] == [("b", 1.0), ("e", 1.0), ("a", 0.0)]
+    assert dealt[2] == [("c", 1.0), ("f", 1.0), ("a", 0.0)]
+
+
+def test_a_process_alone_waits_for_nobody() -> None:
+    distributed.barrier()
+    assert distributed.process() == (0, 1) and list(distributed.shared("ab")) == [("a", 1.0), ("b", 1.0)]
+
+
+@pytest.mark.parametrize(("device", "backend"), [("cpu", "gloo"), ("cuda:1", "nccl")])
+def test_a_group_is_joined_where_torchrun_describes_one(
+    device: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    for name in ("init_process_group", "barrier"):
+        monkeypatch.setattr(
+            torch.distributed, name, lambda *given, name=name, **more: calls.append((name, *given, more))
+        )
+    monkeypatch.setattr(torch.cuda, "set_device", lambda chosen: calls.append(str(chosen)))
+    monkeypatch.setattr(distributed, "default_device", lambda: torch.device(device))
+    monkeypatch.setattr(distributed.atexit, "register", calls.append)
+    monkeypatch.setattr(distributed, "rank_and_world", lambda: (0, 1))
+    distributed.join_group()
+    assert calls == [], "a process alone"
+    monkeypatch.setattr(distributed, "rank_and_world", lambda: (1, 2))
+    distributed.join_group()
+    group = ("init_process_group", backend, {"timeout": timedelta(hours=2)})
+    assert calls == [*(["cuda:1"] if device != "cpu" else []), group, torch.distributed.destroy_process_group]
+    monkeypatch.setattr(distributed, "process", lambda: (1, 2))
+    calls.clear()
+    distributed.join_group()
+    distributed.barrier()
+    assert calls == [("barrier", {})], "it is a member already, and waits for the other"

@@ -1,0 +1,66 @@
+"""Items and suites: ids, digests, rotations of choices."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlmgraft.evaluation.items import Item, Suite, circular, merge_suites, rotations, unique, with_suffix
+from vlmgraft.evaluation.metrics import all_right
+
+
+def test_circular_options_are_right_together_only() -> None:
+    assert rotations(["x", "y", "z"]) == [("x", "y", "z"), ("y", "z", "x"), ("z", "x", "y")]
+    assert all_right({"a": [1, 1, 1], "b": [1, 0, 1], "c": [0.5]}) == pytest.approx(1 / 3)
+
+
+@given(st.lists(st.text("abc", min_size=1), min_size=2, max_size=6, unique=True), st.data())
+def test_the_right_text_stays_right_in_every_rotation(choices: list[str], data: Any) -> None:
+    place = data.draw(st.integers(0, len(choices) - 1))
+    item = Item("q", "which?", answers=("ABCDEF"[place],), choices=tuple(choices))
+    turned = circular([item])
+    assert len({each.id for each in turned}) == len(choices) == len({each.choices for each in turned})
+    assert {each.choices["ABCDEF".index(each.answers[0])] for each in turned} == {choices[place]}
+    assert {each.group for each in turned} == {"q"}
+
+
+def test_an_item_without_one_right_choice_is_not_turned() -> None:
+    items = [Item("a", "?", answers=("4",)), Item("b", "?", answers=("A", "B"), choices=("x", "y"))]
+    assert circular(items) == items
+
+
+@given(st.lists(st.sampled_from(["x", "y", "x#2", "x#3"]), max_size=9))
+def test_ids_become_unique_and_the_first_of_a_name_keeps_it(ids: list[str]) -> None:
+    items, renamed = unique([Item(each, "?") for each in ids])
+    assert len({item.id for item in items}) == len(ids)
+    assert renamed == sum(item.id != name for item, name in zip(items, ids, strict=True)) == len(ids) - len(set(ids))
+
+
+def test_several_suites_become_one_with_unique_ids(sums: Any) -> None:
+    one, other = sums(2), sums(3)
+    both = merge_suites([one, other])
+    assert len({item.id for item in both.items}) == 5 and both.duplicates == 2
+
+
+def test_a_suffix_stands_on_a_line_of_its_own_and_below_no_empty_question() -> None:
+    assert with_suffix("why?", "Say.") == "why?\nSay." and with_suffix(" ", "Say.") == " "
+    merged = merge_suites([Suite("a", (Item("1", "why?"),), "Say.", 5), Suite("b", (Item("1", "who?"),), "", 9)])
+    assert [item.question for item in merged.items] == ["why?\nSay.", "who?"]
+    assert (merged.suffix, merged.max_new_tokens) == ("", 9)
+
+
+@pytest.mark.parametrize("change", [{"question": "2 + 2 ?"}, {"answers": ("3",)}, {"choices": ("2", "3")}])
+def test_a_digest_changes_with_what_is_asked(change: dict[str, Any]) -> None:
+    item = Item("1", "1 + 1 ?", answers=("2",))
+    other = replace(item, **change)
+    assert item.key != other.key and replace(item, task="sums").key == item.key
+    assert Suite("s", (item,)).digest != Suite("s", (other,)).digest != Suite("s", (other,), "Say.").digest
+
+
+def test_choices_that_stand_in_the_question_are_expected() -> None:
+    assert Item("1", "Which?\nChoices:\nA: red\nB: blue").expected.choices == ("red", "blue")
+    assert Item("1", "Which?\nChoices:\nA: red\nB: blue", choices=("x", "y")).expected.choices == ("x", "y")

@@ -1,0 +1,80 @@
+"""The LoRA adapter: the best approximation at its rank, and PEFT loads it to the gated model's logits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlmgraft.distillation.distill import Distiller
+from vlmgraft.errors import AlignmentError, CheckpointError, OutputError, RecipeError
+from vlmgraft.export.lora import adapter_places, lora_factors, write_lora
+from vlmgraft.hf.models import load_vlm
+from vlmgraft.spectral.factors import factorize
+from vlmgraft.spectral.gates import Gates
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 10), st.integers(0, 9999))
+def test_it_is_the_best_approximation_and_the_error_is_true(rows: int, columns: int, rank: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    factors = factorize(torch.randn(rows, columns, generator=generator), "w", "w")
+    spectrum = factors.s * torch.rand(len(factors.s), generator=generator)
+    update = factors.update(spectrum)
+    A, B, dropped, whole = lora_factors(factors, spectrum, rank)
+    assert A.shape == (rank, columns) and B.shape == (rows, rank)
+    optimum = torch.linalg.svdvals(update.double())[rank:].square().sum()
+    assert float((B @ A - update).square().sum()) == pytest.approx(float(optimum), abs=1e-5)
+    assert dropped == pytest.approx(float(optimum), abs=1e-5)
+    assert whole == pytest.approx(float(update.square().sum()), rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def exported(distiller: Distiller, vlm: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Gates]:
+    folder = tmp_path_factory.mktemp("lora")
+    vlm.save_pretrained(folder / "vlm")
+    return folder, distiller.learn(steps=5, inject_weight=0.3)
+
+
+def test_peft_loads_it_to_the_gated_logits(distiller: Distiller, exported: tuple[Path, Gates], tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    folder, gates = exported
+    report = write_lora(folder / "vlm", distiller.factors, gates, tmp_path / "full", 128, torch.float32)
+    assert report.error <= 1e-6 and set(report.errors) == set(gates.logits)
+    batch = distiller.targets.batches[0]
+    model = PeftModel.from_pretrained(load_vlm(folder / "vlm", torch.float32), tmp_path / "full").eval()
+    with torch.no_grad():
+        found = model(**batch.inputs, use_cache=False).logits[batch.predicts]
+        with distiller.applied(gates) as gated_model:
+            expected = batch.logits(gated_model)
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_a_smaller_rank_reports_a_larger_error(
+    distiller: Distiller, exported: tuple[Path, Gates], tmp_path: Path
+) -> None:
+    folder, gates = exported
+    errors = [write_lora(folder / "vlm", distiller.factors, gates, tmp_path / f"r{r}", r).error for r in (4, 16, 64)]
+    assert 1 > errors[0] > errors[1] > errors[2] > 0
+    assert json.loads((tmp_path / "r4" / "report.json").read_text())["error"] == errors[0]
+
+
+def test_bad_inputs_are_named_and_nothing_is_written(
+    distiller: Distiller, exported: tuple[Path, Gates], tmp_path: Path
+) -> None:
+    folder, gates = exported
+    with pytest.raises(RecipeError, match="rank: 0"):
+        write_lora(folder / "vlm", distiller.factors, gates, tmp_path / "new", 0)
+    with pytest.raises(OutputError, match="exists already"):
+        write_lora(folder / "vlm", distiller.factors, gates, folder, 4)
+    with pytest.raises(CheckpointError, match="config"):
+        write_lora(tmp_path, distiller.factors, gates, tmp_path / "new", 4)
+    with pytest.raises(AlignmentError, match="embed_tokens"):
+        adapter_places(folder / "vlm", {}, ["model.embed_tokens.weight"], 4)
+    assert not (tmp_path / "new").exists()

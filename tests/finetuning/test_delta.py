@@ -1,0 +1,111 @@
+"""DRIFT's Δ from folders and from gates: the difference of the files, and a verdict for every tensor."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vlmgraft.alignment import Alignment, align
+from vlmgraft.checkpoint.index import open_checkpoint
+from vlmgraft.errors import AlignmentError, CheckpointError, WeightsError
+from vlmgraft.finetuning.delta import filtered_prior, load_prior, make_prior
+from vlmgraft.finetuning.prior import PushRule
+from vlmgraft.spectral.factor_store import FactorStore
+from vlmgraft.spectral.factors import factorize
+from vlmgraft.spectral.gates import constant_gates
+
+MODULES = ("attention", "norm")
+Q0 = "model.layers.0.self_attn.q_proj.weight"
+
+
+def aligned(trio: Path, donor: Path | None = None, modules: Any = MODULES) -> Alignment:
+    folders = (trio / "vlm", donor or trio / "donor", trio / "base")
+    return align(*(open_checkpoint(folder) for folder in folders), modules=modules)
+
+
+def changed(folder: Path, to: Path, name: str, value: float | None) -> Path:
+    """A copy of a checkpoint with one tensor filled, or as it is."""
+    shutil.copytree(folder, to)
+    tensors = load_file(to / "model.safetensors")
+    if value is not None:
+        tensors[name].fill_(value)
+    save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
+    return to
+
+
+@pytest.mark.parametrize("minus", ["vlm", "base"])
+def test_delta_is_the_difference_of_the_folders_and_every_tensor_has_a_verdict(trio: Path, minus: Any) -> None:
+    prior = make_prior(aligned(trio), PushRule(), minus=minus, dtype=torch.float32)
+    files = {name: load_file(trio / name / "model.safetensors") for name in ("vlm", "donor", "base")}
+    assert {verdict.name for verdict in prior.verdicts} == set(files["vlm"])
+    pushed_names = {verdict.name for verdict in prior.verdicts if verdict.verdict == "pushed"}
+    assert pushed_names == set(prior.deltas) and Q0 in pushed_names
+    assert all(verdict.reason for verdict in prior.verdicts)
+    for name, delta in prior.deltas.items():
+        expected = files["donor"][name].float() - files[minus][name].float()
+        assert delta.value.equal(expected), name
+        assert delta.norm == pytest.approx(float(expected.norm()), rel=1e-5)
+        assert delta.start == pytest.approx(float((files["vlm"][name].float() * expected).sum()), abs=1e-3)
+
+
+def test_a_prior_behind_gates(trio: Path, tmp_path: Path) -> None:
+    alignment = aligned(trio, modules=["*.q_proj.weight", "norm"])
+    full = make_prior(alignment, minus="base", dtype=torch.float32)
+    factors = {Q0: factorize(full.deltas[Q0].value, Q0, "layers.0.self_attn.q_proj.weight")}
+    gates = constant_gates({Q0: len(factors[Q0].s)}, 0.0, scale=3.0)
+    prior = filtered_prior(alignment, factors, gates, dtype=torch.float32)
+    assert list(prior.deltas) == [Q0]  # half open everywhere: half of the task vector, whatever λ is
+    assert torch.allclose(prior.deltas[Q0].value, full.deltas[Q0].value / 2, atol=1e-5)
+    reasons = {verdict.name: verdict.reason for verdict in prior.verdicts}
+    assert "no gates" in reasons["model.layers.1.self_attn.q_proj.weight"]
+    shut = constant_gates({Q0: len(factors[Q0].s)}, -float("inf"), scale=1.0)
+    with pytest.raises(AlignmentError, match="nothing to push"):
+        filtered_prior(alignment, factors, shut)
+
+
+def test_gates_of_other_factors_are_refused(trio: Path, tmp_path: Path) -> None:
+    store = FactorStore(tmp_path)
+    store.save(factorize(torch.ones(4, 3), Q0, "role"), "digest")
+    store.finish([Q0], {"rank": "full"})
+    gates = replace(constant_gates({Q0: 3}, 0.0, 1.0), factors="two")
+    with pytest.raises(CheckpointError, match=f"factors two, these are {store.digest}"):
+        filtered_prior(aligned(trio), store, gates)
+
+
+def test_one_zero_delta_is_said(trio: Path, tmp_path: Path) -> None:
+    base = load_file(trio / "base" / "model.safetensors")
+    donor = tmp_path / "donor"
+    shutil.copytree(trio / "donor", donor)
+    tensors = load_file(donor / "model.safetensors") | {Q0: base[Q0]}
+    save_file(tensors, donor / "model.safetensors", metadata={"format": "pt"})
+    prior = make_prior(aligned(trio, donor), minus="base")
+    assert Q0 not in prior.deltas
+    assert {verdict.name: verdict.verdict for verdict in prior.verdicts}[Q0] == "zero"
+
+
+def test_bad_priors_are_named_before_training(trio: Path, tmp_path: Path) -> None:
+    same = changed(trio / "base", tmp_path / "same", Q0, None)
+    with pytest.raises(AlignmentError, match="Δ is zero for every selected tensor"):
+        make_prior(aligned(trio, same), minus="base")
+    broken = changed(trio / "donor", tmp_path / "broken", Q0, float("nan"))
+    with pytest.raises(WeightsError, match=r"q_proj\.weight of .*broken.*NaN"):
+        make_prior(aligned(trio, broken))
+    without = align(open_checkpoint(trio / "vlm"), open_checkpoint(trio / "donor"))
+    with pytest.raises(AlignmentError, match="donor_base"):
+        make_prior(without, minus="base")
+
+
+def test_a_prior_by_folders_is_the_one_of_their_alignment(trio: Path) -> None:
+    folders = (trio / "vlm", trio / "donor", trio / "base")
+    prior = load_prior(*folders, modules=["*.q_proj.weight"], layers="0", mode="grad_norm", strength=0.5, minus="base")
+    assert list(prior.deltas) == [Q0] and prior.rule == PushRule("grad_norm", 0.5)
+    base, donor = (load_file(trio / name / "model.safetensors")[Q0].float() for name in ("base", "donor"))
+    assert prior.deltas[Q0].value.equal((donor - base).bfloat16())
+    assert set(prior.sources) == {"vlm", "donor", "donor_base"}
+    assert all(list(read) == [Q0] for read in prior.sources.values())

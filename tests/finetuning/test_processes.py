@@ -1,0 +1,126 @@
+"""Two gloo processes, replicated or sharded, make the steps of one."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from torch.distributed.fsdp import fully_shard
+from transformers import Trainer, TrainingArguments
+from vlmgraft.alignment import align
+from vlmgraft.checkpoint.index import open_checkpoint
+from vlmgraft.hf.models import load_vlm
+from vlmgraft.hf.modules import text_model
+from vlmgraft.finetuning.push import bind_prior
+from vlmgraft.finetuning.callback import DriftCallback
+from vlmgraft.finetuning.prior import PushRule
+from vlmgraft.finetuning.delta import make_prior
+
+how, trio, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+torch.set_num_threads(1)
+alignment = align(open_checkpoint(trio / "vlm"), open_checkpoint(trio / "donor"), modules=["attention", "norm"])
+prior = make_prior(alignment, PushRule("adaptive", 1.0), dtype=torch.float32)
+ids = torch.randint(10, 60, (16, 6), generator=torch.Generator().manual_seed(0)).tolist()
+rows = [{"input_ids": row, "labels": row, "attention_mask": [1] * 6} for row in ids]
+collate = lambda rows: {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
+model = load_vlm(trio / "vlm", torch.float32)
+
+def finish(weights, said):
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        save_file({name: value.contiguous().clone() for name, value in weights.items()}, out / f"{how}.safetensors")
+        (out / f"{how}.txt").write_text(said)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+def shown(bound):
+    moved = bound.moved()
+    return "\\n".join(f"{name} {bound.last[name][0]:.5f} {bound.last[name][1]:.5f} {moved[name]:.6f}" for name in moved)
+
+if how in ("one", "ddp"):
+    count = 4 if how == "one" else 2
+    arguments = TrainingArguments(out / how, optim="sgd", learning_rate=0.05, lr_scheduler_type="constant",
+        per_device_train_batch_size=count, gradient_accumulation_steps=2, max_grad_norm=0.5, logging_steps=1,
+        train_sampling_strategy="sequential", report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no",
+        num_train_epochs=1, ddp_find_unused_parameters=True)
+    callback = DriftCallback(prior)
+    trainer = Trainer(model, arguments, collate, train_dataset=rows, callbacks=[callback])
+    trainer.train()
+    finish(dict(model.named_parameters()), shown(callback.bound))
+else:
+    from types import SimpleNamespace
+    class Sync:  # what the trainer's optimiser says
+        sync_gradients = False
+    torch.distributed.init_process_group("gloo")
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    for layer in text_model(model).layers:
+        fully_shard(layer)
+    fully_shard(model)
+    model.train()
+    optimiser = torch.optim.SGD(model.parameters(), 0.05)
+    optimiser.gradient_state, optimiser.scaler = Sync, None  # as accelerate wraps it
+    optimiser.accelerator_state = SimpleNamespace(distributed_type="DistributedType.FSDP")
+    callback = DriftCallback(prior, log=out / "fsdp.jsonl")
+    Space = SimpleNamespace
+    state = Space(global_step=0, max_steps=2, is_world_process_zero=rank == 0)
+    arguments = Space(output_dir=out, deepspeed=None, fsdp=None)
+    callback.on_train_begin(arguments, state, None, model=model, optimizer=optimiser)
+    for step in range(2):
+        state.global_step = step
+        callback.on_step_begin(arguments, state, None)
+        for half in range(2):
+            Sync.sync_gradients = half == 1
+            model.set_requires_gradient_sync(half == 1)
+            start = 8 * step + 4 * half + 2 * rank
+            (model(**collate(rows[start : start + 2])).loss / 2).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimiser.step()
+        callback.on_optimizer_step(arguments, state, None)
+        optimiser.zero_grad()
+    said = shown(callback.bound)
+    finish({name: value.full_tensor() for name, value in model.named_parameters()}, said)
+"""
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("drift") / "steps.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+def ran(script: Path, trio: Path, how: str, processes: int) -> tuple[dict[str, object], list[list[str]]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)]
+    command = [sys.executable, *(launch if processes > 1 else []), str(script), how, str(trio), str(script.parent)]
+    done = subprocess.run(command, timeout=600, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = [line.split() for line in (script.parent / f"{how}.txt").read_text().splitlines()]
+    return dict(load_file(script.parent / f"{how}.safetensors")), said
+
+
+@pytest.mark.slow
+def test_ddp_and_fsdp2_push_like_one_process(script: Path, trio: Path) -> None:
+    alone, said = ran(script, trio, "one", 1)
+    assert len(said) == 25  # 4 layers of 4 projections and 2 norms, and the last norm
+    for how in ("ddp", "fsdp"):
+        together, also = ran(script, trio, how, 2)
+        assert together.keys() == alone.keys()
+        for name, value in alone.items():
+            assert (value - together[name]).abs().max() < 2e-6, (how, name)  # type: ignore[operator]
+        for one, other in zip(
+            said, also, strict=True
+        ):  # cosines, strengths and ways of whole parameters, not of shards
+            assert one[0] == other[0]
+            assert [float(x) for x in one[1:]] == pytest.approx([float(x) for x in other[1:]], abs=2e-4), (how, one[0])

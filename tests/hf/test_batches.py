@@ -1,0 +1,109 @@
+"""Question files, batches and greedy answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from vlmgraft.errors import DataError
+from vlmgraft.hf.batches import Question, append_answers, batches, encode, generate, generate_ids, load_questions
+
+Draw = Callable[[int], Image.Image]
+Ask = Callable[..., list[Question]]
+
+
+def write(path: Path, *rows: object) -> Path:
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return path
+
+
+def test_a_file_is_read_with_paths_relative_to_it(tmp_path: Path, random_image: Draw) -> None:
+    random_image(0).save(tmp_path / "a.png")
+    row = {"image": "a.png", "question": "what?", "answer": 3, "choices": ["x", "y"], "category": "c", "extra": 1}
+    (found,) = load_questions(write(tmp_path / "q.jsonl", row, ""))
+    assert found == Question("what?", (tmp_path / "a.png",), "3", ("x", "y"), "c")
+    assert found.prompt == "what?\nA. x\nB. y"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{", "line 2: not JSON"),
+        ({"image": "a.png"}, 'line 2: needs a "question"'),
+        ({"question": "q", "image": "b.png"}, "line 2: image .*b.png: missing"),
+        ({"question": "q", "image": "bad.png"}, "line 2: image .*bad.png: cannot be read"),
+        ({"question": "q", "image": 3}, "line 2: .*path or a list"),
+        ({"question": "q"}, 'line 2: has no "image"'),
+        ({"question": "q", "image": "a.png", "choices": "A"}, 'line 2: "choices" must be a list'),
+    ],
+)
+def test_bad_lines_are_named(tmp_path: Path, row: object, message: str, random_image: Draw) -> None:
+    random_image(0).save(tmp_path / "a.png")
+    (tmp_path / "bad.png").write_bytes(b"not an image")
+    path = write(tmp_path / "q.jsonl", {"question": "q", "image": "a.png"}, row)
+    with pytest.raises(DataError, match=message):
+        load_questions(path, need_images=True)
+
+
+def test_missing_and_empty_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such question file"):
+        load_questions(tmp_path / "none.jsonl")
+    with pytest.raises(DataError, match="holds no question"):
+        load_questions(write(tmp_path / "q.jsonl", ""))
+
+
+def test_batches_cover_every_question_once_and_keep_images_apart(random_image: Draw) -> None:
+    questions = [Question("a" * (i % 7), (random_image(0),) if i % 3 else ()) for i in range(23)]
+    found = batches(questions, 4)
+    assert sorted(i for batch in found for i in batch) == list(range(23))
+    assert all(len(batch) <= 4 and len({bool(questions[i].images) for i in batch}) == 1 for batch in found)
+
+
+def test_answers_are_appended_without_padding_between(processor: Any, image_questions: Ask) -> None:
+    questions, answers = image_questions(3), [[11, 12, 13], [14], [15, 16]]
+    batch = encode(processor, questions)
+    full, predicts = append_answers(batch, answers, pad=0)
+    assert predicts.sum(1).tolist() == [3, 1, 2]
+    for row, answer in enumerate(answers):
+        prompt = batch["input_ids"][row][batch["attention_mask"][row].bool()].tolist()
+        length = len(prompt) + len(answer)
+        assert full["input_ids"][row, :length].tolist() == prompt + answer
+        assert full["attention_mask"][row].tolist() == [1] * length + [0] * (full["input_ids"].shape[1] - length)
+        targets = full["input_ids"][row].roll(-1)[predicts[row]]
+        assert targets.tolist() == answer
+    assert full["mm_token_type_ids"].shape == full["input_ids"].shape
+    assert int(full["mm_token_type_ids"].sum()) == int(batch["mm_token_type_ids"].sum())
+
+
+def test_greedy_answers_do_not_depend_on_the_batch(vlm: Any, processor: Any, image_questions: Ask) -> None:
+    questions = image_questions(5)
+    single = generate_ids(vlm, processor, questions, 4, batch_size=1)
+    seen: list[tuple[int, int]] = []
+    together = generate_ids(
+        vlm, processor, questions, 4, batch_size=5, progress=lambda done, total, what: seen.append((done, total))
+    )
+    assert single == together and seen[-1] == (5, 5)
+    assert generate(vlm, processor, questions[:1], 4) == [processor.tokenizer.decode(single[0])]
+
+
+def test_greedy_answers_follow_the_plain_forward(llm: Any, processor: Any) -> None:
+    question = Question("sum 4 5")
+    (found,) = generate_ids(llm, processor.tokenizer, [question], 5)
+    ids = encode(processor.tokenizer, [question])["input_ids"]
+    for token in found:
+        with torch.no_grad():
+            assert int(llm(input_ids=ids).logits[0, -1].argmax()) == token
+        ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+
+
+def test_what_the_model_cannot_read_is_named(llm: Any, processor: Any, image_questions: Ask) -> None:
+    with pytest.raises(DataError, match="reads text only"):
+        encode(processor.tokenizer, image_questions(1))
+    with pytest.raises(DataError, match="the model reads 256"):
+        generate_ids(llm, processor.tokenizer, [Question("sum " * 300)], 4)
