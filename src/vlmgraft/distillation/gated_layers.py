@@ -136,8 +136,8 @@ class JoinedStack:
         names = [["" for _ in range(first.parts)] for _ in range(experts)]
         read = {name: factors[name] for name in parts}
         for name, part in parts.items():
-            if read[name].shape != tuple(part.weight.shape):
-                shapes = f"{read[name].shape} do not fit a matrix of {tuple(part.weight.shape)}"
+            if read[name].shape != (rows // first.parts, inner):
+                shapes = f"{read[name].shape} do not fit a matrix of {(rows // first.parts, inner)}"
                 raise AlignmentError(f"{name}: factors of shape {shapes}")
             names[part.expert][part.part] = name
         ranks = {name: one.s.shape[-1] for name, one in read.items()}

@@ -6,6 +6,7 @@ and factors are sharded, and the first process writes the gates.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import math
@@ -24,6 +25,7 @@ from vlmgraft.distillation.distill import Distiller
 from vlmgraft.distillation.distributed import agreed, await_file, barrier, check_same, join_group, process
 from vlmgraft.distillation.guarantee import check_guarantee, within_budget
 from vlmgraft.distillation.memory import Shapes, fits_plain
+from vlmgraft.distillation.sharding import shard
 from vlmgraft.distillation.targets import Targets, join_targets
 from vlmgraft.distillation.trainer import Training
 from vlmgraft.errors import OutputError, RecipeError, WeightsError
@@ -31,6 +33,7 @@ from vlmgraft.hf.batches import check_lengths
 from vlmgraft.hf.models import empty_vlm, load_config, load_processor, load_text_model, load_vlm
 from vlmgraft.hf.modules import match_projections
 from vlmgraft.hf.placement import default_device, learning_dtype
+from vlmgraft.hf.sharded import text_shards, vlm_shards
 from vlmgraft.merging.pieces import squared_norm
 from vlmgraft.methods.curvature import Curvature
 from vlmgraft.methods.frism import Frism, GatedMethod
@@ -277,15 +280,15 @@ def distiller_for(job: Job, store: Store, out: Path, progress: Progress | None) 
     tensors = job.vlm.tensors.values()
     dtype = learning_dtype(device, sum(info.elements for info in tensors), {info.dtype for info in tensors})
     curvature = isinstance(method, Curvature) or method.start == "curvature"
+    several = process()[1] > 1
     distiller = Distiller(
-        load_vlm(job.vlm.path, dtype, device),
+        shard(vlm_shards(job.vlm.path, dtype, device)) if several else load_vlm(job.vlm.path, dtype, device),
         load_processor(job.vlm.path),
         store,
         learned,
         held_out,
         progress=progress,
         cache=out.with_name(out.name + ".teacher"),
-        sharded=process()[1] > 1 and not curvature,
         keep_factors=curvature,
         **reading_of(method),
     )
@@ -294,6 +297,9 @@ def distiller_for(job: Job, store: Store, out: Path, progress: Progress | None) 
     parts = []
     for alignment, questions in zip(job.alignments, donors, strict=True):
         path = alignment.donor.path
-        donor = load_text_model(path, dtype, device), load_processor(path)
-        parts.append(distiller.donor_targets(*donor, questions, max_new_tokens=method.donor_length))
+        donor = shard(text_shards(path, dtype, device)) if several else load_text_model(path, dtype, device)
+        reads = load_processor(path)
+        parts.append(distiller.donor_targets(donor, reads, questions, max_new_tokens=method.donor_length))
+        del donor
+        gc.collect()  # its modules and their hooks refer to each other
     return distiller, join_targets(parts)
