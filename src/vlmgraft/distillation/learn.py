@@ -1,7 +1,7 @@
 """From a recipe to gates: questions read, models loaded, gates learned and kept in a folder.
 
-Under `torchrun` or `accelerate launch` every process runs the same calls: the teacher's batches are shared out, weights
-and factors are sharded, and the first process writes the gates.
+Under `torchrun` or `accelerate launch` every process runs the same calls: it reads its shards of the models, the
+teacher's batches are shared out, factors are sharded too, and the first process writes the gates.
 """
 
 from __future__ import annotations
@@ -16,15 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vlmgraft.alignment import Alignment
 from vlmgraft.checkpoint.reader import Reader
 from vlmgraft.distillation.curvature import FisherDiagonal, curvature_gates, curvature_start, estimate_curvature
 from vlmgraft.distillation.distill import Distiller
 from vlmgraft.distillation.distributed import agreed, await_file, barrier, check_same, join_group, process
 from vlmgraft.distillation.guarantee import check_guarantee, within_budget
-from vlmgraft.distillation.memory import Shapes, fits_plain
+from vlmgraft.distillation.memory import checkpoints
 from vlmgraft.distillation.sharding import shard
 from vlmgraft.distillation.targets import Targets, join_targets
 from vlmgraft.distillation.trainer import Training
@@ -33,7 +31,7 @@ from vlmgraft.hf.batches import check_lengths
 from vlmgraft.hf.models import empty_vlm, load_config, load_processor, load_text_model, load_vlm
 from vlmgraft.hf.modules import match_projections
 from vlmgraft.hf.placement import default_device, learning_dtype
-from vlmgraft.hf.sharded import text_shards, vlm_shards
+from vlmgraft.hf.sharded import check_sharding, text_shards, vlm_shards
 from vlmgraft.merging.pieces import squared_norm
 from vlmgraft.methods.curvature import Curvature
 from vlmgraft.methods.frism import Frism, GatedMethod
@@ -48,7 +46,7 @@ from vlmgraft.storage.files import sweep_files
 from vlmgraft.storage.filesystem import make_folder
 from vlmgraft.storage.progress import Progress
 from vlmgraft.storage.publish import sweep_folders
-from vlmgraft.storage.resources import free_memory
+from vlmgraft.storage.torchrun import rank_and_world
 
 READ_ALIKE = ("max_new_tokens", "batch_size", "answer_batch_size", "batch_tokens", "packing", "tokens")
 """Fields of `Calibration` that a `Distiller` has, too."""
@@ -78,6 +76,9 @@ def check_questions(job: Job) -> None:
         )
     match_projections(empty_vlm(job.vlm.path), [tensor.name for tensor in job.alignment.merged])
     learned, held_out, donors, unseen = questions_of(job)
+    if rank_and_world()[1] > 1:
+        asked = [alignment.donor for alignment, questions in zip(job.alignments, donors, strict=False) if questions]
+        check_sharding(default_device(), *asked)
     if isinstance(job.method, Frism):
         check_guarantee(job.method)
     longest = job.method.calibration.max_new_tokens
@@ -251,25 +252,6 @@ def training_of(method: GatedMethod, distiller: Distiller) -> dict[str, Any]:
 def reading_of(method: GatedMethod) -> dict[str, Any]:
     """The fields of `Distiller` that a recipe has."""
     return {name: getattr(method.calibration, name) for name in READ_ALIKE} | {"seed": method.seed}
-
-
-def checkpoints(method: GatedMethod, distiller: Distiller) -> bool:
-    """Whether to checkpoint: as the recipe says, or (auto) where the largest batch would not fit without it."""
-    wanted = getattr(method, "gradient_checkpointing", False)
-    if wanted != "auto":
-        return bool(wanted)
-    device, batches = distiller.model.device, distiller.targets.batches
-    cuda = device.type == "cuda"
-    memory = torch.cuda.get_device_properties(device).total_memory if cuda else free_memory()
-    return not fits_plain(
-        Shapes.of(distiller.model.config),
-        memory,
-        rank=method.rank if isinstance(method.rank, int) else "full",
-        tokens=max(batch.tokens() for batch in batches),
-        answer_tokens=max(int(batch.predicts.sum()) for batch in batches),
-        gpus=process()[1],
-        width=distiller.model.dtype.itemsize,
-    )
 
 
 def distiller_for(job: Job, store: Store, out: Path, progress: Progress | None) -> tuple[Distiller, Targets | None]:

@@ -29,9 +29,10 @@ def shard(model: Any) -> Any:
     them, in shards, whose memory is taken over. Every process of the group calls this."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    mesh = group_mesh(model.device)
     for layer in text_model(model).layers:
-        _shard_layer(layer)
-    _tie(model)
+        _shard_layer(layer, mesh)
+    _tie(model, mesh)
     return model
 
 
@@ -48,19 +49,26 @@ def gate_and_shard(
         projections = match_projections(model, projections)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    gates, remaining = GatedLayers(), dict(projections)
+    gates, remaining, mesh = GatedLayers(), dict(projections), group_mesh(model.device)
     for layer in text_model(model).layers:
         inside = {id(module) for module in layer.modules()}
         here = {name: part for name, part in remaining.items() if id(parameter_of(part)[0]) in inside}
         remaining = {name: part for name, part in remaining.items() if name not in here}
         gates.add(swap_in(model, here, factors, backend)[0])
-        _shard_layer(layer)
+        _shard_layer(layer, mesh)
     gates.add(swap_in(model, remaining, factors, backend)[0])  # raises: every projection is inside a decoder layer
-    _tie(model)
+    _tie(model, mesh)
     return model, gates
 
 
-def _shard_layer(layer: nn.Module) -> None:
+def group_mesh(device: torch.device) -> Any:
+    """All processes of the group, in a row."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+
+
+def _shard_layer(layer: nn.Module, mesh: Any) -> None:
     """`fully_shard`; parameters that are shards already are announced by their shape, and put in afterwards."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
@@ -70,22 +78,20 @@ def _shard_layer(layer: nn.Module) -> None:
         parent, _, key = name.rpartition(".")
         shape = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
         setattr(layer.get_submodule(parent), key, nn.Parameter(shape, requires_grad=False))
-    fully_shard(layer, reshard_after_forward=True)
+    fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     own = {}
     for name, like in layer.named_parameters():
         if name in shards and isinstance(like, DTensor):
             local = shards[name].to_local()  # type: ignore[attr-defined]
-            mesh, placements = like.device_mesh, like.placements
-            own[name] = DTensor.from_local(
-                local, mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
-            )
+            size, stride = like.shape, like.stride()
+            own[name] = DTensor.from_local(local, mesh, like.placements, run_check=False, shape=size, stride=stride)
     layer.load_state_dict(own, strict=False, assign=True)
 
 
-def _tie(model: Any) -> None:
+def _tie(model: Any, mesh: Any) -> None:
     """Tie the layers together for prefetching: the decoder has no sharded parameter of its own."""
     from torch.distributed.fsdp import fully_shard
 
     decoder = text_model(model)
     rest = {parameter for name, parameter in decoder.named_parameters() if not name.startswith("layers.")}
-    fully_shard(decoder, ignored_params=rest)
+    fully_shard(decoder, mesh=mesh, ignored_params=rest)

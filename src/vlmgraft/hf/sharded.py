@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers import __version__ as transformers_version
 
-from vlmgraft.checkpoint.index import open_checkpoint
+from vlmgraft.checkpoint.index import Checkpoint, open_checkpoint
 from vlmgraft.errors import CheckpointError, RecipeError
 from vlmgraft.hf.models import explained, load_config, readable_folder
 from vlmgraft.hf.modules import text_model
@@ -46,12 +46,8 @@ def text_shards(path: str | Path, dtype: torch.dtype, device: torch.device) -> A
 
 def _load_shards(auto: Any, path: str | Path, dtype: torch.dtype, device: torch.device) -> Any:
     """In evaluation mode, in plain modules with sharded decoder layers."""
-    check_sharding(device)
     checkpoint = open_checkpoint(path)
-    if checkpoint.packed:
-        raise RecipeError(
-            f"{path}: its weights are quantised, and are not read in shards; run one process, or give a copy in 16 bits"
-        )
+    check_sharding(device, checkpoint)
     folder = readable_folder(checkpoint.path)
     from transformers.distributed import DistributedConfig
 
@@ -78,8 +74,8 @@ def _load_shards(auto: Any, path: str | Path, dtype: torch.dtype, device: torch.
     return model.eval()
 
 
-def check_sharding(device: torch.device) -> None:
-    """Raise RecipeError where the installed libraries, or the device, do not shard."""
+def check_sharding(device: torch.device, *checkpoints: Checkpoint) -> None:
+    """Raise RecipeError where the installed libraries or the device do not shard, or a checkpoint is quantised."""
     try:
         from transformers.distributed import DistributedConfig
 
@@ -99,6 +95,12 @@ def check_sharding(device: torch.device) -> None:
             f"--device {device.type}: transformers shards models on this machine's {kind} only; run one "
             "process, or hide the others from it (CUDA_VISIBLE_DEVICES=)"
         )
+    for checkpoint in checkpoints:
+        if checkpoint.packed:
+            raise RecipeError(
+                f"{checkpoint.path}: its weights are quantised, and are not read in shards; run one process, or give a "
+                "copy in 16 bits"
+            )
 
 
 def is_shard(tensor: Tensor) -> bool:
