@@ -30,7 +30,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vlmgraft.distillation.gated_layers import frozen, gated
-from vlmgraft.distillation.pareto import within_reach
 from vlmgraft.distillation.targets import TargetBatch, Targets
 from vlmgraft.methods.frism import check_budget
 from vlmgraft.spectral.factors import Factors
@@ -41,6 +40,8 @@ if TYPE_CHECKING:
     from vlmgraft.distillation.distill import Distiller
 
 BISECTIONS = 14
+REACH = 3.0
+"""Logits of a warm start are kept within ±3: σ' is 0.045 there, so that every gate can still move."""
 START_REACH = 2.0
 """Logits of a start are kept within ±2: gates between 0.12 and 0.88, which training still moves."""
 
@@ -130,6 +131,11 @@ def curvature_gates(
             high = middle - 1
     settings = {"kl_budget": kl_budget, "held_out_kl": reached, "cut": best}
     return replace(curvature.cut(distiller.factors, scale, best, settings, soft=soft), factors=distiller.digest)
+
+
+def within_reach(gates: Gates, limit: float = REACH) -> Gates:
+    """The same gates with logits kept within ±limit, as a start that training can move."""
+    return replace(gates, logits={name: value.clamp(-limit, limit) for name, value in gates.logits.items()})
 
 
 def curvature_start(
