@@ -20,8 +20,9 @@ from vlmgraft.errors import RecipeError
 from vlmgraft.methods.frism import MEMORY_REMEDY, Frism
 from vlmgraft.recipe.resolve import Job, RecipeSource, resolve
 from vlmgraft.spectral.factor_store import open_store
-from vlmgraft.spectral.gate_store import save_gates
-from vlmgraft.storage.jsonl import write_rows
+from vlmgraft.spectral.gate_store import load_gates, save_gates
+from vlmgraft.spectral.gates import Gates
+from vlmgraft.storage.jsonl import read_rows, write_rows
 from vlmgraft.storage.locks import at_work, locked
 from vlmgraft.storage.progress import Progress
 
@@ -72,6 +73,16 @@ def front(
             )
         barrier()
     return points
+
+
+def read_path(folder: str | Path) -> dict[str, Gates]:
+    """The gates of a folder that `front` wrote, from the smallest budget to the largest, or the one of a gates folder;
+    by what tells them apart. Raises CheckpointError."""
+    folder = Path(folder)
+    if not (folder / ROWS).is_file():
+        return {"the gates": load_gates(folder)}
+    budgets = sorted(float(row["budget"]) for row in read_rows(folder / ROWS))
+    return {f"{budget:g} nats": load_gates(folder / f"{budget:g}") for budget in budgets}
 
 
 def _points(
