@@ -56,7 +56,7 @@ def shoot(browser: Any, page: Path) -> None:
 
 def ask(browser: Any, address: str, picture: str, question: str) -> None:
     """The page of `vlmgraft play` with a question that was answered."""
-    tab = browser.new_page(viewport={"width": 1000, "height": 900})
+    tab = browser.new_page(viewport={"width": 1000, "height": 560})
     tab.goto(address)
     tab.locator("input[type=file]").set_input_files(picture)
     tab.locator(".image-frame img").wait_for()

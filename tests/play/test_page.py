@@ -137,7 +137,7 @@ def test_a_missing_gradio_is_named_before_anything_is_read(
 
 def test_a_front_is_a_path_of_gates_and_a_gates_folder_one_of_a_single_point(front: Path) -> None:
     path = read_path(front / "front")
-    assert list(path) == ["0.01 nats", "0.5 nats"]
+    assert list(path) == ["0.01", "0.5"]
     assert [float(next(iter(gates.logits.values()))[0]) for gates in path.values()] == [-2.0, 9.0]
-    (alone,) = read_path(front / "front" / "0.5").values()
-    assert alone.factors == path["0.5 nats"].factors and alone.factors
+    ((name, alone),) = read_path(front / "front" / "0.5").items()
+    assert name == "0.5" and alone.factors == path["0.5"].factors and alone.factors

@@ -77,12 +77,11 @@ def front(
 
 def read_path(folder: str | Path) -> dict[str, Gates]:
     """The gates of a folder that `front` wrote, from the smallest budget to the largest, or the one of a gates folder;
-    by what tells them apart. Raises CheckpointError."""
-    folder = Path(folder)
-    if not (folder / ROWS).is_file():
-        return {"the gates": load_gates(folder)}
-    budgets = sorted(float(row["budget"]) for row in read_rows(folder / ROWS))
-    return {f"{budget:g} nats": load_gates(folder / f"{budget:g}") for budget in budgets}
+    by the names of their folders. Raises CheckpointError."""
+    folder, names = Path(folder), [""]
+    if (folder / ROWS).is_file():
+        names = [f"{budget:g}" for budget in sorted(float(row["budget"]) for row in read_rows(folder / ROWS))]
+    return {(folder / name).name: load_gates(folder / name) for name in names}
 
 
 def _points(

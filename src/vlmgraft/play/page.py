@@ -60,7 +60,9 @@ def build(session: Session, marks: Sequence[str], max_new_tokens: int) -> Any:
 
     with gradio.Blocks(title="vlmgraft play", analytics_enabled=False) as page:
         with gradio.Row():
-            picture = gradio.Image(label="picture", type="filepath", image_mode=None, sources=["upload", "clipboard"])
+            picture = gradio.Image(
+                label="picture", type="filepath", image_mode=None, height=210, sources=["upload", "clipboard"]
+            )
             with gradio.Column():
                 text = gradio.Textbox(label="question", max_length=MAX_CHARACTERS)
                 dial = gradio.Slider(
