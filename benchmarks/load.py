@@ -56,7 +56,7 @@ def shapes_of(layers: int, experts: int, *, vlm: bool, fused: bool = False) -> S
 
 def make(folder: Path, shapes: Shapes, shard_size: int, *, vlm: bool, donor: bool = False) -> int:
     """A checkpoint of sparse files, of a donor with some weights that are not zero; gives its number of tensors."""
-    from vlmgraft.checkpoint.shards import TensorSpec, plan_shards
+    from vlmgraft.checkpoint.header import TensorSpec, plan_shards
 
     folder.mkdir(parents=True)
     shards = plan_shards([TensorSpec(name, "BF16", shape) for name, shape in shapes.items()], shard_size)

@@ -34,8 +34,8 @@ from typing import Any
 import torch
 
 from vlmgraft.alignment import align
+from vlmgraft.checkpoint.header import TensorSpec
 from vlmgraft.checkpoint.index import open_checkpoint
-from vlmgraft.checkpoint.shards import TensorSpec
 from vlmgraft.checkpoint.writer import Writer
 from vlmgraft.merging import merge_tensors, plan_merge
 from vlmgraft.methods import METHODS

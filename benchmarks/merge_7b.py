@@ -23,7 +23,7 @@ from pathlib import Path
 import merge as small
 import torch
 
-from vlmgraft.checkpoint.shards import TensorSpec, plan_shards
+from vlmgraft.checkpoint.header import TensorSpec, plan_shards
 
 KEYS = small.KEYS[:3]
 METHODS = ("task_arithmetic", "linear")

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from vlmgraft.alignment import align
+from vlmgraft.checkpoint.header import TensorSpec, plan_shards
 from vlmgraft.checkpoint.index import open_checkpoint
-from vlmgraft.checkpoint.shards import TensorSpec, plan_shards
 from vlmgraft.merging import plan_merge
 from vlmgraft.methods import METHODS
 

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from vlmgraft.checkpoint.shards import TensorSpec, plan_shards
+from vlmgraft.checkpoint.header import TensorSpec, plan_shards
 
 REPLICAS = Path(__file__).with_name("replicas")
 

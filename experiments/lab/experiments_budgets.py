@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from experiments.lab.experiments import SCALE, Bench, Job, Row
-from vlmgraft.distillation.pareto import pareto_front
+from vlmgraft.distillation.front import pareto_front
 from vlmgraft.lab.compare import LEARNING_RATE
 
 FRONT = (0.001, 0.002, 0.004, 0.008, 0.016)

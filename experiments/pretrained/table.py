@@ -27,7 +27,7 @@ import vlmgraft as vg
 from experiments.pretrained import scenes
 from experiments.pretrained.models import training_dtype
 from experiments.pretrained.stages import Trio
-from vlmgraft.analysis.cell_log import CellLog
+from vlmgraft.analysis.bench import CellLog
 from vlmgraft.analysis.in_memory import Rebuilder
 from vlmgraft.distillation.targets import Targets
 from vlmgraft.distillation.teacher import build_targets

@@ -9,8 +9,8 @@ import pytest
 import torch
 from analysis_tools import bits, same_bits
 
-from vlmgraft.analysis.blocks import MODES, PARTS, Blocks, Mode, Part
-from vlmgraft.analysis.swap import StoredWeights, swapped, text_parameters
+from vlmgraft.analysis.in_memory import StoredWeights, swapped, text_parameters
+from vlmgraft.analysis.layer_knockout import MODES, PARTS, Blocks, Mode, Part
 from vlmgraft.checkpoint.index import open_checkpoint
 from vlmgraft.errors import RecipeError
 from vlmgraft.hf.batches import Question, encode

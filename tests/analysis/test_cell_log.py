@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vlmgraft.analysis.cell_log import CellLog
+from vlmgraft.analysis.bench import CellLog
 from vlmgraft.errors import DamagedError, OutputError
 from vlmgraft.storage.jsonl import read_rows
 

@@ -11,9 +11,8 @@ from analysis_tools import LogitExam, bits, same_bits
 
 from vlmgraft.alignment import Alignment
 from vlmgraft.analysis.bench import Bench
-from vlmgraft.analysis.in_memory import Rebuilder
+from vlmgraft.analysis.in_memory import Rebuilder, StoredWeights, swapped, text_parameters
 from vlmgraft.analysis.layer_knockout import Knockout, knockout, knockout_cells
-from vlmgraft.analysis.swap import StoredWeights, swapped, text_parameters
 from vlmgraft.checkpoint.index import open_checkpoint
 from vlmgraft.errors import CheckpointError, OutputError, RecipeError
 from vlmgraft.hf.batches import Question

@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from vlmgraft.checkpoint.digests import BLOCK, block_digests, joined
-from vlmgraft.checkpoint.dtypes import TORCH_DTYPES
-from vlmgraft.checkpoint.header import read_header
+from vlmgraft.checkpoint.handles import TORCH_DTYPES
+from vlmgraft.checkpoint.header import TensorSpec, read_header
 from vlmgraft.checkpoint.index import open_checkpoint
 from vlmgraft.checkpoint.reader import Reader
-from vlmgraft.checkpoint.shards import TensorSpec
 from vlmgraft.checkpoint.writer import Writer, save_tensors
 from vlmgraft.errors import OutputError
 

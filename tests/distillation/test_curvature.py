@@ -1,18 +1,26 @@
-"""Curvature gates: the estimate against plain autograd, budgets, and a model that is left alone."""
+"""Curvature gates: scores by hand, the estimate against plain autograd, budgets, and a model that is left alone."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
 
 from vlmgraft.distillation import curvature as module
-from vlmgraft.distillation import fisher
-from vlmgraft.distillation.curvature import FisherDiagonal, curvature_gates, estimate_curvature
+from vlmgraft.distillation.curvature import (
+    FisherDiagonal,
+    curvature_gates,
+    draw_tokens,
+    estimate_curvature,
+    question_scores,
+    tapped_scores,
+)
 from vlmgraft.distillation.distill import Distiller
 from vlmgraft.errors import RecipeError
 from vlmgraft.spectral.factors import Factors
+from vlmgraft.spectral.gates import Gates
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +36,23 @@ def test_the_estimate_is_the_squared_gradient_of_every_question(
     distiller: Distiller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Twin: the gradient of one question's loss at a time with respect to a spectrum at zero."""
-    monkeypatch.setattr(fisher, "draw_tokens", likeliest)
+    monkeypatch.setattr(module, "draw_tokens", likeliest)
     few = Distiller(distiller.model, distiller.processor, distiller.factors, distiller.questions[:3], max_new_tokens=4)
     found = estimate_curvature(few)
-    monkeypatch.setattr(module, "tapped_scores", fisher.question_gradients)
+    monkeypatch.setattr(module, "tapped_scores", module.question_gradients)
     twin = estimate_curvature(few)
     assert found.tokens == twin.tokens == sum(int(batch.predicts.sum()) for batch in few.targets.batches)
     for name, expected in twin.h.items():
         assert torch.allclose(found.h[name], expected, rtol=1e-2, atol=1e-4 * float(expected.max()))
+
+
+def predicted_gates(fisher: FisherDiagonal, factors: Mapping[str, Factors], scale: float, budget: float) -> Gates:
+    """Hard gates whose KL, as the diagonal predicts it (`predicted_kl`), is the largest one within the budget."""
+    ascending, index = torch.cat([value.flatten() for value in fisher.thresholds(factors).values()]).sort(stable=True)
+    kl = 0.5 * scale**2 * torch.cat([h.flatten() for h in fisher.h.values()]).double()[index].cumsum(0)
+    count = int((kl <= budget).sum())
+    cut, predicted = (float(ascending[count - 1]), float(kl[count - 1])) if count else (-1.0, 0.0)
+    return fisher.cut(factors, scale, cut, {"predicted_kl": predicted})
 
 
 def by_hand() -> tuple[FisherDiagonal, dict[str, Factors]]:
@@ -55,7 +72,7 @@ def test_directions_open_in_the_order_of_h_per_energy(
 ) -> None:
     """½λ²h summed in that order: 1, 1.5, 3.5 and 8 at λ = 1."""
     fisher, factors = by_hand()
-    gates = fisher.gates(factors, scale, budget)
+    gates = predicted_gates(fisher, factors, scale, budget)
     assert (gates.open("a").tolist(), gates.open("b").tolist()) == opened
     assert gates.settings["predicted_kl"] == pytest.approx(predicted) and gates.scale == scale
     assert gates.settings["energy"] == pytest.approx((opened[0][0] + 4 * opened[1][0]) / 7)
@@ -76,7 +93,7 @@ def test_cuts_are_where_a_direction_opens_or_a_fine_grid_around_all() -> None:
 
 
 def test_a_larger_budget_opens_more_and_prediction_is_kept(distiller: Distiller, curvature: FisherDiagonal) -> None:
-    found = [curvature.gates(distiller.factors, 1.0, budget) for budget in (1e-5, 1e-3, 1e9)]
+    found = [predicted_gates(curvature, distiller.factors, 1.0, budget) for budget in (1e-5, 1e-3, 1e9)]
     energies = [gates.settings["energy"] for gates in found]
     assert 0 <= energies[0] < energies[1] < energies[2] == pytest.approx(1, abs=1e-4)
     assert all(gates.settings["predicted_kl"] <= budget for gates, budget in zip(found, (1e-5, 1e-3, 1e9), strict=True))
@@ -86,13 +103,13 @@ def test_a_larger_budget_opens_more_and_prediction_is_kept(distiller: Distiller,
 def test_prediction_is_of_the_size_of_the_drift(distiller: Distiller, curvature: FisherDiagonal) -> None:
     """Open everything a little: the second-order prediction and the measured drift agree within a factor of three."""
     scale = 0.3
-    gates = curvature.gates(distiller.factors, scale, 1e9)
+    gates = predicted_gates(curvature, distiller.factors, scale, 1e9)
     measured = distiller.keep_kl(gates, distiller.targets)
     assert 1 / 3 < gates.settings["predicted_kl"] / measured < 3
 
 
 def test_the_measured_budget_is_kept_and_order_beats_chance(distiller: Distiller, curvature: FisherDiagonal) -> None:
-    budget = 0.3 * distiller.keep_kl(curvature.gates(distiller.factors, 1.0, 1e9))
+    budget = 0.3 * distiller.keep_kl(predicted_gates(curvature, distiller.factors, 1.0, 1e9))
     gates = curvature_gates(distiller, 1.0, budget, curvature=curvature)
     assert distiller.keep_kl(gates) == pytest.approx(gates.settings["held_out_kl"], rel=1e-3)
     assert 0.5 * budget < gates.settings["held_out_kl"] <= budget
@@ -108,7 +125,7 @@ def test_the_model_is_left_as_it_was(distiller: Distiller, vlm: Any, monkeypatch
     def fail(*args: object) -> torch.Tensor:
         raise RuntimeError("stopped")
 
-    monkeypatch.setattr(fisher, "draw_tokens", fail)
+    monkeypatch.setattr(module, "draw_tokens", fail)
     with pytest.raises(RuntimeError, match="stopped"):
         estimate_curvature(distiller)
     assert [parameter.requires_grad for parameter in vlm.parameters()] == flags
@@ -118,4 +135,37 @@ def test_the_model_is_left_as_it_was(distiller: Distiller, vlm: Any, monkeypatch
 
 def test_a_zero_budget_is_refused(distiller: Distiller, curvature: FisherDiagonal) -> None:
     with pytest.raises(RecipeError, match="kl_budget"):
-        curvature.gates(distiller.factors, 1.0, 0.0)
+        curvature_gates(distiller, 1.0, 0.0, curvature=curvature)
+
+
+def test_a_score_is_the_sum_written_out() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, delta, U, s, Vh = (
+        torch.randn(*shape, generator=generator) for shape in ((2, 3, 4), (2, 3, 5), (5, 2), (2,), (2, 4))
+    )
+    scores = question_scores(x, delta, Factors("w", "w", U, s, Vh, 1.0, 0.0))
+    for question in range(2):
+        for i in range(2):
+            expected = sum(
+                float(delta[question, t] @ U[:, i]) * float(x[question, t] @ Vh[i]) * float(s[i]) for t in range(3)
+            )
+            assert float(scores[question, i]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_tokens_are_drawn_from_the_teachers_distribution() -> None:
+    """10,000 draws from (.7, .2, .1): shares within four standard errors; the same generator gives the same tokens."""
+    log_p = torch.tensor([0.7, 0.2, 0.1]).log().expand(10_000, 3)
+    tokens = draw_tokens(log_p, torch.Generator().manual_seed(0))
+    shares = tokens.bincount(minlength=3) / 10_000
+    assert torch.allclose(shares, torch.tensor([0.7, 0.2, 0.1]), atol=4 * (0.25 / 10_000) ** 0.5)
+    assert torch.equal(tokens, draw_tokens(log_p, torch.Generator().manual_seed(0)))
+
+
+def test_taps_leave_no_hook_and_no_flag(distiller: Distiller) -> None:
+    flags = [parameter.requires_grad for parameter in distiller.model.parameters()]
+    with tapped_scores(distiller) as scored:
+        rows = dict(scored(distiller.targets.batches[0], torch.Generator().manual_seed(0)))
+    assert rows.keys() == distiller.factors.keys()
+    assert all(score.shape == (12, len(distiller.factors[name].s)) for name, score in rows.items())
+    assert [parameter.requires_grad for parameter in distiller.model.parameters()] == flags
+    assert not any(linear._forward_hooks for linear in distiller.linears.values())

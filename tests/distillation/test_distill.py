@@ -12,7 +12,7 @@ import torch
 from vlmgraft.distillation.distill import Distiller
 from vlmgraft.distillation.targets import Targets
 from vlmgraft.errors import CheckpointError, DataError, RecipeError
-from vlmgraft.hf.batches import Question, generate
+from vlmgraft.hf.batches import Question, generate_batch
 from vlmgraft.hf.modules import match_linears
 from vlmgraft.methods.frism import GatedFold
 from vlmgraft.spectral.factor_store import FactorStore
@@ -144,7 +144,7 @@ def test_the_model_is_left_as_it_was_also_when_training_fails(distiller: Distill
 def test_gated_models_answer_and_other_models_are_measured(distiller: Distiller, donor: Any) -> None:
     gates = distiller.learn(steps=1)
     with distiller.applied(gates) as model:
-        assert len(generate(model, distiller.processor, distiller.questions[:2], 3)) == 2
+        assert len(generate_batch(model, distiller.processor, distiller.questions[:2], 3)[0]) == 2
     assert distiller.keep_kl(distiller.model) == pytest.approx(0, abs=1e-6)
 
 

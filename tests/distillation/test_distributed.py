@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from datetime import timedelta
@@ -88,10 +87,7 @@ for line in (["decompose", recipe, "--out", work + "/factors"],
 
 
 def launch(arguments: list[str], processes: int = 2) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, *arguments], timeout=570, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[:3000]
@@ -187,7 +183,7 @@ def test_a_group_is_joined_where_torchrun_describes_one(
     monkeypatch.setattr(distributed, "rank_and_world", lambda: (1, 2))
     distributed.join_group()
     group = ("init_process_group", backend, {"timeout": timedelta(hours=2)})
-    assert calls == [*(["cuda:1"] if device != "cpu" else []), group, torch.distributed.destroy_process_group]
+    assert calls == [*(["cuda:1"] if device != "cpu" else []), group, distributed.leave_group]
     monkeypatch.setattr(distributed, "process", lambda: (1, 2))
     calls.clear()
     distributed.join_group()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vlmgraft.lab import trio_path, world
-from vlmgraft.lab.demo import QUICK
+from vlmgraft.lab.demo import QUICK, mixed
 from vlmgraft.lab.exam import draw_exam, save_questions
 from vlmgraft.storage.jsonl import write_rows
 
@@ -45,9 +45,9 @@ def traces(folder: Path) -> None:
 
 def demo(folder: Path) -> None:
     """demo/data/ as `vlmgraft demo --quick` writes it."""
-    each = QUICK.sizes.calibration // len(world.PERCEPTION)
-    save_questions(_draw(dict.fromkeys(world.PERCEPTION, each)), folder / "demo" / "data" / "calibration.jsonl")
-    save_questions(_draw({"sum": QUICK.sizes.donor}, as_image=False), folder / "demo" / "data" / "questions.jsonl")
+    each, data = QUICK.sizes.calibration // len(world.PERCEPTION), folder / "demo" / "data"
+    save_questions(mixed(_draw(dict.fromkeys(world.PERCEPTION, each))), data / "calibration.jsonl")
+    save_questions(_draw({"sum": QUICK.sizes.donor}, as_image=False), data / "questions.jsonl")
 
 
 def merged(folder: Path) -> None:

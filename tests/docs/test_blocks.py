@@ -101,7 +101,8 @@ def prepare(folder: Path, found: list[pages.Block]) -> None:
     """The folder before the first block: models, questions, and the recipes of the page, wherever it shows them."""
     stage.models(folder)
     stage.questions(folder)
-    stage.traces(folder)
+    if not any("save_traces(" in block.text for block in found):
+        stage.traces(folder)
     if any(block.language == "bash" and "trio" in block.text and "ln -s" in block.text for block in found):
         (folder / "trio").unlink()
     for block in found:

@@ -17,7 +17,7 @@ import torch
 from vlmgraft.errors import InputError
 from vlmgraft.evaluation.ask import ask
 from vlmgraft.evaluation.engine import Sampling, TransformersEngine, VllmEngine
-from vlmgraft.hf.batches import Question, generate
+from vlmgraft.hf.batches import Question, generate_batch
 from vlmgraft.hf.models import load_processor, load_vlm
 from vlmgraft.lab import world
 from vlmgraft.lab.exam import Exam, draw_exam
@@ -41,7 +41,8 @@ def exam() -> Exam:
 def test_the_engine_says_what_generate_says(vlm: Any, processor: Any, exam: Exam) -> None:
     engine = TransformersEngine(vlm, processor, Sampling(28))
     found = engine.answer(exam.questions, 0)
-    assert [answer.text for answer in found] == generate(vlm, processor, exam.questions, 28)
+    rows, _ = generate_batch(vlm, processor, exam.questions, 28)
+    assert [answer.text for answer in found] == [processor.decode(row, skip_special_tokens=True) for row in rows]
     assert not any(answer.cut for answer in found)
     sums = [answer for answer, item in zip(found, exam.items, strict=True) if item.task == "sum"]
     assert all(answer.tokens == 21 and "<|image_pad|>" in answer.prompt for answer in sums)

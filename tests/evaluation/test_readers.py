@@ -15,8 +15,7 @@ from PIL import Image
 
 from vlmgraft.errors import DataError
 from vlmgraft.evaluation.ask import ask
-from vlmgraft.evaluation.images import open_image
-from vlmgraft.evaluation.items import Item
+from vlmgraft.evaluation.items import Item, open_image
 from vlmgraft.evaluation.presets import PRESETS
 from vlmgraft.evaluation.readers import load_suite
 from vlmgraft.evaluation.records import load_records

@@ -223,3 +223,31 @@ def test_the_way_on_names_options_that_exist() -> None:
             if any("--resume" in parameter.opts for parameter in one.params):
                 found.append(full)
     assert sorted(found) == sorted(interrupts.RESUMED)
+
+
+IMPORTING = """
+import os, runpy, signal, sys
+
+class AtOnce:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, {before})
+sys.meta_path.insert(0, AtOnce())
+sys.argv = ["vlmgraft", "--version"]
+runpy.run_module("vlmgraft", run_name="__main__", alter_sys=False)
+"""
+
+
+@pytest.mark.parametrize("module", ["vlmgraft.cli", "typer", "vlmgraft.cli.lab", "vlmgraft.cli.interrupts"])
+def test_an_interruption_of_the_imports_is_130_without_a_traceback(module: str) -> None:
+    code = IMPORTING.format(module=module, before="signal.default_int_handler")
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (ran.returncode, ran.stderr) == (130, "\nvlmgraft: interrupted\n")
+
+
+def test_imports_go_on_where_the_signal_is_ignored() -> None:
+    code = IMPORTING.format(module="typer", before="signal.SIG_IGN")
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0 and ran.stdout.startswith("vlmgraft "), ran.stderr

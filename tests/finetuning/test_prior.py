@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.finetuning.naive_push import pushed
 from vlmgraft.errors import RecipeError
-from vlmgraft.finetuning.prior import Mode, PushRule, cosine, push_length, pushed
+from vlmgraft.finetuning.prior import Mode, PushRule, cosine, push_length
 
 GRAD, DELTA = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 2.0])  # ‖g‖ = 5, cos = 0.8
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +24,7 @@ from vlmgraft.finetuning.push import bind_prior
 from vlmgraft.finetuning.callback import DriftCallback
 from vlmgraft.finetuning.prior import PushRule
 from vlmgraft.finetuning.delta import make_prior
+from vlmgraft.storage.torchrun import leave_group
 
 how, trio, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 torch.set_num_threads(1)
@@ -39,8 +39,7 @@ def finish(weights, said):
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         save_file({name: value.contiguous().clone() for name, value in weights.items()}, out / f"{how}.safetensors")
         (out / f"{how}.txt").write_text(said)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave_group()
 
 def shown(bound):
     moved = bound.moved()
@@ -99,10 +98,7 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ran(script: Path, trio: Path, how: str, processes: int) -> tuple[dict[str, object], list[list[str]]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, *(launch if processes > 1 else []), str(script), how, str(trio), str(script.parent)]
     done = subprocess.run(command, timeout=600, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

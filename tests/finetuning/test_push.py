@@ -9,12 +9,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from tests.finetuning.naive_push import pushed
 from vlmgraft.alignment import Alignment, align
 from vlmgraft.checkpoint.index import open_checkpoint
 from vlmgraft.errors import AlignmentError, NumericalError, RecipeError
 from vlmgraft.finetuning.delta import make_prior
 from vlmgraft.finetuning.parameters import LowRank
-from vlmgraft.finetuning.prior import Delta, Mode, Prior, PushRule, pushed
+from vlmgraft.finetuning.prior import Delta, Mode, Prior, PushRule
 from vlmgraft.finetuning.push import Bound, bind_prior
 from vlmgraft.hf.models import load_vlm
 from vlmgraft.hf.modules import text_linears

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -192,10 +191,7 @@ def test_two_processes_tune_like_one(recipe: Any, tmp_path: Path) -> None:
     vg.tune(settings, tmp_path / "one")
     settings["train"]["per_device_train_batch_size"] = 1
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     code = "from vlmgraft.cli import main; main()"
     (tmp_path / "run.py").write_text(code)
     command = [*launch, "run.py", "tune", "recipe.yaml", "--out", "two"]

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from vlmgraft.errors import DataError
-from vlmgraft.hf.batches import Question, append_answers, batches, encode, generate, generate_ids, load_questions
+from vlmgraft.hf.batches import Question, append_answers, batches, encode, generate_batch, load_questions
 
 Draw = Callable[[int], Image.Image]
 Ask = Callable[..., list[Question]]
@@ -83,18 +83,14 @@ def test_answers_are_appended_without_padding_between(processor: Any, image_ques
 
 def test_greedy_answers_do_not_depend_on_the_batch(vlm: Any, processor: Any, image_questions: Ask) -> None:
     questions = image_questions(5)
-    single = generate_ids(vlm, processor, questions, 4, batch_size=1)
-    seen: list[tuple[int, int]] = []
-    together = generate_ids(
-        vlm, processor, questions, 4, batch_size=5, progress=lambda done, total, what: seen.append((done, total))
-    )
-    assert single == together and seen[-1] == (5, 5)
-    assert generate(vlm, processor, questions[:1], 4) == [processor.tokenizer.decode(single[0])]
+    together, lengths = generate_batch(vlm, processor, questions, 4)
+    for question, answer, length in zip(questions, together, lengths, strict=True):
+        assert generate_batch(vlm, processor, [question], 4) == ([answer], [length])
 
 
 def test_greedy_answers_follow_the_plain_forward(llm: Any, processor: Any) -> None:
     question = Question("sum 4 5")
-    (found,) = generate_ids(llm, processor.tokenizer, [question], 5)
+    ((found,), _) = generate_batch(llm, processor.tokenizer, [question], 5)
     ids = encode(processor.tokenizer, [question])["input_ids"]
     for token in found:
         with torch.no_grad():
@@ -106,4 +102,4 @@ def test_what_the_model_cannot_read_is_named(llm: Any, processor: Any, image_que
     with pytest.raises(DataError, match="reads text only"):
         encode(processor.tokenizer, image_questions(1))
     with pytest.raises(DataError, match="the model reads 256"):
-        generate_ids(llm, processor.tokenizer, [Question("sum " * 300)], 4)
+        generate_batch(llm, processor.tokenizer, [Question("sum " * 300)], 4)

@@ -101,6 +101,9 @@ def test_a_choice_is_the_best_reasoner_that_sees_well_enough(
     table = {"blind": marks(0.9, 0.7), "good": marks(0.6, 0.97), "timid": marks(0.3, 0.98)}
     monkeypatch.setattr(comparison, "mark", lambda exam, weights: table[weights])
     candidates = [({"scale": float(index)}, lambda name=name: name) for index, name in enumerate(table)]
-    assert comparison.choose(candidates, vlm_perception=0.975).weights == "good"
-    assert comparison.choose(candidates[:1], vlm_perception=0.975).weights == "blind"
-    assert comparison.choose(candidates, vlm_perception=1.0).weights == "timid"
+    assert comparison.choose("FRISM", candidates, vlm_perception=0.975).weights == "good"
+    assert comparison.choose("FRISM", candidates[:1], vlm_perception=0.975).weights == "blind"
+    told: list[tuple[int, int, str]] = []
+    monkeypatch.setattr(comparison, "progress", lambda *where: told.append(where))
+    assert comparison.choose("FRISM", candidates, vlm_perception=1.0).weights == "timid"
+    assert [where[:2] for where in told] == [(0, 3), (1, 3), (2, 3)] and all("FRISM" in where[2] for where in told)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from vlmgraft.errors import CheckpointError, OutputError
+from vlmgraft.lab import world
 from vlmgraft.lab.compare import Sizes
-from vlmgraft.lab.demo import Settings, demo
+from vlmgraft.lab.demo import FULL, QUICK, Settings, demo, mixed
+from vlmgraft.lab.exam import draw_exam, save_questions
 from vlmgraft.storage.jsonl import read_rows
 
 
@@ -27,6 +31,19 @@ def test_demo_writes_a_table_a_picture_and_a_checkpoint_that_reasons(tmp_path):
     assert all(method in table for method in by_method)
     assert (tmp_path / "demo" / "tradeoff.png").stat().st_size > 10_000
     assert (tmp_path / "demo" / "merged" / "receipt.json").is_file()
+
+
+@pytest.mark.parametrize("sizes", [FULL.sizes, QUICK.sizes])
+def test_every_prefix_of_the_calibration_file_holds_all_kinds_of_question(tmp_path, sizes):
+    """The tutorial learns from the first 64 rows and measures on the 128 after them."""
+    exam = draw_exam(0, "calibration", dict.fromkeys(world.PERCEPTION, sizes.calibration // 4))
+    file = save_questions(mixed(exam.questions), tmp_path / "calibration.jsonl")
+    asked = [question.split()[1:3] for question in (row["question"] for row in read_rows(file))]
+    kinds = [" ".join(words) for words in asked]
+    assert len(kinds) == sizes.calibration
+    for part in (kinds[:64], kinds[64:192]):
+        counts = Counter(part)
+        assert len(counts) == 4 and min(counts.values()) > len(part) / 8, counts
 
 
 def test_demo_refuses_an_existing_folder_and_a_folder_without_a_trio(tmp_path):

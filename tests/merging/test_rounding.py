@@ -69,6 +69,10 @@ def test_nothing_added_has_no_effective_scale(tmp_path: Path) -> None:
     assert all(torch.equal(merged[name], vlm[name]) for name in vlm)
 
 
+def test_the_line_says_what_the_figure_is() -> None:
+    assert Survival(0.5, 0.25, 1.0).line().startswith("effective λ 0.500 (1: the whole change survived the rounding ")
+
+
 def test_parts_add_up_to_the_whole() -> None:
     first, second = survival(4.0, 2.0, -2.0, 3, 10), survival(9.0, 0.0, 0.0, 10, 10)
     assert (first.effective, first.noise, second.noise) == (0.5, 0.5, 0.0)

@@ -18,7 +18,7 @@ import pytest
 import vlmgraft as vg
 from vlmgraft.distillation.front import ROWS, read_path
 from vlmgraft.errors import DataError
-from vlmgraft.hf.batches import generate, load_questions
+from vlmgraft.hf.batches import generate_batch, load_questions
 from vlmgraft.hf.models import load_processor, load_vlm
 from vlmgraft.play.page import answers
 from vlmgraft.play.session import opened
@@ -86,7 +86,9 @@ def test_drop_a_picture_ask_and_move_the_dial(address: str, browser: Any, trio: 
     )
     tab.goto(address)
     question = load_questions(image_calibration)[0]
-    expected = generate(load_vlm(trio / "vlm"), load_processor(trio / "vlm"), [question], 24)[0]
+    processor = load_processor(trio / "vlm")
+    ids, _ = generate_batch(load_vlm(trio / "vlm"), processor, [question], 24)
+    expected = processor.tokenizer.decode(ids[0], skip_special_tokens=True).strip()
 
     tab.locator("input[type=file]").set_input_files(str(question.images[0]))
     tab.get_by_role("button", name="ask").wait_for()

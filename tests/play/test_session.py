@@ -11,7 +11,7 @@ import torch
 
 from vlmgraft.distillation.distill import Distiller
 from vlmgraft.errors import AlignmentError, CheckpointError, DataError
-from vlmgraft.hf.batches import Question, generate_ids
+from vlmgraft.hf.batches import Question, generate_batch
 from vlmgraft.hf.modules import match_projections, put, text_model
 from vlmgraft.play import session as module
 from vlmgraft.play.session import Exchange, Session, opened
@@ -46,7 +46,7 @@ def merged_answer(vlm: Any, processor: Any, factors: Any, gates: Gates, question
         for name, linear in linears.items()
     }
     try:
-        return generate_ids(vlm, processor, [question], TOKENS)[0]
+        return generate_batch(vlm, processor, [question], TOKENS)[0][0]
     finally:
         for name, weight in before.items():
             put(linears[name], weight)
@@ -56,7 +56,7 @@ def test_the_ends_of_the_dial(vlm: Any, processor: Any, factors: Any, path: list
     """0 is the VLM token for token at a drift of exactly 0; a whole number is those gates, folded."""
     changed = 0
     for question in questions[:3]:
-        plain = generate_ids(vlm, processor, [question], TOKENS)[0]
+        plain = generate_batch(vlm, processor, [question], TOKENS)[0][0]
         folded = [merged_answer(vlm, processor, factors, gates, question) for gates in path]
         with opened(vlm, processor, factors, path) as session:
             ends = [last(session, question, strength) for strength in (0, 1, 2)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,16 @@ import pytest
 
 from vlmgraft.errors import InputError
 from vlmgraft.storage.torchrun import rank_and_world
+
+BUSY = """
+import torch
+from vlmgraft.storage.torchrun import leave_group
+torch.distributed.init_process_group("gloo")
+kept = torch.distributed.group.WORLD  # as sharded weights keep it: what holds the group keeps its threads alive
+for _ in range(20):
+    torch.distributed.all_reduce(torch.ones(100_000), async_op=True)
+leave_group()
+"""
 
 
 @pytest.mark.parametrize(
@@ -34,3 +46,13 @@ def test_what_no_launcher_says(
     (tmp_path / "r.yaml").write_text(f"vlm: {trio}/vlm\ndonor: {trio}/donor\ndonor_base: {trio}/base\nmethod: linear\n")
     ran = vlmgraft("merge", tmp_path / "r.yaml", "--out", tmp_path / "out")
     assert ran.code == 2 and "unset" in ran.err and "Traceback" not in ran.err
+
+
+@pytest.mark.slow
+def test_a_process_ends_while_gloo_still_holds_its_tensors(tmp_path: Path) -> None:
+    (tmp_path / "busy.py").write_text(BUSY)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launch, str(tmp_path / "busy.py")], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

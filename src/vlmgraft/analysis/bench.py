@@ -1,7 +1,12 @@
-"""One model in memory that an analysis changes, asks and puts back, and the folder that keeps what was measured."""
+"""One model in memory that an analysis changes, asks and puts back, and the folder that keeps what was measured.
+
+The folder is a resumable log: one JSON line per measured cell, and what all of them have in common in `run.json`
+beside it: which models and questions it belongs to. A run with other ones does not continue it.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -10,11 +15,13 @@ from typing import Any
 
 from torch import nn
 
-from vlmgraft.analysis.cell_log import CellLog
 from vlmgraft.analysis.eval_data import EvalData, open_vlm
+from vlmgraft.analysis.in_memory import text_parameters
 from vlmgraft.analysis.scores import Evaluator, summarise
-from vlmgraft.analysis.swap import text_parameters
-from vlmgraft.storage.progress import Progress
+from vlmgraft.errors import DamagedError, OutputError
+from vlmgraft.storage.files import make_folder
+from vlmgraft.storage.jsonl import append_row, read_json, read_rows, write_json, write_rows
+from vlmgraft.storage.progress import LogProgress, Progress
 
 REMEDY = "lower batch_size or max_new_tokens"
 """Where memory runs out."""
@@ -65,3 +72,69 @@ def load_bench(model: str | Path, data: EvalData, folder: Path, **more: Any) -> 
     loaded, processor = open_vlm(model)
     evaluator = data.evaluator(processor)
     return Bench(loaded, processor, evaluator, folder, kl_from=data.kl_from(loaded, processor), **more)
+
+
+class CellLog:
+    """The rows of one analysis in `folder/name.jsonl`, found again by their `keys`.
+
+    settings: JSON values that the rows depend on. resume: go on with the rows that are there.
+
+    Raises:
+        OutputError: rows are there and `resume` is False, or they were measured with other settings.
+    """
+
+    def __init__(
+        self, folder: str | Path, name: str, keys: Sequence[str], settings: Mapping[str, Any], *, resume: bool = False
+    ) -> None:
+        self.folder, self.keys = Path(folder), tuple(keys)
+        self.path = self.folder / f"{name}.jsonl"
+        self.rows: list[dict[str, Any]] = list(read_rows(self.path)) if self.path.is_file() else []
+        for row in self.rows:
+            if not row.keys() >= set(keys):
+                raise DamagedError(self.path, f"a row without {', '.join(keys)}: {row!r:.80}")
+        if self.rows and not resume:
+            raise OutputError(f"{self.path}: exists already; go on with --resume, or name another folder")
+        self._check_settings(name, json.loads(json.dumps(settings)))
+        if self.rows:
+            write_rows(self.path, self.rows)  # drops a last line that an interruption cut short
+
+    def _check_settings(self, name: str, settings: Mapping[str, Any]) -> None:
+        file = self.folder / f"{name}.run.json"
+        if self.rows and file.is_file():
+            recorded = read_json(file)
+            differing = sorted(key for key in {*recorded, *settings} if recorded.get(key) != settings.get(key))
+            if differing:
+                key = differing[0]
+                raise OutputError(
+                    f"{self.path}: was measured with {key} {recorded.get(key)!r}, not {settings.get(key)!r}; "
+                    "name another folder"
+                )
+            return
+        make_folder(self.folder)
+        write_json(file, settings)
+
+    def find(self, cell: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The row of a cell, None when it is not measured yet."""
+        wanted = [cell[key] for key in self.keys]
+        return next((row for row in self.rows if [row[key] for key in self.keys] == wanted), None)
+
+    def add(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Append one measured row, in memory as it will be read again."""
+        plain = json.loads(json.dumps(row))
+        append_row(self.path, plain, flush=True)
+        self.rows.append(plain)
+        return plain
+
+    def measure(
+        self,
+        cells: Sequence[Mapping[str, Any]],
+        measure: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+        progress: Progress | None = None,
+    ) -> Iterator[dict[str, Any]]:
+        """The rows of `cells` in their order; `measure(cell)` gives the figures of those that are not there yet."""
+        progress = progress or LogProgress()
+        for done, cell in enumerate(cells):
+            progress(done, len(cells), " ".join(str(cell[key]) for key in self.keys))
+            row = self.find(cell)
+            yield row if row is not None else self.add({**cell, **measure(cell)})
+        progress(len(cells), len(cells), self.path.stem)

@@ -21,9 +21,8 @@ import yaml
 from vlmgraft.analysis.bench import REMEDY, Bench, load_bench
 from vlmgraft.analysis.contenders import Contenders, fitting
 from vlmgraft.analysis.eval_data import EvalData, SuiteEvaluator
-from vlmgraft.analysis.in_memory import Rebuilder
+from vlmgraft.analysis.in_memory import Rebuilder, swapped
 from vlmgraft.analysis.scores import Scores, change, from_marks
-from vlmgraft.analysis.swap import swapped
 from vlmgraft.data.sources import registered_source
 from vlmgraft.errors import DataError
 from vlmgraft.methods.frism import check_budget

@@ -16,8 +16,7 @@ from vlmgraft.distillation.teacher import build_targets
 from vlmgraft.errors import AlignmentError, DataError
 from vlmgraft.evaluation.ask import ask
 from vlmgraft.evaluation.engine import Sampling, TransformersEngine
-from vlmgraft.evaluation.images import open_image
-from vlmgraft.evaluation.items import Item, Suite, merge_suites, with_suffix
+from vlmgraft.evaluation.items import Item, Suite, merge_suites, open_image, with_suffix
 from vlmgraft.evaluation.readers import load_suite
 from vlmgraft.evaluation.records import Record
 from vlmgraft.evaluation.summary import units

@@ -20,7 +20,7 @@ from vlmgraft.alignment.distance import Distance, Extent, extent_of, measure_dis
 from vlmgraft.alignment.view import TextView, text_view
 from vlmgraft.errors import RecipeError
 from vlmgraft.recipe.resolve import RecipeSource, pair, read_recipe
-from vlmgraft.storage.filesystem import make_folder
+from vlmgraft.storage.files import make_folder
 from vlmgraft.storage.jsonl import write_json, write_rows
 from vlmgraft.storage.locks import at_work
 from vlmgraft.storage.outputs import refuse_place

@@ -17,12 +17,11 @@ from torch import Tensor
 
 from vlmgraft.analysis.bench import REMEDY, Bench, load_bench
 from vlmgraft.analysis.eval_data import EvalData
-from vlmgraft.analysis.in_memory import Rebuilder
-from vlmgraft.analysis.swap import swapped
+from vlmgraft.analysis.in_memory import Rebuilder, swapped
 from vlmgraft.errors import RecipeError
 from vlmgraft.recipe.resolve import RecipeSource, pair, read_recipe
 from vlmgraft.spectral.decompose import decompose
-from vlmgraft.storage.filesystem import make_folder
+from vlmgraft.storage.files import make_folder
 from vlmgraft.storage.locks import at_work
 from vlmgraft.storage.progress import Progress
 

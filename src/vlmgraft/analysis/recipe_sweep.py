@@ -23,8 +23,7 @@ from vlmgraft.analysis.bench import REMEDY, Bench, load_bench
 from vlmgraft.analysis.eval_data import EvalData
 from vlmgraft.analysis.gate_learner import GateLearner
 from vlmgraft.analysis.grid_points import as_override, grid_points, pareto
-from vlmgraft.analysis.in_memory import Rebuilder
-from vlmgraft.analysis.swap import swapped
+from vlmgraft.analysis.in_memory import Rebuilder, swapped
 from vlmgraft.errors import RecipeError
 from vlmgraft.methods.base import check_numbers
 from vlmgraft.methods.frism import Frism, GatedMethod
@@ -33,7 +32,7 @@ from vlmgraft.recipe.model import Recipe, dump_recipe
 from vlmgraft.recipe.resolve import RecipeSource, pair, read_questions, read_recipe
 from vlmgraft.spectral.decompose import decompose
 from vlmgraft.spectral.factor_store import FactorStore
-from vlmgraft.storage.filesystem import make_folder
+from vlmgraft.storage.files import make_folder
 from vlmgraft.storage.jsonl import write_json
 from vlmgraft.storage.locks import at_work
 from vlmgraft.storage.progress import Progress

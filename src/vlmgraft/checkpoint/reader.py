@@ -17,8 +17,7 @@ from torch import Tensor
 
 from vlmgraft.checkpoint.dequantise import dequantise
 from vlmgraft.checkpoint.digests import BLOCK, block_digests, joined
-from vlmgraft.checkpoint.dtypes import TORCH_DTYPES, as_bytes
-from vlmgraft.checkpoint.handles import Handles
+from vlmgraft.checkpoint.handles import TORCH_DTYPES, Handles, as_bytes
 from vlmgraft.checkpoint.header import TensorInfo
 from vlmgraft.errors import CheckpointError
 

@@ -18,10 +18,9 @@ from typing import Any
 from torch import Tensor
 
 from vlmgraft.checkpoint.digests import BLOCK, RECEIPT, FileReceipt, block_digests, files_in, joined, whole_file
-from vlmgraft.checkpoint.dtypes import CODES, TORCH_DTYPES, as_bytes
 from vlmgraft.checkpoint.files import INDEX
-from vlmgraft.checkpoint.handles import Handles
-from vlmgraft.checkpoint.shards import Shard, TensorSpec, header_of, plan_shards
+from vlmgraft.checkpoint.handles import CODES, TORCH_DTYPES, Handles, as_bytes
+from vlmgraft.checkpoint.header import Shard, TensorSpec, header_of, plan_shards
 from vlmgraft.errors import DamagedError, OutputError
 from vlmgraft.storage.files import new_file
 from vlmgraft.storage.jsonl import append_row, read_rows, write_json, write_rows

@@ -54,10 +54,12 @@ OURS = (
 def main() -> None:
     """Run the command line; exit code 0 done, 1 failed, 2 wrong inputs, 130 interrupted."""
     from vlmgraft.cli.interrupts import INTERRUPTED, Interrupted, how_to_go_on, interruptible
+    from vlmgraft.storage.torchrun import leave_group
 
     with interruptible():
         try:
             code = app(standalone_mode=False)
+            leave_group()
         except VlmgraftError as error:
             _fail(error)
         except USAGE as error:

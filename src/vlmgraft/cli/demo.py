@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,7 @@ from typing import Annotated
 import typer
 
 from vlmgraft.cli.options import Computes, Writes, command
+from vlmgraft.cli.output import Lines
 
 
 @command()
@@ -26,6 +28,8 @@ class Demo(Computes, Writes):
         from vlmgraft.storage.jsonl import read_rows
 
         report = self.note if self.as_json else typer.echo
-        demo(self.out, seed=self.seed, trio=self.trio, settings=QUICK if self.quick else FULL, report=report)
+        settings = QUICK if self.quick else FULL
+        with nullcontext() if self.quiet else Lines() as progress:  # also on a terminal: it reports line by line
+            demo(self.out, seed=self.seed, trio=self.trio, settings=settings, report=report, progress=progress)
         if self.as_json:
             self.show({"out": str(self.out), "rows": list(read_rows(self.out / "results.jsonl"))}, "")

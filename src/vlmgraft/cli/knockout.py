@@ -63,8 +63,7 @@ class Knockout(Examines):
     mode: Annotated[list[str] | None, typer.Option(help="constant, zero, mean, restore or only; repeatable")] = None
 
     def run(self) -> None:
-        from vlmgraft.analysis.blocks import MODES, PARTS
-        from vlmgraft.analysis.layer_knockout import knockout
+        from vlmgraft.analysis.layer_knockout import MODES, PARTS, knockout
 
         chosen: dict[str, Any] = {"parts": self.part or PARTS, "modes": self.mode or MODES}
         with self.progress() as progress:

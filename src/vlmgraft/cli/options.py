@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import json
 import os
+import shutil
 import sys
 import time
 from abc import abstractmethod
@@ -22,8 +23,48 @@ import typer
 from typer.models import ArgumentInfo
 
 from vlmgraft.cli.output import duration, log_to_terminal, progress_bar
-from vlmgraft.cli.replace import replacing
+from vlmgraft.errors import OutputError
 from vlmgraft.storage.progress import Progress
+
+OURS = {
+    "receipt.json", "factors.json", "gates.json", "run.json", "comparison.json", "knockout.jsonl", "ranks.jsonl",
+    "sweep.jsonl", "results.jsonl", "training.json",
+}  # fmt: skip
+"""A folder that holds one of these files was written by a command."""
+
+
+@contextmanager
+def replacing(out: Path) -> Iterator[None]:
+    """Move `out` aside for the time of the block; remove it afterwards, or put it back where the block raises.
+
+    What a killed run left aside is put back by the next one.
+
+    Raises:
+        OutputError: `out` is a link or a file, or a folder that holds nothing that vlmgraft writes.
+    """
+    aside = out.with_name(f".{out.name}.replaced")
+    if aside.is_dir() and not out.exists():
+        aside.rename(out)
+    if not out.exists() and not out.is_symlink():
+        yield
+        return
+    if out.is_symlink() or not out.is_dir() or not _ours(out):
+        raise OutputError(f"{out}: --force replaces folders that vlmgraft wrote, and this is none; remove it yourself")
+    shutil.rmtree(aside, ignore_errors=True)
+    out.rename(aside)
+    try:
+        yield
+    except BaseException:
+        if not out.exists():
+            aside.rename(out)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _ours(folder: Path) -> bool:
+    names = {path.name for path in folder.iterdir()}
+    return not names or bool(names & OURS)
+
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 the work failed; 2 recipe or inputs are wrong, nothing was started; 130 interrupted."

@@ -134,7 +134,7 @@ def answering(model: Model, device: Device, questions: int, prompt: int, said: i
     return reading + writing, seconds
 
 
-def decomposition_memory(out: int, inner: int, on_gpu: bool = False) -> float:
+def decomposition_memory(out: int, inner: int) -> float:
     """Bytes while one matrix is decomposed in full: τ, its copy in double precision, B and U (4, 8, 4, 4 per element);
     the Gram matrix, eigenvectors and the solver's workspace (8 each, the workspace two), V twice (4 each)."""
     long, short = max(out, inner), min(out, inner)

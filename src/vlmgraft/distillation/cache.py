@@ -24,8 +24,7 @@ from torch import Tensor
 
 from vlmgraft.checkpoint.writer import save_tensors
 from vlmgraft.distillation.distributed import barrier, process
-from vlmgraft.storage.files import scratch_folder, sweep_files
-from vlmgraft.storage.filesystem import make_folder
+from vlmgraft.storage.files import make_folder, scratch_folder, sweep_files
 from vlmgraft.storage.resources import cannot_write
 
 SAMPLES = 32

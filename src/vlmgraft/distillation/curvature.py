@@ -6,8 +6,11 @@ To second order, opening direction i by c_i costs a KL divergence of ½ λ² c_i
 
 x_t is the layer's input, δ_t the gradient at its output of −log p of a token drawn from the teacher at each answer
 position. Scores of different positions are uncorrelated: the square of a question's sum estimates the sum of squares.
-Directions open in the order of h_i / s_i² (KL per injected energy) until the KL reaches a budget: as the diagonal
-predicts it, or as it is measured on held-out prompts.
+Of linear layers the scores are read from their inputs and the gradients at their outputs, one backward pass per batch.
+Where experts are fused, the model decides which tokens pass a matrix: there a score is the gradient of the question's
+loss for a spectrum at zero, the same number, at one backward pass per question.
+Directions open in the order of h_i / s_i² (KL per injected energy) until the KL that is measured on
+held-out prompts reaches a budget.
 
 Soft gates come from the same h with another injection term, the distance to the whole task vector: the minimum of
 Σ ½ λ² c_i² h_i + α (1 − c_i)² s_i² is c_i = 1 / (1 + (h_i/s_i²) / cut) with cut = 2α/λ², so that σ(g) = c for
@@ -16,17 +19,18 @@ g = log(cut · s_i²/h_i). They are a start that learned gates can move away fro
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
-from vlmgraft.distillation.fisher import question_gradients, tapped_scores
-from vlmgraft.distillation.pareto import within_reach
-from vlmgraft.distillation.targets import Targets
+from vlmgraft.distillation.gated_layers import frozen, gated
+from vlmgraft.distillation.targets import TargetBatch, Targets
 from vlmgraft.methods.frism import check_budget
 from vlmgraft.spectral.factors import Factors
 from vlmgraft.spectral.gates import Gates, injected_energy
@@ -36,6 +40,8 @@ if TYPE_CHECKING:
     from vlmgraft.distillation.distill import Distiller
 
 BISECTIONS = 14
+REACH = 3.0
+"""Logits of a warm start are kept within ±3: σ' is 0.045 there, so that every gate can still move."""
 START_REACH = 2.0
 """Logits of a start are kept within ±2: gates between 0.12 and 0.88, which training still moves."""
 
@@ -55,17 +61,6 @@ class FisherDiagonal:
             energy = factors[name].s.float().cpu().square()
             result[name] = torch.where(energy > 0, h / energy.clamp_min(1e-30), torch.inf)
         return result
-
-    def gates(self, factors: Mapping[str, Factors], scale: float, kl_budget: float) -> Gates:
-        """Hard gates whose predicted KL is the largest one within the budget, in nats per token."""
-        check_budget(kl_budget)
-        thresholds = torch.cat([value.flatten() for value in self.thresholds(factors).values()])
-        ascending, index = thresholds.sort(stable=True)
-        kl = 0.5 * scale**2 * torch.cat([h.flatten() for h in self.h.values()]).double()[index].cumsum(0)
-        count = int((kl <= kl_budget).sum())
-        cut = float(ascending[count - 1]) if count else -1.0
-        predicted = float(kl[count - 1]) if count else 0.0
-        return self.cut(factors, scale, cut, {"kl_budget": kl_budget, "predicted_kl": predicted})
 
     def cut(
         self,
@@ -138,6 +133,11 @@ def curvature_gates(
     return replace(curvature.cut(distiller.factors, scale, best, settings, soft=soft), factors=distiller.digest)
 
 
+def within_reach(gates: Gates, limit: float = REACH) -> Gates:
+    """The same gates with logits kept within ±limit, as a start that training can move."""
+    return replace(gates, logits={name: value.clamp(-limit, limit) for name, value in gates.logits.items()})
+
+
 def curvature_start(
     distiller: Distiller, scale: float, kl_budget: float, *, curvature: FisherDiagonal | None = None, seed: int = 0
 ) -> Gates:
@@ -154,3 +154,85 @@ def _cuts(curvature: FisherDiagonal, factors: Mapping[str, Factors], soft: bool)
     if not soft or not len(positive):
         return values[values.isfinite()].unique()
     return torch.logspace(float(positive[0].log10()) - 3, float(positive[-1].log10()) + 3, 2**BISECTIONS - 1)
+
+
+Scored = Callable[[TargetBatch, torch.Generator], Iterator[tuple[str, Tensor]]]
+"""Per tensor, scores [questions, r] of one batch; a tensor may come in several parts."""
+
+
+@contextmanager
+def tapped_scores(distiller: Distiller) -> Iterator[Scored]:
+    """Scores of linear layers, from their inputs and the gradients at their outputs: one backward pass per batch."""
+
+    def scored(batch: TargetBatch, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+        with _taps(distiller) as taps:
+            _losses(distiller.model, batch, generator).sum().backward()
+        for name, (x, delta) in taps.items():
+            yield name, question_scores(x, delta, distiller.factors[name])
+
+    yield scored
+
+
+@contextmanager
+def question_gradients(distiller: Distiller) -> Iterator[Scored]:
+    """The same scores by automatic differentiation, of any projection: one backward pass per question."""
+    spectra = {
+        name: torch.zeros(factors.s.shape, device=distiller.model.device, requires_grad=True)
+        for name, factors in distiller.factors.items()
+    }
+    s = {name: factors.s.float().to(distiller.model.device) for name, factors in distiller.factors.items()}
+    with gated(distiller.model, distiller.linears, distiller.factors) as layers:
+        layers.set(spectra)
+
+        def scored(batch: TargetBatch, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+            losses = _losses(distiller.model, batch, generator)
+            rows = batch.predicts.nonzero()[:, 0].to(losses.device)
+            for row in range(len(batch.predicts)):
+                loss = losses[rows == row].sum()
+                for name, slope in zip(
+                    spectra, torch.autograd.grad(loss, [*spectra.values()], retain_graph=True), strict=True
+                ):
+                    yield name, (slope * s[name])[None]
+
+        yield scored
+
+
+def _losses(model: Any, batch: TargetBatch, generator: torch.Generator) -> Float[Tensor, " N"]:
+    """−log p of a token drawn from the model at every answer position."""
+    log_p = batch.logits(model).float().log_softmax(-1)
+    return -log_p.gather(-1, draw_tokens(log_p.detach(), generator)[:, None])[:, 0]
+
+
+def question_scores(
+    x: Float[Tensor, "batch length in"], delta: Float[Tensor, "batch length out"], factors: Factors
+) -> Float[Tensor, "batch r"]:
+    """Σ_t (δ_t · u_i)(x_t · v_i) s_i per question."""
+    inner = x.float() @ factors.Vh.to(x.device).float().mT
+    outer = delta.float() @ factors.U.to(x.device).float()
+    return (inner * outer).sum(1) * factors.s.to(x.device).float()
+
+
+def draw_tokens(log_p: Float[Tensor, "N vocabulary"], generator: torch.Generator) -> Int[Tensor, " N"]:
+    """One token per position from the teacher's distribution."""
+    return torch.multinomial(log_p.exp().cpu(), 1, generator=generator)[:, 0].to(log_p.device)
+
+
+@contextmanager
+def _taps(distiller: Distiller) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Record every gated layer's input and the gradient at its output; hooks and flags are undone on exit."""
+    taps: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def tap(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        x = args[0].detach()
+        if not output.requires_grad:
+            output.requires_grad_()  # nothing below needs a gradient: the graph starts here
+
+        def keep(gradient: Tensor) -> None:
+            taps[name] = (x, gradient.detach())
+
+        output.register_hook(keep)
+
+    with frozen(distiller.model), ExitStack() as hooks:
+        for name, linear in distiller.linears.items():
+            hooks.callback(linear.register_forward_hook(partial(tap, name)).remove)
+        yield taps

@@ -15,7 +15,7 @@ In memory, many times in one process:
     gates = distiller.learn(scale=1.25, inject="donor", donor=donor, inject_weight=1.0, steps=150)
     gates = distiller.learn(scale=1.25, inject="donor", donor=donor, kl_budget=0.01)
     distiller.keep_kl(gates), distiller.keep_kl(weights_by_tensor_name), distiller.keep_kl(merged_model, targets)
-    with distiller.applied(gates): generate(vlm, processor, questions, 32)                 # the gated model in memory
+    with distiller.applied(gates): generate_batch(vlm, processor, questions, 32)           # the gated model in memory
 
 `factors` maps VLM tensor names on disk to `Factors`; the model is left exactly as it was between calls.
 """

@@ -13,7 +13,7 @@ import torch
 
 from vlmgraft.errors import VlmgraftError
 from vlmgraft.hf.placement import default_device
-from vlmgraft.storage.torchrun import rank_and_world
+from vlmgraft.storage.torchrun import leave_group, rank_and_world
 
 T = TypeVar("T")
 
@@ -100,4 +100,4 @@ def join_group() -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
-    atexit.register(torch.distributed.destroy_process_group)
+    atexit.register(leave_group)

@@ -41,8 +41,7 @@ from vlmgraft.spectral.gate_store import load_gates, save_gates
 from vlmgraft.spectral.gates import Gates
 from vlmgraft.spectral.task_vector import TaskVectors, checkpoint_digest, file_stamp
 from vlmgraft.spectral.threads import threads_for
-from vlmgraft.storage.files import sweep_files
-from vlmgraft.storage.filesystem import make_folder
+from vlmgraft.storage.files import make_folder, sweep_files
 from vlmgraft.storage.progress import Progress
 from vlmgraft.storage.publish import sweep_folders
 from vlmgraft.storage.resources import free_memory

@@ -27,7 +27,7 @@ from vlmgraft.errors import CheckpointError, NumericalError, RecipeError
 from vlmgraft.hf.batches import Progress
 from vlmgraft.methods.frism import check_budget
 from vlmgraft.spectral.gates import histogram
-from vlmgraft.storage.filesystem import make_folder
+from vlmgraft.storage.files import make_folder
 
 Inject = Literal["energy", "donor"]
 

@@ -9,8 +9,7 @@ from typing import Any
 
 from vlmgraft.errors import DataError, VlmgraftError
 from vlmgraft.evaluation.engine import FAILURES, Engine
-from vlmgraft.evaluation.images import open_image
-from vlmgraft.evaluation.items import Item, Suite, with_suffix
+from vlmgraft.evaluation.items import Item, Suite, open_image, with_suffix
 from vlmgraft.evaluation.records import Record, append_records, fault_record, record_of
 from vlmgraft.hf.batches import Question, batches
 from vlmgraft.storage.progress import LogProgress, Progress

@@ -20,7 +20,7 @@ from vlmgraft.evaluation.paired import Paired, compare_records, comparison_table
 from vlmgraft.evaluation.readers import load_suite
 from vlmgraft.evaluation.records import Record, load_records
 from vlmgraft.evaluation.summary import Summary
-from vlmgraft.storage.filesystem import make_folder
+from vlmgraft.storage.files import make_folder
 from vlmgraft.storage.jsonl import write_json, write_text
 from vlmgraft.storage.locks import at_work
 from vlmgraft.storage.outputs import refuse_output

@@ -1,4 +1,7 @@
-"""What is asked: items, grouped in suites. Images are named here and opened when they are asked about."""
+"""What is asked: items, grouped in suites. Images are named here and opened when they are asked about.
+
+Nobody vouched for them: a missing, corrupt or enormous image becomes a reason, not a crash.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ from typing import Literal
 
 from PIL import Image
 
+from vlmgraft.data.images import MAX_PIXELS, open_picture, upright_rgb
+from vlmgraft.errors import DataError
 from vlmgraft.evaluation.answers.options import choices_within, expected_letters, letters
 
 Kind = Literal["reasoning", "perception", "other"]
@@ -148,3 +153,17 @@ def with_suffix(question: str, suffix: str) -> str:
 def rotations(choices: Sequence[str]) -> list[tuple[str, ...]]:
     """The choices in every rotation (MMBench's circular evaluation), the given order first."""
     return [tuple(choices[at:]) + tuple(choices[:at]) for at in range(len(choices))]
+
+
+def open_image(source: ImageSource) -> Image.Image:
+    """The image in RGB; raises DataError saying why it cannot be shown. Its size is checked before it is decoded."""
+    if callable(source) and not isinstance(source, Image.Image):
+        source = source()
+    name = "/".join(source.parts[-2:]) if isinstance(source, Path) else "the image in the data"  # records are shared
+    if isinstance(source, Image.Image):
+        if source.width * source.height > MAX_PIXELS:
+            raise DataError(f"{name}: enormous, {source.width}×{source.height} pixels; shrink it")
+        return upright_rgb(source)
+    if not isinstance(source, Path | bytes | bytearray):
+        raise DataError(f"an image must be a path, bytes or a picture, got {type(source).__name__}")
+    return open_picture(source, name)

@@ -12,12 +12,11 @@ from torch.nn.functional import pad
 
 from vlmgraft.checkpoint.dequantise import spread
 from vlmgraft.checkpoint.digests import seal_receipt
-from vlmgraft.checkpoint.dtypes import TORCH_DTYPES
-from vlmgraft.checkpoint.header import Packed, read_header
+from vlmgraft.checkpoint.handles import TORCH_DTYPES
+from vlmgraft.checkpoint.header import Packed, TensorSpec, read_header
 from vlmgraft.checkpoint.index import Checkpoint, open_checkpoint
 from vlmgraft.checkpoint.packed import quantisation, quantised_like
 from vlmgraft.checkpoint.reader import Reader
-from vlmgraft.checkpoint.shards import TensorSpec
 from vlmgraft.checkpoint.writer import Writer
 from vlmgraft.errors import CheckpointError
 from vlmgraft.export.card import copy_side_files

@@ -18,10 +18,10 @@ import yaml
 
 from vlmgraft._version import __version__
 from vlmgraft.checkpoint.digests import RECEIPT, seal_receipt, write_receipt
-from vlmgraft.checkpoint.dtypes import TORCH_DTYPES
+from vlmgraft.checkpoint.handles import TORCH_DTYPES
+from vlmgraft.checkpoint.header import TensorSpec
 from vlmgraft.checkpoint.index import Checkpoint, open_checkpoint
 from vlmgraft.checkpoint.reader import Reader
-from vlmgraft.checkpoint.shards import TensorSpec
 from vlmgraft.checkpoint.writer import Writer
 from vlmgraft.errors import NumericalError, OutputError, RecipeError
 from vlmgraft.export.card import copy_side_files

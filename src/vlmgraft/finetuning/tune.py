@@ -39,7 +39,7 @@ from vlmgraft.finetuning.trainer import (
 from vlmgraft.hf.models import empty_vlm, load_processor, load_vlm
 from vlmgraft.recipe.tune import TuneRecipe, load_tune_recipe, save_tune_recipe
 from vlmgraft.spectral.factor_store import FactorStore
-from vlmgraft.storage.filesystem import make_folder
+from vlmgraft.storage.files import make_folder
 from vlmgraft.storage.jsonl import read_rows, write_rows
 from vlmgraft.storage.locks import at_work
 from vlmgraft.storage.outputs import refuse_output

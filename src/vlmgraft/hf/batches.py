@@ -25,9 +25,7 @@ __all__ = [
     "batches",
     "check_lengths",
     "encode",
-    "generate",
     "generate_batch",
-    "generate_ids",
     "load_questions",
     "text_positions",
     "to_device",
@@ -154,41 +152,6 @@ def generate_batch(
         stop = next((index + 1 for index, token in enumerate(row) if token in ends), len(row))
         answers.append(row[:stop])
     return answers, encoded["attention_mask"].sum(1).tolist()
-
-
-def generate_ids(
-    model: Any,
-    processor: Any,
-    questions: Sequence[Question],
-    max_new_tokens: int,
-    batch_size: int = 32,
-    progress: Progress | None = None,
-) -> list[list[int]]:
-    """Greedy answers as token ids, in the order of the questions; batches and errors as `generate_batch`."""
-    answers: list[list[int]] = [[] for _ in questions]
-    done = 0
-    for indices in batches(questions, batch_size):
-        replies, _ = generate_batch(model, processor, [questions[i] for i in indices], max_new_tokens)
-        for index, answer in zip(indices, replies, strict=True):
-            answers[index] = answer
-        done += len(indices)
-        if progress is not None:
-            progress(done, len(questions), "answers")
-    return answers
-
-
-def generate(
-    model: Any,
-    processor: Any,
-    questions: Sequence[Question],
-    max_new_tokens: int,
-    batch_size: int = 32,
-    progress: Progress | None = None,
-) -> list[str]:
-    """Greedy answers as text without special tokens, in the order of the questions."""
-    tokenizer = tokenizer_of(processor)
-    rows = generate_ids(model, processor, questions, max_new_tokens, batch_size, progress)
-    return [str(tokenizer.decode(row, skip_special_tokens=True)).strip() for row in rows]
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:

@@ -24,6 +24,7 @@ from vlmgraft.lab import world
 from vlmgraft.lab.exam import MAX_NEW_TOKENS, Exam, ExamResult, draw_exam
 from vlmgraft.spectral.factors import Factors
 from vlmgraft.spectral.gates import Gates
+from vlmgraft.storage.progress import Progress
 
 PERCEPTION_SLACK = 0.01
 """A setting qualifies when its validation perception is at most a point below the VLM's."""
@@ -90,6 +91,7 @@ class Comparison:
     glyphs: world.Glyphs = "handwriting"
     report: Report = print
     sizes: Sizes = field(default_factory=Sizes)
+    progress: Progress | None = None
     vlm: Any = field(init=False)
     processor: Any = field(init=False)
 
@@ -180,12 +182,17 @@ class Comparison:
         return self.distiller.learn(scale, donor=donor, learning_rate=LEARNING_RATE, seed=self.seed, **settings)
 
     def choose(
-        self, candidates: Iterable[tuple[Mapping[str, float], Callable[[], Weights]]], vlm_perception: float
+        self,
+        method: str,
+        candidates: Iterable[tuple[Mapping[str, float], Callable[[], Weights]]],
+        vlm_perception: float,
     ) -> Choice:
         """The candidate with the best validation reasoning among those whose validation perception is at most
         `PERCEPTION_SLACK` below `vlm_perception`; if none qualifies, the one that sees best."""
-        scored = []
+        scored, candidates = list[Choice](), list(candidates)
         for setting, make in candidates:
+            if self.progress:
+                self.progress(len(scored), len(candidates), f"{method}, settings tried on validation")
             weights = make()
             marks = self.mark(self.validation, weights)
             seen, solved = marks.perception.mean, marks.reasoning.mean

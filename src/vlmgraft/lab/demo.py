@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -18,15 +19,17 @@ from transformers.utils.logging import disable_progress_bar
 from vlmgraft import pipeline
 from vlmgraft.errors import CheckpointError
 from vlmgraft.evaluation.intervals import Estimate
+from vlmgraft.hf.batches import Question
 from vlmgraft.hf.models import load_vlm
 from vlmgraft.lab import trio_path
-from vlmgraft.lab.compare import BATCH_SIZE, LEARNING_RATE, Choice, Comparison, Point, Sizes, above_curve
+from vlmgraft.lab.compare import BATCH_SIZE, LEARNING_RATE, Comparison, Point, Sizes, above_curve
 from vlmgraft.lab.exam import save_questions
 from vlmgraft.report.charts import save_chart
 from vlmgraft.report.parts.tradeoff import tradeoff_chart
 from vlmgraft.spectral.threads import threads_for
 from vlmgraft.storage.jsonl import write_rows, write_text
 from vlmgraft.storage.outputs import refuse_output
+from vlmgraft.storage.progress import Progress
 
 ARITHMETIC, ENERGY, DONOR = "task arithmetic", "FRISM, energy term", "FRISM, donor matching"
 LINEAR, CONTROL = "linear", "control: shuffled singular vectors"
@@ -65,6 +68,7 @@ def demo(
     trio: Path | None = None,
     settings: Settings = FULL,
     report: Callable[[str], None] = print,
+    progress: Progress | None = None,
 ) -> list[Point]:
     """Run the comparison into the new folder `out`: table.md, results.jsonl, tradeoff.png, recipe.yaml, merged/.
 
@@ -91,7 +95,9 @@ def demo(
     alignment = pipeline.pair(pipeline.read_recipe(recipe))
     say(f"decomposed {len(store)} matrices of the donor's task vector")
     factors = {name: store[name] for name in store}
-    comparison = Comparison(trio, alignment, factors, seed, glyphs=_glyphs(trio), report=say, sizes=settings.sizes)
+    comparison = Comparison(
+        trio, alignment, factors, seed, glyphs=_glyphs(trio), report=say, sizes=settings.sizes, progress=progress
+    )
     with threads_for(sum(info.elements for info in alignment.vlm.tensors.values())):
         points, text = _points(comparison, settings, recipe, out, say)
     rows = [_row(point, points) for point in points]
@@ -122,20 +128,16 @@ def _measure(comparison: Comparison, settings: Settings, out: Path) -> tuple[lis
     points = [comparison.point("VLM", {}, None)]
     for scale in settings.scales:
         points.append(comparison.point(ARITHMETIC, {"scale": scale}, comparison.task_arithmetic(scale)))
-    chosen: dict[str, Choice] = {
-        ARITHMETIC: comparison.choose(
-            [({"scale": scale}, partial(comparison.task_arithmetic, scale)) for scale in settings.scales],
-            vlm_perception,
-        ),
-        LINEAR: comparison.choose(
-            [({"donor_share": share}, partial(_linear, comparison.trio, out, share)) for share in settings.shares],
-            vlm_perception,
-        ),
+    candidates: dict[str, list[tuple[dict[str, float], Callable[[], Any]]]] = {
+        ARITHMETIC: [({"scale": scale}, partial(comparison.task_arithmetic, scale)) for scale in settings.scales],
+        LINEAR: [({"donor_share": share}, partial(_linear, comparison.trio, out, share)) for share in settings.shares],
     }
     for method, inject, grid in ((ENERGY, "energy", settings.energy), (DONOR, "donor", settings.donor)):
-        tried = [{"scale": scale, "inject_weight": weight} for scale, weight in grid]
-        makes = [partial(comparison.gates, inject, *pair) for pair in grid]
-        chosen[method] = comparison.choose(zip(tried, makes, strict=True), vlm_perception)
+        candidates[method] = [
+            ({"scale": scale, "inject_weight": weight}, partial(comparison.gates, inject, scale, weight))
+            for scale, weight in grid
+        ]
+    chosen = {method: comparison.choose(method, tried, vlm_perception) for method, tried in candidates.items()}
     for method, choice in chosen.items():
         label = f"{ARITHMETIC}, chosen" if method == ARITHMETIC else method
         points.append(comparison.point(label, choice.setting, choice.weights))
@@ -155,15 +157,21 @@ def _linear(trio: Path, out: Path, share: float) -> Any:
 
 def _merged(comparison: Comparison, best: Point, recipe: Path, out: Path) -> Point:
     """Merge with the recipe of the better form of FRISM, reload the folder and measure it again."""
-    save_questions(comparison.calibration, out / "data" / "calibration.jsonl")
+    save_questions(mixed(comparison.calibration), out / "data" / "calibration.jsonl")
     save_questions(comparison.donor_questions, out / "data" / "questions.jsonl")
     settings = yaml.safe_load(recipe.read_text())
     settings["method"] |= dict(best.setting) | {"seed": comparison.seed}
     if best.method == DONOR:
         settings["method"] |= {"inject": "donor", "questions": str(out / "data" / "questions.jsonl")}
     write_text(recipe, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-    pipeline.merge(recipe, out / "merged", workdir=out / "work")
+    pipeline.merge(recipe, out / "merged", workdir=out / "work", progress=comparison.progress)
     return comparison.point("merged folder, reloaded", best.setting, load_vlm(out / "merged", "float32").eval())
+
+
+def mixed(questions: Sequence[Question]) -> list[Question]:
+    """In an order of chance, always the same: `samples` and `held_out` are taken from the top of a file, and an exam is
+    drawn kind by kind."""
+    return random.Random(0).sample(questions, len(questions))
 
 
 def _recipe(trio: Path, out: Path, sizes: Sizes) -> Path:

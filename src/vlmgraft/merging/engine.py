@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vlmgraft.alignment import AlignedTensor
-from vlmgraft.checkpoint.dtypes import TORCH_DTYPES, as_bytes
+from vlmgraft.checkpoint.handles import TORCH_DTYPES, as_bytes
 from vlmgraft.checkpoint.writer import Writer
 from vlmgraft.errors import NumericalError, WeightsError
 from vlmgraft.merging.pieces import Inputs, Lane, Pieces, chunks_of, in_order, squared_norm

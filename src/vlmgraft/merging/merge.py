@@ -19,8 +19,8 @@ import torch
 from vlmgraft._version import __version__
 from vlmgraft.alignment import AlignedTensor, Alignment
 from vlmgraft.checkpoint.digests import RECEIPT, FileReceipt, seal
+from vlmgraft.checkpoint.header import TensorSpec
 from vlmgraft.checkpoint.reader import Reader
-from vlmgraft.checkpoint.shards import TensorSpec
 from vlmgraft.checkpoint.writer import Writer
 from vlmgraft.errors import AlignmentError
 from vlmgraft.merging.engine import Merger

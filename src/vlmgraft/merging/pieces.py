@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from vlmgraft.alignment import AlignedTensor, Alignment, Source, assemble
-from vlmgraft.checkpoint.dtypes import TORCH_DTYPES, as_bytes
+from vlmgraft.checkpoint.handles import TORCH_DTYPES, as_bytes
 from vlmgraft.checkpoint.header import TensorInfo
 from vlmgraft.checkpoint.reader import Reader
 from vlmgraft.errors import NumericalError, WeightsError

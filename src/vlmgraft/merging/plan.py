@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vlmgraft.alignment.layouts import Source
-from vlmgraft.checkpoint.header import ITEM_SIZES
-from vlmgraft.checkpoint.shards import TensorSpec, count_shards
+from vlmgraft.checkpoint.header import ITEM_SIZES, TensorSpec, count_shards
 from vlmgraft.errors import AlignmentError
 
 if TYPE_CHECKING:

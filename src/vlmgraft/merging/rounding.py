@@ -53,7 +53,10 @@ class Survival:
         """In words, for the card and the terminal."""
         if self.effective is None or self.noise is None:
             return "effective λ: nothing was to be added"
-        return f"effective λ {self.effective:.3f}, noise {self.noise:.3f}, {self.changed:.1%} of the entries changed"
+        return (
+            f"effective λ {self.effective:.3f} (1: the whole change survived the rounding to the file's dtype), "
+            f"noise {self.noise:.3f}, {self.changed:.1%} of the entries changed"
+        )
 
 
 def survival(added: float, error: float, along: float, changed: int, elements: int) -> Survival:

@@ -12,7 +12,7 @@
 `interpolation` a moves the VLM towards the donor's base beside any rule; 0, the default, leaves that term out. With
 rank_k, k = 1 and a = λ it is the donor interpolation of arXiv 2610.08659 (unreviewed; k = 1 and a = λ = 0.05 are best
 of its table), whose (1 − λ)·W_vlm + λ·W_donor has its τ replaced. SAR's k is small: by default 1 % of the directions.
-AdaRank (arXiv 2503.22178), whose f is a binary mask trained on test inputs, is distillation/adarank.py.
+AdaRank (arXiv 2503.22178), whose f is a binary mask trained on test inputs, is experiments/lab/adarank.py.
 
 Every matrix is decomposed by itself, as it is stored: InternLM2's fused wqkv and fused gate and up projections count as
 one matrix. A stack of experts [experts, out, in] is a matrix per expert. With f(s) = s this is task arithmetic; with

@@ -19,7 +19,6 @@ from vlmgraft.errors import RecipeError
 from vlmgraft.methods import METHODS
 from vlmgraft.methods.base import DEFAULT_MODULES, Method
 from vlmgraft.methods.frism import GatedMethod
-from vlmgraft.recipe.keys import nearest, refuse_unknown, several_donors
 from vlmgraft.recipe.mergekit import is_mergekit, translate
 from vlmgraft.recipe.source import (
     apply_override,
@@ -27,8 +26,11 @@ from vlmgraft.recipe.source import (
     folder_of,
     located,
     naming,
+    nearest,
     read_mapping,
     refuse_odd_values,
+    refuse_unknown,
+    several_donors,
     with_name,
 )
 

@@ -12,8 +12,8 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from vlmgraft.methods import METHODS
-from vlmgraft.recipe.keys import nested
 from vlmgraft.recipe.model import Recipe
+from vlmgraft.recipe.source import nested
 
 
 def json_schema() -> dict[str, Any]:

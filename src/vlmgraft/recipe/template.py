@@ -9,7 +9,7 @@ _MODELS = """\
 vlm: {vlm}
 donor: {donor}
 # The model that the donor was tuned from; its difference from the donor is what is injected.
-donor_base: {base}
+{base}
 """
 _ARITHMETIC = """\
 # Adds the whole difference, times scale. `vlmgraft sweep` measures a row of scales.
@@ -32,8 +32,8 @@ method:
   kl_budget: 0.01            # how far the answers may move, in nats per token
   calibration:
     data: {data}             # a line each: {{"image": "a.jpg", "question": "…"}}; answers are not read
-    samples: 512             # learned from
-    held_out: 128            # others, on which the budget is measured
+    samples: {samples:<15} # learned from
+    held_out: {held_out:<14} # others, on which the budget is measured
     batch_size: 8            # lower it where memory runs out
 """
 _REST = """\
@@ -44,15 +44,25 @@ layers: all                  # or a range such as 8-27
 """
 
 
-def recipe_template(vlm: str | None, donor: str | None, donor_base: str | None, data: str | None = None) -> str:
-    """A recipe as YAML with comments: task arithmetic, or FRISM where `data` names its questions.
+def shares(questions: int) -> tuple[int, int]:
+    """How many of so many questions to learn from and to measure on: 512 and 128, of fewer than 640 a third (at most
+    128) is measured on."""
+    held_out = min(128, questions // 3)
+    return min(512, questions - held_out), held_out
 
-    A model that is not given becomes a hub id to be replaced.
+
+def recipe_template(
+    vlm: str | None, donor: str | None, donor_base: str | None, data: str | None = None, questions: int = 640
+) -> str:
+    """A recipe as YAML with comments: task arithmetic, or FRISM where `data` names its file of so many questions.
+
+    A model that is not given becomes a hub id to be replaced, a base that is not known a comment.
     """
-    models = {"vlm": vlm or "organisation/vlm", "donor": donor or "organisation/donor"}
-    models["base"] = donor_base or "organisation/donor-base"
-    method = _ARITHMETIC if data is None else _FRISM.format(data=_scalar(data))
-    return _MODELS.format(**{key: _scalar(value) for key, value in models.items()}) + method + _REST
+    models = {"vlm": _scalar(vlm or "organisation/vlm"), "donor": _scalar(donor or "organisation/donor")}
+    models["base"] = f"donor_base: {_scalar(donor_base)}" if donor_base else "# donor_base: organisation/name"
+    samples, held_out = shares(questions)
+    frism = _FRISM.format(data=_scalar(data or ""), samples=samples, held_out=held_out)
+    return _MODELS.format(**models) + (frism if data else _ARITHMETIC) + _REST
 
 
 def _scalar(text: str) -> str:

@@ -10,7 +10,6 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vlmgraft.errors import RecipeError
-from vlmgraft.recipe.keys import refuse_unknown
 from vlmgraft.recipe.source import (
     apply_override,
     as_recipe_error,
@@ -19,6 +18,7 @@ from vlmgraft.recipe.source import (
     naming,
     read_mapping,
     refuse_odd_values,
+    refuse_unknown,
 )
 from vlmgraft.storage.jsonl import write_text
 

@@ -17,7 +17,7 @@ from vlmgraft.report.charts import save_chart
 from vlmgraft.report.collect import ODD, Collected, collect
 from vlmgraft.report.sections import render_section
 from vlmgraft.report.text import escape
-from vlmgraft.storage.filesystem import make_folder
+from vlmgraft.storage.files import make_folder
 from vlmgraft.storage.jsonl import write_text
 from vlmgraft.storage.outputs import refuse_file, refuse_place
 from vlmgraft.storage.portable import nameless

@@ -28,14 +28,13 @@ from vlmgraft.checkpoint.digests import (
     tensor_file,
     whole_text,
 )
-from vlmgraft.checkpoint.dtypes import as_bytes
+from vlmgraft.checkpoint.handles import as_bytes
 from vlmgraft.checkpoint.header import is_name
 from vlmgraft.checkpoint.writer import save_tensors
 from vlmgraft.errors import CheckpointError, DamagedError
 from vlmgraft.spectral.factors import Factors, join_donors
 from vlmgraft.spectral.gates import Gates
-from vlmgraft.storage.files import sweep_files
-from vlmgraft.storage.filesystem import make_folder
+from vlmgraft.storage.files import make_folder, sweep_files
 from vlmgraft.storage.jsonl import json_text, read_json, write_json
 
 MANIFEST = "factors.json"

@@ -7,6 +7,7 @@ can tell what is being written from what a killed process left.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import itertools
 import os
@@ -18,7 +19,33 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from vlmgraft.storage.filesystem import NO_LOCKS, flush_folder
+UNKNOWN = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+"""What file systems answer that cannot flush a folder, such as some over a network."""
+
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+"""What a file system answers that knows no locks."""
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it that are missing, each flushed into the one above; raises OSError."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        flush_folder(folder.parent)
+
+
+def flush_folder(folder: Path) -> None:
+    """Put a folder's list of names on disk, where the file system can; raises OSError."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in UNKNOWN:
+            error.filename = str(folder)  # os.fsync knows no name
+            raise
+    finally:
+        os.close(handle)
+
 
 FOREIGN = re.compile(r"\.tmp\w{6}")
 """What the safetensors library leaves beside a file, if it is killed while it saves."""

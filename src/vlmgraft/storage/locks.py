@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlmgraft.errors import OutputError
-from vlmgraft.storage.filesystem import NO_LOCKS, make_folder
+from vlmgraft.storage.files import NO_LOCKS, make_folder
 from vlmgraft.storage.outputs import refuse_others_folder, refuse_place
 from vlmgraft.storage.progress import LOG, duration
 from vlmgraft.storage.resources import cannot_write, explained, out_of_memory

@@ -17,8 +17,7 @@ from pathlib import Path
 from types import TracebackType
 
 from vlmgraft.errors import OutputError, VlmgraftError
-from vlmgraft.storage.files import lock, remove_folder_if_dead
-from vlmgraft.storage.filesystem import flush_folder, make_folder
+from vlmgraft.storage.files import flush_folder, lock, make_folder, remove_folder_if_dead
 from vlmgraft.storage.resources import cannot_write
 
 AT_FDCWD = -100

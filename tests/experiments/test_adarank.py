@@ -8,7 +8,7 @@ from itertools import islice
 import pytest
 import torch
 
-from vlmgraft.distillation.adarank import START, TEMPERATURE, WEIGHT, adarank_gates, entropy, straight_through
+from experiments.lab.adarank import START, TEMPERATURE, WEIGHT, adarank_gates, entropy, straight_through
 from vlmgraft.distillation.distill import Distiller
 from vlmgraft.distillation.gated_layers import gated
 from vlmgraft.errors import RecipeError
