@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import distributed, modeling_utils
 
+from vlmgraft.checkpoint.index import open_checkpoint
 from vlmgraft.errors import RecipeError
 from vlmgraft.hf import sharded
 from vlmgraft.hf.models import load_text_model, load_vlm
@@ -21,6 +23,7 @@ from vlmgraft.hf.modules import text_model
 from vlmgraft.hf.sharded import check_sharding, is_shard, is_sharded, text_shards, unwrapped, vlm_shards
 
 CPU = torch.device("cpu")
+HERE = torch.accelerator.current_accelerator(check_available=True) or CPU
 
 
 @contextmanager
@@ -131,10 +134,19 @@ def test_what_is_tied_and_what_no_file_holds_is_as_in_the_whole_model(
 def test_libraries_that_do_not_shard_are_refused(change: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     change(monkeypatch)
     with pytest.raises(RecipeError, match=said):
-        check_sharding(CPU)
+        check_sharding(HERE)
+
+
+def test_quantised_weights_are_refused(trio: Path) -> None:
+    plain = open_checkpoint(trio / "vlm")
+    check_sharding(HERE, plain)
+    packed: Any = {"lm_head.weight": None}
+    with pytest.raises(
+        RecipeError, match=r"vlm: its weights are quantised, and are not read in shards; run one process"
+    ):
+        check_sharding(HERE, plain, replace(plain, packed=packed))
 
 
 def test_another_device_than_the_groups_is_refused() -> None:
-    here = torch.accelerator.current_accelerator(check_available=True)
     with pytest.raises(RecipeError, match="shards models on this machine's"):
-        check_sharding(torch.device("xpu" if here is None or here.type != "xpu" else "cuda"))
+        check_sharding(torch.device("cuda" if HERE.type != "cuda" else "cpu"))
