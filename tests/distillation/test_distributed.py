@@ -124,15 +124,7 @@ seen = Path.is_file
 def late(path):  # as on a network file system: a file of factors shows a second after it was written
     return seen(path) and ("factors" not in str(path) or time.time() - path.stat().st_mtime > 1)
 Path.is_file = late
-recipe, work = sys.argv[1:]
-for line in (["decompose", recipe, "--out", work + "/factors"],
-             ["gates", recipe, "--factors", work + "/factors", "--out", work + "/gates"]):
-    sys.argv = ["vlmgraft", *line]
-    try:
-        main()
-    except SystemExit as stop:
-        if stop.code:
-            raise
+main()
 """
 
 
@@ -197,7 +189,10 @@ def test_the_command_under_torchrun(trio: Path, image_calibration: Path, tmp_pat
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
     work = tmp_path / "work"
     (script := tmp_path / "run.py").write_text(COMMANDS)
-    launch([str(script), str(tmp_path / "recipe.yaml"), str(work)])
+    command = [str(script), "decompose", str(tmp_path / "recipe.yaml"), "--out", str(work / "factors")]
+    launch(command)
+    command[1:2], command[-1:] = ["gates"], [str(work / "gates"), "--factors", str(work / "factors")]
+    launch(command)
     made = {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
     assert not [path for path in made if path.name.endswith(".tmp") or path.name.endswith(".state")]
     vg.merge(recipe, tmp_path / "merged", workdir=work)
