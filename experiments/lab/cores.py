@@ -1,8 +1,9 @@
-"""Core gates (`distillation/core.py`) beside gates, at one budget on the embedded trio: do they win at equal drift?
+"""Core gates (`distillation/core.py`) and AdaRank's masks beside gates, at one budget on the embedded trio: what wins?
 
     python -m experiments.lab.cores --rows benchmarks/results/lab/cores-0.jsonl
 
-Ranks and learning rates are fixed beforehand and all reported; every row meets the budget on validation prompts.
+Ranks and learning rates are fixed beforehand and all reported; every row meets the budget on validation prompts:
+core gates by their training's controller, AdaRank, which knows no budget, by λ.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments.lab.adarank import adarank_gates
 from experiments.lab.experiments import Bench, BenchSizes, Job, Matrices, Row
 from experiments.lab.experiments_jobs import _at
 from vlmgraft.distillation.core import CoreTraining, learn_core
@@ -20,6 +22,8 @@ from vlmgraft.lab import trio_path
 BUDGET = 0.003
 SIZES = BenchSizes(held_out=384, control=384)
 RANKS, RATES = (4, 16), (0.003, 0.01, 0.03)
+MASK_RATES = (0.001, 0.01)
+CLOSED = -10.0
 BESIDE = ("task arithmetic", "FRISM (KL budget)", "FRISM (donor matching)")
 
 
@@ -37,6 +41,16 @@ def core(bench: Bench, setting: Mapping[str, Any]) -> Row:
     return bench.measure(matrices, notes=gates.settings)
 
 
+def adarank(bench: Bench, setting: Mapping[str, Any]) -> Row:
+    """The row of masks that are learned, and then scaled to the budget."""
+    gates = adarank_gates(bench.distiller(), steps=bench.sizes.steps, learning_rate=setting["learning_rate"])
+    linears = bench.comparison.distiller.linears
+    updates = {name: weight - linears[name].weight.data for name, weight in bench.matrices(gates).items()}
+    kept = sum(int((logits > CLOSED).sum()) for logits in gates.logits.values())
+    matrices, scale = bench.at_budget(updates, BUDGET)
+    return bench.measure(matrices, notes={**gates.settings, **scale, "open": kept})
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -48,6 +62,9 @@ def main() -> None:
             for inject in ("distance", "donor"):
                 setting = {"budget": BUDGET, "inject": inject, "rank": rank, "learning_rate": rate}
                 jobs.append(Job("core gates", setting, lambda setting=setting: core(bench, setting)))
+    for rate in MASK_RATES:
+        setting = {"budget": BUDGET, "learning_rate": rate}
+        jobs.append(Job("AdaRank", setting, lambda setting=setting: adarank(bench, setting)))
     bench.run(jobs, parser.parse_args().rows)
 
 

@@ -65,8 +65,7 @@ class Job:
     @property
     def sources(self) -> list[Checkpoint]:
         """All checkpoints, of every donor."""
-        opened = [(one.vlm, one.donor, one.donor_base, one.vlm_base) for one in self.alignments]
-        return [checkpoint for sources in opened for checkpoint in sources if checkpoint is not None]
+        return [checkpoint for alignment in self.alignments for checkpoint in alignment.opened.values()]
 
     @property
     def folders(self) -> list[Path]:
@@ -182,8 +181,7 @@ def read_recipe(recipe: RecipeSource, overrides: Sequence[str] = (), *, need_met
 def pair(recipe: Recipe, *, headers_only: bool = False) -> Alignment:
     """Open the recipe's checkpoints (headers) and align them; raises CheckpointError and AlignmentError."""
     if not headers_only:
-        more = [source for other in recipe.more_donors for source in (other.donor, other.donor_base)]
-        check_access([recipe.vlm, recipe.donor, recipe.donor_base, recipe.vlm_base, *more])
+        check_access(recipe.models)
     opener = open_headers if headers_only else open_checkpoint
     optional = [opener(source) if source else None for source in (recipe.donor_base, recipe.vlm_base)]
     return align(opener(recipe.vlm), opener(recipe.donor), *optional, modules=recipe.modules, layers=recipe.layers)
