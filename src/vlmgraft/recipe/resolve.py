@@ -106,13 +106,25 @@ def read_questions(recipe: Recipe) -> Questions:
 
     Raises DataError naming file and line, RecipeError when there are too few files.
     """
-    from vlmgraft.data.questions import hold_images, load_questions
+    from vlmgraft.data.questions import hold_images
 
     method = gated_method(recipe)
+    learned, seen = method.calibration.samples, method.calibration.samples + method.calibration.held_out
+    images = calibration_questions(method, check_images=False)
+    donors = text_questions(recipe)
+    held = hold_images(images)
+    _warn_of_order(method.calibration.data, held[:learned], held[learned:])
+    return Questions(held[:learned], held[learned:seen], donors, held[seen:])
+
+
+def calibration_questions(method: GatedMethod, *, check_images: bool = True) -> list[Question]:
+    """What gates are learned and measured on, in that order; raises DataError, also where a budget has too few."""
+    from vlmgraft.data.questions import load_questions
+
     guarantee = method.budget_guarantee if isinstance(method, Frism) else None
     learned, seen = method.calibration.samples, method.calibration.samples + method.calibration.held_out
     count = seen + (guarantee.prompts if guarantee is not None else 0)
-    images = load_questions(method.calibration.data, need_images=True, limit=count, check_images=False)
+    images = load_questions(method.calibration.data, need_images=True, limit=count, check_images=check_images)
     if guarantee is not None and len(images) < count:
         raise DataError(
             f"{method.calibration.data}: has {max(0, len(images) - seen)} questions behind the first {seen}, "
@@ -124,18 +136,22 @@ def read_questions(recipe: Recipe) -> Questions:
             f"{method.calibration.data}: has {len(images)} questions; method.kl_budget {method.kl_budget:g} is learned "
             f"on {learned} and measured on others. Add questions, or lower method.calibration.samples"
         )
-    donors: list[list[Question]] = [[]]
-    if isinstance(method, Frism) and method.questions:
-        files = [method.questions] if isinstance(method.questions, str) else list(method.questions)
-        number = 1 + len(recipe.more_donors)
-        if len(files) not in (1, number):
-            raise RecipeError(f"method.questions: {len(files)} files for {number} donors; give one, or one per donor")
-        read = {file: load_questions(file) for file in dict.fromkeys(files)}
-        donors = [read[file] for file in (files * number if len(files) == 1 else files)]
-    pixels = method.calibration.max_pixels
-    held = hold_images([replace(question, max_pixels=pixels) for question in images])
-    _warn_of_order(method.calibration.data, held[:learned], held[learned:])
-    return Questions(held[:learned], held[learned:seen], donors, held[seen:])
+    return [replace(question, max_pixels=method.calibration.max_pixels) for question in images]
+
+
+def text_questions(recipe: Recipe) -> list[list[Question]]:
+    """The text questions of every donor, [[]] where the method has none; raises DataError, RecipeError."""
+    from vlmgraft.data.questions import load_questions
+
+    method = recipe.method
+    if not isinstance(method, Frism) or not method.questions:
+        return [[]]
+    files = [method.questions] if isinstance(method.questions, str) else list(method.questions)
+    number = 1 + len(recipe.more_donors)
+    if len(files) not in (1, number):
+        raise RecipeError(f"method.questions: {len(files)} files for {number} donors; give one, or one per donor")
+    read = {file: load_questions(file) for file in dict.fromkeys(files)}
+    return [read[file] for file in (files * number if len(files) == 1 else files)]
 
 
 def _warn_of_order(file: str, learned: Sequence[Question], measured: Sequence[Question]) -> None:
