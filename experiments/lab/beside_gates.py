@@ -1,6 +1,6 @@
-"""Core gates (`distillation/core.py`) and AdaRank's masks beside gates, at one budget on the embedded trio: what wins?
+"""Core gates (`core_gates.py`) and AdaRank's masks beside gates, at one budget on the embedded trio: what wins?
 
-    python -m experiments.lab.cores --rows benchmarks/results/lab/cores-0.jsonl
+    python -m experiments.lab.beside_gates --rows benchmarks/results/lab/beside-gates-0.jsonl
 
 Ranks and learning rates are fixed beforehand and all reported; every row meets the budget on validation prompts:
 core gates by their training's controller, AdaRank, which knows no budget, by λ.
@@ -9,15 +9,17 @@ core gates by their training's controller, AdaRank, which knows no budget, by λ
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.lab.adarank import adarank_gates
-from experiments.lab.experiments import Bench, BenchSizes, Job, Matrices, Row
+from experiments.lab.core_gates import CoreTraining, learn_core
+from experiments.lab.experiments import Bench, BenchSizes, Job, Matrices, Row, point_of
 from experiments.lab.experiments_jobs import _at
-from vlmgraft.distillation.core import CoreTraining, learn_core
+from vlmgraft.analysis.scores import change
 from vlmgraft.lab import trio_path
+from vlmgraft.storage.jsonl import write_text
 
 BUDGET = 0.003
 SIZES = BenchSizes(held_out=384, control=384)
@@ -51,6 +53,27 @@ def adarank(bench: Bench, setting: Mapping[str, Any]) -> Row:
     return bench.measure(matrices, notes={**gates.settings, **scale, "open": kept})
 
 
+def table(rows: Sequence[Row]) -> str:
+    """The rows as Markdown, the best reasoning first, beside FRISM with donor matching: paired by item, for all rows
+    together (Bonferroni)."""
+    best = next(row for row in rows if row["method"] == BESIDE[-1])
+    level = 1 - 0.05 / (len(rows) - 1)
+    lines = [
+        "| rule | setting | reasoning, % right | from FRISM with donor matching, points | perception, % right "
+        "| KL, test prompts | KL, fresh prompts | s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: -point_of(row).marks.reasoning.mean):
+        marks = point_of(row).marks
+        setting = ", ".join(f"{key} {value}" for key, value in row["setting"].items() if key != "budget")
+        apart = "" if row is best else change(best["right"], row["right"], ["sum"], level).signed()
+        lines.append(
+            f"| {row['method']} | {setting} | {marks.reasoning.percent()} | {apart} | {marks.perception.percent()} "
+            f"| {row['kl']:.5f} | {row['fresh_kl']:.5f} | {row['seconds']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -65,7 +88,8 @@ def main() -> None:
     for rate in MASK_RATES:
         setting = {"budget": BUDGET, "learning_rate": rate}
         jobs.append(Job("AdaRank", setting, lambda setting=setting: adarank(bench, setting)))
-    bench.run(jobs, parser.parse_args().rows)
+    path = parser.parse_args().rows
+    write_text(path.with_suffix(".md"), table(bench.run(jobs, path)))
 
 
 if __name__ == "__main__":
