@@ -49,3 +49,12 @@ class Place:
         """Every path below the folder, hidden ones too; of files size and time of the last change."""
         found = [(path, path.stat()) for path in sorted(self.folder.rglob("*")) if path.name != "recipe.yaml"]
         return {str(path): None if path.is_dir() else (stat.st_size, stat.st_mtime_ns) for path, stat in found}
+
+    def refused(self, vlmgraft: Any, more: list[str], parts: list[str]) -> str:
+        """What a dry run prints that ends with code 2, names all `parts` in one fault, and writes nothing."""
+        before = self.files()
+        ran = vlmgraft("merge", self.write(), "-o", self.out, "--dry-run", *more)
+        assert (ran.code, self.files()) == (2, before), ran.err
+        fault = next(line for line in ran.err.splitlines() if line.startswith("vlmgraft: "))
+        assert [part for part in parts if part not in fault] == [], ran.err
+        return ran.out
