@@ -64,6 +64,11 @@ def no_processor(place: Place) -> tuple[list[str], list[str]]:
     return [], ["calibration.jsonl, line 1", "the model reads text only"]
 
 
+def no_gated_module(place: Place) -> tuple[list[str], list[str]]:
+    place.recipe["modules"] = ["head"]
+    return [], ["lm_head.weight", "leave it out of `modules`"]
+
+
 def no_device(place: Place) -> tuple[list[str], list[str]]:
     return ["--device", "cuda:63"], ["cuda:63", "cpu"]
 
@@ -76,7 +81,7 @@ def too_few(place: Place) -> tuple[list[str], list[str]]:
 
 @pytest.mark.parametrize(
     "mistake",
-    [no_questions, no_column, no_image, no_processor, no_device, too_few],
+    [no_questions, no_column, no_image, no_processor, no_gated_module, no_device, too_few],
     ids=lambda mistake: mistake.__name__,
 )
 def test_a_dry_run_finds_what_would_fail(mistake: Any, trio: Path, tmp_path: Path, vlmgraft: Any) -> None:

@@ -140,6 +140,23 @@ def test_shares_are_balanced_by_cost() -> None:
     assert matrix_cost((4096, 4096), 64) < 0.2 * matrix_cost((4096, 4096))
 
 
+def test_a_zero_task_vector_is_refused_before_the_first_decomposition(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("decomposed")
+
+    monkeypatch.setattr("vlmgraft.spectral.decompose.factorize", never)
+    vlm, base = (open_checkpoint(folders / name) for name in ("vlm", "base"))
+    shutil.copytree(folders / "base", tmp_path / "same")
+    same = align(vlm, open_checkpoint(tmp_path / "same"), base, modules=["attention"], layers=LAYERS)
+    told = (
+        rf"{tmp_path}/same and {folders}/base hold .* all \d+ tensors to be merged \(attention\); write other modules"
+    )
+    with pytest.raises(AlignmentError, match=told):
+        decompose(same, tmp_path / "zero")
+
+
 def test_bad_inputs_are_named(folders: Path, tmp_path: Path) -> None:
     vlm, base, donor = (open_checkpoint(folders / name) for name in ("vlm", "base", "donor"))
     with pytest.raises(AlignmentError, match="donor_base: missing"):

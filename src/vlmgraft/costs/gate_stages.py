@@ -72,7 +72,8 @@ def gated_stages(
     from vlmgraft.costs.cost import fitting, stages
     from vlmgraft.costs.device import device_of
     from vlmgraft.costs.models import Model
-    from vlmgraft.hf.models import load_config
+    from vlmgraft.hf.models import empty_vlm, load_config
+    from vlmgraft.hf.modules import match_projections
     from vlmgraft.hf.placement import default_device, learning_dtype
 
     device = device_of(None)
@@ -84,6 +85,8 @@ def gated_stages(
     count = len(questions) or calibration.samples + calibration.held_out
     notes = [] if questions else [f"the questions were not read: {count} of {prompt} tokens each are assumed"]
     folder = fetch(recipe.vlm, headers_only=True) if is_hub_id(recipe.vlm) else Path(recipe.vlm)
+    with faults.collected():
+        match_projections(empty_vlm(folder), [tensor.name for tensor in alignment.merged])
     with faults.collected():
         prompt = _prompt_length(folder, questions[0], calibration.max_new_tokens) if questions else prompt
     told = ASSUMED_TEXT

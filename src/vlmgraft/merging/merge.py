@@ -22,12 +22,12 @@ from vlmgraft.checkpoint.digests import RECEIPT, FileReceipt, seal
 from vlmgraft.checkpoint.header import TensorSpec
 from vlmgraft.checkpoint.reader import Reader
 from vlmgraft.checkpoint.writer import Writer
-from vlmgraft.errors import AlignmentError
 from vlmgraft.merging.engine import Merger
 from vlmgraft.merging.pieces import Inputs, Lane, MergedPasses
 from vlmgraft.merging.plan import check_needs, sources_of, written_specs
 from vlmgraft.merging.rounding import LEAST_EFFECTIVE, Survival, survival_of
 from vlmgraft.methods.base import Method, check_numbers
+from vlmgraft.spectral.task_vector import zero_everywhere
 from vlmgraft.spectral.threads import one_core_each
 from vlmgraft.storage.jsonl import write_json
 from vlmgraft.storage.outputs import refuse_output
@@ -154,7 +154,7 @@ def _receipt(
     """
     rows = tuple(_row(tensor, writer.spec(tensor.name), writer.done[tensor.name]) for tensor in alignment.tensors)
     if "donor_base" in opened and not any(row.task_vector for row in rows):
-        raise AlignmentError(f"the task vector is zero: {alignment.donor.path} and its base hold the same weights")
+        raise zero_everywhere(alignment)
     kept = survival_of(
         (row.added, Survival(row.effective, row.noise, row.changed), math.prod(row.shape))
         for row in rows

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from vlmgraft.alignment import Alignment
-from vlmgraft.errors import AlignmentError, CheckpointError, OutputError
+from vlmgraft.errors import CheckpointError, OutputError
 from vlmgraft.spectral.factor_store import FactorStore, is_store_file
 from vlmgraft.spectral.factors import Factors, factorize
 from vlmgraft.spectral.rank import Rank, check_rank
 from vlmgraft.spectral.svd import matrix_cost
-from vlmgraft.spectral.task_vector import TaskVectors
+from vlmgraft.spectral.task_vector import TaskVectors, zero_everywhere
 from vlmgraft.spectral.threads import in_turn, one_core_each, workers_for
 from vlmgraft.storage.outputs import refuse_output
 from vlmgraft.storage.progress import Progress
@@ -62,12 +62,13 @@ def decompose(
         shared = _my_share(taus.names, [matrix_cost(taus.shape(name), rank) for name in taus.names])
         missing = set(todo)
         mine = [name for name in shared if name in missing]
+        read = _smallest_that_differs(taus) if missing == set(taus.names) else {}
         if mine:
             store.reopen()
 
         with one_core_each(), ThreadPoolExecutor(1) as writer:
             saving: Future[None] | None = None
-            for done, (name, factors) in enumerate(_made(taus, mine, rank, digests, device)):
+            for done, (name, factors) in enumerate(_made(taus, mine, rank, digests, device, read)):
                 if progress is not None:
                     progress(done, len(mine), name)
                 if saving is not None:
@@ -83,20 +84,34 @@ def decompose(
         if not store.complete and _all_fit(taus, store, rank, digests, train_copy):
             store.finish(taus.names, {"rank": rank if isinstance(rank, str | int) else dict(rank), "inputs": stamp})
             if not any(matrix["energy"] > 0 for matrix in store.manifest["matrices"].values()):
-                raise AlignmentError("the task vector is zero: the donor and its base hold the same weights")
+                raise zero_everywhere(alignment)
     return store
 
 
+def _smallest_that_differs(taus: TaskVectors) -> dict[str, Tensor]:
+    """The smallest τ that is not zero, read, by its name; raises AlignmentError where all are zero."""
+    for name in sorted(taus.names, key=lambda name: math.prod(taus.shape(name))):
+        tau = taus.load(name)
+        if tau.any():
+            return {name: tau}
+    raise zero_everywhere(taus.alignment)
+
+
 def _made(
-    taus: TaskVectors, names: Sequence[str], rank: Rank, digests: dict[str, str], device: torch.device | str
+    taus: TaskVectors,
+    names: Sequence[str],
+    rank: Rank,
+    digests: dict[str, str],
+    device: torch.device | str,
+    read: dict[str, Tensor],
 ) -> Iterator[tuple[str, Factors]]:
     """The factors of these matrices in turn: on CPUs several at a time, on a GPU one after the other, read ahead.
 
-    A digest that is not there yet is added to `digests`.
+    A digest that is not there yet is added to `digests`. read: τ that are in memory, taken out as their turn comes.
     """
 
     def load(name: str) -> Tensor:
-        tau = taus.load(name)
+        tau = read.pop(name) if name in read else taus.load(name)
         if name not in digests:  # of what was just read, so that no source is read twice
             digests[name] = _digest(taus, name, rank)
         return tau

@@ -117,6 +117,17 @@ class TaskVectors:
         return hashlib.sha256(repr((stamps, pairs)).encode()).hexdigest()[:32] if all(stamps) else ""
 
 
+def zero_everywhere(alignment: Alignment) -> AlignmentError:
+    """The refusal of a task vector that is zero in all merged tensors: what, where, and what to write instead."""
+    groups = ", ".join(dict.fromkeys(tensor.group for tensor in alignment.merged))
+    base = alignment.donor_base.path if alignment.donor_base is not None else "its base"
+    return AlignmentError(
+        f"the task vector is zero: {alignment.donor.path} and {base} hold the same weights in all "
+        f"{len(alignment.merged)} tensors to be merged ({groups}); write other modules or layers, or as donor_base the "
+        "model that the donor was tuned from"
+    )
+
+
 def task_vector(alignment: Alignment, name: str) -> Tensor:
     """τ of one tensor in float32 [out, in]; for many tensors keep a TaskVectors open."""
     with TaskVectors(alignment) as taus:
