@@ -26,7 +26,7 @@ from vlmgraft.spectral.gate_store import save_gates
 from vlmgraft.spectral.gates import constant_gates
 from vlmgraft.storage.jsonl import write_rows
 
-PATIENCE = 60_000
+PATIENCE = 300_000
 """Milliseconds until a state that never comes is a failure; nothing waits for time to pass."""
 
 
