@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vlmgraft.distillation.core import CoreTraining, cores_applied, first, learn_core, turned
+from experiments.lab.core_gates import CoreTraining, cores_applied, first, learn_core, turned
 from vlmgraft.distillation.distill import Distiller
 from vlmgraft.errors import RecipeError
 from vlmgraft.methods.frism import GatedFold
