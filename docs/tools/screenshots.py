@@ -1,6 +1,7 @@
 """The screenshots of docs/report.md, from a page of `python -m experiments.lab report`, by headless Chromium:
 
     python docs/tools/screenshots.py report/report.html
+    python docs/tools/screenshots.py http://127.0.0.1:7860/ PICTURE QUESTION    # docs/how-to/play.md
 
 Each is cut to what it shows, and kept in 256 colours.
 """
@@ -53,12 +54,27 @@ def shoot(browser: Any, page: Path) -> None:
     keep("report-tradeoff-phone", phone.screenshot())
 
 
+def ask(browser: Any, address: str, picture: str, question: str) -> None:
+    """The page of `vlmgraft play` with a question that was answered."""
+    tab = browser.new_page(viewport={"width": 1000, "height": 560})
+    tab.goto(address)
+    tab.locator("input[type=file]").set_input_files(picture)
+    tab.locator(".image-frame img").wait_for()
+    tab.get_by_label("question").fill(question)
+    tab.get_by_role("button", name="ask").click()
+    tab.get_by_text("nats per token").wait_for(timeout=600_000)
+    keep("play", tab.screenshot(full_page=True))
+
+
 def main() -> None:
     """Take the pictures of the page named on the command line."""
     path = os.environ.get("CHROMIUM") or shutil.which("chromium")
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        shoot(browser, Path(sys.argv[1]))
+        if len(sys.argv) == 4:
+            ask(browser, *sys.argv[1:])
+        else:
+            shoot(browser, Path(sys.argv[1]))
 
 
 if __name__ == "__main__":

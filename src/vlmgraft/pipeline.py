@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from vlmgraft.spectral.gates import Gates
 
 __all__ = [
-    "Job", "Plan", "RecipeSource", "decompose", "export_lora", "gates", "inspect", "merge", "pair", "pairs", "plan",
-    "read_recipe", "resolve",
+    "Job", "Plan", "RecipeSource", "decompose", "export_front", "export_lora", "gates", "inspect", "merge", "pair",
+    "pairs", "plan", "read_recipe", "resolve",
 ]  # fmt: skip
 
 RECIPE = "recipe.yaml"
@@ -79,8 +79,7 @@ def merge(
     out = Path(out)
     loaded = read_recipe(recipe, overrides)
     if not resume:  # before anything is downloaded
-        sources = (loaded.vlm, loaded.donor, loaded.donor_base, loaded.vlm_base)
-        refuse_output(out, [source for source in sources if source is not None])
+        refuse_output(out, loaded.models)
     job = resolve(loaded)
     if resume and (receipt := _finished(job, out)):
         return receipt
@@ -228,8 +227,7 @@ def _finished(job: Job, out: Path) -> Receipt | None:
         return None
     from vlmgraft.merging.merge import finished_receipt
 
-    sources = (job.alignment.vlm, job.alignment.donor, job.alignment.donor_base, job.alignment.vlm_base)
-    files = [file for source in sources if source is not None for file in source.files]
+    files = [file for checkpoint in job.alignment.opened.values() for file in checkpoint.files]
     with locked(out):
         try:
             same = read_mapping(out / RECIPE) == portable(dump_recipe(job.recipe), out)
@@ -265,3 +263,15 @@ def export_lora(
 
     with at_work(out, "exporting", "write a smaller --rank", [gates, factors, vlm]), locked(factors, shared=True):
         return write_lora(vlm, open_store(factors), load_gates(gates), out, rank)
+
+
+def export_front(
+    front: str | Path, out: str | Path, *, factors: str | Path, vlm: str | Path, rank: int = 64
+) -> dict[str, LoraReport]:
+    """A LoRA adapter of the same rank for every budget of a front folder, as `out`/BUDGET; as `export_lora` else."""
+    from vlmgraft.distillation.front import read_path
+    from vlmgraft.export.lora import write_loras
+    from vlmgraft.spectral.factor_store import open_store
+
+    with at_work(out, "exporting", "write a smaller --rank", [front, factors, vlm]), locked(factors, shared=True):
+        return write_loras(vlm, open_store(factors), read_path(front), out, rank)

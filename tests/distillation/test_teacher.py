@@ -75,4 +75,7 @@ def test_answers_in_other_batches_are_the_same(distiller: Distiller) -> None:
 
 def test_an_answer_ends_before_an_images_placeholder(vlm: Any) -> None:
     assert placeholders(vlm) == {vlm.config.image_token_id, vlm.config.video_token_id}
-    assert teacher._before({7, 6}, [1, 2, 7, 3]) == [1, 2] and teacher._before({7}, [1, 2]) == [1, 2]
+    assert teacher.before_placeholders({7, 6}, [1, 2, 7, 3]) == [1, 2] and teacher.before_placeholders({7}, [1, 2]) == [
+        1,
+        2,
+    ]

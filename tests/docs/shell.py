@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-SHORTENED = ("merge", "gates", "decompose", "tune")
+SHORTENED = ("merge", "gates", "decompose", "front", "tune")
 _CLIENT = """#!{python} -IS
 import json, os, socket, sys
 line = socket.socket(socket.AF_UNIX)

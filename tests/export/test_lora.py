@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vlmgraft.checkpoint.verify import verify
 from vlmgraft.distillation.distill import Distiller
 from vlmgraft.errors import AlignmentError, CheckpointError, OutputError, RecipeError
-from vlmgraft.export.lora import adapter_places, lora_factors, write_lora
+from vlmgraft.export.lora import adapter_places, lora_factors, write_lora, write_loras
 from vlmgraft.hf.models import load_vlm
+from vlmgraft.hf.modules import match_linears
 from vlmgraft.spectral.factors import factorize
 from vlmgraft.spectral.gates import Gates
 
@@ -54,6 +57,36 @@ def test_peft_loads_it_to_the_gated_logits(distiller: Distiller, exported: tuple
         with distiller.applied(gates) as gated_model:
             expected = batch.logits(gated_model)
     assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_peft_switches_between_the_points_of_a_front(
+    distiller: Distiller, exported: tuple[Path, Gates], tmp_path: Path
+) -> None:
+    """`set_adapter` by request: each gives the logits of the weights that its gates are folded into."""
+    from peft import PeftModel
+
+    folder, gates = exported
+    path = {"0.01": replace(gates, scale=0.5), "0.1": replace(gates, scale=2.0)}
+    reports = write_loras(folder / "vlm", distiller.factors, path, tmp_path / "all", 128, torch.float32)
+    checked = verify(tmp_path / "all")
+    assert list(reports) == ["0.01", "0.1"] and checked.faults == checked.unlisted == ()
+    batch, merged = distiller.targets.batches[0], {}
+    with torch.no_grad():
+        for name, one in path.items():
+            model = load_vlm(folder / "vlm", torch.float32)
+            for tensor, linear in match_linears(model, list(one.logits)).items():
+                s = distiller.factors[tensor].s
+                linear.weight += distiller.factors[tensor].update(one.spectrum(tensor, s))
+            merged[name] = batch.logits(model)
+        model = PeftModel.from_pretrained(load_vlm(folder / "vlm", torch.float32), tmp_path / "all" / "0.01", "low")
+        model.load_adapter(tmp_path / "all" / "0.1", "high")
+        for label, name in (("high", "0.1"), ("low", "0.01"), ("high", "0.1")):
+            model.set_adapter(label)
+            logits = model.eval()(**batch.inputs, use_cache=False).logits[batch.predicts]
+            assert torch.allclose(logits, merged[name], atol=1e-4)
+    assert not torch.allclose(merged["0.01"], merged["0.1"], atol=1e-2)
+    with pytest.raises(OutputError, match="exists already"):
+        write_loras(folder / "vlm", distiller.factors, path, tmp_path / "all", 4)
 
 
 def test_a_smaller_rank_reports_a_larger_error(

@@ -62,6 +62,12 @@ class Alignment:
     notes: tuple[str, ...]
 
     @property
+    def opened(self) -> dict[str, Checkpoint]:
+        """The checkpoints that there are, by their key in a recipe."""
+        sources = {key: getattr(self, key) for key in ("vlm", "donor", "donor_base", "vlm_base")}
+        return {key: checkpoint for key, checkpoint in sources.items() if checkpoint is not None}
+
+    @property
     def left_out(self) -> str:
         """One line that counts the language model's tensors which are not merged, by group."""
         counts = Counter(tensor.group for tensor in self.tensors if tensor.role and tensor.verdict != "merged")

@@ -7,7 +7,7 @@ in the order of `--help`. Nothing heavy is imported before a command runs.
 # isort: off
 from vlmgraft.cli import demo, init, inspect, merge, decompose, gates, front, tune
 from vlmgraft.cli import evaluate, compare, drift, knockout, ranks, sweep, choose, attention, steer
-from vlmgraft.cli import report, export, verify, costs, lab
+from vlmgraft.cli import report, play, export, verify, costs, lab
 
 # isort: on
 from vlmgraft.cli.app import main
@@ -15,6 +15,6 @@ from vlmgraft.cli.options import app
 
 __all__ = [
     "app", "attention", "choose", "compare", "costs", "decompose", "demo", "drift", "evaluate", "export", "front",
-    "gates", "init", "inspect", "knockout", "lab", "main", "merge", "ranks", "report", "steer", "sweep", "tune",
+    "gates", "init", "inspect", "knockout", "lab", "main", "merge", "play", "ranks", "report", "steer", "sweep", "tune",
     "verify",
 ]  # fmt: skip

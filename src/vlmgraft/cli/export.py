@@ -6,11 +6,14 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from vlmgraft.cli.options import Computes, Writes, command
+
+if TYPE_CHECKING:
+    from vlmgraft.export.lora import LoraReport
 
 CARD = 24
 """Lines of the model card that are shown before it is published."""
@@ -19,9 +22,9 @@ CARD = 24
 @command()
 @dataclass(kw_only=True)
 class Export(Computes, Writes):
-    """Push a merged folder to the hub, write it in FP8 as its VLM is, or write gates as a LoRA adapter."""
+    """Push a merged folder to the hub, write it in FP8 as its VLM is, or write gates, or a front of them, as LoRA."""
 
-    source: Annotated[Path, typer.Argument(help="merged folder (hub, fp8) or gates folder (lora)")]
+    source: Annotated[Path, typer.Argument(help="merged folder (hub, fp8), gates or front folder (lora)")]
     to: Annotated[Literal["lora", "hub", "fp8"], typer.Option("--to", help="lora, hub or fp8")]
     out: Annotated[Path | None, typer.Option("--out", "-o", help="lora, fp8: folder to write")] = None  # type: ignore[assignment]
     factors: Annotated[Path | None, typer.Option(help="lora: factors of the gates")] = None
@@ -83,11 +86,21 @@ class Export(Computes, Writes):
         self.show({"error": error}, line)
 
     def _write_adapter(self) -> None:
-        import vlmgraft as vg
         from vlmgraft.errors import RecipeError
+        from vlmgraft.pipeline import export_front, export_lora
 
         if self.out is None or self.factors is None or self.vlm is None:
             raise RecipeError("export --to lora: give --out, --factors (of `decompose` or the workdir) and --vlm")
-        report = vg.export_lora(self.source, self.out, factors=self.factors, vlm=self.vlm, rank=self.rank)
-        line = f"{self.out}: rank {report.rank}, {100 * report.error:.2f} % of the update's norm is left out"
-        self.show(dataclasses.asdict(report), line)
+        said: dict[str, Any] = {"factors": self.factors, "vlm": self.vlm, "rank": self.rank}
+        if (self.source / "front.jsonl").is_file():
+            reports = export_front(self.source, self.out, **said)
+            lines = [f"{self.out / name}: {_left_out(report)}" for name, report in reports.items()]
+            plain = {name: dataclasses.asdict(report) for name, report in reports.items()}
+            self.show(plain, "\n".join(lines))
+            return
+        report = export_lora(self.source, self.out, **said)
+        self.show(dataclasses.asdict(report), f"{self.out}: {_left_out(report)}")
+
+
+def _left_out(report: LoraReport) -> str:
+    return f"rank {report.rank}, {100 * report.error:.2f} % of the update's norm is left out"

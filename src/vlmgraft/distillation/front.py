@@ -29,9 +29,9 @@ from vlmgraft.errors import RecipeError
 from vlmgraft.methods.frism import MEMORY_REMEDY, Frism
 from vlmgraft.recipe.resolve import Job, RecipeSource, resolve
 from vlmgraft.spectral.factor_store import open_store
-from vlmgraft.spectral.gate_store import save_gates
+from vlmgraft.spectral.gate_store import load_gates, save_gates
 from vlmgraft.spectral.gates import Gates, injected_energy
-from vlmgraft.storage.jsonl import write_rows
+from vlmgraft.storage.jsonl import read_rows, write_rows
 from vlmgraft.storage.locks import at_work, locked
 from vlmgraft.storage.progress import Progress
 
@@ -86,6 +86,15 @@ def front(
             )
         barrier()
     return points
+
+
+def read_path(folder: str | Path) -> dict[str, Gates]:
+    """The gates of a folder that `front` wrote, from the smallest budget to the largest, or the one of a gates folder;
+    by the names of their folders. Raises CheckpointError."""
+    folder, names = Path(folder), [""]
+    if (folder / ROWS).is_file():
+        names = [f"{budget:g}" for budget in sorted(float(row["budget"]) for row in read_rows(folder / ROWS))]
+    return {(folder / name).name: load_gates(folder / name) for name in names}
 
 
 def _points(

@@ -74,12 +74,12 @@ def build_targets(
     units = UnitCache(cache, key)
     answers, lengths = _answers(teacher, questions, max_new_tokens, answering, units, progress)
     image_tokens = placeholders(teacher[0]) | placeholders(student[0])
-    answers = [_before(image_tokens, answer) for answer in answers]
+    answers = [before_placeholders(image_tokens, answer) for answer in answers]
     _check_answers(teacher[0], questions, answers)
     lengths = [prompt + len(answer) for prompt, answer in zip(lengths, answers, strict=True)]
     groups = pack(questions, lengths, batch_size, packing, seed, batch_tokens)
     sides = {
-        id(side[0]): _Prompts(side, questions, answers, groups, image_tokens, tokens) for side in (teacher, student)
+        id(side[0]): Prompts(side, questions, answers, groups, image_tokens, tokens) for side in (teacher, student)
     }
     reading, learning = sides[id(teacher[0])], sides[id(student[0])]
 
@@ -100,7 +100,7 @@ def build_targets(
 
 
 @dataclass
-class _Prompts:
+class Prompts:
     """Prompts with the teacher's answers, as one model reads them, in batches."""
 
     side: Side
@@ -195,7 +195,7 @@ def placeholders(model: Any) -> set[int]:
     return {token for key in _PLACEHOLDERS if (token := getattr(model.config, key, None)) is not None}
 
 
-def _before(placeholders: set[int], answer: list[int]) -> list[int]:
+def before_placeholders(placeholders: set[int], answer: list[int]) -> list[int]:
     """The answer up to the first image or video placeholder: read back as input, it would ask for an image."""
     return answer[: next((index for index, token in enumerate(answer) if token in placeholders), len(answer))]
 

@@ -100,6 +100,25 @@ def write_lora(
     return report
 
 
+def write_loras(
+    vlm: str | Path,
+    factors: Mapping[str, Factors],
+    path: Mapping[str, Gates],
+    out: str | Path,
+    rank: int,
+    dtype: torch.dtype = torch.bfloat16,
+) -> dict[str, LoraReport]:
+    """An adapter of the same rank for each of several gates, in folders of their names in the new folder `out`, so that
+    PEFT or a server switches between them; arguments and errors as `write_lora`."""
+    out = Path(out)
+    if out.exists():
+        raise OutputError(f"{out}: exists already; choose a new folder")
+    with new_folder(out) as folder:
+        reports = {name: write_lora(vlm, factors, gates, folder / name, rank, dtype) for name, gates in path.items()}
+        write_receipt(folder, {"rank": rank, "errors": {name: report.error for name, report in reports.items()}})
+    return reports
+
+
 @dataclass(frozen=True)
 class AdapterPlace:
     """Where a matrix's adapter goes: its module (of a stack, its parameter) in the transformers model, the prefix of

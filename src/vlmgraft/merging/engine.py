@@ -22,11 +22,12 @@ from vlmgraft.alignment import AlignedTensor
 from vlmgraft.checkpoint.handles import TORCH_DTYPES, as_bytes
 from vlmgraft.checkpoint.writer import Writer
 from vlmgraft.errors import NumericalError, WeightsError
-from vlmgraft.merging.pieces import Inputs, Lane, Pieces, chunks_of, in_order, squared_norm
+from vlmgraft.merging.pieces import AHEAD, Inputs, Lane, Pieces, chunks_of, squared_norm
 from vlmgraft.merging.plan import CHUNK, streamed
 from vlmgraft.merging.rounding import ChunkFacts, inner, round_stochastically, survival
 from vlmgraft.methods.base import Method, TensorContext
 from vlmgraft.methods.scratch import reused
+from vlmgraft.spectral.threads import in_order
 
 RANGE = 16 * CHUNK
 """Elements per task: small enough to share a tensor between threads, large enough that handing out costs nothing."""
@@ -60,7 +61,7 @@ class Merger:
     def run(self, pool: ThreadPoolExecutor, threads: int) -> Iterator[str]:
         """Copy and merge everything that is not done yet; gives the name of each tensor once it is written."""
         chunks: list[ChunkFacts] = []
-        for task, made in in_order(self.work, self._tasks(), pool, threads):
+        for task, made in in_order(self.work, self._tasks(), pool, AHEAD * threads):
             chunks += made
             if task.last:
                 facts: dict[str, Any] = {"digest": self.writer.digest(task.tensor.name)}

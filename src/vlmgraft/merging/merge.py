@@ -120,8 +120,7 @@ def merge_tensors(
     began = time.perf_counter()
     check_needs(alignment, method)
     check_numbers(method, alignment)
-    sources = {key: getattr(alignment, key) for key in ("vlm", "donor", "donor_base", "vlm_base")}
-    opened = {key: checkpoint for key, checkpoint in sources.items() if checkpoint is not None}
+    opened = alignment.opened
     refuse_output(Path(out), [checkpoint.path for checkpoint in opened.values()])
     specs = written_specs(alignment, float32)
     key = _key(alignment, (method, clamp, allow_nonfinite, seed, float32), shard_size)
@@ -244,7 +243,7 @@ def fingerprint(files: Sequence[Path]) -> str:
 
 def _key(alignment: Alignment, method: object, shard_size: int) -> str:
     """Changes with everything that the merged bytes depend on."""
-    opened = [one for one in (alignment.vlm, alignment.donor, alignment.donor_base, alignment.vlm_base) if one]
+    opened = list(alignment.opened.values())
     made_from = fingerprint([file for checkpoint in opened for file in checkpoint.files])
     return hashlib.sha256(repr((method, made_from, opened, alignment.tensors, shard_size)).encode()).hexdigest()[:16]
 
