@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -15,56 +14,16 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.main import get_command
 
+from tests.recipe_place import Place
 from vlmgraft import cli, pipeline
 
 WEIGHTS = "model.safetensors"
 UP, DOWN = "model.layers.1.mlp.up_proj.weight", "model.layers.2.mlp.down_proj.weight"
 METHODS = ("task_arithmetic", "frism")
-Fault = Callable[["Place"], list[str]]
-
-
-class Place:
-    """A folder with links to the trio, a recipe, and room for the output; a fault replaces a link by a broken copy."""
-
-    def __init__(self, folder: Path, trio: Path, method: str) -> None:
-        self.folder, self.out = folder, folder / "out" / "merged"
-        self.out.parent.mkdir()
-        for name in ("base", "vlm", "donor"):
-            (folder / name).symlink_to(trio / name)
-        self.recipe: dict[str, Any] = {
-            "vlm": str(folder / "vlm"),
-            "donor": str(folder / "donor"),
-            "donor_base": str(folder / "base"),
-            "method": {"name": method},
-        }
-        if method == "frism":
-            Image.new("RGB", (128, 16)).save(folder / "grey.png")
-            question = {"question": "read all glyphs", "image": "grey.png"}
-            (folder / "calibration.jsonl").write_text((json.dumps(question) + "\n") * 4)
-            calibration = {"data": str(folder / "calibration.jsonl"), "samples": 4, "max_new_tokens": 4}
-            self.recipe["method"] |= {"steps": 0, "inject_weight": 0.1, "calibration": calibration}
-
-    def copy(self, name: str, source: str | None = None) -> Path:
-        """Replace the link `name` by a copy, of another model of the trio if `source` says so."""
-        real = (self.folder / (source or name)).resolve()
-        (self.folder / name).unlink()
-        shutil.copytree(real, self.folder / name)
-        return self.folder / name
-
-    def write(self) -> Path:
-        """The recipe file."""
-        path = self.folder / "recipe.yaml"
-        path.write_text(yaml.safe_dump(self.recipe))
-        return path
-
-    def files(self) -> dict[str, tuple[int, int] | None]:
-        """Every path below the folder, hidden ones too; of files size and time of the last change."""
-        found = [(path, path.stat()) for path in sorted(self.folder.rglob("*")) if path.name != "recipe.yaml"]
-        return {str(path): None if path.is_dir() else (stat.st_size, stat.st_mtime_ns) for path, stat in found}
+Fault = Callable[[Place], list[str]]
 
 
 def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
@@ -258,19 +217,6 @@ def test_schema_is_json_and_refuses_unknown_keys(vlmgraft: Any) -> None:
     schema = json.loads(vlmgraft("merge", "--schema").out)
     assert {"vlm", "donor", "method"} <= set(schema["properties"])
     assert schema["additionalProperties"] is False
-
-
-def test_dry_run_gives_the_plan_and_writes_nothing(trio: Path, tmp_path: Path, vlmgraft: Any) -> None:
-    place = Place(tmp_path, trio, "task_arithmetic")
-    before = place.files()
-    told = vlmgraft("merge", place.write(), "--dry-run", "--out", place.out)
-    asked = vlmgraft("merge", place.write(), "--dry-run", "--json")
-    assert (told.code, asked.code, place.files()) == (0, 0, before)
-    assert "28 merged" in told.out
-    plan = json.loads(asked.out)
-    assert plan["merged"] == 28
-    assert plan["merged"] + plan["kept"] + plan["excluded"] == len(plan["tensors"])
-    assert plan["nbytes"] == sum(tensor.numel() * 2 for tensor in load_file(trio / "vlm" / WEIGHTS).values())
 
 
 def test_set_overrides_the_recipe(trio: Path, tmp_path: Path, vlmgraft: Any) -> None:
@@ -485,138 +431,6 @@ def test_init_takes_as_many_questions_as_the_file_has(
     assert told in ran.out and f"inspect --vlm a/b --donor {tmp_path / 'c'} --distances --donor-base ONE" in ran.out
     later = vlmgraft("inspect", recipe)
     assert later.code == 2 and "donor_base: method frism needs it" in later.err
-
-
-def test_a_dry_run_has_a_line_for_every_stage_and_says_what_is_there(trio: Path, tmp_path: Path, vlmgraft: Any) -> None:
-    place = Place(tmp_path, trio, "frism")
-    work = tmp_path / "work"
-    before = vlmgraft("merge", place.write(), "-o", place.out, "--workdir", work, "--dry-run", "--json")
-    assert before.code == 0, before.err
-    stages = {stage["name"]: stage for stage in json.loads(before.out)["stages"]}
-    assert list(stages) == ["decompose", "answer", "learn", "fold"]
-    assert not any(stage["done"] for stage in stages.values())
-    assert stages["fold"]["disk"] == pytest.approx((trio / "vlm" / WEIGHTS).stat().st_size, rel=0.02)
-    assert vlmgraft("decompose", place.write(), "-o", work / "factors", "-q").code == 0
-    after = json.loads(vlmgraft("merge", place.write(), "-o", place.out, "--workdir", work, "--dry-run", "--json").out)
-    assert "28 of 28" in after["stages"][0]["done"]
-
-
-def test_a_dry_run_says_what_it_chose_and_what_the_rank_holds(trio: Path, tmp_path: Path, vlmgraft: Any) -> None:
-    """The share in the dry run is of one layer; decompose and the receipt have all of them."""
-    place = Place(tmp_path, trio, "frism")
-    place.recipe["method"] |= {"rank": 16}
-    rehearsed = json.loads(vlmgraft("merge", place.write(), "--dry-run", "--json").out)["notes"]
-    assert any("without checkpointing" in note for note in rehearsed)
-    about = next(re.search(r"rank 16 holds about ([\d.]+)% of ‖τ‖² \(in layer 2\)", note) for note in rehearsed
-                 if note.startswith("rank"))  # fmt: skip
-    assert about is not None
-    printed = vlmgraft("decompose", place.write(), "-o", tmp_path / "factors").out
-    whole = re.search(r"28 matrices, ([\d.]+)% of ‖τ‖²", printed)
-    assert whole is not None and 10 < float(whole[1]) < 95
-    assert float(about[1]) == pytest.approx(float(whole[1]), abs=15)
-    ran = vlmgraft("merge", place.write(), "-o", place.out)
-    assert f"the factors hold {whole[1]}% of ‖τ‖²; rank: full holds all" in ran.out
-
-
-def no_questions(place: Place) -> tuple[list[str], list[str]]:
-    (place.folder / "calibration.jsonl").unlink()
-    return [], ["calibration.jsonl", "no such question file"]
-
-
-def no_column(place: Place) -> tuple[list[str], list[str]]:
-    (place.folder / "calibration.jsonl").write_text('{"prompt": "read", "image": "grey.png"}\n')
-    return [], ["line 1", '"question"']
-
-
-def no_image(place: Place) -> tuple[list[str], list[str]]:
-    (place.folder / "grey.png").unlink()
-    return [], ["grey.png"]
-
-
-def no_processor(place: Place) -> tuple[list[str], list[str]]:
-    (place.copy("vlm") / "processor_config.json").unlink()
-    return [], ["calibration.jsonl, line 1", "the model reads text only"]
-
-
-def no_gated_module(place: Place) -> tuple[list[str], list[str]]:
-    place.recipe["modules"] = ["head"]
-    return [], ["lm_head.weight", "leave it out of `modules`"]
-
-
-def no_device(place: Place) -> tuple[list[str], list[str]]:
-    return ["--device", "cuda:63"], ["cuda:63", "cpu"]
-
-
-def too_few(place: Place) -> tuple[list[str], list[str]]:
-    place.recipe["method"] |= {"kl_budget": 0.01}
-    del place.recipe["method"]["inject_weight"]
-    return [], ["has 4 questions", "method.calibration.samples"]
-
-
-def workdir_in_output(place: Place) -> tuple[list[str], list[str]]:
-    return ["--workdir", str(place.out / "work")], ["--workdir", "beside"]
-
-
-def output_exists(place: Place) -> tuple[list[str], list[str]]:
-    place.out.mkdir()
-    return [], ["exists"]
-
-
-@pytest.mark.parametrize(
-    "mistake",
-    [
-        no_questions,
-        no_column,
-        no_image,
-        no_processor,
-        no_gated_module,
-        no_device,
-        too_few,
-        workdir_in_output,
-        output_exists,
-    ],
-    ids=lambda mistake: mistake.__name__,
-)
-def test_a_dry_run_finds_what_would_fail(mistake: Any, trio: Path, tmp_path: Path, vlmgraft: Any) -> None:
-    place = Place(tmp_path, trio, "frism")
-    more, parts = mistake(place)
-    before = place.files()
-    ran = vlmgraft("merge", place.write(), "-o", place.out, "--dry-run", *more)
-    assert (ran.code, place.files()) == (2, before), ran.err
-    fault = next(line for line in ran.err.splitlines() if line.startswith("vlmgraft: "))
-    assert [part for part in parts if part not in fault] == [], ran.err
-    assert all(f"│ {stage} " in ran.out for stage in ("decompose", "answer", "learn", "fold")), "priced all the same"
-
-
-def test_a_dry_run_tells_a_fault_before_what_takes_longer(
-    trio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from vlmgraft.costs import device, dry_run
-
-    place, told = Place(tmp_path, trio, "frism"), list[str]()
-    no_questions(place)
-    device_of, by_then = device.device_of, list[int]()
-    monkeypatch.setattr(device, "device_of", lambda *one: (by_then.append(len(told)), device_of(*one))[1])
-    rehearsed = dry_run.dry_run(place.write(), tell=told.append)
-    assert by_then[0] == 1 and list(rehearsed.faults) == told
-    assert rehearsed.notes[0] == "the questions were not read: 132 of 1000 tokens each are assumed"
-
-
-def test_a_full_disk_and_a_folder_without_access_are_seen_before(
-    trio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from collections import namedtuple
-
-    from vlmgraft.costs import dry_run as rehearsal
-    from vlmgraft.recipe.model import load_recipe
-    from vlmgraft.storage import outputs
-
-    place = Place(tmp_path, trio, "task_arithmetic")
-    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(1_000_000))
-    monkeypatch.setattr(rehearsal.os, "access", lambda *_: False)
-    faults = rehearsal.dry_run(load_recipe(place.write()), place.out).faults
-    assert any("may not be written" in fault for fault in faults)
-    assert any("make room" in fault and "0.00 GB will be written" in fault for fault in faults)
 
 
 def test_costs_of_a_published_size(vlmgraft: Any) -> None:

@@ -79,8 +79,7 @@ def merge(
     out = Path(out)
     loaded = read_recipe(recipe, overrides)
     if not resume:  # before anything is downloaded
-        sources = (loaded.vlm, loaded.donor, loaded.donor_base, loaded.vlm_base)
-        refuse_output(out, [source for source in sources if source is not None])
+        refuse_output(out, loaded.models)
     job = resolve(loaded)
     if resume and (receipt := _finished(job, out)):
         return receipt
@@ -228,8 +227,7 @@ def _finished(job: Job, out: Path) -> Receipt | None:
         return None
     from vlmgraft.merging.merge import finished_receipt
 
-    sources = (job.alignment.vlm, job.alignment.donor, job.alignment.donor_base, job.alignment.vlm_base)
-    files = [file for source in sources if source is not None for file in source.files]
+    files = [file for checkpoint in job.alignment.opened.values() for file in checkpoint.files]
     with locked(out):
         try:
             same = read_mapping(out / RECIPE) == portable(dump_recipe(job.recipe), out)

@@ -15,8 +15,9 @@ from PIL import Image
 from vlmgraft.errors import VlmgraftError
 from vlmgraft.evaluation.ask import ask
 from vlmgraft.evaluation.items import Item, Suite
-from vlmgraft.evaluation.records import drop_partial_line, load_records, record_of
+from vlmgraft.evaluation.records import load_records, record_of
 from vlmgraft.evaluation.summary import count, summarise
+from vlmgraft.storage.jsonl import drop_cut_line
 
 
 def test_every_item_is_asked_once_in_batches_and_comes_back_in_order(scripted: Any, sums: Any, adds: Any) -> None:
@@ -134,7 +135,7 @@ def test_killed_at_any_byte_and_resumed_gives_the_same(
     data = log.read_bytes()
     left = random.Random(seed).randrange(len(data))
     log.write_bytes(data[:left])
-    drop_partial_line(log)
+    drop_cut_line(log)
     kept = load_records(log)
     engine = scripted(adds)
     again = ask(engine, suite, batch_size=7, done=kept, log=log)

@@ -67,6 +67,16 @@ def test_a_judge_is_asked_once_and_compared(endpoint: str, tmp_path: Path) -> No
     assert others == {"judge's score": pytest.approx(2 / 3), "agreement with the judge": pytest.approx(agreed)}
 
 
+def test_a_kept_verdict_that_was_cut_short_is_asked_for_again(endpoint: str, tmp_path: Path) -> None:
+    judge = Judge(endpoint, "small", tmp_path / "judge.jsonl")
+    verdicts = judge.verdicts(RECORDS)
+    kept = judge.cache.read_bytes()
+    judge.cache.write_bytes(kept[:-5])
+    asked = len(_Endpoint.asked)
+    assert judge.verdicts(RECORDS) == verdicts and len(_Endpoint.asked) == asked + 1
+    assert judge.cache.read_bytes() == kept
+
+
 def test_without_verdicts_nothing_stands_beside_the_score() -> None:
     assert agreement(RECORDS, {}) == {} and summarise(RECORDS).tasks[0].others == {}
 

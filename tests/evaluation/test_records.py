@@ -12,7 +12,8 @@ import pytest
 from vlmgraft.errors import DataError
 from vlmgraft.evaluation.ask import ask
 from vlmgraft.evaluation.items import Item
-from vlmgraft.evaluation.records import append_records, drop_partial_line, fault_record, load_records, record_of
+from vlmgraft.evaluation.records import fault_record, load_records, record_of
+from vlmgraft.storage.jsonl import append_rows, drop_cut_line
 
 ASKED = {"tokens": 3, "prompt_tokens": 2}
 SUM = Item("1", "1 + 1 ?", answers=("2",))
@@ -20,7 +21,7 @@ SUM = Item("1", "1 + 1 ?", answers=("2",))
 
 def test_records_survive_the_file(scripted: Any, sums: Any, adds: Any, tmp_path: Path) -> None:
     records = ask(scripted(adds), sums(3))
-    append_records(tmp_path / "r.jsonl", records)
+    append_rows(tmp_path / "r.jsonl", records)
     assert load_records(tmp_path / "r.jsonl") == records
     assert all(json.loads(line)["state"] == "scored" for line in (tmp_path / "r.jsonl").read_text().splitlines())
 
@@ -60,11 +61,11 @@ def test_states_and_verdicts() -> None:
 
 def test_a_line_cut_short_is_dropped_at_the_end_only(tmp_path: Path) -> None:
     path, record = tmp_path / "r.jsonl", fault_record(SUM, "x", failed=True)
-    append_records(path, [record, record])
+    append_rows(path, [record, record])
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"id": "cut')
     assert load_records(path) == [record, record]
-    drop_partial_line(path)
+    drop_cut_line(path)
     assert path.read_bytes() == whole
     path.write_bytes(b'{"id": "cut\n' + whole)
     with pytest.raises(DataError, match=r"r\.jsonl, line 1: no record"):

@@ -26,7 +26,7 @@ from vlmgraft.spectral.gate_store import save_gates
 from vlmgraft.spectral.gates import constant_gates
 from vlmgraft.storage.jsonl import write_rows
 
-PATIENCE = 60_000
+PATIENCE = 300_000
 """Milliseconds until a state that never comes is a failure; nothing waits for time to pass."""
 
 
@@ -51,24 +51,26 @@ def options(front: Path, trio: Path) -> list[str]:
 
 
 @pytest.fixture
-def address(front: Path, trio: Path) -> Iterator[str]:
-    """The command at work; interrupted at the end, which is how it is left."""
+def address(front: Path, trio: Path, tmp_path: Path) -> Iterator[str]:
+    """The command at work; interrupted at the end, which is how it is left, and then no picture is on the disk."""
     if find_spec("gradio") is None:
         pytest.skip("no gradio here: pip install 'vlmgraft[play]'")
     command = [sys.executable, "-m", "vlmgraft", "play", *options(front, trio), "--json", "--max-new-tokens", "24"]
     process = subprocess.Popen(
         [*command, "--device", "cpu"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        env=os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
     )  # fmt: skip
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
         assert line, process.communicate()[1]
         yield json.loads(line)["address"]
+        assert [path.read_bytes()[:4] for path in tmp_path.rglob("*.png")] == [b"\x89PNG"], "the picture was here"
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=PATIENCE / 1000)
         assert process.returncode == 130 and "interrupted" in said and "Traceback" not in said, said
+        assert list(tmp_path.rglob("*.png")) == []
     finally:
         process.kill()
         process.wait()

@@ -78,8 +78,7 @@ def choose(
     loaded = read_recipe(recipe, overrides, need_method=False)
     names = fitting(loaded, rules)
     alignment = pair(loaded)
-    models = [model for model in (loaded.vlm, loaded.donor, loaded.donor_base, loaded.vlm_base) if model]
-    with Rebuilder(alignment) as rebuilder, at_work(out, "choosing", REMEDY, models, ["strengths.*", *names]):
+    with Rebuilder(alignment) as rebuilder, at_work(out, "choosing", REMEDY, loaded.models, ["strengths.*", *names]):
         contenders = Contenders(loaded, alignment, rebuilder, budget, out, progress)
         contenders.check(names)
         settings = {"recipe": dump_recipe(loaded), "budget": budget}

@@ -128,7 +128,7 @@ def sweep(
         raise RecipeError("sweep: the recipes have different VLMs, and one model is loaded; sweep them one by one")
     with ExitStack() as stack:
         loaded = [recipe for _, _, recipe in named]
-        models = {model for r in loaded for model in (r.vlm, r.donor, r.donor_base, r.vlm_base) if model}
+        models = {model for recipe in loaded for model in recipe.models}
         stack.enter_context(at_work(out, "sweeping", REMEDY, sorted(models), ["sweep.*", "factors*"]))
         inputs = SweepInputs(out, stack, progress)
         for recipe in loaded:

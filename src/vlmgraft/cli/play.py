@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -31,7 +32,10 @@ class Play(LoadsModels):
         from vlmgraft.play.session import opened
         from vlmgraft.spectral.factor_store import open_store
 
-        with environment(GRADIO_ANALYTICS_ENABLED="False"):
+        with (
+            TemporaryDirectory(prefix="vlmgraft-play-") as pictures,
+            environment(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=pictures),
+        ):
             require_gradio()
             path = read_path(self.gates)
             asked = opened(*open_vlm(self.model), open_store(self.factors), list(path.values()))

@@ -92,11 +92,7 @@ def _places(
     recipe: Recipe, alignment: Alignment, out: Path, work: Path, stages: Sequence[StageCost], faults: Faults
 ) -> None:
     """Whether `out` and the work folder may be made, written to, and hold what comes."""
-    inputs = [
-        checkpoint.path
-        for checkpoint in (alignment.vlm, alignment.donor, alignment.donor_base, alignment.vlm_base)
-        if checkpoint is not None
-    ]
+    inputs = [checkpoint.path for checkpoint in alignment.opened.values()]
     checks: list[Callable[[], Any]] = [
         lambda: refuse_output(out, inputs),
         lambda: refuse_place(work, inputs),

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from vlmgraft.alignment import Alignment
 from vlmgraft.checkpoint.hub import fetch, is_hub_id
-from vlmgraft.data.questions import Question, load_questions
-from vlmgraft.errors import DataError, InputError, RecipeError
+from vlmgraft.data.questions import Question
+from vlmgraft.errors import InputError
 from vlmgraft.methods.frism import Frism, GatedMethod
 from vlmgraft.recipe.model import Recipe
+from vlmgraft.recipe.resolve import calibration_questions, text_questions
 
 if TYPE_CHECKING:
     from vlmgraft.costs.cost import Stage, Work
@@ -66,7 +67,8 @@ def gated_stages(
         questions = calibration_questions(method)
     text: list[Question] = []
     with faults.collected():
-        text = _text_questions(recipe, method)
+        donors = text_questions(recipe) if isinstance(method, Frism) and method.inject == "donor" else []
+        text = [question for of_donor in donors for question in of_donor]
     from vlmgraft.costs.cost import fitting, stages
     from vlmgraft.costs.device import device_of
     from vlmgraft.costs.models import Model
@@ -152,34 +154,6 @@ def _held(alignment: Alignment, rank: Any) -> list[str]:
         return []
     kept = sum(share_kept(tau, rank) * float(tau.double().square().sum()) for tau in loaded) / whole
     return [f"rank {rank} holds about {kept:.1%} of ‖τ‖² (in layer {middle}); rank: full holds all"]
-
-
-def calibration_questions(method: GatedMethod) -> list[Question]:
-    """The questions that gates are learned and measured on; raises DataError, also where a budget has too few."""
-    calibration = method.calibration
-    guarantee = method.budget_guarantee if isinstance(method, Frism) else None
-    wanted = calibration.samples + calibration.held_out + (guarantee.prompts if guarantee else 0)
-    read = load_questions(calibration.data, need_images=True, limit=wanted)
-    questions = [replace(question, max_pixels=calibration.max_pixels) for question in read]
-    if method.kl_budget is not None and len(questions) < wanted:
-        raise DataError(
-            f"{calibration.data}: has {len(questions)} questions; method.kl_budget {method.kl_budget:g} is learned on "
-            f"{calibration.samples} and measured on {wanted - calibration.samples} others. Give {wanted}, or lower "
-            "method.calibration.samples and held_out so that they sum to no more than there are"
-        )
-    return questions
-
-
-def _text_questions(recipe: Recipe, method: GatedMethod) -> list[Question]:
-    """The text questions of donor matching, of all donors; raises DataError, RecipeError."""
-    if not isinstance(method, Frism) or method.inject != "donor":
-        return []
-    if not method.questions:
-        raise RecipeError("method.questions: missing; inject: donor needs a file of text questions")
-    files = [method.questions] if isinstance(method.questions, str) else list(method.questions)
-    if len(files) not in (1, 1 + len(recipe.more_donors)):
-        raise RecipeError(f"method.questions: {len(files)} files for {1 + len(recipe.more_donors)} donors")
-    return [question for file in files for question in load_questions(file)]
 
 
 def _prompt_length(folder: Path, question: Question, answer: int) -> int:

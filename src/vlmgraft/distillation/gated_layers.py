@@ -131,33 +131,35 @@ class JoinedStack:
 
         U of an expert's matrices stand in blocks, so that U diag(s) Vh of the stack is theirs, one below the other.
         """
-        first = next(iter(parts.values()))
-        experts, rows, inner = first.stack.weight.shape
-        names = [["" for _ in range(first.parts)] for _ in range(experts)]
-        read = {name: factors[name] for name in parts}
+        example = next(iter(parts.values()))
+        experts, rows, inner = example.stack.weight.shape
+        names = [["" for _ in range(example.parts)] for _ in range(experts)]
+        of_matrix = {name: factors[name] for name in parts}
         for name, part in parts.items():
-            if read[name].shape != (rows // first.parts, inner):
-                shapes = f"{read[name].shape} do not fit a matrix of {(rows // first.parts, inner)}"
+            if of_matrix[name].shape != (rows // example.parts, inner):
+                shapes = f"{of_matrix[name].shape} do not fit a matrix of {(rows // example.parts, inner)}"
                 raise AlignmentError(f"{name}: factors of shape {shapes}")
             names[part.expert][part.part] = name
-        ranks = {name: one.s.shape[-1] for name, one in read.items()}
-        width, height = max(ranks.values()), rows // first.parts
-        U, Vh = torch.zeros(experts, rows, first.parts * width), torch.zeros(experts, first.parts * width, inner)
+        ranks = {name: matrix.s.shape[-1] for name, matrix in of_matrix.items()}
+        width, height = max(ranks.values()), rows // example.parts
+        U, Vh = torch.zeros(experts, rows, example.parts * width), torch.zeros(experts, example.parts * width, inner)
         for name, part in parts.items():
-            begin, row = part.part * width, part.part * height
-            U[part.expert, row : row + height, begin : begin + ranks[name]] = read[name].U.float()
-            Vh[part.expert, begin : begin + ranks[name]] = read[name].Vh.float()
-        joined = replace(next(iter(read.values())), U=U, Vh=Vh, s=torch.zeros(experts, first.parts * width))
+            column, row, rank = part.part * width, part.part * height, ranks[name]
+            U[part.expert, row : row + height, column : column + rank] = of_matrix[name].U.float()
+            Vh[part.expert, column : column + rank] = of_matrix[name].Vh.float()
+        spectrum = torch.zeros(experts, example.parts * width)
+        joined = replace(next(iter(of_matrix.values())), U=U, Vh=Vh, s=spectrum)
         return cls(names, ranks, joined)
 
     def spectrum(self, spectra: Mapping[str, Tensor]) -> Tensor:
         """[experts, width]: the matrices' spectra, side by side."""
         width = self.factors.s.shape[-1] // len(self.names[0])
-        none = next(iter(spectra.values())).new_zeros(width)
-        rows = [
-            [pad(spectra[name], (0, width - self.ranks[name])) if name else none for name in row] for row in self.names
+        ungated = next(iter(spectra.values())).new_zeros(width)
+        experts = [
+            [pad(spectra[name], (0, width - self.ranks[name])) if name else ungated for name in of_expert]
+            for of_expert in self.names
         ]
-        return torch.stack([torch.cat(row) for row in rows])
+        return torch.stack([torch.cat(of_expert) for of_expert in experts])
 
 
 class GatedLayers(dict[str, GatedLinear | GatedStack]):
@@ -190,27 +192,28 @@ def swap_in(
     Factors are read one matrix at a time. Raises AlignmentError, with the model as it was, when something does not fit.
     """
     parents = {id(child): (parent, key) for parent in model.modules() for key, child in parent.named_children()}
-    grouped: dict[int, tuple[nn.Module, dict[str, dict[str, Projection]]]] = {}
+    modules: dict[int, tuple[nn.Module, dict[str, dict[str, Projection]]]] = {}
     for name, projection in projections.items():
-        module, key = parameter_of(projection)
+        module, parameter = parameter_of(projection)
         if id(module) not in parents:
             raise AlignmentError(f"{name}: its layer is not part of the model")
-        grouped.setdefault(id(module), (module, {}))[1].setdefault(key, {})[name] = projection
+        modules.setdefault(id(module), (module, {}))[1].setdefault(parameter, {})[name] = projection
     layers, swaps = GatedLayers(), []
-    for module, keys in grouped.values():
+    for module, parameters in modules.values():
         wrapper: GatedLinear | GatedExperts
         if isinstance(module, nn.Linear):
-            (name,) = keys["weight"]
+            (name,) = parameters["weight"]
             wrapper = layers[name] = GatedLinear(module, factors[name], backend)
         else:
-            held: dict[str, Factors] = {}
-            for key, found in keys.items():
-                slices = {name: part for name, part in found.items() if isinstance(part, ExpertSlice)}
+            stacked: dict[str, Factors] = {}
+            names = {parameter: next(iter(matrices)) for parameter, matrices in parameters.items()}
+            for parameter, matrices in parameters.items():
+                slices = {name: part for name, part in matrices.items() if isinstance(part, ExpertSlice)}
                 if slices:
-                    layers.joined[next(iter(found))] = joined = JoinedStack.of(slices, factors)
-                held[key] = joined.factors if slices else factors[next(iter(found))]
-            wrapper = GatedExperts(module, held)
-            layers.update({next(iter(found)): wrapper.gated[key] for key, found in keys.items()})
+                    layers.joined[names[parameter]] = joined = JoinedStack.of(slices, factors)
+                stacked[parameter] = joined.factors if slices else factors[names[parameter]]
+            wrapper = GatedExperts(module, stacked)
+            layers.update({name: wrapper.gated[parameter] for parameter, name in names.items()})
         swaps.append((*parents[id(module)], module, wrapper))
     for parent, key, _, wrapper in swaps:
         setattr(parent, key, wrapper)

@@ -10,8 +10,9 @@ from typing import Any
 from vlmgraft.errors import DataError, VlmgraftError
 from vlmgraft.evaluation.engine import FAILURES, Engine
 from vlmgraft.evaluation.items import Item, Suite, open_image, with_suffix
-from vlmgraft.evaluation.records import Record, append_records, fault_record, record_of
+from vlmgraft.evaluation.records import Record, fault_record, record_of
 from vlmgraft.hf.batches import Question, batches
+from vlmgraft.storage.jsonl import append_rows
 from vlmgraft.storage.progress import LogProgress, Progress
 
 GIVE_UP = 16
@@ -118,7 +119,7 @@ class _Run:
 
     def _keep(self, records: Sequence[Record]) -> None:
         if records and self.log is not None:
-            append_records(self.log, records)
+            append_rows(self.log, records, flush=True)
         self.records.update({record.id: record for record in records})
 
     def _question(self, item: Item) -> Question:

@@ -12,10 +12,10 @@ from typing import Any
 from vlmgraft.checkpoint.digests import RECEIPT, write_receipt
 from vlmgraft.errors import OutputError
 from vlmgraft.evaluation.judge import Judge
-from vlmgraft.evaluation.records import Record, drop_partial_line, load_records, save_records
+from vlmgraft.evaluation.records import Record, load_records
 from vlmgraft.evaluation.summary import Summary, summarise, summary_table
 from vlmgraft.storage.files import sweep_files
-from vlmgraft.storage.jsonl import read_json, write_json, write_text
+from vlmgraft.storage.jsonl import drop_cut_line, read_json, write_json, write_rows, write_text
 from vlmgraft.storage.outputs import refuse_output
 from vlmgraft.storage.portable import portable
 from vlmgraft.storage.publish import Publication
@@ -51,7 +51,7 @@ def opened(out: Path, settings: dict[str, Any], resume: bool, model: str | Path)
             raise OutputError(f"{hidden}: is an unfinished evaluation; go on with --resume, or remove it")
         _check_settings(hidden, settings)
     with publication:
-        drop_partial_line(hidden / RECORDS)
+        drop_cut_line(hidden / RECORDS)
         sweep_files(hidden)
         yield hidden
 
@@ -98,7 +98,7 @@ def finish(out: Path, records: Sequence[Record], duplicates: int, seed: int, jud
     summary = summarise(records, duplicates=duplicates, seed=seed, judged=judged)
     if (out / RECEIPT).is_file() and (out / SUMMARY).is_file():
         return summary
-    save_records(out / RECORDS, records)
+    write_rows(out / RECORDS, records)
     write_text(out / TABLE, summary_table(summary))
     write_json(out / SUMMARY, summary.as_json())
     write_receipt(out, {})

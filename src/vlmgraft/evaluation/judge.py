@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlmgraft.data.questions import json_lines
 from vlmgraft.errors import InputError, VlmgraftError
+from vlmgraft.storage.jsonl import append_row, read_rows
 
 if TYPE_CHECKING:
     from vlmgraft.evaluation.records import Record
@@ -49,7 +49,7 @@ class Judge:
         Only scored records with an answer are judged. Raises VlmgraftError when the endpoint cannot be reached; what
         was judged before is kept.
         """
-        known = {row["key"]: row["right"] for _, row in json_lines(self.cache)} if self.cache.is_file() else {}
+        known = {row["key"]: row["right"] for row in read_rows(self.cache)} if self.cache.is_file() else {}
         verdicts: dict[str, bool | None] = {}
         for record in records:
             if record.state != "scored":
@@ -60,8 +60,7 @@ class Judge:
             key = hashlib.sha256(f"{self.model}\0{prompt}".encode()).hexdigest()
             if key not in known:
                 known[key] = self._ask(prompt)
-                with self.cache.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"key": key, "right": known[key]}) + "\n")
+                append_row(self.cache, {"key": key, "right": known[key]})
             verdicts[record.id] = known[key]
         return verdicts
 

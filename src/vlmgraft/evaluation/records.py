@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +13,6 @@ from vlmgraft.evaluation.answers.text import storable
 from vlmgraft.evaluation.answers.values import yes_or_no
 from vlmgraft.evaluation.items import Item
 from vlmgraft.evaluation.metrics import FREE_FORM, METRICS
-from vlmgraft.storage.jsonl import as_dict, write_rows
 
 RECORDS = "records.jsonl"
 State = Literal["scored", "unscored", "failed", "not asked"]
@@ -109,14 +106,6 @@ def _record(item: Item, **outcome: Any) -> Record:
     return Record(**row)
 
 
-def append_records(path: Path, records: Sequence[Record]) -> None:
-    """Append records in one write, and flush them to the disk: after a kill at most the last line is cut."""
-    data = "".join(json.dumps(as_dict(record), ensure_ascii=False) + "\n" for record in records).encode()
-    with path.open("ab", buffering=0) as file:
-        file.write(data)
-        os.fsync(file.fileno())
-
-
 def load_records(path: str | Path) -> list[Record]:
     """The records of a file or an evaluation's folder; a last line cut short is dropped. Raises DataError with file and
     line."""
@@ -158,16 +147,3 @@ _TYPES: dict[str, Any] = {
     "score": int | float | None,
 }
 """Of the fields that are no texts, what JSON makes of them."""
-
-
-def drop_partial_line(path: Path) -> None:
-    """Cut off what stands behind the last line end: the trace of a kill in the middle of a write."""
-    data = path.read_bytes() if path.is_file() else b""
-    if data and not data.endswith(b"\n"):
-        with path.open("r+b") as file:
-            file.truncate(data.rfind(b"\n") + 1)
-
-
-def save_records(path: Path, records: Iterable[Record]) -> None:
-    """Write all records, atomically."""
-    write_rows(path, records)

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import NoReturn, TypeVar
@@ -28,27 +27,13 @@ from vlmgraft.errors import NumericalError, WeightsError
 from vlmgraft.merging.plan import CHUNK, WIDEST, lines_up, sources_of
 from vlmgraft.methods.base import TensorContext
 from vlmgraft.methods.scratch import reused
+from vlmgraft.spectral.threads import in_order
 
 Pieces = dict[str, Tensor]
 S = TypeVar("S")
 T = TypeVar("T")
 AHEAD = 4
 """Tasks per thread that wait their turn: enough that no thread idles, few enough to stop soon after an error."""
-
-
-def in_order(work: Callable[[S], T], tasks: Iterable[S], pool: ThreadPoolExecutor, threads: int) -> Iterator[T]:
-    """Results of `work` in the order of the tasks; after an error the tasks that have not begun are dropped."""
-    waiting: deque[Future[T]] = deque()
-    try:
-        for task in tasks:
-            waiting.append(pool.submit(work, task))
-            if len(waiting) > AHEAD * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
 
 
 WIDE = 4
@@ -237,7 +222,7 @@ class MergedPasses:
             for tensor in self._merged()
             for start, stop in ranges(tensor, self.inputs.info(tensor).elements, WIDE * CHUNK)
         )
-        for made in in_order(work, tasks, self.pool, self.threads):
+        for made in in_order(work, tasks, self.pool, AHEAD * self.threads):
             yield from made
 
     def _merged(self) -> Iterator[AlignedTensor]:

@@ -121,6 +121,12 @@ class Recipe(BaseModel):
     _notes: tuple[str, ...] = PrivateAttr(default=())
 
     @property
+    def models(self) -> list[str]:
+        """Every model that is named: folders and hub ids."""
+        more = [model for other in self.more_donors for model in (other.donor, other.donor_base)]
+        return [model for model in (self.vlm, self.donor, self.donor_base, self.vlm_base, *more) if model]
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What a translation from another tool's format changed."""
         return self._notes

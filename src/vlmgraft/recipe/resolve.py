@@ -65,8 +65,7 @@ class Job:
     @property
     def sources(self) -> list[Checkpoint]:
         """All checkpoints, of every donor."""
-        opened = [(one.vlm, one.donor, one.donor_base, one.vlm_base) for one in self.alignments]
-        return [checkpoint for sources in opened for checkpoint in sources if checkpoint is not None]
+        return [checkpoint for alignment in self.alignments for checkpoint in alignment.opened.values()]
 
     @property
     def folders(self) -> list[Path]:
@@ -107,13 +106,25 @@ def read_questions(recipe: Recipe) -> Questions:
 
     Raises DataError naming file and line, RecipeError when there are too few files.
     """
-    from vlmgraft.data.questions import hold_images, load_questions
+    from vlmgraft.data.questions import hold_images
 
     method = gated_method(recipe)
+    learned, seen = method.calibration.samples, method.calibration.samples + method.calibration.held_out
+    images = calibration_questions(method, check_images=False)
+    donors = text_questions(recipe)
+    held = hold_images(images)
+    _warn_of_order(method.calibration.data, held[:learned], held[learned:])
+    return Questions(held[:learned], held[learned:seen], donors, held[seen:])
+
+
+def calibration_questions(method: GatedMethod, *, check_images: bool = True) -> list[Question]:
+    """What gates are learned and measured on, in that order; raises DataError, also where a budget has too few."""
+    from vlmgraft.data.questions import load_questions
+
     guarantee = method.budget_guarantee if isinstance(method, Frism) else None
     learned, seen = method.calibration.samples, method.calibration.samples + method.calibration.held_out
     count = seen + (guarantee.prompts if guarantee is not None else 0)
-    images = load_questions(method.calibration.data, need_images=True, limit=count, check_images=False)
+    images = load_questions(method.calibration.data, need_images=True, limit=count, check_images=check_images)
     if guarantee is not None and len(images) < count:
         raise DataError(
             f"{method.calibration.data}: has {max(0, len(images) - seen)} questions behind the first {seen}, "
@@ -125,18 +136,22 @@ def read_questions(recipe: Recipe) -> Questions:
             f"{method.calibration.data}: has {len(images)} questions; method.kl_budget {method.kl_budget:g} is learned "
             f"on {learned} and measured on others. Add questions, or lower method.calibration.samples"
         )
-    donors: list[list[Question]] = [[]]
-    if isinstance(method, Frism) and method.questions:
-        files = [method.questions] if isinstance(method.questions, str) else list(method.questions)
-        number = 1 + len(recipe.more_donors)
-        if len(files) not in (1, number):
-            raise RecipeError(f"method.questions: {len(files)} files for {number} donors; give one, or one per donor")
-        read = {file: load_questions(file) for file in dict.fromkeys(files)}
-        donors = [read[file] for file in (files * number if len(files) == 1 else files)]
-    pixels = method.calibration.max_pixels
-    held = hold_images([replace(question, max_pixels=pixels) for question in images])
-    _warn_of_order(method.calibration.data, held[:learned], held[learned:])
-    return Questions(held[:learned], held[learned:seen], donors, held[seen:])
+    return [replace(question, max_pixels=method.calibration.max_pixels) for question in images]
+
+
+def text_questions(recipe: Recipe) -> list[list[Question]]:
+    """The text questions of every donor, [[]] where the method has none; raises DataError, RecipeError."""
+    from vlmgraft.data.questions import load_questions
+
+    method = recipe.method
+    if not isinstance(method, Frism) or not method.questions:
+        return [[]]
+    files = [method.questions] if isinstance(method.questions, str) else list(method.questions)
+    number = 1 + len(recipe.more_donors)
+    if len(files) not in (1, number):
+        raise RecipeError(f"method.questions: {len(files)} files for {number} donors; give one, or one per donor")
+    read = {file: load_questions(file) for file in dict.fromkeys(files)}
+    return [read[file] for file in (files * number if len(files) == 1 else files)]
 
 
 def _warn_of_order(file: str, learned: Sequence[Question], measured: Sequence[Question]) -> None:
@@ -182,8 +197,7 @@ def read_recipe(recipe: RecipeSource, overrides: Sequence[str] = (), *, need_met
 def pair(recipe: Recipe, *, headers_only: bool = False) -> Alignment:
     """Open the recipe's checkpoints (headers) and align them; raises CheckpointError and AlignmentError."""
     if not headers_only:
-        more = [source for other in recipe.more_donors for source in (other.donor, other.donor_base)]
-        check_access([recipe.vlm, recipe.donor, recipe.donor_base, recipe.vlm_base, *more])
+        check_access(recipe.models)
     opener = open_headers if headers_only else open_checkpoint
     optional = [opener(source) if source else None for source in (recipe.donor_base, recipe.vlm_base)]
     return align(opener(recipe.vlm), opener(recipe.donor), *optional, modules=recipe.modules, layers=recipe.layers)

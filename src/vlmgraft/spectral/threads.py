@@ -66,17 +66,21 @@ def in_turn(work: Callable[[S], T], tasks: Iterable[S], workers: int) -> Iterato
     if workers == 1:
         yield from ((task, work(task)) for task in tasks)
         return
-    waiting: deque[tuple[S, Future[T]]] = deque()
     with ThreadPoolExecutor(workers) as pool:
-        try:
-            for task in tasks:
-                waiting.append((task, pool.submit(work, task)))
-                if len(waiting) > workers:
-                    first, future = waiting.popleft()
-                    yield first, future.result()
-            while waiting:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        finally:
-            for _, future in waiting:
-                future.cancel()
+        yield from in_order(lambda task: (task, work(task)), tasks, pool, workers)
+
+
+def in_order(work: Callable[[S], T], tasks: Iterable[S], pool: ThreadPoolExecutor, ahead: int) -> Iterator[T]:
+    """Results of `work` in the order of the tasks, at most `ahead` of them made before they are asked for; after an
+    error the tasks that have not begun are dropped."""
+    waiting: deque[Future[T]] = deque()
+    try:
+        for task in tasks:
+            waiting.append(pool.submit(work, task))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()

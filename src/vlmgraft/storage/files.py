@@ -14,10 +14,10 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 UNKNOWN = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 """What file systems answer that cannot flush a folder, such as some over a network."""
@@ -87,14 +87,23 @@ def sweep_files(folder: Path, name: str = "") -> None:
 
 def remove_if_dead(stray: Path) -> None:
     """Remove a file unless its writer lives."""
+    _remove_if_dead(stray, os.O_NONBLOCK, Path.unlink)
+
+
+def remove_folder_if_dead(folder: Path) -> None:
+    """Remove a folder and what is in it, unless its writer lives."""
+    _remove_if_dead(folder, os.O_DIRECTORY, shutil.rmtree)
+
+
+def _remove_if_dead(path: Path, kind: int, remove: Callable[[Path], Any]) -> None:
     try:
-        handle = os.open(stray, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | kind)
     except OSError:
         return
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        stray.unlink(missing_ok=True)
-    except OSError:
+        remove(path)
+    except OSError:  # its writer lives, another sweep was first, or it is not ours to remove
         pass
     finally:
         os.close(handle)
@@ -129,21 +138,6 @@ def lock(handle: int, *, wait: bool) -> None:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-
-
-def remove_folder_if_dead(folder: Path) -> None:
-    """Remove a folder and what is in it, unless its writer lives."""
-    try:
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:
-        return
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder)
-    except OSError:  # its writer lives, or it is not ours to remove
-        pass
-    finally:
-        os.close(handle)
 
 
 def _locked(path: Path) -> BinaryIO:

@@ -46,11 +46,16 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_rows(path: Path, rows: Iterable[Any]) -> None:
     """Write rows as JSON lines, atomically."""
-    write_text(path, "".join(json.dumps(as_dict(row), ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, _lines(rows))
 
 
 def append_row(path: Path, row: Any, *, flush: bool = False) -> None:
-    """Append one row as one line, in place of a line that an interruption cut short. flush: put it on disk.
+    """`append_rows` of one row."""
+    append_rows(path, [row], flush=flush)
+
+
+def append_rows(path: Path, rows: Iterable[Any], *, flush: bool = False) -> None:
+    """Append rows as lines in one write, in place of a line that an interruption cut short. flush: put them on disk.
 
     Raises OutputError where the file is a link or no regular file: what it leads to is not ours to append to.
     """
@@ -58,9 +63,20 @@ def append_row(path: Path, row: Any, *, flush: bool = False) -> None:
         raise OutputError(f"{path}: is not a regular file; remove it")
     with path.open("a+b", buffering=0) as file:
         _drop_cut_line(file)
-        file.write((json.dumps(as_dict(row), ensure_ascii=False) + "\n").encode())
+        file.write(_lines(rows).encode())
         if flush:
             os.fsync(file.fileno())
+
+
+def drop_cut_line(path: Path) -> None:
+    """Cut off what stands behind the last line end, where there is such a file."""
+    if path.is_file():
+        with path.open("r+b", buffering=0) as file:
+            _drop_cut_line(file)
+
+
+def _lines(rows: Iterable[Any]) -> str:
+    return "".join(json.dumps(as_dict(row), ensure_ascii=False) + "\n" for row in rows)
 
 
 def _drop_cut_line(file: FileIO) -> None:

@@ -5,7 +5,8 @@
 M starts at c·diag(s_k). Gates can only scale directions of τ; M can also turn them into each other, so that it may tell
 skill and damage apart inside the leading subspace. The losses are those of gates: KL from the VLM, plus α times the KL
 from the donor on its own answers, or α‖M − diag(s)‖²/‖s‖², the distance from the whole task vector (the energy term
-has no bound without a gate). A KL budget sets α as in `budget.py`; at the end M is scaled to be just within it.
+has no bound without a gate). A KL budget sets α as in `distillation/budget.py`; at the end M is scaled to be just
+within it.
 
 M = P diag(c) Qᵀ makes U_k P, c and V_k Q a decomposition of what was learned: `learn_core` gives factors with gates
 that are all open, which fold, export as LoRA adapters and are scaled back to a bound like any other gates.

@@ -1,0 +1,113 @@
+"""The stages of a merge with gates: a line for each, and what their questions and processor would be refused for."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.recipe_place import Place
+from vlmgraft.costs import device, dry_run
+
+
+def test_a_dry_run_has_a_line_for_every_stage_and_says_what_is_there(trio: Path, tmp_path: Path, vlmgraft: Any) -> None:
+    place = Place(tmp_path, trio, "frism")
+    work = tmp_path / "work"
+    before = vlmgraft("merge", place.write(), "-o", place.out, "--workdir", work, "--dry-run", "--json")
+    assert before.code == 0, before.err
+    stages = {stage["name"]: stage for stage in json.loads(before.out)["stages"]}
+    assert list(stages) == ["decompose", "answer", "learn", "fold"]
+    assert not any(stage["done"] for stage in stages.values())
+    assert stages["fold"]["disk"] == pytest.approx((trio / "vlm" / "model.safetensors").stat().st_size, rel=0.02)
+    assert vlmgraft("decompose", place.write(), "-o", work / "factors", "-q").code == 0
+    after = json.loads(vlmgraft("merge", place.write(), "-o", place.out, "--workdir", work, "--dry-run", "--json").out)
+    assert "28 of 28" in after["stages"][0]["done"]
+
+
+def test_a_dry_run_says_what_it_chose_and_what_the_rank_holds(trio: Path, tmp_path: Path, vlmgraft: Any) -> None:
+    """The share in the dry run is of one layer; decompose and the receipt have all of them."""
+    place = Place(tmp_path, trio, "frism")
+    place.recipe["method"] |= {"rank": 16}
+    rehearsed = json.loads(vlmgraft("merge", place.write(), "--dry-run", "--json").out)["notes"]
+    assert any("without checkpointing" in note for note in rehearsed)
+    about = next(re.search(r"rank 16 holds about ([\d.]+)% of ‖τ‖² \(in layer 2\)", note) for note in rehearsed
+                 if note.startswith("rank"))  # fmt: skip
+    assert about is not None
+    printed = vlmgraft("decompose", place.write(), "-o", tmp_path / "factors").out
+    whole = re.search(r"28 matrices, ([\d.]+)% of ‖τ‖²", printed)
+    assert whole is not None and 10 < float(whole[1]) < 95
+    assert float(about[1]) == pytest.approx(float(whole[1]), abs=15)
+    ran = vlmgraft("merge", place.write(), "-o", place.out)
+    assert f"the factors hold {whole[1]}% of ‖τ‖²; rank: full holds all" in ran.out
+
+
+def no_questions(place: Place) -> tuple[list[str], list[str]]:
+    (place.folder / "calibration.jsonl").unlink()
+    return [], ["calibration.jsonl", "no such question file"]
+
+
+def no_column(place: Place) -> tuple[list[str], list[str]]:
+    (place.folder / "calibration.jsonl").write_text('{"prompt": "read", "image": "grey.png"}\n')
+    return [], ["line 1", '"question"']
+
+
+def no_image(place: Place) -> tuple[list[str], list[str]]:
+    (place.folder / "grey.png").unlink()
+    return [], ["grey.png"]
+
+
+def no_processor(place: Place) -> tuple[list[str], list[str]]:
+    (place.copy("vlm") / "processor_config.json").unlink()
+    return [], ["calibration.jsonl, line 1", "the model reads text only"]
+
+
+def no_gated_module(place: Place) -> tuple[list[str], list[str]]:
+    place.recipe["modules"] = ["head"]
+    return [], ["lm_head.weight", "leave it out of `modules`"]
+
+
+def no_device(place: Place) -> tuple[list[str], list[str]]:
+    return ["--device", "cuda:63"], ["cuda:63", "cpu"]
+
+
+def too_few(place: Place) -> tuple[list[str], list[str]]:
+    place.recipe["method"] |= {"kl_budget": 0.01}
+    del place.recipe["method"]["inject_weight"]
+    return [], ["has 4 questions", "method.calibration.samples"]
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [no_questions, no_column, no_image, no_processor, no_gated_module, no_device, too_few],
+    ids=lambda mistake: mistake.__name__,
+)
+def test_a_dry_run_finds_what_would_fail(mistake: Any, trio: Path, tmp_path: Path, vlmgraft: Any) -> None:
+    place = Place(tmp_path, trio, "frism")
+    more, parts = mistake(place)
+    printed = place.refused(vlmgraft, more, parts)
+    assert all(f"│ {stage} " in printed for stage in ("decompose", "answer", "learn", "fold")), "priced all the same"
+
+
+def test_a_dry_run_tells_a_fault_before_what_takes_longer(
+    trio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, told = Place(tmp_path, trio, "frism"), list[str]()
+    no_questions(place)
+    device_of, by_then = device.device_of, list[int]()
+    monkeypatch.setattr(device, "device_of", lambda *one: (by_then.append(len(told)), device_of(*one))[1])
+    rehearsed = dry_run.dry_run(place.write(), tell=told.append)
+    assert by_then[0] == 1 and list(rehearsed.faults) == told
+    assert rehearsed.notes[0] == "the questions were not read: 132 of 1000 tokens each are assumed"
+
+
+@pytest.mark.filterwarnings("ignore:kl_budget is measured on 2")
+def test_a_dry_run_asks_for_as_many_questions_as_the_merge(trio: Path, tmp_path: Path, vlmgraft: Any) -> None:
+    place = Place(tmp_path, trio, "frism")
+    del place.recipe["method"]["inject_weight"]
+    place.recipe["method"] |= {"kl_budget": 0.01}
+    place.recipe["method"]["calibration"]["samples"] = 2
+    assert vlmgraft("merge", place.write(), "--dry-run").code == 0, "two to learn on, two to measure on"
+    assert vlmgraft("merge", place.write(), "-o", place.out, "-q").code == 0
