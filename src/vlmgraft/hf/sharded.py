@@ -57,7 +57,7 @@ def _load_shards(auto: Any, path: str | Path, dtype: torch.dtype, device: torch.
     plan = {f"{_name_of(model, text_model(model))}.layers.*": "free_full_weight"}
     sharded = DistributedConfig(fsdp_size=torch.distributed.get_world_size(), fsdp_plan=plan)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
-    with explained(path, f"cannot be loaded in shards as {auto.__name__[len('AutoModelFor') :]}"):
+    with explained(path, "cannot be loaded in shards; one process may load it whole"):
         loaded = auto.from_pretrained(folder, distributed_config=sharded, **options)
     adopt(model, loaded)
     inside = {id(parameter) for layer in text_model(model).layers for parameter in layer.parameters()}
