@@ -19,6 +19,7 @@ from vlmgraft.distillation.memory import Rank
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "scale.md"
 MEASURED = ROOT / "benchmarks" / "results" / "scale.json"
+COUNTED = MEASURED.with_name("sharded.json")
 RANKS: tuple[Rank, ...] = ("full", 1024, 128)
 FRISM = ("decompose", "teacher", "gates", "fold")
 WAYS = (1, 2, 4, 8, 16, 32)
@@ -80,25 +81,19 @@ def by_stage(rank: Rank) -> str:
 
 
 def needs() -> str:
-    """The smallest number of GPUs of 80 GB that the gates fit on, whether the teacher does, disk and time."""
+    """The smallest number of GPUs of 80 GB that FRISM fits on, what it takes of each, disk and time."""
     rows = []
-    room = ROOM * H100.memory
     for model in MODELS:
         for rank in RANKS:
             ways, fits = _smallest(model, rank)
             work = Work(rank=rank, gpus=ways)
             found = _stages(model, work, H100)
-            teacher, gates = found["teacher"].memory, found["gates"].memory
             disk = 4 * 2 * model.parameters + 6 * model.factors(rank)
             times = [sum(_stages(model, work, device)[name].seconds for name in FRISM) for device in (A100, H100)]
-            cells = [
-                f"{disk / 1e9:.0f}",
-                f"{teacher / 2**30:.0f} GiB" + ("" if teacher <= room else ", does not fit 80 GB"),
-                str(ways) if fits else f"more than {ways}",
-                f"{gates / 2**30:.0f}",
-            ]
+            memory = [f"{found[name].memory / 2**30:.0f}" for name in ("teacher", "gates")]
+            cells = [f"{disk / 1e9:.0f}", str(ways) if fits else f"more than {ways}", *memory]
             rows.append([model.name, str(rank), *cells, *map(_time, times)])
-    header = ["model", "rank", "disk, GB", "teacher, on each GPU", "GPUs of 80 GB for the gates", "GiB on each"]
+    header = ["model", "rank", "disk, GB", "GPUs of 80 GB", "teacher, GiB on each", "gates, GiB on each"]
     return table([*header, "decompose to fold, A100", "H100"], rows)
 
 
@@ -137,14 +132,26 @@ def measured() -> str:
     return table(["what", "predicted", "measured", "ratio"], rows)
 
 
+def counted() -> str:
+    """What fake tensors counted on one card of several."""
+    keys = ("weights", "factors", "answering", "matching", "gates", "formula")
+    rows = [
+        [f"{row['model']} on {row['cards']}", str(row["rank"]), *(f"{row[key] / 2**30:.1f}" for key in keys)]
+        for row in json.loads(COUNTED.read_text(encoding="utf-8"))
+    ]
+    peaks = ["peak, answering", "peak, a donor of that size answering", "peak, training", "the cost model's, training"]
+    return table(["model, cards", "rank", "weights", "factors", *peaks], rows)
+
+
 def _stages(model: Model, work: Work, device: Device) -> dict[str, Stage]:
     return {one.name: one for one in stages(model, work, device)}
 
 
 def _smallest(model: Model, rank: Rank) -> tuple[int, bool]:
-    """How many GPUs of 80 GB the training of gates takes, and whether so many are enough."""
+    """How many GPUs of 80 GB answers and training take, and whether so many are enough."""
     for ways in WAYS:
-        if _stages(model, Work(rank=rank, gpus=ways), H100)["gates"].memory <= ROOM * H100.memory:
+        found = _stages(model, Work(rank=rank, gpus=ways), H100)
+        if max(found["teacher"].memory, found["gates"].memory) <= ROOM * H100.memory:
             return ways, True
     return WAYS[-1], False
 
@@ -169,6 +176,7 @@ TABLES = {
     "stages128": lambda: by_stage(128),
     "one_card": one_card,
     "needs": needs,
+    "counted": counted,
     "measured": measured,
 }
 

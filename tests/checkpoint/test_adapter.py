@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,8 @@ from vlmgraft.checkpoint.index import open_checkpoint
 from vlmgraft.checkpoint.reader import Reader
 from vlmgraft.checkpoint.verify import verify
 from vlmgraft.errors import CheckpointError
-from vlmgraft.pipeline import merge
+from vlmgraft.pipeline import merge, pair
+from vlmgraft.recipe.model import load_recipe
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "vocab_size": 40, "tie_word_embeddings": False}  # fmt: skip
@@ -83,6 +85,11 @@ def test_a_merge_with_an_adapter_keeps_the_digests_of_what_it_read(trio: Path, t
               "method": {"name": "task_arithmetic", "scale": 1.0}}  # fmt: skip
     receipt = merge(recipe, tmp_path / "out")
     assert any("donor: an adapter that changes" in note for note in receipt.notes)
+    assert not any(note.startswith("warning: the donor is an adapter") for note in receipt.notes)
+    shutil.copytree(trio / "base", tmp_path / "another")
+    other = pair(load_recipe({**recipe, "donor_base": str(tmp_path / "another")}))
+    (told,) = (note for note in other.notes if note.startswith("warning: the donor is an adapter"))
+    assert "(base) than donor_base (another)" in told and "adapter_config.json" in told
     for written in ("receipt.json", "README.md"):
         assert str(tmp_path) not in (text := (tmp_path / "out" / written).read_text()) and str(trio) not in text
     changed = [row for row in receipt.tensors if row.added]

@@ -98,6 +98,9 @@ def test_headers_come_by_range_requests_in_disk_order(monkeypatch: pytest.Monkey
     assert (checkpoint.tensors["b"].shape, checkpoint.tensors["b"].nbytes) == ((2, 2), 8)
     assert checkpoint.config == {"model_type": "qwen2"}
     assert open_headers("org/name@main") == checkpoint
+    files["model-1.safetensors"].tensors["a.quant_state.bitsandbytes__nf4"] = tensor(16, 20, 4)
+    with pytest.raises(CheckpointError, match=r"org/name@main: is quantised to 4 bits .*`hf download org/name`"):
+        open_headers("org/name@main")
     with pytest.raises(CheckpointError, match="no model"):
         open_headers(tmp_path)  # a folder is a folder, whatever it holds
 

@@ -134,7 +134,7 @@ def test_what_stages_share_and_scale_with(model: Model) -> None:
     assert full["decompose"].operations == sum(n * matrix_cost((out, inner)) for n, out, inner in model.matrices)
     assert many["gates"].memory < full["gates"].memory and many["gates"].seconds == full["gates"].seconds
     assert many["gates"].operations == 8 * full["gates"].operations  # a batch on each GPU
-    assert many["teacher"].memory == full["teacher"].memory > 2 * model.parameters
+    assert many["teacher"].memory < full["teacher"].memory > 2 * model.parameters
     assert all(slow[name].seconds >= one.seconds for name, one in full.items())
     assert model.active == model.merged or model.shapes.experts
     assert H100.bf16 > A100.bf16

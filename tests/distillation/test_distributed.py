@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from vlmgraft.distillation import distributed
 from vlmgraft.distillation.distill import Distiller
@@ -24,15 +25,22 @@ from vlmgraft.spectral.gate_store import load_gates
 
 OPTIONS: dict[str, Any] = {"steps": 6, "inject_weight": 0.1, "batches_per_step": 2}
 SCRIPT = """
-import json, sys
+import gc, json, os, sys
+from contextlib import contextmanager
 from pathlib import Path
 import torch
+os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # one tensor after the other
 sys.path[:0] = [str(Path(sys.argv[1]).parent), sys.argv[1]]
 import tiny_models as shared
 from experiments.lab.models import build_processor, build_vlm
+from safetensors.torch import save_file
+from transformers import modeling_utils
+from vlmgraft.distillation.curvature import estimate_curvature
 from vlmgraft.distillation.distill import Distiller
-from vlmgraft.distillation.distributed import agreed, check_same, join_group, process
+from vlmgraft.distillation.distributed import agreed, barrier, check_same, join_group, process
+from vlmgraft.distillation.sharding import shard
 from vlmgraft.errors import VlmgraftError
+from vlmgraft.hf.sharded import is_shard, vlm_shards
 from vlmgraft.spectral.gate_store import save_gates
 torch.set_num_threads(1)
 def refused(call):
@@ -40,6 +48,33 @@ def refused(call):
         call()
     except VlmgraftError as error:
         return str(error)
+def places():
+    # bytes by address, of tensors in memory; what is read is a view of the file as long as its dtype is the file's
+    tensors = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
+    return {one.data_ptr(): one.nbytes for one in tensors if not (one.is_meta or is_shard(one))}
+@contextmanager
+def watched(facts):
+    # bytes that each process reads from safetensors, and the most that this one holds meanwhile
+    before, real, facts["peak"], read = set(places()), modeling_utils.safe_open, 0, []
+    class Slice:
+        def __init__(self, part): self.part = part
+        def __getattr__(self, key): return getattr(self.part, key)
+        def __getitem__(self, index):
+            read.append(self.part[index].nbytes)
+            now = sum(size for place, size in places().items() if place not in before)
+            facts["peak"] = max(facts["peak"], now + read[-1])
+            return self.part[index]
+    class File:
+        def __init__(self, *args, **kwargs): self.file = real(*args, **kwargs)
+        def __getattr__(self, key): return getattr(self.file, key)
+        def __enter__(self): return self
+        def __exit__(self, *_): pass
+        def get_slice(self, name): return Slice(self.file.get_slice(name))
+    modeling_utils.safe_open = File
+    yield
+    modeling_utils.safe_open = real
+    facts["read"] = [None, None]
+    torch.distributed.all_gather_object(facts["read"], sum(read))
 def fail():
     raise VlmgraftError("no such state")
 out, options = Path(sys.argv[2]), json.loads(sys.argv[3])
@@ -49,20 +84,35 @@ assert agreed(lambda: rank) == 0
 assert "no such state" in refused(lambda: agreed(fail))
 check_same("the weather", "mild")
 assert "processes 0 and 1 differ in the weather" in refused(lambda: check_same("the weather", str(rank)))
+def held(model):
+    # numbers in this process's parameters
+    return sum(p.to_local().numel() if is_shard(p) else p.numel() for p in model.parameters())
 vlm = build_vlm(0).eval()
-for name, sharded in (("replicated", False), ("sharded", True)):
-    cache = out / "teacher" if sharded else None
-    distiller = Distiller(vlm, build_processor(), shared.random_factors(vlm), shared._image_questions(24),
-                          shared._image_questions(12, first=1000), max_new_tokens=6, batch_size=12,
-                          cache=cache, sharded=sharded)
+factors = shared.random_factors(vlm)
+if rank == 0:
+    vlm.save_pretrained(out / "vlm")
+barrier()
+for name in ("replicated", "sharded"):
+    cache = out / "teacher" if name == "sharded" else None
+    facts = {}
+    model = vlm
+    if cache is not None:
+        with watched(facts):
+            model = shard(vlm_shards(out / "vlm", torch.float32, torch.device("cpu")))
+    facts["loaded"] = held(model)
+    distiller = Distiller(model, build_processor(), factors, shared._image_questions(24),
+                          shared._image_questions(12, first=1000), max_new_tokens=6, batch_size=12, cache=cache)
+    fisher = estimate_curvature(distiller).h
     gates = distiller.learn(**options)
-    drift = distiller.keep_kl(gates)
-    held = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in vlm.parameters())
-    if process()[0] == 0:
+    facts |= {"drift": distiller.keep_kl(gates), "held": held(distiller.model)}
+    facts["answers"] = [distiller.targets.answers, distiller.held_out_targets.answers]
+    if rank == 0:
         save_gates(gates, out / name)
-        (out / f"{name}.json").write_text(json.dumps({"drift": drift, "held": held}))
+        (out / f"{name}.json").write_text(json.dumps(facts))
+        save_file(fisher, out / f"{name}.fisher")
+        save_file({str(i): batch.target.log_p for i, batch in enumerate(distiller.targets.batches)}, out / f"{name}.p")
 again = distiller.learn(**{**options, "gradient_checkpointing": True})
-if process()[0] == 0:
+if rank == 0:
     save_gates(again, out / "checkpointed")
 """
 
@@ -74,15 +124,7 @@ seen = Path.is_file
 def late(path):  # as on a network file system: a file of factors shows a second after it was written
     return seen(path) and ("factors" not in str(path) or time.time() - path.stat().st_mtime > 1)
 Path.is_file = late
-recipe, work = sys.argv[1:]
-for line in (["decompose", recipe, "--out", work + "/factors"],
-             ["gates", recipe, "--factors", work + "/factors", "--out", work + "/gates"]):
-    sys.argv = ["vlmgraft", *line]
-    try:
-        main()
-    except SystemExit as stop:
-        if stop.code:
-            raise
+main()
 """
 
 
@@ -107,10 +149,19 @@ def test_two_processes_learn_the_gates_of_one(distiller: Distiller, tmp_path: Pa
         assert together.log[-1]["kl"] == pytest.approx(alone.log[-1]["kl"], rel=1e-3)
     for found in facts.values():
         assert found["drift"] == pytest.approx(distiller.keep_kl(alone), rel=1e-3)
+    assert facts["sharded"]["answers"] == facts["replicated"]["answers"]
+    for kind in ("fisher", "p"):  # the curvature, and what the teacher said
+        of_whole, of_shards = (load_file(tmp_path / f"{name}.{kind}") for name in facts)
+        assert all(torch.equal(of_shards[key], value) for key, value in of_whole.items())
     whole = sum(parameter.numel() for parameter in distiller.model.parameters())
     inside = sum(p.numel() for name, p in distiller.model.named_parameters() if ".language_model.layers." in name)
     factors = sum(one.U.numel() + one.Vh.numel() for one in distiller.factors.values())
+    largest = max(parameter.numel() for parameter in distiller.model.parameters())
+    assert sum(facts["sharded"]["read"]) == 4 * whole, "every byte is read once"
+    assert max(facts["sharded"]["read"]) <= 0.51 * 4 * whole, "half by each"
+    assert facts["sharded"]["peak"] <= 4 * (0.51 * whole + largest), "and never more in memory, but for one tensor"
     assert facts["replicated"]["held"] == whole
+    assert facts["sharded"]["loaded"] <= whole - inside + 0.51 * inside, "half of the layers"
     assert facts["sharded"]["held"] <= whole - inside + 0.51 * (inside + factors), "half of layers and factors each"
 
 
@@ -130,12 +181,18 @@ def test_the_command_under_torchrun(trio: Path, image_calibration: Path, tmp_pat
 
     calibration = {"data": str(image_calibration), "samples": 16, "held_out": 4, "max_new_tokens": 4, "batch_size": 4}
     places = {"vlm": str(trio / "vlm"), "donor": str(trio / "donor"), "donor_base": str(trio / "base")}
-    method = {"name": "frism", "steps": 4, "batches_per_step": 2, "learning_rate": 0.2, "inject_weight": 0.1}
+    method = {"name": "frism", "steps": 4, "batches_per_step": 2, "learning_rate": 0.2, "inject": "donor"}
+    told = [{"question": f"sum {number}"} for number in (3, 5, 7)]
+    (tmp_path / "told.jsonl").write_text("\n".join(map(json.dumps, told)))
+    method |= {"questions": str(tmp_path / "told.jsonl"), "inject_weight": 1.0, "donor_tokens": 4}
     recipe = {**places, "method": {**method, "calibration": calibration}, "layers": "0-1"}
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
     work = tmp_path / "work"
     (script := tmp_path / "run.py").write_text(COMMANDS)
-    launch([str(script), str(tmp_path / "recipe.yaml"), str(work)])
+    command = [str(script), "decompose", str(tmp_path / "recipe.yaml"), "--out", str(work / "factors")]
+    launch(command)
+    command[1:2], command[-1:] = ["gates"], [str(work / "gates"), "--factors", str(work / "factors")]
+    launch(command)
     made = {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
     assert not [path for path in made if path.name.endswith(".tmp") or path.name.endswith(".state")]
     vg.merge(recipe, tmp_path / "merged", workdir=work)

@@ -188,7 +188,7 @@ def test_teachers_that_answer_nothing_are_refused_and_keep_the_factors(
 ) -> None:
     ends = json.loads((trio / "vlm" / "generation_config.json").read_text())["eos_token_id"]
     end = ends if isinstance(ends, int) else ends[0]
-    silent = lambda model, processor, asked, limit: ([[end]] * len(asked), [3] * len(asked))  # noqa: E731
+    silent = lambda model, processor, asked, limit, options: ([[end]] * len(asked), [3] * len(asked))  # noqa: E731
     monkeypatch.setattr(teacher, "generate_batch", silent)
     with pytest.raises(DataError, match="answer is empty for 12 of 12 questions, first"):
         vg.merge(recipe_of(trio, image_calibration), tmp_path / "merged", workdir=tmp_path / "work")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from experiments.lab.beside_gates import table
 from experiments.lab.core_gates import CoreTraining, cores_applied, first, learn_core, turned
 from vlmgraft.distillation.distill import Distiller
 from vlmgraft.errors import RecipeError
 from vlmgraft.methods.frism import GatedFold
 from vlmgraft.spectral.factors import factorize
+from vlmgraft.storage.jsonl import read_rows
 
 
 def test_a_core_is_a_decomposition_of_its_own() -> None:
@@ -87,3 +91,9 @@ def weight(distiller: Distiller, name: str) -> torch.Tensor:
 
 def update(factors: object) -> torch.Tensor:
     return (factors.U * factors.s) @ factors.Vh  # type: ignore[attr-defined]
+
+
+def test_the_table_beside_gates_is_that_of_its_rows() -> None:
+    rows = Path(__file__).parents[2] / "benchmarks" / "results" / "lab" / "beside-gates-0.jsonl"
+    _, *measured = read_rows(rows)
+    assert table(measured) == rows.with_suffix(".md").read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from experiments.pretrained import __main__ as command
-from experiments.pretrained import models, results, scenes, tuning
+from experiments.pretrained import models, results, scenes, table, tuning
 from experiments.pretrained.exams import write_exams
 from experiments.pretrained.scenes import Example
 from experiments.pretrained.stages import Sizes, Trio
@@ -160,6 +160,28 @@ def test_the_table_compares_at_equal_drift() -> None:
     assert results.chosen(rows)["STAR"]["setting"] == "λ 0.2"  # by validation, though λ 0.1 is better on test
     line = next(line for line in results.table(rows).splitlines() if "STAR" in line)
     assert "| 50.0 [" in line and "| 75 | 67 |" in line and "+25.0 [" in line  # 2 of 4; 3 chains, 2 of them right
+
+
+def test_a_resumed_table_measures_the_drift_from_the_vlm_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first row that a resumed run measures may be a merged one: the VLM still answers before it is changed."""
+    model, asked = nn.Sequential(nn.Linear(3, 3)), torch.ones(1, 3)
+    before = model(asked).detach()
+
+    def targets(teacher: tuple[nn.Module, None], *_: object, **__: object) -> SimpleNamespace:
+        said = teacher[0](asked).detach()
+        predicts = SimpleNamespace(predicts=torch.ones(1, 1))
+        return SimpleNamespace(batches=[predicts], said=said, prompt_kl=lambda now: (now(asked) - said).norm()[None])
+
+    monkeypatch.setattr(table, "build_targets", targets)
+    monkeypatch.setattr(table, "load_questions", lambda _: [])
+    monkeypatch.setattr(table.Table, "asked", lambda *_: {})
+    resumed = table.Table(Trio(tmp_path, 0, Sizes.smoke()))
+    resumed.__dict__ |= {"model": model, "processor": None, "linears": {"0": model[0]}}  # what it would load
+    row = resumed.measure({"method": "TIES", "setting": "λ 1", "split": "test"}, lambda: {"0": torch.ones(3, 3)})
+    assert resumed.divergence.said.equal(before)  # type: ignore[attr-defined]
+    assert row["kl"] == pytest.approx(3 * 3**0.5, rel=1e-5) and model(asked).equal(before)
 
 
 @pytest.mark.slow

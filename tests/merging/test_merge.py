@@ -71,6 +71,15 @@ def test_neither_threads_nor_shards_nor_ranges_change_a_bit(tmp_path: Path, monk
     assert facts_in(tmp_path / "cut") == facts[0]
 
 
+def test_a_base_that_is_not_the_donors_is_warned_of(tmp_path: Path) -> None:
+    build(tmp_path)  # donor and base are drawn apart
+    (told,) = (note for note in merge_tensors(aligned(tmp_path), TaskArithmetic(), tmp_path / "far").notes)
+    assert told.startswith("warning: ‖donor − donor_base‖ is 1.4 of the VLM's weights") and "inspect" in told
+    base = load_file(tmp_path / "donor_base" / "model.safetensors")
+    save_file({name: 1.1 * tensor for name, tensor in base.items()}, tmp_path / "donor" / "model.safetensors")
+    assert merge_tensors(aligned(tmp_path), TaskArithmetic(), tmp_path / "near").notes == ()
+
+
 def test_the_cast_rounds_to_nearest_even(tmp_path: Path) -> None:
     build(tmp_path)
     vlm, donor = (load_file(tmp_path / key / "model.safetensors") for key in ("vlm", "donor"))

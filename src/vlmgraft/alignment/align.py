@@ -117,6 +117,12 @@ def align(
         for key, checkpoint in {"vlm": vlm, **others}.items()
         if checkpoint is not None and "auto_map" in checkpoint.config
     ]
+    if donor.adapter_of and donor_base is not None and not _same(donor.adapter_of, donor_base.path):
+        notes.append(
+            f"warning: the donor is an adapter of another model ({donor.adapter_of.name}) than donor_base "
+            f"({donor_base.path.name}): their difference is added as well; unless both hold the same weights, write as "
+            "donor_base what its adapter_config.json names"
+        )
     for key, view in views.items():
         notes += _check_kind(text, view, key)
     for key, view in views.items():

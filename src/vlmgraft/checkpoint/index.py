@@ -222,7 +222,15 @@ def open_headers(source: str | Path, *, adapters: bool = True) -> Checkpoint:
     if not (isinstance(source, str) and is_hub_id(source)):
         return open_checkpoint(source, adapters=adapters)
     try:
-        return remote_headers(source)
+        headers = remote_headers(source)
+        if any(".quant_state.bitsandbytes__" in name for name in headers.tensors):
+            if (folder := cached_folder(source)) is None:
+                raise CheckpointError(
+                    f"{source}: is quantised to 4 bits by bitsandbytes, which keeps shapes in the weights, not "
+                    f"in headers; download it first: `hf download {source.partition('@')[0]}`"
+                )
+            return open_checkpoint(folder, adapters=adapters)
+        return headers
     except UnreachableError:
         folder = cached_folder(source)
         if folder is None:

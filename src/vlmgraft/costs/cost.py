@@ -192,6 +192,15 @@ def _training_memory(model: Model, work: Work, width: int = 2) -> float:
     ).total
 
 
+def _answering_memory(model: Model, work: Work) -> float:
+    """Bytes of one GPU while the teacher answers: weights (of several GPUs its shards, and two gathered layers); the
+    cache of all tokens; and what a layer computes of them, its input twice, gate, up and their product."""
+    shapes, tokens = model.shapes, work.answered * (work.prompt + work.answer)
+    held = memory_of(shapes, rank=0, gpus=work.gpus)
+    layer = 2.0 * tokens * (2 * shapes.hidden + 3 * shapes.width("gate_proj"))
+    return held.weights + held.gathered + 4.0 * shapes.layers * model.keys * tokens + layer
+
+
 def _matching(model: Model, work: Work, device: Device) -> tuple[float, float, float]:
     """What donor matching adds: operations of its batches in all steps; operations and seconds of its answers."""
     if not work.matched:
@@ -240,7 +249,7 @@ def stages(model: Model, work: Work, device: Device = H100, *, rate: float = ASS
             operations / (device.double * device.eigen) / work.gpus + (2 * merged + stored) / rate,
         ),
         Stage(
-            "teacher", answered + again, weights, cached, weights + kv * work.answered * length,
+            "teacher", answered + again, weights, cached, _answering_memory(model, work),
             (answer_seconds + again / products) / work.gpus,
         ),
         Stage(

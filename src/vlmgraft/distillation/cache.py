@@ -23,7 +23,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vlmgraft.checkpoint.writer import save_tensors
-from vlmgraft.distillation.distributed import barrier, process
+from vlmgraft.distillation.distributed import agreed, await_file, barrier, process, shared
+from vlmgraft.errors import OutputError
+from vlmgraft.hf.sharded import is_shard
 from vlmgraft.storage.files import make_folder, scratch_folder, sweep_files
 from vlmgraft.storage.resources import cannot_write
 
@@ -42,35 +44,50 @@ class UnitCache:
     def run(self, kind: str, count: int, make: Callable[[int], Unit]) -> Iterator[Unit]:
         """The units 0 to count − 1 in order: read where they are on disk, made and written where they are not.
 
-        Without a folder every process makes all units. Raises OutputError when the folder cannot be written.
+        Without a folder every process makes all units. Every process makes equally many, also of those that are missing
+        from a folder: with sharded weights, a pass is work of all processes together. Raises OutputError when the
+        folder cannot be written, or a process does not see what another one wrote there.
         """
         if self.folder is None:
             yield from (make(index) for index in range(count))
             return
         rank, world = process()
         if world == 1:
-            yield from (self._load_or_make(kind, index, make) for index in range(count))
+            for index in range(count):
+                unit = self._load(kind, index)
+                yield self._keep(kind, index, make(index)) if unit is None else unit
             self._sweep()
             return
-        for index in range(rank, count, world):
-            self._load_or_make(kind, index, make)
+        missing = agreed(lambda: [index for index in range(count) if self._load(kind, index) is None])
+        for index, counts in shared(missing):
+            unit = make(index)
+            if counts:
+                self._keep(kind, index, unit)
         barrier()
         if rank == 0:
             self._sweep()
-        yield from (self._load_or_make(kind, index, make) for index in range(count))
+        for index in range(count):
+            await_file(self._path(kind, index))
+            unit = self._load(kind, index)
+            if unit is None:
+                raise OutputError(f"{self._path(kind, index)}: is not seen by process {rank}; let all share the folder")
+            yield unit
 
     def _path(self, kind: str, index: int) -> Path:
         assert self.folder is not None
         return self.folder / self.key / f"{kind}-{index:04d}.safetensors"
 
-    def _load_or_make(self, kind: str, index: int, make: Callable[[int], Unit]) -> Unit:
+    def _load(self, kind: str, index: int) -> Unit | None:
         path = self._path(kind, index)
-        if path.is_file():
-            try:
-                return load_file(path)
-            except SafetensorError:  # damaged after it was written: as if it were not there
-                path.unlink()
-        unit = {name: tensor.detach().cpu().contiguous() for name, tensor in make(index).items()}
+        try:
+            return load_file(path) if path.is_file() else None
+        except SafetensorError:  # damaged after it was written: as if it were not there
+            path.unlink()
+            return None
+
+    def _keep(self, kind: str, index: int, made: Unit) -> Unit:
+        path = self._path(kind, index)
+        unit = {name: tensor.detach().cpu().contiguous() for name, tensor in made.items()}
         try:
             make_folder(path.parent)
             save_tensors(unit, path)
@@ -94,7 +111,8 @@ def digest(*parts: Any) -> str:
 def teacher_digest(model: Any, processor: Any) -> str:
     """Fingerprint of a model in memory (configs, 32 samples of 4 KiB of every parameter) and of its processor's files.
 
-    The folder's path is not part of it. The library's version is: greedy answers may change with it.
+    The folder's path is not part of it. The library's version is: greedy answers may change with it. A sharded model
+    has that of the whole one: all processes gather its parameters, one at a time.
     """
     state = hashlib.sha256(transformers.__version__.encode())
     for config in (model.config, getattr(model, "generation_config", None)):
@@ -109,7 +127,8 @@ def teacher_digest(model: Any, processor: Any) -> str:
 
 
 def _sample(tensor: Tensor) -> bytes:
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    whole = tensor.full_tensor() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
+    flat = whole.detach().contiguous().reshape(-1).view(torch.uint8)
     if len(flat) > SAMPLES * SAMPLE_BYTES:
         step = (len(flat) - SAMPLE_BYTES) // (SAMPLES - 1)
         flat = flat.unfold(0, SAMPLE_BYTES, step).contiguous()

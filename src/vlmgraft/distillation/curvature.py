@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vlmgraft.distillation.gated_layers import frozen, gated
+from vlmgraft.distillation.gated_layers import frozen
 from vlmgraft.distillation.targets import TargetBatch, Targets
 from vlmgraft.methods.frism import check_budget
 from vlmgraft.spectral.factors import Factors
@@ -181,7 +181,7 @@ def question_gradients(distiller: Distiller) -> Iterator[Scored]:
         for name, factors in distiller.factors.items()
     }
     s = {name: factors.s.float().to(distiller.model.device) for name, factors in distiller.factors.items()}
-    with gated(distiller.model, distiller.linears, distiller.factors) as layers:
+    with distiller.gated() as layers:
         layers.set(spectra)
 
         def scored(batch: TargetBatch, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:

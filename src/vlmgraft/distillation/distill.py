@@ -44,6 +44,7 @@ from vlmgraft.distillation.trainer import GateTrainer, Training
 from vlmgraft.errors import DataError, RecipeError
 from vlmgraft.hf.batches import Progress, Question
 from vlmgraft.hf.modules import Projection, match_projections, put
+from vlmgraft.hf.sharded import is_sharded
 from vlmgraft.spectral.factor_store import stored_digest
 from vlmgraft.spectral.factors import Factors
 from vlmgraft.spectral.gates import Gates
@@ -59,9 +60,8 @@ class Distiller:
     A store of factors is read into memory (with keep_factors False: from disk, a matrix at a time, when it is needed);
     its digest goes into the gates, so that they fold with these factors only. targets, held_out_targets: the teacher's
     answers and distributions on `questions` and `held_out`; cache: a folder that keeps them. answer_batch_size,
-    batch_tokens, packing, tokens: see `build_targets`. sharded: under torch.distributed, weights and factors are
-    sharded over the processes (FSDP2) when gates are first needed; the model stays gated and sharded then, and no more
-    targets can be made.
+    batch_tokens, packing, tokens: see `build_targets`. A model that is sharded over processes (`sharding.shard`) stays
+    gated, with sharded factors, when gates were first needed; no more targets can be made then.
 
     Raises DataError and AlignmentError before anything is computed when they do not fit.
     """
@@ -81,9 +81,9 @@ class Distiller:
     progress: Progress | None = None
     tokens: Tokens = "answer"
     cache: Path | None = None
-    sharded: bool = False
     keep_factors: bool = True
     digest: str | None = field(init=False, default=None)
+    sharded: bool = field(init=False)
     linears: dict[str, Any] = field(init=False)
     targets: Targets = field(init=False)
     held_out_targets: Targets | None = field(init=False, default=None)
@@ -93,6 +93,7 @@ class Distiller:
         self.digest = stored_digest(self.factors)
         if self.keep_factors:
             self.factors = dict(self.factors)
+        self.sharded = is_sharded(self.model)
         self.linears: dict[str, Projection] = match_projections(self.model, self.factors)
         self.targets = self.teacher_targets(self.questions)
         if self.held_out:
@@ -144,7 +145,7 @@ class Distiller:
     def applied(self, gates: Gates | Mapping[str, Tensor]) -> Iterator[Any]:
         """The model with gates, or with other weights (tensor name → matrix), inside the context."""
         if isinstance(gates, Gates):
-            with self._gated() as layers, torch.no_grad():
+            with self.gated() as layers, torch.no_grad():
                 layers.set({name: gates.spectrum(name, self.factors[name].s) for name in self.factors})
                 yield self.model
             return
@@ -181,7 +182,7 @@ class Distiller:
         """Inside the context, a function from spectra (λ σ(g) ⊙ s by tensor name) to the KL on the held-out prompts.
         Factors are put in place once: for many measurements in a row."""
         targets = self._held_out(None)
-        with self._gated() as layers, torch.no_grad():
+        with self.gated() as layers, torch.no_grad():
 
             def measure(spectra: Mapping[str, Tensor]) -> float:
                 layers.set(spectra)
@@ -221,7 +222,7 @@ class Distiller:
         remedy = "lower method.calibration.batch_size or method.rank, or set method.gradient_checkpointing: true"
         with (
             out_of_memory("training gates", remedy),
-            self._gated() as layers,
+            self.gated() as layers,
             checkpointed(self.model, training.gradient_checkpointing),
         ):
             trainer = GateTrainer(
@@ -238,7 +239,7 @@ class Distiller:
         prompts: of which neither the gates nor the control of α have seen any. See `guarantee.certify`.
         """
         full = {name: gates.spectrum(name, self.factors[name].s) for name in self.factors}
-        with self._gated() as layers, torch.no_grad():
+        with self.gated() as layers, torch.no_grad():
 
             def drifts(t: float) -> ArrayLike:
                 layers.set({name: t * spectrum for name, spectrum in full.items()})
@@ -248,13 +249,15 @@ class Distiller:
         return replace(gates, scale=gates.scale * certified.t), certified
 
     @contextmanager
-    def _gated(self) -> Iterator[GatedLayers]:
+    def gated(self) -> Iterator[GatedLayers]:
+        """The model with gated layers, off at first, inside the context; for good where it is sharded."""
         if not self.sharded:
             with gated(self.model, self.linears, self.factors, self.backend) as layers:
                 yield layers
             return
         if self._layers is None:
-            self._layers = gate_and_shard(self.model, self.linears, self.factors, self.backend)
+            self.model, self._layers = gate_and_shard(self.model, self.linears, self.factors, self.backend)
+            self.linears = dict(self._layers)
         try:
             yield self._layers
         finally:

@@ -136,8 +136,8 @@ class JoinedStack:
         names = [["" for _ in range(example.parts)] for _ in range(experts)]
         of_matrix = {name: factors[name] for name in parts}
         for name, part in parts.items():
-            if of_matrix[name].shape != tuple(part.weight.shape):
-                shapes = f"{of_matrix[name].shape} do not fit a matrix of {tuple(part.weight.shape)}"
+            if of_matrix[name].shape != (rows // example.parts, inner):
+                shapes = f"{of_matrix[name].shape} do not fit a matrix of {(rows // example.parts, inner)}"
                 raise AlignmentError(f"{name}: factors of shape {shapes}")
             names[part.expert][part.part] = name
         ranks = {name: matrix.s.shape[-1] for name, matrix in of_matrix.items()}

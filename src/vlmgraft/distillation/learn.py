@@ -1,11 +1,12 @@
 """From a recipe to gates: questions read, models loaded, gates learned and kept in a folder.
 
-Under `torchrun` or `accelerate launch` every process runs the same calls: the teacher's batches are shared out, weights
-and factors are sharded, and the first process writes the gates.
+Under `torchrun` or `accelerate launch` every process runs the same calls: it reads its shards of the models, the
+teacher's batches are shared out, factors are sharded too, and the first process writes the gates.
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import math
@@ -15,15 +16,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vlmgraft.alignment import Alignment
 from vlmgraft.checkpoint.reader import Reader
 from vlmgraft.distillation.curvature import FisherDiagonal, curvature_gates, curvature_start, estimate_curvature
 from vlmgraft.distillation.distill import Distiller
 from vlmgraft.distillation.distributed import agreed, await_file, barrier, check_same, join_group, process
 from vlmgraft.distillation.guarantee import check_guarantee, within_budget
-from vlmgraft.distillation.memory import Shapes, fits_plain
+from vlmgraft.distillation.memory import checkpoints
+from vlmgraft.distillation.sharding import shard
 from vlmgraft.distillation.targets import Targets, join_targets
 from vlmgraft.distillation.trainer import Training
 from vlmgraft.errors import OutputError, RecipeError, WeightsError
@@ -31,6 +31,7 @@ from vlmgraft.hf.batches import check_lengths
 from vlmgraft.hf.models import empty_vlm, load_config, load_processor, load_text_model, load_vlm
 from vlmgraft.hf.modules import match_projections
 from vlmgraft.hf.placement import default_device, learning_dtype
+from vlmgraft.hf.sharded import check_sharding, text_shards, vlm_shards
 from vlmgraft.merging.pieces import squared_norm
 from vlmgraft.methods.curvature import Curvature
 from vlmgraft.methods.frism import Frism, GatedMethod
@@ -44,7 +45,7 @@ from vlmgraft.spectral.threads import threads_for
 from vlmgraft.storage.files import make_folder, sweep_files
 from vlmgraft.storage.progress import Progress
 from vlmgraft.storage.publish import sweep_folders
-from vlmgraft.storage.resources import free_memory
+from vlmgraft.storage.torchrun import rank_and_world
 
 READ_ALIKE = ("max_new_tokens", "batch_size", "answer_batch_size", "batch_tokens", "packing", "tokens")
 """Fields of `Calibration` that a `Distiller` has, too."""
@@ -74,6 +75,9 @@ def check_questions(job: Job) -> None:
         )
     match_projections(empty_vlm(job.vlm.path), [tensor.name for tensor in job.alignment.merged])
     learned, held_out, donors, unseen = questions_of(job)
+    if rank_and_world()[1] > 1:
+        asked = [alignment.donor for alignment, questions in zip(job.alignments, donors, strict=False) if questions]
+        check_sharding(default_device(), *asked)
     if isinstance(job.method, Frism):
         check_guarantee(job.method)
     longest = job.method.calibration.max_new_tokens
@@ -249,25 +253,6 @@ def reading_of(method: GatedMethod) -> dict[str, Any]:
     return {name: getattr(method.calibration, name) for name in READ_ALIKE} | {"seed": method.seed}
 
 
-def checkpoints(method: GatedMethod, distiller: Distiller) -> bool:
-    """Whether to checkpoint: as the recipe says, or (auto) where the largest batch would not fit without it."""
-    wanted = getattr(method, "gradient_checkpointing", False)
-    if wanted != "auto":
-        return bool(wanted)
-    device, batches = distiller.model.device, distiller.targets.batches
-    cuda = device.type == "cuda"
-    memory = torch.cuda.get_device_properties(device).total_memory if cuda else free_memory()
-    return not fits_plain(
-        Shapes.of(distiller.model.config),
-        memory,
-        rank=method.rank if isinstance(method.rank, int) else "full",
-        tokens=max(batch.tokens() for batch in batches),
-        answer_tokens=max(int(batch.predicts.sum()) for batch in batches),
-        gpus=process()[1],
-        width=distiller.model.dtype.itemsize,
-    )
-
-
 def distiller_for(job: Job, store: Store, out: Path, progress: Progress | None) -> tuple[Distiller, Targets | None]:
     """The recipe's models and questions, ready to train; with the donors' targets for donor matching."""
     method = job.method
@@ -276,15 +261,15 @@ def distiller_for(job: Job, store: Store, out: Path, progress: Progress | None) 
     tensors = job.vlm.tensors.values()
     dtype = learning_dtype(device, sum(info.elements for info in tensors), {info.dtype for info in tensors})
     curvature = isinstance(method, Curvature) or method.start == "curvature"
+    several = process()[1] > 1
     distiller = Distiller(
-        load_vlm(job.vlm.path, dtype, device),
+        shard(vlm_shards(job.vlm.path, dtype, device)) if several else load_vlm(job.vlm.path, dtype, device),
         load_processor(job.vlm.path),
         store,
         learned,
         held_out,
         progress=progress,
         cache=out.with_name(out.name + ".teacher"),
-        sharded=process()[1] > 1 and not curvature,
         keep_factors=curvature,
         **reading_of(method),
     )
@@ -293,6 +278,9 @@ def distiller_for(job: Job, store: Store, out: Path, progress: Progress | None) 
     parts = []
     for alignment, questions in zip(job.alignments, donors, strict=True):
         path = alignment.donor.path
-        donor = load_text_model(path, dtype, device), load_processor(path)
-        parts.append(distiller.donor_targets(*donor, questions, max_new_tokens=method.donor_length))
+        donor = shard(text_shards(path, dtype, device)) if several else load_text_model(path, dtype, device)
+        reads = load_processor(path)
+        parts.append(distiller.donor_targets(donor, reads, questions, max_new_tokens=method.donor_length))
+        del donor
+        gc.collect()  # its modules and their hooks refer to each other
     return distiller, join_targets(parts)

@@ -9,12 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from vlmgraft.distillation.distributed import agreed, process
 from vlmgraft.distillation.projections import Backend, choose_backend
 from vlmgraft.hf.modules import text_experts, text_linears, text_model
+from vlmgraft.methods.frism import GatedMethod
+from vlmgraft.storage.resources import free_memory
+
+if TYPE_CHECKING:
+    from vlmgraft.distillation.distill import Distiller
 
 Rank = int | Literal["full"]
 
@@ -133,6 +140,27 @@ ROOM = 0.9
 def fits_plain(shapes: Shapes, memory: float, **work: Any) -> bool:
     """Whether a training step fits into `memory` bytes without checkpointing; `work` as `memory_of` takes it."""
     return memory_of(shapes, checkpointing=False, **work).total <= ROOM * memory
+
+
+def checkpoints(method: GatedMethod, distiller: Distiller) -> bool:
+    """Whether to checkpoint: as the recipe says, or (auto) where the largest batch would not fit without it."""
+    wanted = getattr(method, "gradient_checkpointing", False)
+    if wanted != "auto":
+        return bool(wanted)
+    device, batches = distiller.model.device, distiller.targets.batches
+    cuda = device.type == "cuda"
+    memory = torch.cuda.get_device_properties(device).total_memory if cuda else free_memory()
+    fits = partial(
+        fits_plain,
+        Shapes.of(distiller.model.config),
+        memory,
+        rank=method.rank if isinstance(method.rank, int) else "full",
+        tokens=max(batch.tokens() for batch in batches),
+        answer_tokens=max(int(batch.predicts.sum()) for batch in batches),
+        gpus=process()[1],
+        width=distiller.model.dtype.itemsize,
+    )
+    return not agreed(fits)
 
 
 _INPUTS = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "gate_proj": "feed", "up_proj": "feed"}

@@ -4,6 +4,9 @@ Torch's `fully_shard` is used directly. accelerate's FSDP2 wants the optimiser's
 shards embeddings and head behind hooks of the model's own forward pass; gates are one replicated vector outside of it,
 and training replays the text model alone. Decoder layers are sharded, with their factors; embeddings, head and vision
 tower are replicated: they are small, and frozen.
+
+A model is sharded before it answers, and once more, on the same memory, when factors join its layers: while it answers,
+no factors are fetched with the weights.
 """
 
 from __future__ import annotations
@@ -12,37 +15,83 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from vlmgraft.distillation.gated_layers import GatedLayers, swap_in
 from vlmgraft.distillation.projections import Backend
-from vlmgraft.errors import RecipeError
-from vlmgraft.hf.modules import Projection, parameter_of, text_model
+from vlmgraft.hf.modules import Projection, match_projections, parameter_of, text_model
+from vlmgraft.hf.sharded import is_shard, is_sharded, unwrapped
 from vlmgraft.spectral.factors import Factors
+
+
+def shard(model: Any) -> Any:
+    """The model, whose layers FSDP2 gathers when they run and frees again; each held whole or, as `vlm_shards` gives
+    them, in shards, whose memory is taken over. Every process of the group calls this."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    mesh = group_mesh(model.device)
+    for layer in text_model(model).layers:
+        _shard_layer(layer, mesh)
+    _tie(model, mesh)
+    return model
 
 
 def gate_and_shard(
     model: Any, projections: Mapping[str, Projection], factors: Mapping[str, Factors], backend: Backend = "auto"
-) -> GatedLayers:
+) -> tuple[Any, GatedLayers]:
     """Swap gated layers in and shard, one decoder layer after the other, so that only one layer's factors are whole.
 
-    For good: a sharded model is not put back. Every process of the group calls this with the same arguments and a
-    whole copy of the model on its device. Raises RecipeError when torch is too old to leave parameters out.
+    For good: a sharded model is not put back. Of one that is sharded already, the weights stay where they are, in new
+    modules; that model is returned. Every process of the group calls this with the same arguments.
     """
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 7):
-        raise RecipeError(f"gates of several processes need torch 2.7 or newer, this is {torch.__version__}")
-    from torch.distributed.fsdp import fully_shard
-
+    if is_sharded(model):
+        model = unwrapped(model)
+        projections = match_projections(model, projections)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    decoder, gates = text_model(model), GatedLayers()
-    remaining = dict(projections)
-    for layer in decoder.layers:
+    gates, remaining, mesh = GatedLayers(), dict(projections), group_mesh(model.device)
+    for layer in text_model(model).layers:
         inside = {id(module) for module in layer.modules()}
         here = {name: part for name, part in remaining.items() if id(parameter_of(part)[0]) in inside}
         remaining = {name: part for name, part in remaining.items() if name not in here}
         gates.add(swap_in(model, here, factors, backend)[0])
-        fully_shard(layer, reshard_after_forward=True)
+        _shard_layer(layer, mesh)
     gates.add(swap_in(model, remaining, factors, backend)[0])  # raises: every projection is inside a decoder layer
+    _tie(model, mesh)
+    return model, gates
+
+
+def group_mesh(device: torch.device) -> Any:
+    """All processes of the group, in a row."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+
+
+def _shard_layer(layer: nn.Module, mesh: Any) -> None:
+    """`fully_shard`; parameters that are shards already are announced by their shape, and put in afterwards."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    shards = {name: parameter for name, parameter in layer.named_parameters() if is_shard(parameter)}
+    for name, parameter in shards.items():
+        parent, _, key = name.rpartition(".")
+        shape = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+        setattr(layer.get_submodule(parent), key, nn.Parameter(shape, requires_grad=False))
+    fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    own = {}
+    for name, like in layer.named_parameters():
+        if name in shards and isinstance(like, DTensor):
+            local = shards[name].to_local()  # type: ignore[attr-defined]
+            size, stride = like.shape, like.stride()
+            own[name] = DTensor.from_local(local, mesh, like.placements, run_check=False, shape=size, stride=stride)
+    layer.load_state_dict(own, strict=False, assign=True)
+
+
+def _tie(model: Any, mesh: Any) -> None:
+    """Tie the layers together for prefetching: the decoder has no sharded parameter of its own."""
+    from torch.distributed.fsdp import fully_shard
+
+    decoder = text_model(model)
     rest = {parameter for name, parameter in decoder.named_parameters() if not name.startswith("layers.")}
-    fully_shard(decoder, ignored_params=rest)  # no parameter of its own: it ties the layers together for prefetching
-    return gates
+    fully_shard(decoder, mesh=mesh, ignored_params=rest)

@@ -32,6 +32,7 @@ from vlmgraft.hf.batches import (
 )
 from vlmgraft.hf.capture import capture_text_inputs, replay_is_exact
 from vlmgraft.hf.modules import tokenizer_of
+from vlmgraft.hf.sharded import is_sharded
 from vlmgraft.storage.resources import out_of_memory
 
 Tokens = Literal["answer", "all"]
@@ -150,9 +151,12 @@ def _answers(
 ) -> tuple[list[list[int]], list[int]]:
     """The teacher's greedy answers as token ids and the prompts' lengths in tokens, in the order of the questions."""
     groups = batches(questions, batch_size)
+    together = (
+        {"synced_gpus": True} if is_sharded(teacher[0]) else {}
+    )  # a step more, as long as another process answers
 
     def answer(index: int) -> Unit:
-        replies, prompts = generate_batch(*teacher, [questions[i] for i in groups[index]], max_new_tokens)
+        replies, prompts = generate_batch(*teacher, [questions[i] for i in groups[index]], max_new_tokens, together)
         flat = torch.tensor([token for reply in replies for token in reply], dtype=torch.int64)
         return {
             "lengths": torch.tensor([len(reply) for reply in replies]),

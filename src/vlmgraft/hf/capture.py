@@ -37,7 +37,7 @@ def capture_text_inputs(model: Any, batch: Mapping[str, Any]) -> Captured:
         arguments.update(kwargs)
         raise _Stop
 
-    handle = decoder.register_forward_pre_hook(record, with_kwargs=True)
+    handle = decoder.register_forward_pre_hook(record, with_kwargs=True, prepend=True)  # before those of FSDP2
     try:
         model(**batch, use_cache=False)
     except _Stop:

@@ -60,7 +60,7 @@ def load_text_model(path: str | Path, dtype: torch.dtype | str = "auto", device:
 def load_config(path: str | Path) -> Any:
     """The transformers config of a folder or hub id; raises CheckpointError."""
     folder = _folder(path)
-    with _explained(path, "its config.json is not one that transformers reads"):
+    with explained(path, "its config.json is not one that transformers reads"):
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
@@ -70,7 +70,7 @@ def empty_vlm(path: str | Path) -> Any:
     Raises CheckpointError.
     """
     config = load_config(path)
-    with _explained(path, "its class cannot be made from its config.json"), torch.device("meta"):
+    with explained(path, "its class cannot be made from its config.json"), torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config)
 
 
@@ -86,7 +86,7 @@ def load_processor(path: str | Path) -> Any:
     seen = [source / name for name in PROCESSOR_FILES if (source / name).is_file()]
     if config.is_file() and not seen:
         generic = load_json(config, MAX_TOKENIZER).get("tokenizer_class") in GENERIC_TOKENIZERS
-    with _explained(path, "no processor or tokenizer can be loaded"):
+    with explained(path, "no processor or tokenizer can be loaded"):
         if generic:
             return PreTrainedTokenizerFast.from_pretrained(source)
         try:
@@ -109,10 +109,8 @@ def load_processor(path: str | Path) -> Any:
 
 def _load(auto: Any, path: str | Path, dtype: torch.dtype | str, device: torch.device | str) -> Any:
     """Safetensors only, headers checked before transformers sees them; code of the checkpoint never runs."""
-    folder = open_checkpoint(path).path
-    _refuse_adapter(folder)
-    refuse_growth(folder)
-    with _explained(path, f"cannot be loaded as {auto.__name__[len('AutoModelFor') :]}"):
+    folder = readable_folder(open_checkpoint(path).path)
+    with explained(path, f"cannot be loaded as {auto.__name__[len('AutoModelFor') :]}"):
         model = auto.from_pretrained(folder, dtype=dtype, trust_remote_code=False, use_safetensors=True)
     return model.to(device).eval()
 
@@ -123,8 +121,14 @@ def _folder(path: str | Path) -> Path:
     if folder.is_dir():
         refuse_special(folder)
         read_config(folder)
-        _refuse_adapter(folder)
-        refuse_growth(folder)
+        readable_folder(folder)
+    return folder
+
+
+def readable_folder(folder: Path) -> Path:
+    """A checkpoint's folder, if transformers loads what it holds and nothing else; raises CheckpointError."""
+    _refuse_adapter(folder)
+    refuse_growth(folder)
     return folder
 
 
@@ -138,7 +142,7 @@ def _refuse_adapter(folder: Path) -> None:
 
 
 @contextmanager
-def _explained(path: str | Path, what: str) -> Iterator[None]:
+def explained(path: str | Path, what: str) -> Iterator[None]:
     """What transformers raises over a folder, as CheckpointError; inside it only transformers is called."""
     try:
         yield

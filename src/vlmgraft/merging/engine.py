@@ -90,6 +90,7 @@ class Merger:
         changed, clamped = sum(one.changed for one in chunks), sum(one.clamped for one in chunks)
         kept = survival(added, error, along, changed, self.inputs.info(tensor).elements)
         facts = {"added": math.sqrt(added), "task_vector": self._task_vector(tensor, chunks), **asdict(kept)}
+        facts["weight"] = math.sqrt(math.fsum(one.weight for one in chunks))
         return facts | ({"clamped": clamped} if clamped else {})
 
     def _task_vector(self, tensor: AlignedTensor, chunks: list[ChunkFacts]) -> float | None:
@@ -149,7 +150,7 @@ class Merger:
         merged = self.method.apply(pieces, context)
         if merged is pieces["vlm"] and not self._recast(tensor):
             self.writer.write_bytes(tensor.name, context.start * (len(raw) // merged.numel()), raw)
-            return ChunkFacts(moved)
+            return ChunkFacts(moved, weight=own)
         return self._write(tensor, context.start, (own, moved), merged, pieces["vlm"], lane)
 
     def _matrix(self, tensor: AlignedTensor, lane: Lane) -> list[ChunkFacts]:
@@ -160,7 +161,7 @@ class Merger:
         merged = self.method.apply(pieces, self.inputs.context(tensor))
         if merged is pieces["vlm"] and not self._recast(tensor):
             self.writer.write_bytes(tensor.name, 0, as_bytes(raw))
-            return [ChunkFacts(moved) for _, moved in known]
+            return [ChunkFacts(moved, weight=own) for own, moved in known]
         return [
             self._write(tensor, number * CHUNK, known[number], piece, flat[number]["vlm"], lane)
             for number, piece in enumerate(merged.reshape(-1).split(CHUNK))
@@ -224,7 +225,9 @@ class Merger:
         written = lane.raw["vlm"][: 4 * merged.numel()].view(torch.float32).copy_(cast).sub_(before)
         changed = int(torch.count_nonzero(written))
         error = written.sub_(meant)
-        return ChunkFacts(squares[1], added, squared_norm(error), inner(error, meant), changed, clamped)
+        return ChunkFacts(
+            squares[1], added, squared_norm(error), inner(error, meant), changed, clamped, weight=squares[0]
+        )
 
 
 def count_nonfinite(raw: Tensor, dtype: torch.dtype) -> int:

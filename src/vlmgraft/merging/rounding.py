@@ -30,6 +30,7 @@ class ChunkFacts:
     """Of one chunk. task_vector: ‖donor − base‖². added: ‖d‖². error: ‖w − d‖². along: ⟨w − d, d⟩. changed: entries.
 
     clamped: values beyond the dtype that became its largest. nonfinite: NaN and infinite values of a copied chunk.
+    weight: ‖VLM‖².
     """
 
     task_vector: float = 0.0
@@ -39,6 +40,7 @@ class ChunkFacts:
     changed: int = 0
     clamped: int = 0
     nonfinite: int = 0
+    weight: float = 0.0
 
 
 @dataclass(frozen=True)

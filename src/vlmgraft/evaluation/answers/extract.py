@@ -30,6 +30,8 @@ _FIELD = re.compile(
     r"""(?:"((?:[^"\\]|\\.)*)"|'([^'\n]{1,200})'|(\[[^\]\n]{1,200}\]|[^"',}\n]{1,200}))""",
     re.IGNORECASE,
 )
+_ASIDES = ("reasoning", "explanation", "rationale", "steps", "confidence", "justification", "type")
+"""Names in a JSON answer that stand beside what it states."""
 _WORD = r"(?:answer|antwort|respuesta|réponse|risposta|resposta|ответ)"
 _LINE = re.compile(
     rf"(?:\b{_WORD}|答案|答え)[*_]{{0,3}} ?(?:is|为|是|為)? ?[*_]{{0,3}}[:：=]{{1,2}}[*_]{{0,3}} ?", re.IGNORECASE
@@ -134,9 +136,22 @@ def _tagged(text: str) -> str:
     if field is None:
         return ""
     try:
+        if (field[3] or "").startswith("{"):
+            return _stated(json.JSONDecoder().raw_decode(text, field.start(3))[0])
         return str(json.loads(f'"{field[1]}"', strict=False)) if field[1] else (field[2] or field[3] or "").strip()
-    except ValueError:
-        return field[1]
+    except (ValueError, RecursionError):
+        return field[1] or field[3]
+
+
+def _stated(value: object) -> str:
+    """What a JSON value says: of an object its only value, a value with its unit, else "name = value" of each."""
+    if not isinstance(value, dict):
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    parts = {name.casefold(): _stated(part) for name, part in value.items() if name.casefold() not in _ASIDES}
+    unit = next((parts.pop(name) for name in ("unit", "units") if name in parts and len(parts) == 2), "")
+    if len(parts) > 1:
+        return ", ".join(f"{name} = {part}" for name, part in parts.items())
+    return " ".join([*parts.values(), unit]).strip()
 
 
 def _last_line(text: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from fractions import Fraction
 
 LONGEST = 10_000
 """Characters looked at, at the end of a text: nobody's answer is longer."""
@@ -21,6 +22,10 @@ _FONT = re.compile(
 )
 _SPACING = re.compile(
     r"\\(?:[,;:!> ]|(?:quad|qquad|left|right|displaystyle|limits|dots|ldots|cdots)(?![a-z]))|(?<!\\)~"
+)
+_ENDLESS = re.compile(
+    r"(?<![\d.,/])(\d{1,40})\.(\d{0,40}?)(?:(?:(\d)\3{2,40}|(\d{2,6}?)\4{1,20})(?:\.{2,3}|\\[lc]?dots(?![a-z]))"
+    r"|\\overline ?\{ ?(\d{1,20}) ?\})"
 )
 _DEGREES = re.compile(r"\^?\{? ?\\(?:circ|degree)(?![a-z]) ?\}?|\^\{?°\}?|掳")
 _DOLLARS = re.compile(r"\$\$?([^$]+)\$\$?")
@@ -67,7 +72,7 @@ def squeeze(text: str) -> str:
 
 def unwrap(text: str) -> str:
     """Without what only sets type: Markdown emphasis, $ … $, \\( … \\), \\text{…}, spacing; degrees become °."""
-    text = " ".join(plain(text).split())
+    text = _ENDLESS.sub(_fraction, " ".join(plain(text).split()))
     if "\\" in text:
         text = _MATRIX.sub(_rows, text)
         text = re.sub(r"\\[()\[\]]", " ", text)
@@ -81,6 +86,14 @@ def unwrap(text: str) -> str:
         text = _DOLLARS.sub(r"\1", text)
     text = _EMPHASIS.sub(r"\1", _MARKS.sub("", text))
     return " ".join(text.translate(_SYMBOLS).split())
+
+
+def _fraction(decimal: re.Match[str]) -> str:
+    """A decimal whose last digits repeat without end, as a fraction: 6.666... is 20/3."""
+    whole, once, *blocks = decimal.groups()
+    block = next(filter(None, blocks))
+    value = Fraction(f"{whole}.{once or 0}") + Fraction(int(block), 10 ** len(once) * (10 ** len(block) - 1))
+    return str(value)
 
 
 def _rows(matrix: re.Match[str]) -> str:

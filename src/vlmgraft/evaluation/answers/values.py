@@ -28,9 +28,10 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])(?<!approx\.) (?=[A-Z\\$(*\"'])|[\n。！
 _ANNOTATION = re.compile(r"<<[^<>]{0,80}>>")
 _THEREFORE = re.compile(r"\b(?:so|thus|hence|therefore|which means|in total,)\b,?", re.IGNORECASE)
 _COUNT = re.compile(
-    r"\bthere (?:is|are|was|were|will be|would be) (?:only |exactly |a total of |still )?", re.IGNORECASE
+    r"\bthere (?:is|are|was|were|will be|would be)(?: |(?=n['’]t any\b))(?:only |exactly |a total of |still )?",
+    re.IGNORECASE,
 )
-_NO = re.compile(r"^no (?=(?:[a-z]+ ){0,2}[a-z]+s\b(?! (?:that|doubts?)))")
+_NO = re.compile(r"^(?:none|(?:n['’]t|not) any)\b|^no (?=(?:[a-z]+ ){0,2}[a-z]+s\b(?! (?:that|doubts?)))")
 _ASSERTS = re.compile(
     r"(?:\b(?:is|are|was|were|be|being|equals?|gives?|gets?|got|ha[sd]|have|contains?|shows?|reads?|says?|measures?|"
     r"lasts?|weighs?|travels at|starts at|ends at|"
@@ -72,7 +73,9 @@ _CHINESE = {
 _LISTING = re.compile(
     r" ?(?:, ?(?:and|or) |;|\n|\band\b|\bor\b|\\cup(?![a-z])|&|、|，|,(?!\d{3}(?!\d))|(?<=\d),(?= )) ?"
 )
-_MEMBER_NAME = re.compile(r"^[a-zA-Z](?:_?\{?\d\}?)?(?: ?=| ?\\in(?![a-z])| ?∈) ?|^[a-zA-Z ]{2,30}: ?")
+_MEMBER_NAME = re.compile(
+    r"^[a-zA-Z](?:_?\{?\d\}?)?(?: ?=| ?\\in(?![a-z])| ?∈) ?|^[a-zA-Z ]{2,30}: ?|^[a-zA-Z ]{0,20}\b[Ss]et (?=\\?\{)"
+)
 _MATHEMATICAL = re.compile(r"\\[a-zA-Z]+|[\^_=+*/()<>√π|{}-]|\d")
 _FUNCTIONS = re.compile(r"\\[a-zA-Z]+|\b(?:sin|cos|tan|sec|csc|cot|log|ln|exp|sqrt|pi|max|min|mod)\b")
 _ARITHMETIC = re.compile(r"[( .]*\d[\d .,()]*(?:[-+*×÷][( ]*\d[\d .,()]*)+")

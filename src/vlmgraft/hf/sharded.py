@@ -1,0 +1,149 @@
+"""A model whose decoder layers are loaded in shards: each process of a group reads its own rows from safetensors.
+
+The reading is transformers' own (`from_pretrained` with a `DistributedConfig`): the model is made on the meta device,
+`fully_shard` says which rows of every parameter are this process's, and those alone are read, renamed and converted;
+where a conversion needs a whole tensor, one at a time is whole. What is in no decoder layer (embeddings, head, vision
+tower: small, and replicated afterwards) is gathered from the shards, so that no byte is read twice from the disk.
+
+transformers' sharding has hooks that expect its own forward pass, and is not undone. What is returned has none: plain
+modules, whose decoder layers hold `DTensor` parameters (rows of dimension 0, as `fully_shard` cuts them).
+"""
+
+from __future__ import annotations
+
+import gc
+from importlib.util import find_spec
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import __version__ as transformers_version
+
+from vlmgraft.checkpoint.index import Checkpoint, open_checkpoint
+from vlmgraft.errors import CheckpointError, RecipeError
+from vlmgraft.hf.models import explained, load_config, readable_folder
+from vlmgraft.hf.modules import text_model
+
+OLDEST_TORCH = (2, 8)
+"""Below it transformers does not shard."""
+
+
+def vlm_shards(path: str | Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """`load_vlm` in shards: every process of the group calls this with the same arguments.
+
+    Raises CheckpointError; RecipeError where the libraries, the device or quantised weights do not allow it.
+    """
+    return _load_shards(AutoModelForImageTextToText, path, dtype, device)
+
+
+def text_shards(path: str | Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """`load_text_model` in shards, as `vlm_shards`."""
+    return _load_shards(AutoModelForCausalLM, path, dtype, device)
+
+
+def _load_shards(auto: Any, path: str | Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """In evaluation mode, in plain modules with sharded decoder layers."""
+    checkpoint = open_checkpoint(path)
+    check_sharding(device, checkpoint)
+    folder = readable_folder(checkpoint.path)
+    from transformers.distributed import DistributedConfig
+
+    config = load_config(folder)
+    with explained(path, "its class cannot be made from its config.json"), torch.device("meta"):
+        model = auto.from_config(config, dtype=dtype)
+    plan = {f"{_name_of(model, text_model(model))}.layers.*": "free_full_weight"}
+    sharded = DistributedConfig(fsdp_size=torch.distributed.get_world_size(), fsdp_plan=plan)
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
+    with explained(path, f"cannot be loaded in shards as {auto.__name__[len('AutoModelFor') :]}"):
+        loaded = auto.from_pretrained(folder, distributed_config=sharded, **options)
+    adopt(model, loaded)
+    inside = {id(parameter) for layer in text_model(model).layers for parameter in layer.parameters()}
+    gathered: dict[int, nn.Parameter] = {}
+    for name, parameter in [*model.named_parameters(remove_duplicate=False)]:
+        if id(parameter) in inside or not is_shard(parameter):
+            continue
+        if id(parameter) not in gathered:
+            gathered[id(parameter)] = nn.Parameter(parameter.full_tensor(), requires_grad=False)  # type: ignore[operator]
+        _set(model, name, gathered[id(parameter)])
+    model.generation_config = loaded.generation_config
+    del loaded
+    gc.collect()  # hooks and modules refer to each other
+    return model.eval()
+
+
+def check_sharding(device: torch.device, *checkpoints: Checkpoint) -> None:
+    """Raise RecipeError where the installed libraries or the device do not shard, or a checkpoint is quantised."""
+    try:
+        from transformers.distributed import DistributedConfig
+
+        fields = DistributedConfig.__dataclass_fields__
+    except ImportError:
+        fields = {}
+    if "fsdp_plan" not in fields:
+        raise RecipeError(f"gates of several processes need transformers 5.23 or newer, this is {transformers_version}")
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
+        raise RecipeError(f"gates of several processes need torch 2.8 or newer, this is {torch.__version__}")
+    if find_spec("accelerate") is None:
+        raise RecipeError("gates of several processes need accelerate: pip install accelerate")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    kind = accelerator.type if accelerator else "cpu"
+    if kind != device.type:
+        raise RecipeError(
+            f"--device {device.type}: transformers shards models on this machine's {kind} only; run one "
+            "process, or hide the others from it (CUDA_VISIBLE_DEVICES=)"
+        )
+    for checkpoint in checkpoints:
+        if checkpoint.packed:
+            raise RecipeError(
+                f"{checkpoint.path}: its weights are quantised, and are not read in shards; run one process, or give a "
+                "copy in 16 bits"
+            )
+
+
+def is_shard(tensor: Tensor) -> bool:
+    """Whether a tensor is a process's part of a larger one."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether the model's decoder layers are sharded."""
+    return any(is_shard(parameter) for parameter in text_model(model).layers.parameters())
+
+
+def unwrapped(model: Any) -> Any:
+    """The same model in new modules without hooks, on the same tensors."""
+    with torch.device("meta"):
+        twin = type(model)(model.config)
+    adopt(twin, model)
+    twin.generation_config = model.generation_config
+    return twin.train(model.training)
+
+
+def adopt(model: nn.Module, source: nn.Module) -> None:
+    """Take over all parameters (without gradient) and buffers of a model of the same class; what is tied stays so."""
+    taken: dict[int, nn.Parameter] = {}
+    for name, parameter in source.named_parameters(remove_duplicate=False):
+        if id(parameter) not in taken:
+            taken[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+        _set(model, name, taken[id(parameter)])
+    for name, buffer in source.named_buffers(remove_duplicate=False):
+        _set(model, name, buffer)
+    rest = [name for name, tensor in chain(model.named_parameters(), model.named_buffers()) if tensor.is_meta]
+    if rest:
+        raise CheckpointError(f"{rest[0]}: is in {type(model).__name__}, but not in what was loaded of it")
+
+
+def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
+    parent, _, key = name.rpartition(".")
+    setattr(model.get_submodule(parent), key, tensor)
+
+
+def _name_of(model: nn.Module, part: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is part)

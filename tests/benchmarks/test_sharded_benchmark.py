@@ -1,0 +1,35 @@
+"""The count of a card's memory runs, and the cost model agrees with what it counted of 72B."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vlmgraft.costs.cost import Work, stages
+from vlmgraft.costs.models import MODELS
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def test_quick_counts_more_than_the_shards_and_less_than_the_models(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "sharded.py"), "--quick", "--out", str(tmp_path / "r.json")]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    low, full = json.loads((tmp_path / "r.json").read_text())
+    assert low["weights"] == full["weights"] and low["factors"] < full["factors"] / 8
+    for row in (low, full):
+        assert row["weights"] < row["answering"] < row["matching"]
+        assert row["weights"] + row["factors"] < row["gates"] == pytest.approx(row["formula"], rel=0.15)
+    assert low["answering"] == full["answering"] and low["gates"] < full["gates"]
+
+
+def test_the_cost_model_has_what_was_counted() -> None:
+    (model,) = (model for model in MODELS if model.name == "Qwen2.5-VL-72B")
+    for row in json.loads((BENCHMARKS / "results" / "sharded.json").read_text()):
+        predicted = {stage.name: stage.memory for stage in stages(model, Work(rank=row["rank"], gpus=row["cards"]))}
+        assert predicted["gates"] == pytest.approx(row["gates"], rel=0.05)
+        assert predicted["teacher"] == pytest.approx(row["answering"], rel=0.05)
+        assert row["gates"] <= row["limit"] * 2**30 and row["answering"] <= row["limit"] * 2**30
