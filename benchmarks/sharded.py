@@ -34,8 +34,7 @@ from vlmgraft.distillation.gated_layers import checkpointed
 from vlmgraft.distillation.memory import Rank, Shapes, memory_of
 from vlmgraft.distillation.sharding import gate_and_shard, shard
 from vlmgraft.distillation.targets import TOP_K, Distribution, TargetBatch
-from vlmgraft.hf.modules import match_projections, output_head, text_linears, text_model
-from vlmgraft.hf.sharded import is_shard
+from vlmgraft.hf.modules import is_shard, match_projections, output_head, text_linears, text_model
 from vlmgraft.spectral.factors import Factors
 
 SIZES: dict[str, dict[str, Any]] = {

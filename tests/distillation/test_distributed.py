@@ -40,7 +40,8 @@ from vlmgraft.distillation.distill import Distiller
 from vlmgraft.distillation.distributed import agreed, barrier, check_same, join_group, process
 from vlmgraft.distillation.sharding import shard
 from vlmgraft.errors import VlmgraftError
-from vlmgraft.hf.sharded import is_shard, vlm_shards
+from vlmgraft.hf.modules import is_shard
+from vlmgraft.hf.sharded import vlm_shards
 from vlmgraft.spectral.gate_store import save_gates
 torch.set_num_threads(1)
 def refused(call):

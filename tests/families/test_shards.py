@@ -11,7 +11,8 @@ from zoo import CASES, Trio
 
 from vlmgraft.errors import CheckpointError
 from vlmgraft.hf.models import load_text_model, load_vlm
-from vlmgraft.hf.sharded import is_shard, text_shards, vlm_shards
+from vlmgraft.hf.modules import is_shard
+from vlmgraft.hf.sharded import text_shards, vlm_shards
 
 TURNED = "qwen3_vl_moe"
 """Experts that transformers turns only where a file's shape asks for it: of rows alone it cannot tell, and refuses."""

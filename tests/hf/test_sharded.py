@@ -19,8 +19,8 @@ from vlmgraft.checkpoint.index import open_checkpoint
 from vlmgraft.errors import RecipeError
 from vlmgraft.hf import sharded
 from vlmgraft.hf.models import load_text_model, load_vlm
-from vlmgraft.hf.modules import text_model
-from vlmgraft.hf.sharded import check_sharding, is_shard, is_sharded, text_shards, unwrapped, vlm_shards
+from vlmgraft.hf.modules import is_shard, is_sharded, text_model, unwrapped
+from vlmgraft.hf.sharded import check_sharding, text_shards, vlm_shards
 
 CPU = torch.device("cpu")
 HERE = torch.accelerator.current_accelerator(check_available=True) or CPU

@@ -25,7 +25,7 @@ from torch import Tensor
 from vlmgraft.checkpoint.writer import save_tensors
 from vlmgraft.distillation.distributed import agreed, await_file, barrier, process, shared
 from vlmgraft.errors import OutputError
-from vlmgraft.hf.sharded import is_shard
+from vlmgraft.hf.modules import is_shard
 from vlmgraft.storage.files import make_folder, scratch_folder, sweep_files
 from vlmgraft.storage.resources import cannot_write
 

@@ -43,8 +43,7 @@ from vlmgraft.distillation.teacher import Packing, Tokens, build_targets
 from vlmgraft.distillation.trainer import GateTrainer, Training
 from vlmgraft.errors import DataError, RecipeError
 from vlmgraft.hf.batches import Progress, Question
-from vlmgraft.hf.modules import Projection, match_projections, put
-from vlmgraft.hf.sharded import is_sharded
+from vlmgraft.hf.modules import Projection, is_sharded, match_projections, put
 from vlmgraft.spectral.factor_store import stored_digest
 from vlmgraft.spectral.factors import Factors
 from vlmgraft.spectral.gates import Gates

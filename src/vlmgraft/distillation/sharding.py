@@ -19,8 +19,7 @@ from torch import nn
 
 from vlmgraft.distillation.gated_layers import GatedLayers, swap_in
 from vlmgraft.distillation.projections import Backend
-from vlmgraft.hf.modules import Projection, match_projections, parameter_of, text_model
-from vlmgraft.hf.sharded import is_shard, is_sharded, unwrapped
+from vlmgraft.hf.modules import Projection, is_shard, is_sharded, match_projections, parameter_of, text_model, unwrapped
 from vlmgraft.spectral.factors import Factors
 
 

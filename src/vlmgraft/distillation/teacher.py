@@ -31,8 +31,7 @@ from vlmgraft.hf.batches import (
     to_device,
 )
 from vlmgraft.hf.capture import capture_text_inputs, replay_is_exact
-from vlmgraft.hf.modules import tokenizer_of
-from vlmgraft.hf.sharded import is_sharded
+from vlmgraft.hf.modules import is_sharded, tokenizer_of
 from vlmgraft.storage.resources import out_of_memory
 
 Tokens = Literal["answer", "all"]

@@ -1,4 +1,4 @@
-"""Parts of a loaded transformers model: its text model, output head and linear layers, by role and not by module name.
+"""Parts of a loaded transformers model: its text model, output head and linear layers, by role; which are shards.
 
 Names on disk are not module names: a linear layer is found by its role in the text model, such as
 "layers.3.self_attn.q_proj.weight", which is the end of its tensor name in every family.
@@ -9,12 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vlmgraft.alignment.families import renamed
-from vlmgraft.errors import AlignmentError
+from vlmgraft.errors import AlignmentError, CheckpointError
 
 _EXPERT = re.compile(r"(layers\.\d+\..*\bexperts\.)(\d{1,9})\.(\w+)\.weight")
 _ROLE = re.compile(r"(?:^|\.)(?:layers|blocks)\.(\d+)\.(.+)$")
@@ -177,3 +179,46 @@ def parameter_of(projection: Projection) -> tuple[nn.Module, str]:
     """The module that holds a projection's weight, and the weight's name in it."""
     projection = projection.stack if isinstance(projection, ExpertSlice) else projection
     return (projection.module, projection.key) if isinstance(projection, ExpertStack) else (projection, "weight")
+
+
+def is_shard(tensor: Tensor) -> bool:
+    """Whether a tensor is a process's part of a larger one."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether the model's decoder layers are sharded."""
+    return any(is_shard(parameter) for parameter in text_model(model).layers.parameters())
+
+
+def unwrapped(model: Any) -> Any:
+    """The same model in new modules without hooks, on the same tensors."""
+    with torch.device("meta"):
+        twin = type(model)(model.config)
+    adopt(twin, model)
+    twin.generation_config = model.generation_config
+    return twin.train(model.training)
+
+
+def adopt(model: nn.Module, source: nn.Module) -> None:
+    """Take over all parameters (without gradient) and buffers of a model of the same class; what is tied stays so."""
+    taken: dict[int, nn.Parameter] = {}
+    for name, parameter in source.named_parameters(remove_duplicate=False):
+        if id(parameter) not in taken:
+            taken[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+        set_tensor(model, name, taken[id(parameter)])
+    for name, buffer in source.named_buffers(remove_duplicate=False):
+        set_tensor(model, name, buffer)
+    rest = [name for name, tensor in chain(model.named_parameters(), model.named_buffers()) if tensor.is_meta]
+    if rest:
+        raise CheckpointError(f"{rest[0]}: is in {type(model).__name__}, but not in what was loaded of it")
+
+
+def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a parameter or buffer where its name in `named_parameters` or `named_buffers` says."""
+    parent, _, key = name.rpartition(".")
+    setattr(model.get_submodule(parent), key, tensor)

@@ -13,19 +13,18 @@ from __future__ import annotations
 
 import gc
 from importlib.util import find_spec
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers import __version__ as transformers_version
 
 from vlmgraft.checkpoint.index import Checkpoint, open_checkpoint
-from vlmgraft.errors import CheckpointError, RecipeError
+from vlmgraft.errors import RecipeError
 from vlmgraft.hf.models import explained, load_config, readable_folder
-from vlmgraft.hf.modules import text_model
+from vlmgraft.hf.modules import adopt, is_shard, set_tensor, text_model
 
 OLDEST_TORCH = (2, 8)
 """Below it transformers does not shard."""
@@ -67,7 +66,7 @@ def _load_shards(auto: Any, path: str | Path, dtype: torch.dtype, device: torch.
             continue
         if id(parameter) not in gathered:
             gathered[id(parameter)] = nn.Parameter(parameter.full_tensor(), requires_grad=False)  # type: ignore[operator]
-        _set(model, name, gathered[id(parameter)])
+        set_tensor(model, name, gathered[id(parameter)])
     model.generation_config = loaded.generation_config
     del loaded
     gc.collect()  # hooks and modules refer to each other
@@ -101,48 +100,6 @@ def check_sharding(device: torch.device, *checkpoints: Checkpoint) -> None:
                 f"{checkpoint.path}: its weights are quantised, and are not read in shards; run one process, or give a "
                 "copy in 16 bits"
             )
-
-
-def is_shard(tensor: Tensor) -> bool:
-    """Whether a tensor is a process's part of a larger one."""
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
-
-
-def is_sharded(model: Any) -> bool:
-    """Whether the model's decoder layers are sharded."""
-    return any(is_shard(parameter) for parameter in text_model(model).layers.parameters())
-
-
-def unwrapped(model: Any) -> Any:
-    """The same model in new modules without hooks, on the same tensors."""
-    with torch.device("meta"):
-        twin = type(model)(model.config)
-    adopt(twin, model)
-    twin.generation_config = model.generation_config
-    return twin.train(model.training)
-
-
-def adopt(model: nn.Module, source: nn.Module) -> None:
-    """Take over all parameters (without gradient) and buffers of a model of the same class; what is tied stays so."""
-    taken: dict[int, nn.Parameter] = {}
-    for name, parameter in source.named_parameters(remove_duplicate=False):
-        if id(parameter) not in taken:
-            taken[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
-        _set(model, name, taken[id(parameter)])
-    for name, buffer in source.named_buffers(remove_duplicate=False):
-        _set(model, name, buffer)
-    rest = [name for name, tensor in chain(model.named_parameters(), model.named_buffers()) if tensor.is_meta]
-    if rest:
-        raise CheckpointError(f"{rest[0]}: is in {type(model).__name__}, but not in what was loaded of it")
-
-
-def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
-    parent, _, key = name.rpartition(".")
-    setattr(model.get_submodule(parent), key, tensor)
 
 
 def _name_of(model: nn.Module, part: nn.Module) -> str:
