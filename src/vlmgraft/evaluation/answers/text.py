@@ -36,6 +36,7 @@ _MATRIX = re.compile(
     r"\\begin\{[a-z]{0,9}(?:matrix|array)\}(?:\{[clr|]{0,9}\})?((?:(?!\\begin).){0,1000}?)\\end\{[a-z]{0,9}(?:matrix|array)\}",
     re.DOTALL,
 )
+_ODD = re.compile(r"[^\x20-\x7f\n\t]")
 _SYMBOLS = str.maketrans({"≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "∞": "\\infty ", "∪": "\\cup ", "±": "\\pm "})
 
 
@@ -50,18 +51,22 @@ def plain(text: str) -> str:
         return text
     text = _NARROW_THOUSANDS.sub("", text)
     text = _RAISED_RUN.sub(lambda run: "^" + run.group().translate(_RAISED), text)
-    pieces = []
-    for char in text:
-        category = "" if char.isascii() and char >= " " else unicodedata.category(char)
-        if category in ("Cf", "Cs") or (category == "Cc" and char not in "\n\t"):
-            continue
-        if category == "Nd" and not char.isascii():
-            char = str(unicodedata.decimal(char))
-        elif category and unicodedata.decomposition(char).startswith("<fraction>"):
-            char = f" {unicodedata.normalize('NFKC', char)} "
-        pieces.append(char)
-    text = unicodedata.normalize("NFKC", "".join(pieces)).replace("\u2044", "/")
+    text = _ODD.sub(_common, text)
+    text = unicodedata.normalize("NFKC", text).replace("\u2044", "/")
     return " ".join(_DASHES.sub("-", text).split(" ")).replace("\u00a0", " ")
+
+
+def _common(odd: re.Match[str]) -> str:
+    """A character that is not of ASCII, as `plain` writes it."""
+    char = odd.group()
+    category = unicodedata.category(char)
+    if category in ("Cf", "Cs", "Cc"):
+        return ""
+    if category == "Nd":
+        return str(unicodedata.decimal(char))
+    if unicodedata.decomposition(char).startswith("<fraction>"):
+        return f" {unicodedata.normalize('NFKC', char)} "
+    return char
 
 
 def squeeze(text: str) -> str:
