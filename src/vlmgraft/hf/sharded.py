@@ -55,9 +55,10 @@ def _load_shards(auto: Any, path: str | Path, dtype: torch.dtype, device: torch.
         model = auto.from_config(config, dtype=dtype)
     plan = {f"{_name_of(model, text_model(model))}.layers.*": "free_full_weight"}
     sharded = DistributedConfig(fsdp_size=torch.distributed.get_world_size(), fsdp_plan=plan)
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
     with explained(path, "cannot be loaded in shards; one process may load it whole"):
-        loaded = auto.from_pretrained(folder, distributed_config=sharded, **options)
+        loaded = auto.from_pretrained(
+            folder, dtype=dtype, distributed_config=sharded, trust_remote_code=False, use_safetensors=True
+        )
     adopt(model, loaded)
     inside = {id(parameter) for layer in text_model(model).layers for parameter in layer.parameters()}
     gathered: dict[int, nn.Parameter] = {}
