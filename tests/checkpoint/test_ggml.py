@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shlex
 import subprocess
 import sys
@@ -159,3 +160,29 @@ def test_what_is_not_undone_tensor_by_tensor_is_refused_with_a_command(tmp_path:
     with Reader(open_checkpoint(folder)) as ours, Reader(open_checkpoint(folder / "model")) as theirs:
         for name in ours.checkpoint.tensors:
             assert torch.allclose(ours.tensor(name), theirs.tensor(name).float(), rtol=2**-7, atol=1e-6), name
+
+
+def test_a_number_that_no_config_takes_is_refused(tmp_path: Path) -> None:
+    written(tmp_path, "llama", "Q8_0")
+    file = tmp_path / "gguf" / "model.gguf"
+    raw, key = file.read_bytes(), b"llama.attention.head_count"
+    at = raw.index(key) + len(key) + 4  # behind the value's type
+    assert raw[at : at + 4] == (4).to_bytes(4, "little")
+    file.write_bytes(raw[:at] + (3).to_bytes(4, "little") + raw[at + 4 :])  # 64 is no multiple of it
+    with pytest.raises(CheckpointError, match=r"not read tensor by tensor .*3.*; convert it"):
+        open_checkpoint(file.parent)
+
+
+def test_whatever_bytes_are_damaged_it_is_read_or_refused(tmp_path: Path) -> None:
+    written(tmp_path, "llama", "Q8_0")
+    file, draw, refused = tmp_path / "gguf" / "model.gguf", random.Random(0), 0
+    raw = file.read_bytes()
+    for _ in range(150):
+        damaged = bytearray(raw)
+        damaged[draw.randrange(5_000)] = draw.choice((0, 255, draw.randrange(256)))
+        file.write_bytes(damaged)
+        try:
+            open_checkpoint(file.parent)
+        except CheckpointError:
+            refused += 1
+    assert refused > 20

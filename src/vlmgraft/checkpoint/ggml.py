@@ -27,8 +27,11 @@ LLAMA_IN_GGUF = ("mistral", "ministral", "ministral3", "internlm3")
 """Kinds of text models beside Llama whose GGUF files name the architecture llama."""
 _UNTURNED = ("TensorProcessor", "LlamaTensorProcessor", "Gemma2TensorProcessor")
 """transformers' classes that undo a conversion tensor by tensor."""
-_FAILURES = (ArithmeticError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError)
-"""What the libraries raise over a file that is damaged, or of another architecture."""
+_FAILURES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What gguf and transformers raise over numbers that are damaged, or of an architecture that they do not know: the
+model is made from whatever the header says. Only their calls are in such blocks."""
+_ROPE = "rope_freqs.weight"
+"""A table that transformers computes."""
 
 
 @dataclass(frozen=True)
@@ -53,38 +56,48 @@ def gguf_tensors(file: Path) -> tuple[dict[str, TensorInfo], dict[str, Packed], 
     Raises:
         CheckpointError: gguf is not installed, the file is damaged, or its layout is not undone tensor by tensor.
     """
+    tensors, config, architecture, names = _parsed(file)
+    if missing := [tensor.name for tensor in tensors if tensor.name not in names and tensor.name != _ROPE]:
+        raise _not_read(file, f"{architecture} has no {missing[0]}")
+    heads = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
+    if not all(isinstance(count, int) for count in heads):
+        raise _not_read(file, "another number of heads in each layer")
+    found: dict[str, TensorInfo] = {}
+    packed: dict[str, Packed] = {}
+    for tensor in tensors:
+        if tensor.name == _ROPE:
+            continue
+        name, kind = names[tensor.name], tensor.tensor_type.name
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        begin, nbytes = int(tensor.data_offset), int(tensor.n_bytes)
+        part = TensorInfo(tensor.name, "U8", (nbytes,), file, begin, nbytes)
+        found[name] = TensorInfo(name, "F32", shape, file, begin, 4 * int(tensor.n_elements))
+        packed[name] = Ggml({"values": part}, kind=kind, shape=shape, architecture=architecture, heads=heads)
+    return found, packed, {**config, "quantization_config": GGUF}
+
+
+def _parsed(file: Path) -> tuple[list[Any], dict[str, Any], str, dict[str, str]]:
+    """What gguf and transformers read in a file: tensors, config, architecture, transformers' names by those there."""
     with _explained(file):
         import gguf
         import transformers.modeling_gguf_pytorch_utils as library
 
         try:
             reader = gguf.GGUFReader(file)
-        except _FAILURES as error:
+        except (LookupError, ValueError) as error:
             raise CheckpointError(f"{file}: truncated, or no GGUF file ({error!s:.200}); download it again") from None
         config = library.load_gguf_checkpoint(str(file))["config"]
         architecture = str(library.read_field(reader, "general.architecture")[0])
         processor = library.TENSOR_PROCESSORS.get(architecture, library.TensorProcessor)(config=config)
-        if config["num_hidden_layers"] > min(MAX_LAYERS, len(reader.tensors)):
-            raise _not_read(file, f"{config['num_hidden_layers']} layers in {len(reader.tensors)} tensors")
-        if type(processor).__name__ not in _UNTURNED or any("_exps" in tensor.name for tensor in reader.tensors):
-            raise _not_read(file, f"{architecture} with other layouts or experts")
+    if absent := [key for key in ("num_hidden_layers", "num_attention_heads") if not config.get(key)]:
+        raise _not_read(file, f"its header has no {absent[0]}")
+    if config["num_hidden_layers"] > min(MAX_LAYERS, len(reader.tensors)):
+        raise _not_read(file, f"{config['num_hidden_layers']} layers in {len(reader.tensors)} tensors")
+    if type(processor).__name__ not in _UNTURNED or any("_exps" in tensor.name for tensor in reader.tensors):
+        raise _not_read(file, f"{architecture} with other layouts or experts")
+    with _explained(file):
         names = _names(config, processor, library)
-        heads = (
-            int(config["num_attention_heads"]),
-            int(config.get("num_key_value_heads") or config["num_attention_heads"]),
-        )
-        tensors: dict[str, TensorInfo] = {}
-        packed: dict[str, Packed] = {}
-        for tensor in reader.tensors:
-            if tensor.name == "rope_freqs.weight":
-                continue
-            name, kind = names[tensor.name], tensor.tensor_type.name
-            shape = tuple(int(size) for size in reversed(tensor.shape))
-            begin, nbytes = int(tensor.data_offset), int(tensor.n_bytes)
-            part = TensorInfo(tensor.name, "U8", (nbytes,), file, begin, nbytes)
-            tensors[name] = TensorInfo(name, "F32", shape, file, begin, 4 * int(tensor.n_elements))
-            packed[name] = Ggml({"values": part}, kind=kind, shape=shape, architecture=architecture, heads=heads)
-    return tensors, packed, {**config, "quantization_config": GGUF}
+    return reader.tensors, config, architecture, names
 
 
 def _names(config: dict[str, Any], processor: Any, library: Any) -> dict[str, str]:
@@ -115,13 +128,15 @@ def gguf_matrix(packed: Ggml, data: numpy.ndarray) -> numpy.ndarray:
 @contextmanager
 def _explained(file: Path) -> Iterator[None]:
     """What the libraries raise over a file, with the command that converts it by transformers alone."""
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
         yield
     except ImportError:
         raise CheckpointError(
             f"{file}: GGUF files are read with the package gguf: pip install 'vlmgraft[gguf]'"
         ) from None
-    except _FAILURES as error:
+    except (*_FAILURES, StrictDataclassError) as error:
         raise _not_read(file, f"{type(error).__name__}: {error!s:.200}") from None
 
 
