@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vlmgraft.checkpoint.files import inside, load_json, open_regular, parse_json, refuse_special
+from vlmgraft.checkpoint.files import inside, load_json, open_regular, parse_json, public_name, refuse_special
 from vlmgraft.errors import CheckpointError
 
 
@@ -44,3 +44,9 @@ def test_links_within_a_folder_or_its_repository_are_inside(tmp_path: Path) -> N
     (snapshot / "bad").symlink_to("../../secret")
     assert inside(snapshot / "good", snapshot) and not inside(snapshot / "bad", snapshot)
     assert not inside(tmp_path / "secret", blobs)
+
+
+def test_a_snapshot_is_known_by_its_repository(tmp_path: Path) -> None:
+    assert public_name(tmp_path / "my-model") == "my-model"
+    snapshot = tmp_path / "models--unsloth--Qwen2.5-7B--Instruct" / "snapshots" / ("a" * 40)
+    assert public_name(snapshot) == "unsloth/Qwen2.5-7B--Instruct"

@@ -6,8 +6,6 @@ import errno
 import fcntl
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,27 +14,9 @@ from typing import Any
 
 import pytest
 
+from tests.lock_holder import held_elsewhere
 from vlmgraft.errors import OutputError
 from vlmgraft.storage.locks import locked
-
-HOLDER = """
-import sys
-from vlmgraft.storage.locks import locked
-with locked(sys.argv[1], shared=sys.argv[2] == "shared"):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-@contextmanager
-def held_elsewhere(folder: Path, how: str = "alone") -> Iterator[subprocess.Popen[str]]:
-    """Another process holds the lock until the context ends."""
-    command = [sys.executable, "-c", HOLDER, str(folder), how]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin is not None and process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        yield process
-        process.stdin.close()
 
 
 def test_the_second_process_is_told_which_one_is_there(tmp_path: Path) -> None:

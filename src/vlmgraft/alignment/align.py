@@ -21,6 +21,7 @@ from vlmgraft.alignment.select import select_layers, select_modules
 from vlmgraft.alignment.tokens import compare_tokens
 from vlmgraft.alignment.view import VISION, Group, Held, TextView, text_view
 from vlmgraft.checkpoint.adapter import merging
+from vlmgraft.checkpoint.files import public_name
 from vlmgraft.checkpoint.ggml import GGUF, LLAMA_IN_GGUF
 from vlmgraft.checkpoint.packed import quantisation
 from vlmgraft.errors import AlignmentError
@@ -117,12 +118,7 @@ def align(
         for key, checkpoint in {"vlm": vlm, **others}.items()
         if checkpoint is not None and "auto_map" in checkpoint.config
     ]
-    if donor.adapter_of and donor_base is not None and not _same(donor.adapter_of, donor_base.path):
-        notes.append(
-            f"warning: the donor is an adapter of another model ({donor.adapter_of.name}) than donor_base "
-            f"({donor_base.path.name}): their difference is added as well; unless both hold the same weights, write as "
-            "donor_base what its adapter_config.json names"
-        )
+    notes += _other_base(donor, donor_base)
     for key, view in views.items():
         notes += _check_kind(text, view, key)
     for key, view in views.items():
@@ -144,6 +140,18 @@ def align(
         )
     family = str(vlm.config.get("model_type") or "unknown")
     return Alignment(vlm, donor, donor_base, vlm_base, tensors, text.layers, family, (*notes, *pairing.notes()))
+
+
+def _other_base(donor: Checkpoint, donor_base: Checkpoint | None) -> list[str]:
+    """A warning where the donor is an adapter of another model than its base."""
+    made_for = donor.adapter_of
+    if made_for is None or donor_base is None or _same(made_for, donor_base.path):
+        return []
+    return [
+        f"warning: the donor is an adapter of another model ({public_name(made_for)}) than donor_base "
+        f"({public_name(donor_base.path)}): their difference is added as well; unless both hold the same weights, "
+        "write as donor_base what its adapter_config.json names"
+    ]
 
 
 def _compare_tokenizers(

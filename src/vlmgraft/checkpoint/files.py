@@ -119,3 +119,10 @@ def inside(file: Path, folder: Path) -> bool:
     real, home = file.resolve(), folder.resolve()
     blobs = [home.parent.parent / "blobs"] if home.parent.name == "snapshots" else []
     return any(parent in real.parents for parent in (home, *blobs))
+
+
+def public_name(folder: Path) -> str:
+    """What others know a folder by: its own name, or of a snapshot in the hub's cache organisation/name."""
+    if folder.parent.name != "snapshots":
+        return folder.name
+    return folder.parents[1].name.removeprefix("models--").replace("--", "/", 1)
