@@ -72,7 +72,7 @@ class Live(TorchDispatchMode):
 
     def see(self, tensor: torch.Tensor) -> None:
         """Count a tensor's storage from now on, until it is freed."""
-        storage = (tensor.to_local() if is_shard(tensor) else tensor).untyped_storage()  # type: ignore[attr-defined]
+        storage = (tensor.to_local() if is_shard(tensor) else tensor).untyped_storage()
         if storage._cdata not in self.sizes:
             weakref.finalize(storage, self.sizes.pop, storage._cdata, None)
         if self.sizes.get(storage._cdata) != storage.nbytes():

@@ -127,7 +127,7 @@ def teacher_digest(model: Any, processor: Any) -> str:
 
 
 def _sample(tensor: Tensor) -> bytes:
-    whole = tensor.full_tensor() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
+    whole = tensor.full_tensor() if is_shard(tensor) else tensor
     flat = whole.detach().contiguous().reshape(-1).view(torch.uint8)
     if len(flat) > SAMPLES * SAMPLE_BYTES:
         step = (len(flat) - SAMPLE_BYTES) // (SAMPLES - 1)

@@ -81,7 +81,7 @@ def _shard_layer(layer: nn.Module, mesh: Any) -> None:
     own = {}
     for name, like in layer.named_parameters():
         if name in shards and isinstance(like, DTensor):
-            local = shards[name].to_local()  # type: ignore[attr-defined]
+            local = shards[name].to_local()
             size, stride = like.shape, like.stride()
             own[name] = DTensor.from_local(local, mesh, like.placements, run_check=False, shape=size, stride=stride)
     layer.load_state_dict(own, strict=False, assign=True)

@@ -113,8 +113,8 @@ def circular(items: Sequence[Item]) -> list[Item]:
             continue
         for at, turned in enumerate(rotations(item.choices)):
             letter = letters(len(turned))[(answer - at) % len(turned)]
-            turn = {"group": item.id, "part": str(at), "pairing": "all_right"}
-            result.append(replace(item, id=f"{item.id}/turn{at}", choices=turned, answers=(letter,), **turn))  # type: ignore[arg-type]
+            turn = replace(item, id=f"{item.id}/turn{at}", choices=turned, answers=(letter,))
+            result.append(replace(turn, group=item.id, part=str(at), pairing="all_right"))
     return result
 
 

@@ -10,13 +10,16 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from vlmgraft.alignment.families import renamed
 from vlmgraft.errors import AlignmentError, CheckpointError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 _EXPERT = re.compile(r"(layers\.\d+\..*\bexperts\.)(\d{1,9})\.(\w+)\.weight")
 _ROLE = re.compile(r"(?:^|\.)(?:layers|blocks)\.(\d+)\.(.+)$")
@@ -181,7 +184,7 @@ def parameter_of(projection: Projection) -> tuple[nn.Module, str]:
     return (projection.module, projection.key) if isinstance(projection, ExpertStack) else (projection, "weight")
 
 
-def is_shard(tensor: Tensor) -> bool:
+def is_shard(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether a tensor is a process's part of a larger one."""
     if not torch.distributed.is_available():
         return False

@@ -66,7 +66,7 @@ def _load_shards(auto: Any, path: str | Path, dtype: torch.dtype, device: torch.
         if id(parameter) in inside or not is_shard(parameter):
             continue
         if id(parameter) not in gathered:
-            gathered[id(parameter)] = nn.Parameter(parameter.full_tensor(), requires_grad=False)  # type: ignore[operator]
+            gathered[id(parameter)] = nn.Parameter(parameter.full_tensor(), requires_grad=False)
         set_tensor(model, name, gathered[id(parameter)])
     model.generation_config = loaded.generation_config
     del loaded

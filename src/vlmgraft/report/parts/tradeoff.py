@@ -76,7 +76,8 @@ def _front(rows: Sequence[Row]) -> list[bool]:
 
 
 def _percent(estimate: Mapping[str, float]) -> tuple[float, float, float]:
-    return tuple(round(100 * estimate[key], 2) for key in ("mean", "low", "high"))  # type: ignore[return-value]
+    mean, low, high = (round(100 * estimate[key], 2) for key in ("mean", "low", "high"))
+    return mean, low, high
 
 
 def _tip(row: Row) -> str:
