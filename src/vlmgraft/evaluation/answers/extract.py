@@ -32,6 +32,8 @@ _FIELD = re.compile(
 )
 _ASIDES = ("reasoning", "explanation", "rationale", "steps", "confidence", "justification", "type")
 """Names in a JSON answer that stand beside what it states."""
+_CHOSEN = ("answer", "final_answer", "choice", "selected_choice", "option", "selected_option", "letter")
+"""Names that say which of several values in a JSON answer it is."""
 _WORD = r"(?:answer|antwort|respuesta|réponse|risposta|resposta|ответ)"
 _LINE = re.compile(
     rf"(?:\b{_WORD}|答案|答え)[*_]{{0,3}} ?(?:is|为|是|為)? ?[*_]{{0,3}}[:：=]{{1,2}}[*_]{{0,3}} ?", re.IGNORECASE
@@ -144,10 +146,13 @@ def _tagged(text: str) -> str:
 
 
 def _stated(value: object) -> str:
-    """What a JSON value says: of an object its only value, a value with its unit, else "name = value" of each."""
+    """What a JSON value says: of an object what is chosen in it, its only value, a value with its unit, or else
+    "name = value" of each."""
     if not isinstance(value, dict):
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     parts = {name.casefold(): _stated(part) for name, part in value.items() if name.casefold() not in _ASIDES}
+    if chosen := next((parts[name] for name in _CHOSEN if name in parts), ""):
+        return chosen
     unit = next((parts.pop(name) for name in ("unit", "units") if name in parts and len(parts) == 2), "")
     if len(parts) > 1:
         return ", ".join(f"{name} = {part}" for name, part in parts.items())
