@@ -208,7 +208,10 @@ def unwrapped(model: Any) -> Any:
 
 
 def adopt(model: nn.Module, source: nn.Module) -> None:
-    """Take over all parameters (without gradient) and buffers of a model of the same class; what is tied stays so."""
+    """Take over all parameters (without gradient) and buffers of a model of the same class; what is tied stays so.
+
+    Raises CheckpointError where the model has a tensor that `source` lacks.
+    """
     taken: dict[int, nn.Parameter] = {}
     for name, parameter in source.named_parameters(remove_duplicate=False):
         if id(parameter) not in taken:
