@@ -20,10 +20,11 @@ from vlmgraft.lab.exam import draw_exam, save_questions
 from vlmgraft.report.charts import Chart, Dot, Heat, Lines, Series, svg_and_pdf
 from vlmgraft.report.collect import BINS, read_gates
 from vlmgraft.spectral.factor_store import open_store
-from vlmgraft.storage.jsonl import read_rows, write_text
+from vlmgraft.storage.jsonl import read_json, read_rows, write_text
 
 DOCS = Path(__file__).parents[1]
 RESULTS = DOCS.parent / "benchmarks" / "results"
+PRETRAINED = DOCS.parent / "experiments" / "pretrained" / "results"
 PICTURES = DOCS / "pictures"
 SIZE = (6.2, 4.2)
 MATRICES = {"q_proj": "self_attn.q_proj", "o_proj": "self_attn.o_proj", "up_proj": "mlp.up_proj"}
@@ -37,6 +38,9 @@ def main() -> None:
     write("drift", Lines(by_drift(rows), drift, "reasoning, % right", log_x=True, size=SIZE))
     write("overshoot", Lines(overshoot(), "λ of task arithmetic", "% right", y_limits=(0, 103), size=SIZE))
     write("bands", Lines(bands(), *both, x_limits=(60, 100), size=SIZE))
+    write("pretrained", Lines(pretrained(), "perception, % right", "sums, % right", size=SIZE))
+    write("pretrained-drift", Lines(pretrained("kl"), drift, "sums, % right", log_x=True, size=SIZE))
+    write("pretrained-where", where())
     with tempfile.TemporaryDirectory() as folder:
         work = learned(Path(folder))
         write(
@@ -107,6 +111,44 @@ def bands() -> list[Series]:
         )
         for band, name in names.items()
     ]
+
+
+def trios() -> dict[str, list[dict[str, Any]]]:
+    """Rows of the pretrained trios by name."""
+    found = sorted(PRETRAINED.glob("seed-*-vlm-replay-donor.json"))
+    return {f"seed {file.name.split('-')[1]}": read_json(file)["rows"] for file in found}
+
+
+def share(row: Mapping[str, Any], part: str) -> float:
+    """Percent of right answers."""
+    return 100 * row["right"][part].count("1") / len(row["right"][part])
+
+
+def pretrained(x: str = "perception") -> list[Series]:
+    """Task arithmetic's curve and learned gates at their chosen strength, on the pretrained trios' tests."""
+    series = []
+    for number, (name, rows) in enumerate(trios().items()):
+        on_test = [row for row in rows if row["split"] == "test"]
+        for place, method in enumerate(("task arithmetic", "FRISM energy", "FRISM donor")):
+            points = [row for row in on_test if row["method"] == method]
+            points.sort(key=lambda row: row["kl"])
+            dots = tuple(
+                Dot(row["kl"] if x == "kl" else share(row, x), share(row, "sums"), row["setting"]) for row in points
+            )
+            series.append(Series(f"{method}, {name}", dots, style=3 * number + place))
+    return series
+
+
+def where() -> Heat:
+    """Task arithmetic in parts of the model, on validation."""
+    name, rows = next(iter(trios().items()))
+    wanted = ("VLM", "only ", "all but ")
+    found = [row for row in rows if row["split"] == "validation" and row["method"].startswith(wanted)]
+    values = [[share(row, part) for part in ("sums", "perception")] for row in found]
+    names = [row["method"] for row in found]
+    return Heat(
+        names, ("sums", "perception"), values, x=f"% right, {name}", middle=50, reach=50, unit=" %", written="{:.0f}"
+    )
 
 
 def learned(folder: Path) -> Path:

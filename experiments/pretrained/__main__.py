@@ -20,9 +20,10 @@ import transformers
 from experiments.pretrained import models
 from experiments.pretrained.donors import KINDS, make_donor
 from experiments.pretrained.exams import write_exams
+from experiments.pretrained.learned import LEARNED, learned
 from experiments.pretrained.results import publish
 from experiments.pretrained.stages import Sizes, Trio
-from experiments.pretrained.table import GATES, METHODS, Table
+from experiments.pretrained.table import METHODS, Table
 
 STAGES = ("base", "tower", "replay", "donor", "vlm", "data", "trio", "gates", "table", "where")
 RESULTS = Path(__file__).parent / "results"
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kind", choices=KINDS, default="supervised", help="of the donor")
     parser.add_argument("--replay-sums", action="store_true", help="the VLM that keeps the base's own answers to sums")
     parser.add_argument(
-        "--methods", default=",".join((*METHODS, *GATES)), help="of the table, with commas between them"
+        "--methods", default=",".join((*METHODS, *LEARNED)), help="of the table, with commas between them"
     )
     parser.add_argument("--curve", default="0.2,0.3,0.4,0.5,0.75,1", help="λ of task arithmetic that are tested")
     parser.add_argument("--scale", type=float, default=0.4, help="λ of where")
@@ -80,8 +81,8 @@ def measure(trio: Trio, given: argparse.Namespace) -> None:
     vlm = "vlm-replay" if given.replay_sums else "vlm"
     table = Table(trio, vlm, "donor" if given.kind == "supervised" else f"donor-{given.kind}")
     if given.stage == "gates":
-        for name in (name for name in given.methods.split(",") if name in GATES):
-            table.gated(name)
+        for name in (name for name in given.methods.split(",") if name in LEARNED):
+            learned(table, name)
         return
     if given.stage == "where":
         table.where(given.scale)

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from experiments.pretrained import models, scenes, tuning
 from experiments.pretrained.stages import Trio
 from experiments.pretrained.tuning import BATCH, Schedule
-from vlmgraft.storage.publish import new_folder
 
 Kind = Literal["supervised", "grpo", "distilled"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -57,11 +56,7 @@ def make_donor(trio: Trio, kind: Kind) -> Path:
         tuning.tune(parameters, OnPolicy(trio, model, tokenizer).loss, schedule, checkpoint, trio.report)
     models.rounded(model)
     trio.noted(out.name, began, {**ask_donor(trio, model.eval(), tokenizer), "tau": task_vector_norm(model, before)})
-    with new_folder(out) as part:
-        model.to(torch.bfloat16).save_pretrained(part)
-        tokenizer.save_pretrained(part)
-    checkpoint.unlink(missing_ok=True)
-    return out
+    return trio.finish(out, model, tokenizer, checkpoint)
 
 
 class Traces:

@@ -15,7 +15,7 @@ from experiments.pretrained.stages import Trio
 from vlmgraft.lab import world
 from vlmgraft.storage.jsonl import write_rows
 
-SIZES = {"exam": 300, "beyond": 100, "calibration": 384, "divergence": 300, "questions": 64}
+SIZES = {"exam": 300, "beyond": 100, "calibration": 384, "divergence": 300, "questions": 64, "traces": 500}
 
 
 def write_exams(trio: Trio, sizes: dict[str, int] | None = None) -> Path:
@@ -25,6 +25,7 @@ def write_exams(trio: Trio, sizes: dict[str, int] | None = None) -> Path:
     perception of the calibration split. divergence.jsonl: perception of the test split's handwriting on which no gate
     is learned. text-sums.jsonl, words.jsonl: unlabelled text questions for donor matching. plus.jsonl, minus.jsonl,
     told.jsonl: sums that no donor is tuned on (five numbers, differences), and the test's kind told in text.
+    traces.jsonl: sums on pictures of the training split with their answers worked out, to `vlmgraft tune`.
     """
     counts, folder = {**SIZES, **(sizes or {})}, trio.folder / "data"
     plans: tuple[tuple[str, world.Split, int, bool], ...] = (
@@ -38,16 +39,20 @@ def write_exams(trio: Trio, sizes: dict[str, int] | None = None) -> Path:
         count = counts["exam" if answered else name]
         examples = [scenes.perception_example(rng) for _ in range(count)]
         examples += [scenes.sum_example(rng) for _ in range(count if answered else 0)]
-        _write(folder / f"{name}.jsonl", examples, rng, split, answered)
+        _write(folder / f"{name}.jsonl", examples, rng, split, [_answer(e) for e in examples] if answered else [])
     for stream, (name, draw) in enumerate({"plus": scenes.fifth_number, "minus": scenes.difference}.items(), 17):
         rng = trio.rng(stream)
-        _write(folder / f"{name}.jsonl", [draw(rng) for _ in range(counts["beyond"])], rng, "test", True)
+        examples = [draw(rng) for _ in range(counts["beyond"])]
+        _write(folder / f"{name}.jsonl", examples, rng, "test", [_answer(e) for e in examples])
     rng = trio.rng(19)
     told = [scenes.sum_example(rng) for _ in range(counts["beyond"])]
     if not (folder / "told.jsonl").is_file():
         write_rows(
-            folder / "told.jsonl", [_answered({"id": str(at), "question": e.told}, e) for at, e in enumerate(told)]
+            folder / "told.jsonl", [{"id": str(at), "question": e.told, **_answer(e)} for at, e in enumerate(told)]
         )
+    rng = trio.rng(20)
+    traces = [scenes.sum_example(rng) for _ in range(counts["traces"])]
+    _write(folder / "traces.jsonl", traces, rng, "train", [{"answer": trace.answer} for trace in traces])
     rng = trio.rng(16)
     texts = {"text-sums": scenes.sum_example, "words": scenes.word_problem}
     for name, draw in texts.items():
@@ -57,7 +62,9 @@ def write_exams(trio: Trio, sizes: dict[str, int] | None = None) -> Path:
     return folder
 
 
-def _write(path: Path, examples: list[Example], rng: np.random.Generator, split: world.Split, answered: bool) -> None:
+def _write(
+    path: Path, examples: list[Example], rng: np.random.Generator, split: world.Split, answers: list[dict[str, str]]
+) -> None:
     if path.is_file():
         return
     images = path.parent / "images"
@@ -67,12 +74,12 @@ def _write(path: Path, examples: list[Example], rng: np.random.Generator, split:
         file = images / f"{path.stem}-{number:04d}.png"
         if example.scene is not None:
             Image.fromarray(scenes.picture(rng, example.scene, split)).save(file)
-        row: dict[str, Any] = {"id": str(number), "question": example.question, "image": f"images/{file.name}"}
-        rows.append(_answered(row, example) if answered else row)
+        row = {"id": str(number), "question": example.question, "image": f"images/{file.name}"}
+        rows.append({**row, **(answers[number] if answers else {})})
     write_rows(path, rows)
 
 
-def _answered(row: dict[str, Any], example: Example) -> dict[str, Any]:
+def _answer(example: Example) -> dict[str, str]:
     kind = "reasoning" if example.task == "sum" else "perception"
     answer = str(scenes.final_number(example.answer)) if kind == "reasoning" else example.answer
-    return {**row, "answer": answer, "task": example.task, "kind": kind}
+    return {"answer": answer, "task": example.task, "kind": kind}

@@ -113,7 +113,7 @@ def publish(measured: Table, folder: Path, command: str) -> Path:
         {key: value for key, value in row.items() if key not in ("said", "kl_prompts")}
         for row in read_rows(measured.folder / "rows.jsonl")
     ]
-    gates = {path.stem: json.loads(path.read_text()) for path in sorted(measured.folder.glob("FRISM*.json"))}
+    learned = {path.stem: json.loads(path.read_text()) for path in sorted(measured.folder.glob("learned/*.json"))}
     name = f"seed-{measured.trio.seed}-{measured.vlm}-{measured.donor}"
     made = json.loads((measured.trio.folder / "measured.json").read_text())
     versions = {
@@ -121,7 +121,7 @@ def publish(measured: Table, folder: Path, command: str) -> Path:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-    facts = {"command": command, "seed": measured.trio.seed, "versions": versions, "made": made, "gates": gates}
+    facts = {"command": command, "seed": measured.trio.seed, "versions": versions, "made": made, "learned": learned}
     write_json(folder / f"{name}.json", {**facts, "rows": rows})
     write_text(folder / f"{name}.md", f"`{command}`\n\n{table(rows)}")
     if any(row["method"].startswith("only ") for row in rows):

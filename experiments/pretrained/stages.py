@@ -84,6 +84,14 @@ class Trio:
         write_json(path, {**known, name: {**facts, "seconds": round(time.monotonic() - began)}})
         self.report(f"{name}: {facts}, {time.monotonic() - began:.0f} s")
 
+    def finish(self, out: Path, model: Any, processor: Any, checkpoint: Path) -> Path:
+        """Publish a stage's model in bf16 with its processor or tokenizer, and drop its checkpoint."""
+        with new_folder(out) as part:
+            model.to(torch.bfloat16).save_pretrained(part)
+            processor.save_pretrained(part)
+        checkpoint.unlink(missing_ok=True)
+        return out
+
     # --- tower and projector -------------------------------------------------------------------------------------
 
     def pictures(self, count: int, split: world.Split, stream: int) -> tuple[Tensor, list[world.Scene]]:
@@ -118,11 +126,7 @@ class Trio:
         tuning.tune(trained, loss, schedule, self.folder / "tower.pt", self.report)
         held_out = WordAlignment(model, tokenizer, *self.pictures(self.sizes.asked, "validation", 3))
         self.noted("tower", began, held_out.accuracy())
-        with new_folder(out) as part:
-            model.to(torch.bfloat16).save_pretrained(part)
-            processor.save_pretrained(part)
-        (self.folder / "tower.pt").unlink(missing_ok=True)
-        return out
+        return self.finish(out, model, processor, self.folder / "tower.pt")
 
     # --- what the base says --------------------------------------------------------------------------------------
 
@@ -183,11 +187,7 @@ class Trio:
         checkpoint = self.folder / f"{name}.pt"
         tuning.tune(parameters, data.loss, Schedule(self.sizes.vlm_steps, 1e-4), checkpoint, self.report)
         self.noted(name, began, ask_vlm(self, models.rounded(model.eval()), processor))
-        with new_folder(out) as part:
-            model.to(torch.bfloat16).save_pretrained(part)
-            processor.save_pretrained(part)
-        checkpoint.unlink(missing_ok=True)
-        return out
+        return self.finish(out, model, processor, checkpoint)
 
 
 class WordAlignment:

@@ -23,12 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import vlmgraft as vg
 from experiments.pretrained import scenes
+from experiments.pretrained.learned import LEARNED, learned
 from experiments.pretrained.models import training_dtype
 from experiments.pretrained.stages import Trio
 from vlmgraft.analysis.bench import CellLog
 from vlmgraft.analysis.in_memory import Rebuilder
+from vlmgraft.analysis.visual_attention import visual_attention
 from vlmgraft.distillation.targets import Targets
 from vlmgraft.distillation.teacher import build_targets
 from vlmgraft.evaluation.ask import ask
@@ -41,13 +42,9 @@ from vlmgraft.hf.modules import match_linears
 from vlmgraft.recipe.model import load_recipe
 from vlmgraft.recipe.resolve import pair
 from vlmgraft.spectral.decompose import decompose
-from vlmgraft.spectral.factor_store import open_store
-from vlmgraft.spectral.gate_store import load_gates
-from vlmgraft.storage.jsonl import write_json
 
 BATCH = 150
 SUM_TOKENS, LOOK_TOKENS, KL_TOKENS = 48, 20, 24
-BUDGET = 0.03
 
 
 def _scaled(options: Mapping[str, Any], *scales: float) -> list[dict[str, Any]]:
@@ -68,11 +65,10 @@ METHODS: dict[str, list[dict[str, Any]]] = {
     "STAR": _scaled({"name": "spectral", "rule": "star"}, 0.1, 0.2, 0.3),
     "truncate 64": _scaled({"name": "spectral", "rule": "truncate", "rank": 64}, 0.3, 0.45, 0.6),
     "rank one + 5 % base": _scaled({**RANK_ONE, "interpolation": 0.05}, 0.05, 0.2),
+    "IP-Merging": _scaled({"name": "ip_merging"}, 0.3, 1.0),
+    "IP-Merging paper": _scaled({"name": "ip_merging", "variant": "paper"}, 0.3, 0.6),
+    "FRANK": [{"name": "frank", "prior": prior} for prior in ("max_rescaled", "literal", "none")],
 }
-GATES = {"FRISM energy": ("energy", ""), "FRISM donor": ("donor", "text-sums"), "FRISM donor words": ("donor", "words")}
-"""Injection term and, of donor matching, which text questions it sees: sums of the tested kind, or word problems."""
-STRENGTHS = (0.75, 1.0, 1.25)
-"""Of learned gates: factors on what was learned at the budget."""
 
 
 def _layer(role: str) -> int:
@@ -175,49 +171,18 @@ class Table:
                 changed[role] = weight.float() - self.linears[role].weight.detach().float()
         return changed
 
+    @cached_property
+    def attention(self) -> list[float]:
+        """Share of text's attention on visual tokens, per layer, on calibration pictures; FRANK's prior."""
+        questions = load_questions(self.trio.folder / "data" / "calibration.jsonl")[:64]
+        return list(visual_attention(self.model, self.processor, questions, batch_size=16))
+
     def merged(self, options: Mapping[str, Any]) -> dict[str, Tensor]:
         """ΔW of a method's options."""
+        if options["name"] == "frank" and options["prior"] != "none":
+            options = {**options, "visual_attention": self.attention}
         recipe = load_recipe({**self.sources, "method": dict(options)})
         return self.changes(self.rebuilder.weights(recipe.method))
-
-    def recipe(self, inject: str, questions: str, budget: float = BUDGET) -> dict[str, Any]:
-        """FRISM's recipe under a budget of KL."""
-        data = self.trio.folder / "data"
-        calibration = {"samples": 256, "held_out": 128, "max_new_tokens": SUM_TOKENS, "batch_size": 16}
-        method = {"name": "frism", "inject": inject, "kl_budget": budget, "steps": 50, "seed": self.trio.seed}
-        method["calibration"] = {"data": str(data / "calibration.jsonl"), **calibration}
-        if inject == "donor":
-            method["questions"] = str(data / f"{questions}.jsonl")
-        return {**self.sources, "method": method}
-
-    def gated(self, method: str) -> Callable[[float], dict[str, Tensor]]:
-        """ΔW of FRISM's gates as a function of their strength; how they were learned is kept in `METHOD.json`."""
-        name, recipe = method.replace(" ", "-"), self.recipe(*GATES[method])
-        factors, out = self.folder / "factors", self.folder / f"gates-{name}"
-        if not (out / "gates.json").is_file():
-            self._learn(recipe, factors, out, self.folder / f"{name}.json")
-        store, gates = open_store(factors), load_gates(out)
-
-        def at(strength: float) -> dict[str, Tensor]:
-            spectra = {key: strength * gates.spectrum(key, store[key].s) for key in gates.logits}
-            return self.changes(self.rebuilder.with_spectra(spectra, store))
-
-        return at
-
-    def _learn(self, recipe: Mapping[str, Any], factors: Path, out: Path, facts: Path) -> None:
-        """Factors and gates by the package's own commands; their seconds, settings and log in `facts`."""
-        times = [(time.monotonic(), time.process_time())]
-        vg.decompose(recipe, factors, resume=True)
-        times.append((time.monotonic(), time.process_time()))
-        gates = vg.gates(recipe, factors, out)
-        times.append((time.monotonic(), time.process_time()))
-        took = {
-            stage: {"seconds": round(end[0] - start[0], 1), "cpu seconds": round(end[1] - start[1], 1)}
-            for stage, start, end in zip(("decompose", "gates"), times, times[1:], strict=False)
-        }
-        settings = {key: value for key, value in gates.settings.items() if key != "from"}
-        write_json(facts, {**took, "settings": settings, "log": list(gates.log)})
-        self.trio.report(f"{facts.stem}: {took}, held-out KL {gates.settings.get('held_out_kl')}")
 
     # --- what is asked -------------------------------------------------------------------------------------------
 
@@ -281,14 +246,14 @@ class Table:
             if name in METHODS:
                 points = [(_setting(options), _late(self.merged, options)) for options in METHODS[name]]
             else:
-                at = self.gated(name)
-                points = [(f"strength {x}", _late(at, x)) for x in STRENGTHS]
+                at, strengths = learned(self, name)
+                points = [(f"strength {x}", _late(at, x)) for x in strengths]
             scored = [self.row(name, setting, "validation", change) for setting, change in points]
             best = max(range(len(points)), key=lambda at: score(scored[at]))
             for place, (setting, change) in enumerate(points):
                 if place == best or (name == "task arithmetic" and float(setting.split()[1]) in curve):
                     self.row(name, setting, "test", change)
-            if name in GATES or name == "task arithmetic":
+            if name in LEARNED or name == "task arithmetic":
                 self.row(name, points[best][0], "beyond", points[best][1])
         return self.log.rows
 
@@ -348,5 +313,5 @@ def _late(function: Callable[[Any], Any], argument: Any) -> Callable[[], Any]:
 
 def _setting(options: Mapping[str, Any]) -> str:
     """The options that tell the points of a method apart."""
-    shown = {"scale": "λ", "vlm_weight": "a", "keep_layers": "kept", "weights": "weights"}
+    shown = {"scale": "λ", "vlm_weight": "a", "keep_layers": "kept", "weights": "weights", "prior": "prior"}
     return ", ".join(f"{shown[key]} {value}" for key, value in options.items() if key in shown)
