@@ -168,21 +168,22 @@ def peak_of_answers(live: Live, model: Any, questions: int, length: int) -> int:
 
 def count(sizes: Mapping[str, Any], rank: Rank) -> dict[str, float]:
     """Bytes on one card: of weights and factors, and at once while it answers (`matching`: while a donor of the text
-    model's size does, beside the VLM), and in a training step; `formula`: of that step, as the cost model has it."""
+    model's size does, before the VLM is loaded), and in a training step; `formula`: of that step, by the cost model."""
     config = Qwen2_5_VLConfig(text_config=sizes["text"], vision_config=sizes["tower"])
     length = sizes["prompt"] + sizes["answer"]
     found: dict[str, float] = {}
     with group(sizes["cards"]), FakeTensorMode(allow_non_fake_inputs=True), Live() as live:
-        model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
-        model = shard(model.eval())
-        gc.collect()
-        found["weights"] = held(model)
-        found["answering"] = peak_of_answers(live, model, sizes["answered"], length)
         told = AutoModelForCausalLM.from_config(Qwen2Config(**sizes["text"]), dtype=torch.bfloat16)
         donor = shard(told.eval())
         gc.collect()
         found["matching"] = peak_of_answers(live, donor, sizes["answered"], sizes["told"] + sizes["answer"])
         del told, donor
+        gc.collect()
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+        model = shard(model.eval())
+        gc.collect()
+        found["weights"] = held(model)
+        found["answering"] = peak_of_answers(live, model, sizes["answered"], length)
         factors = FakeFactors({name: linear.weight.shape for name, linear in text_linears(model).items()}, rank)
         model, layers = gate_and_shard(model, match_projections(model, factors), factors)
         vector = GateVector(factors)

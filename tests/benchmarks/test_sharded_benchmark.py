@@ -21,7 +21,7 @@ def test_quick_counts_more_than_the_shards_and_less_than_the_models(tmp_path: Pa
     low, full = json.loads((tmp_path / "r.json").read_text())
     assert low["weights"] == full["weights"] and low["factors"] < full["factors"] / 8
     for row in (low, full):
-        assert row["weights"] < row["answering"] < row["matching"]
+        assert row["weights"] < row["answering"] and row["matching"] < row["answering"]
         assert row["weights"] + row["factors"] < row["gates"] == pytest.approx(row["formula"], rel=0.15)
     assert low["answering"] == full["answering"] and low["gates"] < full["gates"]
 
@@ -32,4 +32,4 @@ def test_the_cost_model_has_what_was_counted() -> None:
         predicted = {stage.name: stage.memory for stage in stages(model, Work(rank=row["rank"], gpus=row["cards"]))}
         assert predicted["gates"] == pytest.approx(row["gates"], rel=0.05)
         assert predicted["teacher"] == pytest.approx(row["answering"], rel=0.05)
-        assert row["gates"] <= row["limit"] * 2**30 and row["answering"] <= row["limit"] * 2**30
+        assert max(row[phase] for phase in ("matching", "answering", "gates")) <= row["limit"] * 2**30

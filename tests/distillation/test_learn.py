@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import vlmgraft as vg
 from vlmgraft.distillation import learn, teacher
 from vlmgraft.errors import AlignmentError, CheckpointError, DataError, RecipeError, VlmgraftError
+from vlmgraft.hf.models import load_vlm
 from vlmgraft.spectral.factor_store import JoinedStore, open_store
 from vlmgraft.spectral.gate_store import load_gates
 from vlmgraft.storage.jsonl import write_rows
@@ -108,14 +110,21 @@ def test_every_donor_is_matched_on_its_own_questions(
     for name, words in (("sums", "sum 4 5"), ("colours", "colour 1")):
         write_rows(tmp_path / f"{name}.jsonl", [{"question": words}] * 2)
     asked: list[tuple[str, int]] = []
-    ordinary = teacher.build_targets
+    donors: list[weakref.ref[Any]] = []
+    ordinary = learn.hear
 
-    def watched(side: Any, student: Any, questions: Any, **options: Any) -> Any:
-        if side[0] is not student[0]:
-            asked.append((questions[0].question, options["max_new_tokens"]))
-        return ordinary(side, student, questions, **options)
+    def watched(side: Any, questions: Any, student: Any, **options: Any) -> Any:
+        assert not any(donor() for donor in donors), "one donor at a time"
+        donors.append(weakref.ref(side[0]))
+        asked.append((questions[0].question, options["max_new_tokens"]))
+        return ordinary(side, questions, student, **options)
 
-    monkeypatch.setattr("vlmgraft.distillation.distill.build_targets", watched)
+    def loaded(*args: Any, **options: Any) -> Any:
+        assert len(donors) == 2 and not any(donor() for donor in donors), "donors are freed before the VLM is loaded"
+        return load_vlm(*args, **options)
+
+    monkeypatch.setattr(learn, "hear", watched)
+    monkeypatch.setattr(learn, "load_vlm", loaded)
     files = [str(tmp_path / "sums.jsonl"), str(tmp_path / "colours.jsonl")]
     options = {"inject": "donor", "questions": files, "donor_tokens": 9, "inject_weight": 1.0, "steps": 2}
     recipe = recipe_of(trio, image_calibration, [str(trio / "donor"), str(second)], **options)

@@ -24,7 +24,8 @@ from vlmgraft.distillation.distributed import agreed, await_file, barrier, check
 from vlmgraft.distillation.guarantee import check_guarantee, within_budget
 from vlmgraft.distillation.memory import checkpoints
 from vlmgraft.distillation.sharding import shard
-from vlmgraft.distillation.targets import Targets, join_targets
+from vlmgraft.distillation.targets import DONOR_BATCH, Targets, join_targets
+from vlmgraft.distillation.teacher import Heard, hear
 from vlmgraft.distillation.trainer import Training
 from vlmgraft.errors import OutputError, RecipeError, WeightsError
 from vlmgraft.hf.batches import check_lengths
@@ -254,33 +255,43 @@ def reading_of(method: GatedMethod) -> dict[str, Any]:
 
 
 def distiller_for(job: Job, store: Store, out: Path, progress: Progress | None) -> tuple[Distiller, Targets | None]:
-    """The recipe's models and questions, ready to train; with the donors' targets for donor matching."""
+    """The recipe's models and questions, ready to train; with the donors' targets for donor matching.
+
+    Donors answer before the VLM is loaded: no two models are in memory at once.
+    """
     method = job.method
-    learned, held_out, donors, _ = questions_of(job)
+    learned, held_out, _, _ = questions_of(job)
     device = default_device()
     tensors = job.vlm.tensors.values()
     dtype = learning_dtype(device, sum(info.elements for info in tensors), {info.dtype for info in tensors})
-    curvature = isinstance(method, Curvature) or method.start == "curvature"
-    several = process()[1] > 1
+    placed: dict[str, Any] = {"dtype": dtype, "device": device}
+    cache = out.with_name(out.name + ".teacher")
+    heard = _donors_heard(job, placed, cache, progress)
     distiller = Distiller(
-        shard(vlm_shards(job.vlm.path, dtype, device)) if several else load_vlm(job.vlm.path, dtype, device),
+        shard(vlm_shards(job.vlm.path, **placed)) if process()[1] > 1 else load_vlm(job.vlm.path, **placed),
         load_processor(job.vlm.path),
         store,
         learned,
         held_out,
         progress=progress,
-        cache=out.with_name(out.name + ".teacher"),
-        keep_factors=curvature,
+        cache=cache,
+        keep_factors=isinstance(method, Curvature) or method.start == "curvature",
         **reading_of(method),
     )
+    return distiller, join_targets([distiller.targets_of(one) for one in heard]) if heard else None
+
+
+def _donors_heard(job: Job, placed: Mapping[str, Any], cache: Path, progress: Progress | None) -> list[Heard]:
+    """What the donors said to their questions, one loaded after the other; nothing without donor matching."""
+    method, heard = job.method, list[Heard]()
     if not isinstance(method, Frism) or method.inject != "donor":
-        return distiller, None
-    parts = []
-    for alignment, questions in zip(job.alignments, donors, strict=True):
+        return heard
+    student = empty_vlm(job.vlm.path), load_processor(job.vlm.path)
+    options = {**reading_of(method), "max_new_tokens": method.donor_length, "batch_size": DONOR_BATCH}
+    for alignment, questions in zip(job.alignments, questions_of(job).donors, strict=True):
         path = alignment.donor.path
-        donor = shard(text_shards(path, dtype, device)) if several else load_text_model(path, dtype, device)
-        reads = load_processor(path)
-        parts.append(distiller.donor_targets(donor, reads, questions, max_new_tokens=method.donor_length))
+        donor = shard(text_shards(path, **placed)) if process()[1] > 1 else load_text_model(path, **placed)
+        heard.append(hear((donor, load_processor(path)), questions, student, cache=cache, progress=progress, **options))
         del donor
         gc.collect()  # its modules and their hooks refer to each other
-    return distiller, join_targets(parts)
+    return heard

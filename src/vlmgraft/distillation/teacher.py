@@ -41,11 +41,40 @@ Side = tuple[Any, Any]
 _PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
 
+def build_targets(teacher: Side, student: Side, questions: Sequence[Question], **settings: Any) -> Targets:
+    """The teacher's greedy answers and distributions, and the student's inputs for the same answers.
+
+    teacher, student: (model, processor or tokenizer); the same pair when a model teaches itself. They share token ids.
+    settings: as `hear` takes them. Raises DataError when there is nothing to learn from.
+    """
+    return hear(teacher, questions, student, **settings).targets(student)
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What a teacher said to questions, as no student has read it yet: the teacher is not needed any more.
+
+    said: its distributions, a batch at a time. read: the batches as it read them, where it is the student, too.
+    """
+
+    prompts: Prompts
+    said: tuple[Distribution, ...]
+    read: tuple[TargetBatch, ...]
+
+    @torch.no_grad()
+    def targets(self, student: Side) -> Targets:
+        """The same answers, in the batches that a student learns from."""
+        prompts = replace(self.prompts, side=student)
+        read = self.read or map(prompts.batch, range(len(self.said)))
+        batches = tuple(replace(batch, target=said) for batch, said in zip(read, self.said, strict=True))
+        return Targets(batches, len(prompts.questions), tuple(tuple(answer) for answer in prompts.answers))
+
+
 @torch.no_grad()
-def build_targets(
+def hear(
     teacher: Side,
-    student: Side,
     questions: Sequence[Question],
+    student: Side,
     *,
     max_new_tokens: int = 64,
     batch_size: int = 48,
@@ -56,14 +85,14 @@ def build_targets(
     seed: int = 0,
     cache: Path | None = None,
     progress: Progress | None = None,
-) -> Targets:
-    """The teacher's greedy answers and distributions, and the student's inputs for the same answers.
+) -> Heard:
+    """The teacher's greedy answers and its distributions on them.
 
-    teacher, student: (model, processor or tokenizer); the same pair when a model teaches itself. They share token ids.
-    answer_batch_size: of the answering, else `batch_size`. batch_tokens: at most so many in a batch, padding included.
-    packing: "shuffle" mixes questions in a batch, "length" puts similar lengths together (less padding, less mixing).
-    tokens: which positions count: those of the answer, or of all text, prompt included. cache: a folder that keeps
-    the teacher's answers and distributions. Raises DataError when there is nothing to learn from.
+    student: who will read them; of another model than the teacher, its config is looked at and no weight: it may be on
+    the meta device. answer_batch_size: of the answering, else `batch_size`. batch_tokens: at most so many in a batch,
+    padding included. packing: "shuffle" mixes questions in a batch, "length" puts similar lengths together (less
+    padding, less mixing). tokens: which positions count: those of the answer, or of all text, prompt included. cache: a
+    folder that keeps the teacher's answers and distributions. Raises DataError when there is nothing to learn from.
     """
     if not questions:
         raise DataError("no questions to learn from: give at least one")
@@ -78,25 +107,24 @@ def build_targets(
     _check_answers(teacher[0], questions, answers)
     lengths = [prompt + len(answer) for prompt, answer in zip(lengths, answers, strict=True)]
     groups = pack(questions, lengths, batch_size, packing, seed, batch_tokens)
-    sides = {
-        id(side[0]): Prompts(side, questions, answers, groups, image_tokens, tokens) for side in (teacher, student)
-    }
-    reading, learning = sides[id(teacher[0])], sides[id(student[0])]
+    prompts, own = Prompts(teacher, questions, answers, groups, image_tokens, tokens), teacher[0] is student[0]
 
     def log_probabilities(index: int) -> Unit:
         with out_of_memory("reading the teacher's answers", "lower batch_size or max_new_tokens"):
-            target = reading.batch(index, replayed=reading is learning).distribution(teacher[0])
+            target = prompts.batch(index, replayed=own).distribution(teacher[0])
         return {"log_p": target.log_p} | ({} if target.ids is None else {"ids": target.ids.int()})
 
     packed = (packing, batch_size, batch_tokens, seed)
     kind = "targets-" + digest(packed, tokens, TOP_K, FULL_VOCABULARY, sorted(image_tokens))[:8]
-    target_batches: list[TargetBatch] = []
+    said, read = list[Distribution](), list[TargetBatch]()
     for index, unit in enumerate(units.run(kind, len(groups), log_probabilities)):
-        ids = unit["ids"].long().cpu() if "ids" in unit else None
-        target_batches.append(replace(learning.batch(index), target=Distribution(unit["log_p"].cpu(), ids)))
+        said.append(Distribution(unit["log_p"].cpu(), unit["ids"].long().cpu() if "ids" in unit else None))
+        if own:
+            read.append(prompts.batch(index))
         if progress is not None:
             progress(index + 1, len(groups), "targets")
-    return Targets(tuple(target_batches), len(questions), tuple(tuple(answer) for answer in answers))
+    unread = Prompts(student, questions, answers, groups, image_tokens, tokens)  # does not keep the teacher
+    return Heard(unread, tuple(said), tuple(read))
 
 
 @dataclass
