@@ -4,12 +4,14 @@
 
 On policy: the gated model answers the text questions anew every `refresh` steps, and is matched with the donor on those
 tokens; before step `start` on the donor's own answers (arXiv 2510.23497 finds such a start essential). A coin of chance
-`share` says which of both a step takes, so that a step costs as much as before.
+`share` says which of both a step takes, so that a step costs as much as before. The loss is KL(donor ‖ student) as on
+the donor's answers, so that only the prefixes change (2605.16826 calls it DAgger's), or with `reverse` KL(student ‖
+donor), the terms of the KL between whole answers.
 
 Format tokens: the KL from the VLM at chosen tokens of its own answers counts `weight` times (the idea of 2602.22538,
 which projects task vectors on the null space of the features there).
 
-Settings are fixed beforehand and all reported; every row meets the budget on validation prompts.
+Every row meets its budget on validation prompts; no setting is chosen by what it scored.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from experiments.lab.experiments import SCALE, Bench, Job, Row
 from experiments.lab.experiments_jobs import _at, _job, _matched
 from vlmgraft.distillation.distill import Distiller
 from vlmgraft.distillation.targets import DONOR_BATCH, Distribution, TargetBatch, Targets
-from vlmgraft.distillation.teacher import Prompts, before_placeholders, pack, placeholders
+from vlmgraft.distillation.teacher import Heard, Prompts, before_placeholders, pack, placeholders
 from vlmgraft.errors import DataError
 from vlmgraft.hf.batches import Question, generate_batch
 from vlmgraft.hf.models import load_processor
@@ -49,12 +51,14 @@ KINDS = ("five_digits", "difference")
 
 @dataclass(frozen=True)
 class Reverse(Distribution):
-    """A teacher's distributions from which the student's divergence is KL(student ‖ teacher)."""
+    """A teacher's whole distributions (`ids` None), with KL(student ‖ teacher) as the student's divergence."""
 
     def to(self, device: torch.device | str) -> Reverse:
-        return Reverse(self.log_p.to(device), self.ids)
+        """The same distributions elsewhere."""
+        return Reverse(self.log_p.to(device), None)
 
     def kl(self, logits: Float[Tensor, "N vocabulary"]) -> Float[Tensor, " N"]:
+        """KL(student ‖ teacher) per token in nats."""
         log_q = logits.float().log_softmax(-1)
         return (log_q.exp() * (log_q - self.log_p)).sum(-1)
 
@@ -63,7 +67,8 @@ class Reverse(Distribution):
 class OnPolicy(Targets):
     """The donor's answers as targets until step `start`; from there with chance `share` the student's own answers.
 
-    The model answers as it is gated when a batch is asked for: inside a training, with one batch a step.
+    The model answers as it is gated when a batch is asked for. A training with a KL budget and one batch a step sets
+    the gates of that step first at every fourth one: `start` and `refresh` are multiples of it. It cannot be resumed.
     temperature 0: greedy. reverse: KL(student ‖ donor) on the student's tokens, else KL(donor ‖ student) as on the
     donor's.
     """
@@ -103,16 +108,11 @@ class OnPolicy(Targets):
         self.alike.append(sum(map(eq, map(tuple, answers), self.answers)) / len(answers))
         lengths = [length + len(answer) for length, answer in zip(lengths, answers, strict=True)]
         groups = pack(self.text, lengths, DONOR_BATCH, "shuffle", seed)
-        reading, learning = (
-            Prompts(side, self.text, answers, groups, images, "answer") for side in (self.donor, student)
-        )
-        batches = []
-        for index in range(len(groups)):
-            target = reading.batch(index, replayed=False).distribution(self.donor[0])
-            if self.reverse:
-                target = Reverse(target.log_p, target.ids)
-            batches.append(replace(learning.batch(index), target=target))
-        return Targets(tuple(batches), len(self.text), tuple(map(tuple, answers)))
+        donor, unread = (Prompts(side, self.text, answers, groups, images, "answer") for side in (self.donor, student))
+        said = [donor.batch(index, replayed=False).distribution(self.donor[0]) for index in range(len(groups))]
+        if self.reverse:
+            said = [Reverse(each.log_p, each.ids) for each in said]
+        return Heard(unread, tuple(said), ()).targets(student)
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,10 @@ POLICIES: tuple[dict[str, Any], ...] = (
     {"budget": 0.001, "share": 1.0, "start": 24},
     {"budget": 0.003, "share": 1.0, "start": 24, "questions": "five_digits"},
     {"budget": 0.003, "share": 1.0, "start": 24, "questions": "difference"},
+    {"budget": 0.003, "share": 1.0, "start": 0, "questions": "five_digits"},
+    {"budget": 0.003, "share": 1.0, "start": 0, "questions": "five_digits", "reverse": True},
 )
+"""The last two were added when the rows before them were seen."""
 FORMED: tuple[dict[str, Any], ...] = (
     {"budget": 0.003, "inject": "donor", "sums": 0, "weight": 1.0},
     {"budget": 0.003, "inject": "donor", "sums": 0, "weight": 10.0},

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from experiments.lab.on_policy import OnPolicy, weighted
+from experiments.lab.on_policy import OnPolicy, form_kl, tables, weighted
 from vlmgraft.distillation.distill import Distiller
 from vlmgraft.distillation.targets import Targets
 from vlmgraft.errors import DataError
-from vlmgraft.hf.batches import Question, generate_batch
+from vlmgraft.hf.batches import Question, encode, generate_batch
 from vlmgraft.spectral.gates import Gates, constant_gates
+from vlmgraft.storage.jsonl import read_rows
 
 TEXT = [Question(f"sum {i} {i + 3} red {i + 1}") for i in range(6)]
 LONGEST = 6
@@ -69,8 +71,6 @@ def test_the_loss_is_the_divergence_written_out(
 
 
 def prompt_of(reads: Any, question: Question) -> list[int]:
-    from vlmgraft.hf.batches import encode
-
     ids: list[int] = encode(reads, [question])["input_ids"][0].tolist()
     return ids
 
@@ -128,20 +128,29 @@ def test_samples_are_seeded_and_leave_the_generator_alone(distiller: Distiller, 
 
 
 def test_format_tokens_count_their_weight(distiller: Distiller) -> None:
-    """Against a weighted mean written out, token by token."""
-    tokenizer = distiller.processor.tokenizer
-    name = tokenizer.convert_ids_to_tokens(distiller.targets.answers[0][0])
-    heavy = weighted(distiller.targets, [name], 10.0, tokenizer).batches
+    """Against means written out, token by token: of all, weighted, and of those tokens alone."""
+    tokenizer, chosen = distiller.processor.tokenizer, distiller.targets.answers[0][0]
+    heavy = weighted(distiller.targets, [tokenizer.convert_ids_to_tokens(chosen)], 10.0, tokenizer)
+    alone: list[float] = []
     with distiller.applied(opened(distiller, 0.0)) as model, torch.no_grad():
-        for plain, batch in zip(distiller.targets.batches, heavy, strict=True):
+        for plain, batch in zip(distiller.targets.batches, heavy.batches, strict=True):
             total = weights = 0.0
             rows, columns = plain.predicts.nonzero(as_tuple=True)
             for kl, row, column in zip(plain.kl(model).tolist(), rows, columns, strict=True):
-                weight = 10.0 if int(plain.ids[row, column + 1]) == distiller.targets.answers[0][0] else 1.0
+                weight = 10.0 if int(plain.ids[row, column + 1]) == chosen else 1.0
                 total, weights = total + weight * kl, weights + weight
+                alone += [kl] if weight > 1 else []
             assert float(batch.kl(model).mean()) == pytest.approx(total / weights, rel=1e-5)
+        assert form_kl(model, heavy) == pytest.approx(sum(alone) / len(alone), rel=1e-5)
+    assert 0 < len(alone) < distiller.targets.tokens
 
 
 def test_an_answer_without_the_form_is_refused(distiller: Distiller) -> None:
     with pytest.raises(DataError, match=r"no answer of the teacher holds any of <\|vision_end\|>"):
         weighted(distiller.targets, ["<|vision_end|>"], 10.0, distiller.processor.tokenizer)
+
+
+def test_the_tables_are_those_of_their_rows() -> None:
+    rows = Path(__file__).parents[2] / "benchmarks" / "results" / "lab" / "on-policy-0.jsonl"
+    _, *measured = read_rows(rows)
+    assert tables(measured) == rows.with_suffix(".md").read_text(encoding="utf-8")
