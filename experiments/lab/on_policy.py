@@ -5,11 +5,11 @@
 On policy: the gated model answers the text questions anew every `refresh` steps, and is matched with the donor on those
 tokens; before step `start` on the donor's own answers (arXiv 2510.23497 finds such a start essential). A coin of chance
 `share` says which of both a step takes, so that a step costs as much as before. The loss is KL(donor ‖ student) as on
-the donor's answers, so that only the prefixes change (2605.16826 calls it DAgger's), or with `reverse` KL(student ‖
-donor), the terms of the KL between whole answers.
+the donor's answers, so that only the prefixes change (arXiv 2605.16826 calls it DAgger's), or with `reverse`
+KL(student ‖ donor), the terms of the KL between whole answers.
 
-Format tokens: the KL from the VLM at chosen tokens of its own answers counts `weight` times (the idea of 2602.22538,
-which projects task vectors on the null space of the features there).
+Format tokens: the KL from the VLM at chosen tokens of its own answers counts `weight` times (the idea of
+arXiv 2602.22538, which projects task vectors on the null space of the features there).
 
 Every row meets its budget on validation prompts; no setting is chosen by what it scored.
 """
