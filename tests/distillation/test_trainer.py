@@ -106,20 +106,31 @@ def test_of_cut_distributions_the_bound_from_above_is_that_of_the_final_gates(
     assert "held_out_kl_upper" not in distiller.learn(steps=0, kl_budget=0.01).settings, "whole ones need no bound"
 
 
-def test_processes_add_their_sums_and_their_gradients_once_a_step(
+def test_the_parts_of_all_processes_are_added_and_the_energy_term_counts_once(
     distiller: Distiller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each of two has half of the energy term, so that the sum has it once."""
-    added: list[torch.Tensor] = []
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: added.append(tensor.clone()))
-    alone = distiller.learn(steps=1, inject_weight=1e6)
-    assert added == []
-    monkeypatch.setattr(trainer, "process", lambda: (0, 2))
-    together = distiller.learn(steps=1, inject_weight=1e6)
-    sums, gradient = added
-    assert sums.shape == (2,) and gradient.shape == (sum(len(f.s) for f in distiller.factors.values()),)
-    assert float(sums[0]) == pytest.approx(alone.log[0]["kl"], rel=1e-4, abs=1e-6)
-    energy = torch.cat([f.s for f in distiller.factors.values()]).square()
-    slope = -1e6 * 2 * 0.5 * 0.25 * energy / energy.sum() / 2  # of σ(g)² s² at g = 0, halved
-    torch.testing.assert_close(gradient, slope, rtol=1e-2, atol=1e-3 * float(slope.abs().max()))
+    parts: list[torch.Tensor] = []
+    gradients: list[torch.Tensor] = []
+    step = torch.optim.Adam.step
+
+    def watched(self: torch.optim.Adam) -> Any:
+        gradients.append(self.param_groups[0]["params"][0].grad.clone())
+        return step(self)
+
+    def twice(part: torch.Tensor) -> list[torch.Tensor]:
+        parts.append(part.clone())
+        return [part, part]
+
+    monkeypatch.setattr(torch.optim.Adam, "step", watched)
+    alone = distiller.learn(steps=1, inject_weight=0.1)
+    monkeypatch.setattr(trainer, "of_all", twice)
+    together = distiller.learn(steps=1, inject_weight=0.1)
+    (part,) = parts
+    assert part.shape == (sum(len(f.s) for f in distiller.factors.values()) + 1,)
+    assert float(part[-1]) == pytest.approx(alone.log[0]["kl"], rel=1e-4, abs=1e-6)
+    assert together.log[0]["kl"] == pytest.approx(2 * alone.log[0]["kl"], rel=1e-4, abs=1e-6)
     assert together.log[0]["inject"] == alone.log[0]["inject"]
+    energy = torch.cat([f.s for f in distiller.factors.values()]).square()
+    slope = -0.1 * 2 * 0.5 * 0.25 * energy / energy.sum()  # of σ(g)² s² at g = 0
+    for count, gradient in enumerate(gradients, 1):
+        torch.testing.assert_close(gradient, slope + count * part[:-1], rtol=1e-4, atol=1e-6 * float(slope.abs().max()))

@@ -65,7 +65,8 @@ def test_links_to_other_sites_are_of_a_known_form(page: Path) -> None:
 @pytest.mark.parametrize("page", TEXTS, ids=pages.name)
 def test_papers_are_those_that_the_code_cites(page: Path) -> None:
     """An identifier that is mistyped on a page is not in any docstring."""
-    code = "\n".join(path.read_text(encoding="utf-8") for path in (pages.ROOT / "src").rglob("*.py"))
+    files = [path for place in ("src", "experiments") for path in (pages.ROOT / place).rglob("*.py")]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in files)
     known = set(ARXIV.findall(code)) | set(re.findall(r"\d{4}\.\d{5}", (pages.ROOT / "CITATION.cff").read_text()))
     assert set(ARXIV.findall(prose(page))) <= known
 

@@ -227,7 +227,8 @@ def stages(model: Model, work: Work, device: Device = H100, *, rate: float = ASS
     asked = work.questions + work.held_out
     answered, answer_seconds = answering(model, device, asked, work.prompt, work.answer, work.answered)
     again = forward(model, asked * (work.prompt + work.answer), work.prompt + work.answer, asked * work.answer)
-    cached = asked * work.answer * (4 * (TOP_K + 1) + 4 * TOP_K)
+    features = asked * work.prompt * model.shapes.hidden * device.width  # of images; where a prompt has text, fewer
+    cached = features + asked * work.answer * (4 * (TOP_K + 1) + 4 * TOP_K)
     length = work.prompt + work.answer
     tokens, answers = work.batch * length, work.batch * work.answer
     step = gate_step(model.shapes, tokens, length, answers, rank=work.rank, checkpointing=work.checkpointing)
@@ -250,7 +251,7 @@ def stages(model: Model, work: Work, device: Device = H100, *, rate: float = ASS
         ),
         Stage(
             "teacher", answered + again, weights, cached, _answering_memory(model, work),
-            (answer_seconds + again / products) / work.gpus,
+            (answer_seconds + again / products) / work.gpus + features / rate,
         ),
         Stage(
             "gates", learning, weights + 2 * factors, 4.0 * gates, _training_memory(model, work),

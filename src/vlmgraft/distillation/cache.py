@@ -3,7 +3,7 @@
 Layout: `FOLDER/KEY/KIND-0007.safetensors`. A file is written under a temporary name, flushed and renamed, so a killed
 run loses one batch at most. KEY changes with the teacher's weights and configs, its processor, the
 questions with their images' bytes, and the settings: nothing has to be invalidated. Old keys stay until the folder is
-removed; a token costs about half a kilobyte.
+removed; a token that counts costs about half a kilobyte, one of an image its features.
 
 Under torch.distributed the batches are shared out among the processes, which must see the same folder.
 """

@@ -29,6 +29,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from vlmgraft.distillation.distributed import of_all, shared
 from vlmgraft.distillation.gated_layers import frozen
 from vlmgraft.distillation.targets import TargetBatch, Targets
 from vlmgraft.methods.frism import check_budget
@@ -85,19 +86,26 @@ class FisherDiagonal:
 
 
 def estimate_curvature(distiller: Distiller, *, draws: int = 1, seed: int = 0) -> FisherDiagonal:
-    """h of every direction, from `draws` passes over the distiller's calibration set; the model is left as it was."""
-    factors = distiller.factors
-    h = {name: torch.zeros(factor.s.shape) for name, factor in factors.items()}
-    scores = question_gradients if any(value.ndim == 2 for value in h.values()) else tapped_scores
-    generator = torch.Generator().manual_seed(seed)
-    tokens = 0
+    """h of every direction, from `draws` passes over the distiller's calibration set; the model is left as it was.
+
+    Under torch.distributed the batches are shared out, and every process gets the whole h, the bits of one process's.
+    """
+    shapes = {name: factor.s.shape for name, factor in distiller.factors.items()}
+    scores = question_gradients if any(len(shape) == 2 for shape in shapes.values()) else tapped_scores
+    batches = distiller.targets.batches * draws
+    seeds = torch.randint(2**62, (len(batches),), generator=torch.Generator().manual_seed(seed)).tolist()
+    h = torch.zeros(sum(shape.numel() for shape in shapes.values()), device=distiller.model.device)
     with scores(distiller) as scored:
-        for _ in range(draws):
-            for batch in distiller.targets.batches:
-                for name, score in scored(batch, generator):
-                    h[name] += score.square().sum(0).cpu()
-                tokens += int(batch.predicts.sum())
-    return FisherDiagonal({name: value / tokens for name, value in h.items()}, tokens)
+        for (batch, drawn), counts in shared([*zip(batches, seeds, strict=True)]):
+            squares = {name: h.new_zeros(shape) for name, shape in shapes.items()}
+            for name, score in scored(batch, torch.Generator().manual_seed(drawn)):
+                squares[name] += score.square().sum(0)
+            for part in of_all(counts * torch.cat([square.flatten() for square in squares.values()])):
+                h += part
+    tokens = sum(int(batch.predicts.sum()) for batch in batches)
+    parts = (h / tokens).cpu().split([shape.numel() for shape in shapes.values()])
+    means = {name: part.view(shape).clone() for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+    return FisherDiagonal(means, tokens)
 
 
 def curvature_gates(
@@ -116,19 +124,19 @@ def curvature_gates(
     """
     check_budget(kl_budget)
     curvature = estimate_curvature(distiller) if curvature is None else curvature
-    targets = held_out if isinstance(held_out, Targets | None) else distiller.teacher_targets(held_out)
     cuts = _cuts(curvature, distiller.factors, soft)
     low, high, best, reached = -1, len(cuts) - 1, 0.0 if soft else -1.0, 0.0
-    for _ in range(BISECTIONS):
-        if low >= high:
-            break
-        middle = (low + high + 1) // 2
-        gates = curvature.cut(distiller.factors, scale, float(cuts[middle]), soft=soft)
-        kl = distiller.keep_kl(gates, targets)
-        if kl <= kl_budget:
-            low, best, reached = middle, float(cuts[middle]), kl
-        else:
-            high = middle - 1
+    with distiller.measuring(held_out) as measure:
+        for _ in range(BISECTIONS):
+            if low >= high:
+                break
+            middle = (low + high + 1) // 2
+            gates = curvature.cut(distiller.factors, scale, float(cuts[middle]), soft=soft)
+            kl = measure({name: gates.spectrum(name, distiller.factors[name].s) for name in distiller.factors})
+            if kl <= kl_budget:
+                low, best, reached = middle, float(cuts[middle]), kl
+            else:
+                high = middle - 1
     settings = {"kl_budget": kl_budget, "held_out_kl": reached, "cut": best}
     return replace(curvature.cut(distiller.factors, scale, best, settings, soft=soft), factors=distiller.digest)
 

@@ -182,10 +182,12 @@ class Distiller:
             return targets.mean_kl(model)
 
     @contextmanager
-    def measuring(self) -> Iterator[Callable[[Mapping[str, Tensor]], float]]:
-        """Inside the context, a function from spectra (λ σ(g) ⊙ s by tensor name) to the KL on the held-out prompts.
+    def measuring(
+        self, held_out: Sequence[Question] | Targets | None = None
+    ) -> Iterator[Callable[[Mapping[str, Tensor]], float]]:
+        """Inside the context, a function from spectra (λ σ(g) ⊙ s by tensor name) to the KL on prompts (`keep_kl`).
         Factors are put in place once: for many measurements in a row."""
-        targets = self._held_out(None)
+        targets = self._held_out(held_out)
         with self.gated() as layers, torch.no_grad():
 
             def measure(spectra: Mapping[str, Tensor]) -> float:

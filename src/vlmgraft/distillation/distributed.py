@@ -40,6 +40,19 @@ def shared(items: Sequence[T]) -> Iterator[tuple[T, float]]:
         yield (items[at], 1.0) if at < len(items) else (items[0], 0.0)
 
 
+def of_all(part: torch.Tensor) -> list[torch.Tensor]:
+    """Every process's tensor of this shape, in the order of the ranks, in every process.
+
+    What `shared` dealt out is added up in the order of the items in this way, as one process adds it: floating-point
+    sums then have the same bits for any number of processes. What does not count is zero, and adding it changes none.
+    """
+    if process()[1] == 1:
+        return [part]
+    parts = [torch.empty_like(part) for _ in range(process()[1])]
+    torch.distributed.all_gather(parts, part)
+    return parts
+
+
 def agreed(decide: Callable[[], T]) -> T:
     """What the first process decides, in every process: on a network file system they may not see the same files.
 

@@ -11,11 +11,12 @@ no factors are fetched with the weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vlmgraft.distillation.gated_layers import GatedLayers, swap_in
 from vlmgraft.distillation.projections import Backend
@@ -38,7 +39,8 @@ def shard(model: Any) -> Any:
 def gate_and_shard(
     model: Any, projections: Mapping[str, Projection], factors: Mapping[str, Factors], backend: Backend = "auto"
 ) -> tuple[Any, GatedLayers]:
-    """Swap gated layers in and shard, one decoder layer after the other, so that only one layer's factors are whole.
+    """Swap gated layers in and shard, one decoder layer after the other; each process reads its rows of U and Vh alone
+    (of fused experts everything, a layer at a time).
 
     For good: a sharded model is not put back. Of one that is sharded already, the weights stay where they are, in new
     modules; that model is returned. Every process of the group calls this with the same arguments.
@@ -53,11 +55,42 @@ def gate_and_shard(
         inside = {id(module) for module in layer.modules()}
         here = {name: part for name, part in remaining.items() if id(parameter_of(part)[0]) in inside}
         remaining = {name: part for name, part in remaining.items() if name not in here}
-        gates.add(swap_in(model, here, factors, backend)[0])
+        linear = {name: part.weight for name, part in here.items() if isinstance(part, nn.Linear)}
+        gates.add(swap_in(model, here, OwnRows(factors, linear, mesh), backend)[0])
         _shard_layer(layer, mesh)
     gates.add(swap_in(model, remaining, factors, backend)[0])  # raises: every projection is inside a decoder layer
     _tie(model, mesh)
     return model, gates
+
+
+class OwnRows(Mapping[str, Factors]):
+    """Factors whose U and Vh are this process's rows, as `fully_shard` cuts them, for the projections in `like` (their
+    weights, for device and dtype); the others whole. Files are mapped into memory: other rows are not read."""
+
+    def __init__(self, factors: Mapping[str, Factors], like: Mapping[str, Tensor], mesh: Any) -> None:
+        self.factors, self.like, self.mesh = factors, like, mesh
+
+    def __getitem__(self, name: str) -> Factors:
+        whole = self.factors[name]
+        if name not in self.like:
+            return whole
+        return replace(whole, U=self._rows(whole.U, self.like[name]), Vh=self._rows(whole.Vh, self.like[name]))
+
+    def _rows(self, whole: Tensor, like: Tensor) -> Tensor:
+        from torch.distributed.tensor import DTensor, Shard
+
+        parts, rank = whole.chunk(self.mesh.size()), self.mesh.get_local_rank()
+        rows = parts[rank] if rank < len(parts) else whole[:0]
+        local = rows.to(like.device, like.dtype).contiguous()
+        return DTensor.from_local(
+            local, self.mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=(whole.shape[1], 1)
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.factors)
+
+    def __len__(self) -> int:
+        return len(self.factors)
 
 
 def group_mesh(device: torch.device) -> Any:

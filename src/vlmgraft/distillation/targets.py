@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from vlmgraft.distillation.distributed import process, shared
+from vlmgraft.distillation.distributed import of_all, process, shared
 from vlmgraft.hf.batches import Batch
 from vlmgraft.hf.capture import Captured, head_logits, plain, replay, replay_hidden
 
@@ -216,10 +216,9 @@ class Targets:
             else:
                 logits = plain(model, moved(batch.inputs, model.device), batch.predicts.to(model.device))
                 kl = batch.target.to(model.device).kl(logits)
-            sums += weight * torch.tensor([float(kl.double().sum()), len(kl)], dtype=torch.float64)
-        if process()[1] > 1:
-            sums = sums.to(model.device)
-            torch.distributed.all_reduce(sums)
+            own = weight * torch.tensor([float(kl.double().sum()), len(kl)], dtype=torch.float64)
+            for part in of_all(own.to(model.device) if process()[1] > 1 else own):
+                sums += part.cpu()
         return float(sums[0] / sums[1])
 
     @torch.no_grad()

@@ -1,7 +1,8 @@
 """What the teacher computes, once: its greedy answers, and its distributions on their tokens (or on all text tokens).
 
 Both are kept in a `UnitCache`, a batch at a time, so that an interruption costs one batch and a second run nothing.
-The student's inputs are made anew: they are what the processor and the frozen vision tower give.
+The student's inputs are made anew: they are what the processor and the frozen vision tower give. Of a model
+that teaches itself the tower runs once for each image, while it answers: its features are kept with the answers.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from vlmgraft.hf.batches import (
     text_positions,
     to_device,
 )
-from vlmgraft.hf.capture import capture_text_inputs, replay_is_exact
+from vlmgraft.hf.capture import Captured, capture_text_inputs, replay_is_exact
+from vlmgraft.hf.features import ImageFeatures
 from vlmgraft.hf.modules import is_sharded, tokenizer_of
 from vlmgraft.storage.resources import out_of_memory
 
@@ -101,17 +103,22 @@ def hear(
     answering = answer_batch_size or batch_size
     key = digest(teacher_digest(*teacher), questions_digest(questions), max_new_tokens, answering) if cache else ""
     units = UnitCache(cache, key)
-    answers, lengths = _answers(teacher, questions, max_new_tokens, answering, units, progress)
     image_tokens = placeholders(teacher[0]) | placeholders(student[0])
+    features = ImageFeatures(teacher[0], image_tokens)
+    answers, lengths = _answers(teacher, questions, max_new_tokens, answering, units, features, progress)
     answers = [before_placeholders(image_tokens, answer) for answer in answers]
     _check_answers(teacher[0], questions, answers)
     lengths = [prompt + len(answer) for prompt, answer in zip(lengths, answers, strict=True)]
     groups = pack(questions, lengths, batch_size, packing, seed, batch_tokens)
-    prompts, own = Prompts(teacher, questions, answers, groups, image_tokens, tokens), teacher[0] is student[0]
+    prompts = Prompts(teacher, questions, answers, groups, image_tokens, tokens, features)
+    own, fresh = teacher[0] is student[0], dict[int, TargetBatch]()
 
     def log_probabilities(index: int) -> Unit:
         with out_of_memory("reading the teacher's answers", "lower batch_size or max_new_tokens"):
-            target = prompts.batch(index, replayed=own).distribution(teacher[0])
+            batch = prompts.batch(index, replayed=own)
+            target = batch.distribution(teacher[0])
+        if own:
+            fresh[index] = batch
         return {"log_p": target.log_p} | ({} if target.ids is None else {"ids": target.ids.int()})
 
     packed = (packing, batch_size, batch_tokens, seed)
@@ -120,7 +127,7 @@ def hear(
     for index, unit in enumerate(units.run(kind, len(groups), log_probabilities)):
         said.append(Distribution(unit["log_p"].cpu(), unit["ids"].long().cpu() if "ids" in unit else None))
         if own:
-            read.append(prompts.batch(index))
+            read.append(fresh.pop(index) if index in fresh else prompts.batch(index))
         if progress is not None:
             progress(index + 1, len(groups), "targets")
     unread = Prompts(student, questions, answers, groups, image_tokens, tokens)  # does not keep the teacher
@@ -137,25 +144,30 @@ class Prompts:
     groups: Sequence[Sequence[int]]
     placeholders: set[int]
     tokens: Tokens
+    features: ImageFeatures | None = None
     exact: bool | None = None
-    last: tuple[int, TargetBatch] | None = None
 
     def batch(self, index: int, *, replayed: bool = True) -> TargetBatch:
         """Batch `index` without a target, on the CPU; with the text model's inputs captured, if replay is exact."""
-        if self.last is not None and self.last[0] == index:
-            return self.last[1]
         model = self.side[0]
         inputs, predicts = self._inputs(index)
         captured = None
         if replayed:
-            on_device = moved(inputs, model.device)
-            if self.exact is None:
-                self.exact = replay_is_exact(model, on_device, predicts.to(model.device))
-            captured = moved(capture_text_inputs(model, on_device), "cpu") if self.exact else None
+            captured = self._captured(self.groups[index], moved(inputs, model.device), predicts)
         read: Callable[[], Batch] = (lambda: self._inputs(index)[0]) if captured is not None else (lambda: inputs)
-        batch = TargetBatch(inputs["input_ids"], read, captured, predicts, Distribution(torch.empty(0), None))
-        self.last = (index, batch)
-        return batch
+        return TargetBatch(inputs["input_ids"], read, captured, predicts, Distribution(torch.empty(0), None))
+
+    def _captured(self, numbers: Sequence[int], inputs: Batch, predicts: Tensor) -> Captured | None:
+        """What the text model is given, on the CPU; None where its replay is not exact, found out with the first."""
+        model, captured, agreed = self.side[0], Captured(), False
+        features = self.features or ImageFeatures(model, self.placeholders)
+        while self.exact is not False and not agreed:
+            with features.recalled(numbers):
+                captured = capture_text_inputs(model, inputs)
+                if self.exact is None:
+                    self.exact = replay_is_exact(model, inputs, predicts.to(model.device))
+            agreed = features.agree(numbers, inputs["input_ids"], captured)
+        return moved(captured, "cpu") if self.exact else None
 
     def _inputs(self, index: int) -> tuple[Batch, Tensor]:
         """What the model reads, on the CPU, and which positions count."""
@@ -174,6 +186,7 @@ def _answers(
     max_new_tokens: int,
     batch_size: int,
     cache: UnitCache,
+    features: ImageFeatures,
     progress: Progress | None,
 ) -> tuple[list[list[int]], list[int]]:
     """The teacher's greedy answers as token ids and the prompts' lengths in tokens, in the order of the questions."""
@@ -183,12 +196,14 @@ def _answers(
     )  # a step more, as long as another process answers
 
     def answer(index: int) -> Unit:
-        replies, prompts = generate_batch(*teacher, [questions[i] for i in groups[index]], max_new_tokens, together)
+        with features.recorded() as images:
+            replies, prompts = generate_batch(*teacher, [questions[i] for i in groups[index]], max_new_tokens, together)
         flat = torch.tensor([token for reply in replies for token in reply], dtype=torch.int64)
         return {
             "lengths": torch.tensor([len(reply) for reply in replies]),
             "tokens": flat,
             "prompts": torch.tensor(prompts),
+            **images,
         }
 
     answers: list[list[int]] = [[] for _ in questions]
@@ -198,6 +213,7 @@ def _answers(
         rows = unit["tokens"].split(unit["lengths"].tolist())
         for index, answer_ids, length in zip(indices, rows, unit["prompts"].tolist(), strict=True):
             answers[index], lengths[index] = answer_ids.tolist(), length
+        features.keep(indices, unit)
         done += len(indices)
         if progress is not None:
             progress(done, len(questions), "answers")

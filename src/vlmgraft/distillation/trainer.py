@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vlmgraft.checkpoint.writer import save_tensors
 from vlmgraft.distillation.budget import BudgetControl, FixedWeight, Rotation, largest_within
-from vlmgraft.distillation.distributed import agreed, check_same, process, shared
+from vlmgraft.distillation.distributed import agreed, check_same, of_all, process, shared
 from vlmgraft.distillation.gate_vector import GateVector, Granularity
 from vlmgraft.distillation.gated_layers import GatedLayers
 from vlmgraft.distillation.targets import TargetBatch, Targets
@@ -156,23 +156,20 @@ class GateTrainer:
 
     def _step(self, keep: Sequence[TargetBatch], donor: Sequence[TargetBatch]) -> dict[str, float]:
         """One gradient step over all batches of all processes; returns its figures."""
-        world = process()[1]
         weight: float = self.control.weight
         logits = self.vector.logits
-        self.optimizer.zero_grad(set_to_none=True)
         share = self.vector.spectra(self.training.scale)[1]
-        ((0.0 if donor else -weight / world) * share).backward()
+        gradient = _slope((0.0 if donor else -weight) * share, logits)
         sums = torch.zeros(2, device=logits.device)
         terms: tuple[tuple[Sequence[TargetBatch], float], ...] = ((keep, 1.0), (donor, weight))
         for index, (batches, factor) in enumerate(terms):
             for batch, counts in shared(batches):
                 self.layers.set(self.vector.spectra(self.training.scale)[0])
                 kl = counts * batch.kl(self.model).mean() / len(batches)
-                (factor * kl).backward()
-                sums[index] += kl.detach()
-        if world > 1 and logits.grad is not None:
-            torch.distributed.all_reduce(sums)
-            torch.distributed.all_reduce(logits.grad)
+                for part in of_all(torch.cat([_slope(factor * kl, logits), kl.detach()[None]])):
+                    gradient += part[:-1]
+                    sums[index] += part[-1]
+        logits.grad = gradient
         kept, energy = float(sums[0]), float(share.detach())
         injection = float(sums[1]) if donor else -energy
         loss = kept + weight * injection
@@ -282,3 +279,12 @@ class GateTrainer:
         for key, value in rest["control"].items():
             setattr(self.control, key, value)
         return int(rest["step"])
+
+
+def _slope(value: Tensor, logits: Tensor) -> Tensor:
+    """The gradient at the logits, whose own is empty afterwards. By a backward pass: FSDP2's hooks are of one."""
+    logits.grad = None
+    value.backward()
+    slope, logits.grad = logits.grad, None
+    assert slope is not None
+    return slope

@@ -1,0 +1,158 @@
+"""What a frozen vision tower made of images, kept, so that it runs once for each.
+
+The features of a question's images are taken where they end up while the question is answered: in the text model's
+inputs, at the placeholders of images (Qwen3-VL's deeper ones beside them). When its batch is captured, whatever other
+questions are in it then, they are given back in the place of tower and projector, by the method `get_image_features`
+that transformers' models have. What the text model is given then is compared with what it was given first; a model in
+which they differ runs its tower again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from vlmgraft.hf.modules import text_model
+
+DEEPER = "deepstack_visual_embeds"
+COUNTS, LISTS, PART = "image_counts", "image_lists", "image_part"
+Rows = tuple[Tensor, ...]
+"""Of a question, on the CPU: [tokens, hidden] at its placeholders, and as many for each of Qwen3-VL's first layers."""
+
+
+class ImageFeatures:
+    """Features by the number of a question; none of models without `get_image_features`, whose tower runs every time.
+
+    placeholders: token ids that stand for images.
+    """
+
+    def __init__(self, model: Any, placeholders: Collection[int]) -> None:
+        self.model, self.placeholders = model, torch.tensor(sorted(placeholders))
+        encoders = [module for module in model.modules() if hasattr(module, "get_image_features")]
+        self.encoder: Any = encoders[-1] if encoders else None  # others hand on to it
+        self.rows: dict[int, Rows] = {}
+        self.lists = (False, False)
+
+    @contextmanager
+    def recorded(self) -> Iterator[dict[str, Tensor]]:
+        """Inside the context a batch of questions is answered; afterwards its features, for `keep`, are in what is
+        yielded, or nothing where it has no images."""
+        ids, lists, found = list[Tensor | None](), list[Tensor](), dict[str, Tensor]()
+
+        def read(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            ids.append(kwargs.get("input_ids"))
+
+        def given(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            prompt = ids[0] if len(ids) == 1 and lists else None  # and not what follows it
+            rows = [] if prompt is None else self._rows(prompt, kwargs)
+            if rows:
+                found[COUNTS], found[LISTS] = torch.tensor([len(row[0]) for row in rows]), lists[0]
+                parts = enumerate(zip(*rows, strict=True))
+                found.update({f"{PART}_{number:03d}": torch.cat(part) for number, part in parts})
+
+        def noted(ordinary: Callable[[], Any]) -> Any:
+            output = ordinary()
+            pooled, deeper = (
+                getattr(output, "pooler_output", None),
+                getattr(output, "deepstack_features", None) or [None],
+            )
+            if pooled is not None:  # in one tensor, or in a list of them
+                lists.append(torch.tensor([isinstance(one, list | tuple) for one in (pooled, deeper[0])]))
+            return output
+
+        hooks = [
+            module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+            for module, hook in ((self.model, read), (text_model(self.model), given))
+        ]
+        try:
+            with self._encoding(noted):
+                yield found
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def keep(self, numbers: Sequence[int], found: Mapping[str, Tensor]) -> None:
+        """Keep what was recorded of these questions; nothing where nothing was."""
+        if COUNTS not in found or self.encoder is None:
+            return
+        counts, self.lists = found[COUNTS].tolist(), (bool(found[LISTS][0]), bool(found[LISTS][1]))
+        names = sorted(name for name in found if name.startswith(PART))
+        parts = [found[name].cpu().split(counts) for name in names]
+        self.rows.update(zip(numbers, zip(*parts, strict=True), strict=True))
+
+    @contextmanager
+    def recalled(self, numbers: Sequence[int]) -> Iterator[None]:
+        """Inside the context one batch of these questions is read, as often as it takes: with the features that are
+        kept, else the tower runs once."""
+        kept: list[Any] = [self._joined(numbers)] if self.rows.keys() >= set(numbers) else []
+
+        def once(ordinary: Callable[[], Any]) -> Any:
+            if not kept:
+                kept.append(ordinary())
+            return kept[0]
+
+        with self._encoding(once):
+            yield
+
+    def agree(self, numbers: Sequence[int], ids: Tensor, given: Mapping[str, Any]) -> bool:
+        """Whether the text model was given, in this batch, what is kept of its questions; what does not agree is
+        forgotten, and nothing is kept any more. Kept features are freed in any case."""
+        known = [self.rows.pop(number) for number in numbers if number in self.rows]
+        same = len(known) < len(numbers) or [*map(_bits, self._rows(ids, given))] == [*map(_bits, known)]
+        if not same:
+            self.rows.clear()
+            self.encoder = None
+        return same
+
+    @contextmanager
+    def _encoding(self, encode: Callable[[Callable[[], Any]], Any]) -> Iterator[None]:
+        """Inside the context `encode` is asked for features, and is handed what would compute them."""
+        if self.encoder is None:
+            yield
+            return
+        encoder, ordinary = self.encoder, self.encoder.get_image_features
+        own = vars(encoder).get("get_image_features")  # somebody else's, in the place of the class's
+
+        @wraps(ordinary)  # transformers looks at the arguments' names
+        def answered(*args: Any, **kwargs: Any) -> Any:
+            return encode(lambda: ordinary(*args, **kwargs))
+
+        encoder.get_image_features = answered
+        try:
+            yield
+        finally:
+            del encoder.get_image_features
+            if own is not None:
+                encoder.get_image_features = own
+
+    def _rows(self, ids: Tensor, given: Mapping[str, Any]) -> list[Rows]:
+        """The features of every row of a batch; [] where they do not stand at the placeholders."""
+        embeds = given.get("inputs_embeds")
+        at = torch.isin(ids, self.placeholders.to(ids.device))
+        if embeds is None or at.shape != embeds.shape[:2]:
+            return []
+        counts, parts = at.sum(1).tolist(), [embeds[at.to(embeds.device)], *(given.get(DEEPER) or ())]
+        if any(len(part) != sum(counts) for part in parts):
+            return []
+        return list(zip(*(part.cpu().split(counts) for part in parts), strict=True))
+
+    def _joined(self, numbers: Sequence[int]) -> Any:
+        """The features of these questions' images as the model has them."""
+        parts = [
+            torch.cat(part).to(self.model.device) for part in zip(*map(self.rows.__getitem__, numbers), strict=True)
+        ]
+        pooled, *deeper = parts
+        lists, deep_lists = self.lists
+        output: Any = BaseModelOutputWithPooling(pooler_output=(pooled,) if lists else pooled)
+        output.deepstack_features = [(part,) if deep_lists else part for part in deeper]
+        return output
+
+
+def _bits(rows: Rows) -> list[bytes]:
+    return [row.contiguous().view(torch.uint8).numpy().tobytes() for row in rows]
