@@ -16,6 +16,8 @@ MAX_LAYERS = 10_000
 """Layers or experts that a config may speak of; of layers, no more than the checkpoint has tensors."""
 MAX_TENSOR_NAME = 200
 """Bytes of a tensor's name: a file of factors is called after it."""
+MAX_FILE_NAME = 255
+"""Bytes of the name of a shard: more than that no file system takes."""
 MAX_TOKENIZER = 64_000_000
 """Bytes of a tokenizer's file; the largest published ones have half of it."""
 MAX_TOKEN = 10_000
