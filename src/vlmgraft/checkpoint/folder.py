@@ -8,7 +8,7 @@ from pathlib import Path
 from vlmgraft.checkpoint import adapter
 from vlmgraft.checkpoint.files import INDEX, SINGLE, load_json
 from vlmgraft.errors import CheckpointError
-from vlmgraft.storage.limits import MAX_HEADER, MAX_FILE_NAME, MAX_TENSORS
+from vlmgraft.storage.limits import MAX_FILE_NAME, MAX_HEADER, MAX_TENSORS
 
 
 def is_folder(source: str | Path) -> bool:
@@ -97,7 +97,8 @@ def _weight_map(index: Path) -> dict[str, str]:
             raise CheckpointError(f"{index}: weight_map gives {name!r:.120} {shard!r:.60}, no file name; {again}")
     for shard, name in {shard: name for name, shard in weight_map.items()}.items():
         plain = Path(shard).name == shard and shard not in ("", "..") and not set(shard) & set("\\:")
-        if not plain or not shard.isprintable() or not shard.endswith(".safetensors") or len(shard.encode()) > MAX_FILE_NAME:
+        plain = plain and shard.isprintable() and shard.endswith(".safetensors")
+        if not plain or len(shard.encode()) > MAX_FILE_NAME:
             raise CheckpointError(
                 f"{index}: weight_map says that {name!r:.120} is in {shard!r:.120}; only plain file names, of "
                 f".safetensors beside the index, are followed; {again}"
