@@ -26,6 +26,7 @@ from vlmgraft.distillation.learn import distiller_for
 from vlmgraft.recipe.resolve import resolve
 from vlmgraft.spectral.factor_store import open_store
 from vlmgraft.spectral.gate_store import load_gates
+from vlmgraft.storage.files import make_folder
 from vlmgraft.storage.jsonl import write_json
 
 if TYPE_CHECKING:
@@ -174,4 +175,5 @@ class _Stages:
 
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
-            write_json(self.table.folder / "learned" / f"{self.name}.json", self.facts)
+            make_folder(folder := self.table.folder / "learned")
+            write_json(folder / f"{self.name}.json", self.facts)
