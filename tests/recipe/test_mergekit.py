@@ -230,3 +230,33 @@ def test_options_that_differ_or_have_no_counterpart_are_refused() -> None:
         translate(raw)
     with pytest.raises(RecipeError, match="rescale: ties does not rescale"):
         translate(mergekit("ties", 1.0, 0.5, parameters={"rescale": True}))
+
+
+VALUES = ([], [1], {}, {"a": []}, None, True, -1, 1e400, "", "x" * 5000, [{"model": "v"}], {"path": []})
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare_linear", "slerp", "sce", "model_stock", "della"])
+def test_any_value_at_any_key_is_translated_or_refused(method: str) -> None:
+    """Lists and mappings where names are looked up, numbers where mappings are: a sentence, never a traceback."""
+
+    def whole() -> dict[str, Any]:
+        raw = mergekit(method, 1.0, 0.3, parameters={"density": 0.5, "t": 0.3}, dtype="bfloat16", tokenizer_source="x")
+        raw["models"][1]["model"] = {"model": {"path": "d", "revision": "main"}, "lora": {"path": "l"}}
+        return raw
+
+    for value in VALUES:
+        for key in whole():
+            _translated_or_refused({**whole(), key: value})
+        for key in ("model", "parameters"):
+            raw = whole()
+            raw["models"][1][key] = value
+            _translated_or_refused(raw)
+        for key in ("weight", "density", "t", "lambda", "normalize", "rescale", "epsilon", "gamma", "select_topk"):
+            _translated_or_refused({**whole(), "parameters": {key: value}})
+
+
+def _translated_or_refused(raw: dict[str, Any]) -> None:
+    try:
+        load_recipe(raw, need_method=False)
+    except RecipeError as error:
+        assert str(error).strip()

@@ -70,19 +70,21 @@ def translate(raw: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
             "slices: not read from mergekit recipes; write vlm:, donor:, donor_base: and choose `layers: 0-27`"
         )
     name = raw.get("merge_method")
-    if name not in SHARED:
-        raise RecipeError(f"merge_method: {name!r} is not shared with mergekit; shared are {', '.join(SHARED)}. {_HOW}")
+    if not isinstance(name, str) or name not in SHARED:
+        raise RecipeError(
+            f"merge_method: {name!r:.80} is not shared with mergekit; shared are {', '.join(SHARED)}. {_HOW}"
+        )
     for key in raw:
         if key not in (*_ONLY_MERGEKIT, *_DROPPED, "parameters"):
             raise RecipeError(f"{key}: this key of a mergekit recipe has no counterpart. {_HOW}")
-    shared = _known(raw.get("parameters") or {}, "parameters", str(name))
-    (vlm, ours), (donor, theirs), base, notes = _roles(raw, str(name))
+    shared = _known(raw.get("parameters") or {}, "parameters", name)
+    (vlm, ours), (donor, theirs), base, notes = _roles(raw, name)
     notes += [f"{key}: dropped, {why}" for key, why in _DROPPED.items() if key in raw]
-    if str(name).startswith(("dare", "della")):
+    if name.startswith(("dare", "della")):
         notes.append(f"{name}: other entries are dropped than mergekit's, whose random numbers are its own")
     if name in _ELECTING:
         notes.append(f"{name}: where weighted task vectors cancel, nothing is added; mergekit adds the positive ones")
-    if str(name).startswith("dare") and shared.get("rescale", True):
+    if name.startswith("dare") and shared.get("rescale", True):
         notes.append("dare: what is kept is divided by the density; mergekit gives every tensor its L1 norm back")
     recipe: dict[str, Any] = {"vlm": vlm, "donor": donor, "modules": ["all"]}
     if base is not None and name not in _BASELESS:
@@ -92,7 +94,7 @@ def translate(raw: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     if name == "slerp":
         recipe["method"] = {"name": name, "t": _slerp_share(shared, base_is_vlm=base == vlm)}
     else:
-        recipe["method"] = _method(str(name), ours, theirs, shared)
+        recipe["method"] = _method(name, ours, theirs, shared)
     return recipe, (*notes, "mergekit recipe translated; modules: [all] but embeddings and head, which stay the VLM's")
 
 
