@@ -62,13 +62,14 @@ def learned(table: Table, method: str) -> tuple[Change, tuple[float, ...]]:
 
 def recipe(table: Table, method: str, budget: float = BUDGET) -> dict[str, Any]:
     """The recipe of a method of gates under a budget of KL."""
-    data, options = table.trio.folder / "data", dict(GATES[method])
-    calibration: dict[str, Any] = {"samples": 256, "held_out": 128, "max_new_tokens": 48, "batch_size": 16}
+    data, options, sizes = table.trio.folder / "data", dict(GATES[method]), table.trio.sizes
+    calibration: dict[str, Any] = {"samples": sizes.calibration, "held_out": sizes.held_out}
+    calibration |= {"max_new_tokens": 48, "batch_size": 16}
     calibration["data"] = str(data / "calibration.jsonl")
     if questions := options.pop("questions", None):
         options["questions"] = str(data / f"{questions}.jsonl")
     if options.setdefault("name", "frism") == "frism":
-        options["steps"] = 50
+        options["steps"] = sizes.gate_steps
     settings = {"kl_budget": budget, "seed": table.trio.seed, "calibration": calibration}
     return {**table.sources, "method": {**options, **settings}}
 
@@ -115,7 +116,12 @@ def _all_weights(table: Table) -> Change:
             assert donor is not None
             with torch.autocast(distiller.model.device.type, training_dtype()):
                 trained = learn_weights(
-                    distiller, donor, kl_budget=BUDGET, steps=50, learning_rate=5e-5, seed=table.trio.seed
+                    distiller,
+                    donor,
+                    kl_budget=BUDGET,
+                    steps=table.trio.sizes.gate_steps,
+                    learning_rate=5e-5,
+                    seed=table.trio.seed,
                 )
             took("weights")
             took.facts |= {"settings": dict(trained.settings), "log": list(trained.log)}
@@ -129,12 +135,13 @@ def _tuned(table: Table, method: str) -> Change:
     if not out.is_dir():
         sources = {key: table.sources[key] for key in ("vlm", "donor", "donor_base")}
         arguments = {
-            "max_steps": 60,
+            "max_steps": table.trio.sizes.tune_steps,
             "per_device_train_batch_size": 8,
             "learning_rate": 1e-5,
             "warmup_steps": 5,
             "lr_scheduler_type": "cosine",
             "bf16": training_dtype() == torch.bfloat16,
+            "use_cpu": not torch.cuda.is_available(),
             "logging_steps": 5,
             "save_steps": 20,
             "seed": table.trio.seed,

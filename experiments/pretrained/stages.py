@@ -43,11 +43,15 @@ class Sizes:
     distil_steps: int = 100
     asked: int = 200
     exam: int = 150
+    calibration: int = 256
+    held_out: int = 128
+    gate_steps: int = 50
+    tune_steps: int = 60
 
     @classmethod
     def smoke(cls) -> Sizes:
         """A few steps of everything."""
-        return cls(64, 2, 16, 2, 2, 32, 4, 4, 1, 1, 4, 3)
+        return cls(64, 2, 16, 2, 2, 32, 4, 4, 1, 1, 4, 3, 4, 4, 1, 1)
 
 
 @dataclass
