@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-import shlex
-import sys
 import time
 from pathlib import Path
 
@@ -45,7 +43,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything, to see that it runs")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     given = parser.parse_args(arguments)
-    given.words = ["R" if word == str(given.root) else word for word in arguments or sys.argv[1:]]
     torch.set_num_threads(given.threads)
     if reason := models.missing():
         print(reason)
@@ -88,7 +85,7 @@ def measure(trio: Trio, given: argparse.Namespace) -> None:
         table.where(given.scale)
     else:
         table.run(given.methods.split(","), [float(scale) for scale in given.curve.split(",")])
-    publish(table, RESULTS, shlex.join(["python", "-m", "experiments.pretrained", *given.words]))
+    publish(table, RESULTS)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import numpy as np
 import torch
 import transformers
 
-from experiments.pretrained.table import Table, score
+from experiments.pretrained.learned import LEARNED
+from experiments.pretrained.table import METHODS, Table, score
 from vlmgraft.evaluation.intervals import bootstrap, score_interval
 from vlmgraft.storage.jsonl import read_rows, write_json, write_text
 
@@ -107,7 +109,16 @@ def _figures(row: Row) -> list[str]:
     return [row["setting"], sums, f"{100 * chain.mean():.0f}", given, perception, f"{row['kl']:.4f}"]
 
 
-def publish(measured: Table, folder: Path, command: str) -> Path:
+def command(measured: Table, rows: Sequence[Row]) -> str:
+    """What measures these rows, which may have come by several runs."""
+    methods = ",".join(dict.fromkeys(row["method"] for row in rows if row["method"] in (*METHODS, *LEARNED)))
+    words = ["table", "--root", "R", "--seed", str(measured.trio.seed), "--methods", methods]
+    words += ["--replay-sums"] * (measured.vlm == "vlm-replay")
+    words += ["--kind", measured.donor.removeprefix("donor-")] * (measured.donor != "donor")
+    return shlex.join(["python", "-m", "experiments.pretrained", *words])
+
+
+def publish(measured: Table, folder: Path) -> Path:
     """Write the rows with what they were measured by, and the table, to `folder`."""
     rows = [
         {key: value for key, value in row.items() if key not in ("said", "kl_prompts")}
@@ -121,9 +132,10 @@ def publish(measured: Table, folder: Path, command: str) -> Path:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-    facts = {"command": command, "seed": measured.trio.seed, "versions": versions, "made": made, "learned": learned}
+    told = command(measured, rows)
+    facts = {"command": told, "seed": measured.trio.seed, "versions": versions, "made": made, "learned": learned}
     write_json(folder / f"{name}.json", {**facts, "rows": rows})
-    write_text(folder / f"{name}.md", f"`{command}`\n\n{table(rows)}")
+    write_text(folder / f"{name}.md", f"`{told}`\n\n{table(rows)}")
     if any(row["method"].startswith("only ") for row in rows):
         write_text(folder / f"{name}-where.md", where_table(rows))
     write_text(folder / f"{name}-spectra.md", spectra_table(measured.spectra()))
