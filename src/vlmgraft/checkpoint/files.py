@@ -72,15 +72,16 @@ def kind_of(mode: int) -> str:
 def parse_json(raw: bytes, where: str, *, strict: bool = True) -> dict[str, Any]:
     """A JSON object in UTF-8 with not more values than a checkpoint can need.
 
-    strict: as the standard has it, no key twice and no NaN; configs written by Python hold Infinity now and then.
+    strict: as the standard has it, no key twice and no NaN; configs written by Python hold Infinity now and then. -0 is
+    no whole number then, as in the safetensors library.
     Raises:
         CheckpointError: naming `where`.
     """
     if raw.count(b",") > _COMMAS * MAX_TENSORS or raw.count(b"[") + raw.count(b"{") > 3 * MAX_TENSORS:
         raise CheckpointError(f"{where} holds more than {MAX_TENSORS:,} tensors can need; shard the checkpoint anew")
     try:
-        options: dict[str, Any] = {"object_pairs_hook": _unique, "parse_constant": _no_constant} if strict else {}
-        document = json.loads(raw.decode("utf-8"), **options)
+        options: dict[str, Any] = {"object_pairs_hook": _unique, "parse_constant": _no_constant, "parse_int": _whole}
+        document = json.loads(raw.decode("utf-8"), **options if strict else {})
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} is not valid JSON ({error}); download it again") from None
     if not isinstance(document, dict):
@@ -98,6 +99,10 @@ def load_json(file: Path, limit: int = MAX_JSON, *, strict: bool = False) -> dic
     if len(raw) > limit:
         raise CheckpointError(f"{file}: has more than {limit:,} bytes, which no such file needs; download it again")
     return parse_json(raw, f"{file}:", strict=strict)
+
+
+def _whole(text: str) -> int | float:
+    return -0.0 if text == "-0" else int(text)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
