@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import vlmgraft as vg
@@ -126,7 +126,7 @@ def _all_weights(table: Table) -> Change:
             took("weights")
             took.facts |= {"settings": dict(trained.settings), "log": list(trained.log)}
         save_tensors(dict(trained.weights), file)
-    return _towards(table, file)
+    return _towards(table, load_file(file))
 
 
 def _tuned(table: Table, method: str) -> Change:
@@ -152,14 +152,13 @@ def _tuned(table: Table, method: str) -> Change:
             done = vg.tune({**sources, "prior": PRIORS[method], "data": data, "train": arguments}, out)
             took("tune")
             took.facts |= {"settings": {"prior": PRIORS[method], "train": arguments}, "log": list(done.log)}
-    return _towards(table, out)
+    with Reader(open_checkpoint(out)) as reader:
+        return _towards(table, {tensor.name: reader.tensor(tensor.name) for tensor in table.alignment.merged})
 
 
-def _towards(table: Table, path: Path) -> Change:
-    """A part of the way to the weights of a file or folder, of the projections."""
-    with Reader(open_checkpoint(path)) as reader:
-        weights = {str(tensor.role): reader.tensor(tensor.name).float() for tensor in table.alignment.merged}
-    whole = table.changes(weights)
+def _towards(table: Table, weights: Mapping[str, Tensor]) -> Change:
+    """A part of the way to these weights, by tensor name, of the projections."""
+    whole = table.changes({str(tensor.role): weights[tensor.name].float() for tensor in table.alignment.merged})
     return lambda strength: {role: strength * change for role, change in whole.items()}
 
 

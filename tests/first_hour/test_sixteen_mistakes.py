@@ -232,6 +232,8 @@ TWICE = """
 import os, signal, threading
 from vlmgraft import cli, pipeline
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start what runs in the background with it ignored
+
 def merge(*_, **__):
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
     threading.Timer(0.7, os.kill, (os.getpid(), signal.SIGINT)).start()
