@@ -45,11 +45,13 @@ def fuzz_round(target: str, state: Path, seconds: int) -> dict[str, Any]:
     text = log.read_text(errors="replace")
     last = re.findall(r"^#(\d+)\s", text, re.MULTILINE)
     shown = re.findall(r"cov: (\d+) ft: (\d+) corp: (\d+)", text)
+    seed = re.search(r"^INFO: Seed: (\d+)", text, re.MULTILINE)
     found = [name for name in re.findall(r"Test unit written to (\S+)", text) if "slow-unit" not in name]
     if not found:
         log.unlink()
     return {
         "target": target,
+        "seed": int(seed[1]) if seed else None,
         "executions": int(last[-1]) if last else 0,
         "wall": round(time.monotonic() - began, 1),
         "cpu": round(used.ru_utime + used.ru_stime, 1),
@@ -94,6 +96,7 @@ def summary(state: Path) -> dict[str, Any]:
                 **sums,
                 **most,
                 "rounds": len(rows),
+                "seeds": [row["seed"] for row in rows if row.get("seed")],
                 "stopped_by_findings": sum(any("slow-unit" not in name for name in r["found"]) for r in rows),
             }
     return {"machine": platform.platform(), "python": platform.python_version(), "targets": targets}
