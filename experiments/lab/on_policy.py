@@ -34,7 +34,7 @@ from experiments.lab.experiments import SCALE, Bench, Job, Row
 from experiments.lab.experiments_jobs import _at, _job, _matched
 from vlmgraft.distillation.distill import Distiller
 from vlmgraft.distillation.targets import DONOR_BATCH, Distribution, TargetBatch, Targets
-from vlmgraft.distillation.teacher import Heard, Prompts, before_placeholders, pack, placeholders
+from vlmgraft.distillation.teacher import Prompts, TeacherOutputs, before_placeholders, pack, placeholders
 from vlmgraft.errors import DataError
 from vlmgraft.hf.batches import Question, generate_batch
 from vlmgraft.hf.models import load_processor
@@ -108,11 +108,11 @@ class OnPolicy(Targets):
         self.alike.append(sum(map(eq, map(tuple, answers), self.answers)) / len(answers))
         lengths = [length + len(answer) for length, answer in zip(lengths, answers, strict=True)]
         groups = pack(self.text, lengths, DONOR_BATCH, "shuffle", seed)
-        donor, unread = (Prompts(side, self.text, answers, groups, images, "answer") for side in (self.donor, student))
+        donor, own = (Prompts(side, self.text, answers, groups, images, "answer") for side in (self.donor, student))
         said = [donor.batch(index, replayed=False).distribution(self.donor[0]) for index in range(len(groups))]
         if self.reverse:
             said = [Reverse(each.log_p, each.ids) for each in said]
-        return Heard(unread, tuple(said), ()).targets(student)
+        return TeacherOutputs(own, tuple(said), ()).targets(student)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--methods", default=",".join((*METHODS, *LEARNED)), help="of the table, with commas between them"
     )
-    parser.add_argument("--curve", default="0.2,0.3,0.4,0.5,0.75,1", help="λ of task arithmetic that are tested")
+    parser.add_argument("--curve", default="0.2,0.25,0.3,0.4,0.5,0.75,1", help="λ of task arithmetic that are tested")
     parser.add_argument("--scale", type=float, default=0.4, help="λ of where")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything, to see that it runs")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 BUDGET = 0.03
 STRENGTHS = (0.75, 1.0, 1.25)
 """Factors on what was learned."""
+SHUFFLED_STRENGTHS = (0.5, 0.62, 0.75)
+"""Of shuffled gates, all on test; the second was set to the drift of the gates themselves."""
 TUNE_STRENGTHS = (0.5, 0.75, 1.0)
 """Of fine-tuning: parts of the way from the VLM."""
 GATES: dict[str, dict[str, Any]] = {
@@ -57,7 +59,9 @@ def learned(table: Table, method: str) -> tuple[Change, tuple[float, ...]]:
     """(ΔW by role as a function of the strength, the strengths to try); learns what is not there yet."""
     if method in PRIORS:
         return _tuned(table, method), TUNE_STRENGTHS
-    return (_all_weights(table) if method == ALL_WEIGHTS else _gated(table, method)), STRENGTHS
+    if method == ALL_WEIGHTS:
+        return _all_weights(table), STRENGTHS
+    return _gated(table, method), SHUFFLED_STRENGTHS if method == SHUFFLED else STRENGTHS
 
 
 def recipe(table: Table, method: str, budget: float = BUDGET) -> dict[str, Any]:

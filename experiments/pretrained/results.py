@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import transformers
 
-from experiments.pretrained.learned import LEARNED
+from experiments.pretrained.learned import LEARNED, SHUFFLED
 from experiments.pretrained.table import METHODS, Table, score
 from vlmgraft.evaluation.intervals import bootstrap, score_interval
 from vlmgraft.storage.jsonl import read_rows, write_json, write_text
@@ -69,15 +69,13 @@ def table(rows: Sequence[Row]) -> str:
         others = [f"{100 * marks(further[part]).mean():.0f}" if part in further else "" for part in BEYOND]
         kept = f"{row['written']:.2f}"
         lines.append(f"| {' | '.join([method, *figures, *above, *others, kept])} |")
-    lines += [
-        "",
-        "Task arithmetic at every λ, on test:",
-        "",
-        "| λ | sums | chain | sums given a chain | perception | KL |",
-    ]
-    lines.append("|---|---|---|---|---|---|")
-    for row in sorted(curve, key=lambda row: row["kl"])[1:]:
-        lines.append(f"| {' | '.join([row['setting'][2:], *_figures(row)[1:]])} |")
+    for method, at in (("Task arithmetic", "λ"), (SHUFFLED, "strength")):
+        points = [row for row in on_test if row["method"] in (method, method.lower())]
+        if points:
+            lines += ["", f"{method} at every {at}, on test:", ""]
+            lines += [f"| {at} | sums | chain | sums given a chain | perception | KL |", "|---|---|---|---|---|---|"]
+        for row in sorted(points, key=lambda row: row["kl"]):
+            lines.append(f"| {' | '.join([row['setting'].split()[-1], *_figures(row)[1:]])} |")
     return "\n".join(lines) + "\n"
 
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.pretrained import scenes
-from experiments.pretrained.learned import LEARNED, learned
+from experiments.pretrained.learned import LEARNED, SHUFFLED, learned
 from experiments.pretrained.models import training_dtype
 from experiments.pretrained.stages import Trio
 from vlmgraft.analysis.bench import CellLog
@@ -53,7 +53,7 @@ def _scaled(options: Mapping[str, Any], *scales: float) -> list[dict[str, Any]]:
 
 RANK_ONE = {"name": "spectral", "rule": "rank_k", "rank": 1}
 METHODS: dict[str, list[dict[str, Any]]] = {
-    "task arithmetic": _scaled({"name": "task_arithmetic"}, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0),
+    "task arithmetic": _scaled({"name": "task_arithmetic"}, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0),
     "truncate 16": _scaled({"name": "spectral", "rule": "truncate", "rank": 16}, 0.3, 0.5, 0.75),
     "rank one": _scaled(RANK_ONE, 0.1, 0.2, 0.3),
     "linear": [{"name": "linear", "vlm_weight": a} for a in (0.9, 0.7, 0.5)],
@@ -238,7 +238,7 @@ class Table:
 
     def run(self, names: Sequence[str], curve: Sequence[float]) -> list[dict[str, Any]]:
         """All rows of these methods: validation, then the chosen strength on test and on sums of other kinds; of task
-        arithmetic the λ of `curve` on test, too."""
+        arithmetic the λ of `curve`, and shuffled gates at every strength, on test, too."""
         for split in ("validation", "test", "beyond"):
             self.row("VLM", "", split, dict)
         for name in names:
@@ -251,7 +251,8 @@ class Table:
             scored = [self.row(name, setting, "validation", change) for setting, change in points]
             best = max(range(len(points)), key=lambda at: score(scored[at]))
             for place, (setting, change) in enumerate(points):
-                if place == best or (name == "task arithmetic" and float(setting.split()[1]) in curve):
+                of_curve = name == "task arithmetic" and float(setting.split()[1]) in curve
+                if place == best or name == SHUFFLED or of_curve:
                     self.row(name, setting, "test", change)
             if name in LEARNED or name == "task arithmetic":
                 self.row(name, points[best][0], "beyond", points[best][1])

@@ -111,7 +111,7 @@ def test_every_donor_is_matched_on_its_own_questions(
         write_rows(tmp_path / f"{name}.jsonl", [{"question": words}] * 2)
     asked: list[tuple[str, int]] = []
     donors: list[weakref.ref[Any]] = []
-    ordinary = learn.hear
+    ordinary = learn.teacher_outputs
 
     def watched(side: Any, questions: Any, student: Any, **options: Any) -> Any:
         assert not any(donor() for donor in donors), "one donor at a time"
@@ -123,7 +123,7 @@ def test_every_donor_is_matched_on_its_own_questions(
         assert len(donors) == 2 and not any(donor() for donor in donors), "donors are freed before the VLM is loaded"
         return load_vlm(*args, **options)
 
-    monkeypatch.setattr(learn, "hear", watched)
+    monkeypatch.setattr(learn, "teacher_outputs", watched)
     monkeypatch.setattr(learn, "load_vlm", loaded)
     files = [str(tmp_path / "sums.jsonl"), str(tmp_path / "colours.jsonl")]
     options = {"inject": "donor", "questions": files, "donor_tokens": 9, "inject_weight": 1.0, "steps": 2}

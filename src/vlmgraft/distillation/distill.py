@@ -39,7 +39,7 @@ from vlmgraft.distillation.projections import Backend
 from vlmgraft.distillation.risk_control import SCALINGS, Bound, Certified, certify
 from vlmgraft.distillation.sharding import gate_and_shard
 from vlmgraft.distillation.targets import DONOR_BATCH, Targets
-from vlmgraft.distillation.teacher import Heard, Packing, Tokens, build_targets
+from vlmgraft.distillation.teacher import Packing, TeacherOutputs, Tokens, build_targets
 from vlmgraft.distillation.trainer import GateTrainer, Training
 from vlmgraft.errors import DataError, RecipeError
 from vlmgraft.hf.batches import Progress, Question
@@ -111,16 +111,16 @@ class Distiller:
         max_new_tokens: int | None = None,
     ) -> Targets:
         """The donor's answers to text questions, as targets for the VLM; the donor is not needed afterwards.
-        max_new_tokens: of them, where they may be longer or shorter than the VLM's. See `targets_of` for models that do
-        not fit into memory together."""
+        max_new_tokens: of them, where they may be longer or shorter than the VLM's. `targets_from` is for models
+        that do not fit into memory together."""
         if any(question.images for question in questions):
             raise DataError("donor questions are text only: the donor sees no images")
         return self._build((donor, tokenizer), questions, batch_size, max_new_tokens)
 
-    def targets_of(self, heard: Heard) -> Targets:
-        """What another teacher said, by `teacher.hear`, as targets for the VLM."""
+    def targets_from(self, outputs: TeacherOutputs) -> Targets:
+        """Another teacher's outputs as targets for the VLM; raises RecipeError once the model is sharded and gated."""
         self._check_readable()
-        return heard.targets((self.model, self.processor))
+        return outputs.targets((self.model, self.processor))
 
     def _build(
         self,

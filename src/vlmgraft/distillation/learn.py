@@ -25,7 +25,7 @@ from vlmgraft.distillation.guarantee import check_guarantee, within_budget
 from vlmgraft.distillation.memory import checkpoints
 from vlmgraft.distillation.sharding import shard
 from vlmgraft.distillation.targets import DONOR_BATCH, Targets, join_targets
-from vlmgraft.distillation.teacher import Heard, hear
+from vlmgraft.distillation.teacher import TeacherOutputs, teacher_outputs
 from vlmgraft.distillation.trainer import Training
 from vlmgraft.errors import OutputError, RecipeError, WeightsError
 from vlmgraft.hf.batches import check_lengths
@@ -266,7 +266,7 @@ def distiller_for(job: Job, store: Store, out: Path, progress: Progress | None) 
     dtype = learning_dtype(device, sum(info.elements for info in tensors), {info.dtype for info in tensors})
     placed: dict[str, Any] = {"dtype": dtype, "device": device}
     cache = out.with_name(out.name + ".teacher")
-    heard = _donors_heard(job, placed, cache, progress)
+    outputs = _donor_outputs(job, placed, cache, progress)
     distiller = Distiller(
         shard(vlm_shards(job.vlm.path, **placed)) if process()[1] > 1 else load_vlm(job.vlm.path, **placed),
         load_processor(job.vlm.path),
@@ -278,20 +278,21 @@ def distiller_for(job: Job, store: Store, out: Path, progress: Progress | None) 
         keep_factors=isinstance(method, Curvature) or method.start == "curvature",
         **reading_of(method),
     )
-    return distiller, join_targets([distiller.targets_of(one) for one in heard]) if heard else None
+    return distiller, join_targets([distiller.targets_from(one) for one in outputs]) if outputs else None
 
 
-def _donors_heard(job: Job, placed: Mapping[str, Any], cache: Path, progress: Progress | None) -> list[Heard]:
-    """What the donors said to their questions, one loaded after the other; nothing without donor matching."""
-    method, heard = job.method, list[Heard]()
+def _donor_outputs(job: Job, placed: Mapping[str, Any], cache: Path, progress: Progress | None) -> list[TeacherOutputs]:
+    """The donors' outputs on their questions, one loaded after the other; nothing without donor matching."""
+    method, outputs = job.method, list[TeacherOutputs]()
     if not isinstance(method, Frism) or method.inject != "donor":
-        return heard
+        return outputs
     student = empty_vlm(job.vlm.path), load_processor(job.vlm.path)
     options = {**reading_of(method), "max_new_tokens": method.donor_length, "batch_size": DONOR_BATCH}
     for alignment, questions in zip(job.alignments, questions_of(job).donors, strict=True):
         path = alignment.donor.path
         donor = shard(text_shards(path, **placed)) if process()[1] > 1 else load_text_model(path, **placed)
-        heard.append(hear((donor, load_processor(path)), questions, student, cache=cache, progress=progress, **options))
-        del donor
+        teacher = (donor, load_processor(path))
+        outputs.append(teacher_outputs(teacher, questions, student, cache=cache, progress=progress, **options))
+        del donor, teacher
         gc.collect()  # its modules and their hooks refer to each other
-    return heard
+    return outputs

@@ -47,33 +47,34 @@ def build_targets(teacher: Side, student: Side, questions: Sequence[Question], *
     """The teacher's greedy answers and distributions, and the student's inputs for the same answers.
 
     teacher, student: (model, processor or tokenizer); the same pair when a model teaches itself. They share token ids.
-    settings: as `hear` takes them. Raises DataError when there is nothing to learn from.
+    settings: as `teacher_outputs` takes them. Raises DataError when there is nothing to learn from.
     """
-    return hear(teacher, questions, student, **settings).targets(student)
+    return teacher_outputs(teacher, questions, student, **settings).targets(student)
 
 
 @dataclass(frozen=True)
-class Heard:
-    """What a teacher said to questions, as no student has read it yet: the teacher is not needed any more.
+class TeacherOutputs:
+    """A teacher's answers to questions and its distributions on them, for any student; it is not needed any more.
 
-    said: its distributions, a batch at a time. read: the batches as it read them, where it is the student, too.
+    distributions: a batch at a time. batches: as the teacher read them, where it is the student, too; else empty.
     """
 
     prompts: Prompts
-    said: tuple[Distribution, ...]
-    read: tuple[TargetBatch, ...]
+    distributions: tuple[Distribution, ...]
+    batches: tuple[TargetBatch, ...]
 
     @torch.no_grad()
     def targets(self, student: Side) -> Targets:
         """The same answers, in the batches that a student learns from."""
         prompts = replace(self.prompts, side=student)
-        read = self.read or map(prompts.batch, range(len(self.said)))
-        batches = tuple(replace(batch, target=said) for batch, said in zip(read, self.said, strict=True))
+        read = self.batches or map(prompts.batch, range(len(self.distributions)))
+        pairs = zip(read, self.distributions, strict=True)
+        batches = tuple(replace(batch, target=distribution) for batch, distribution in pairs)
         return Targets(batches, len(prompts.questions), tuple(tuple(answer) for answer in prompts.answers))
 
 
 @torch.no_grad()
-def hear(
+def teacher_outputs(
     teacher: Side,
     questions: Sequence[Question],
     student: Side,
@@ -87,7 +88,7 @@ def hear(
     seed: int = 0,
     cache: Path | None = None,
     progress: Progress | None = None,
-) -> Heard:
+) -> TeacherOutputs:
     """The teacher's greedy answers and its distributions on them.
 
     student: who will read them; of another model than the teacher, its config is looked at and no weight: it may be on
@@ -123,15 +124,15 @@ def hear(
 
     packed = (packing, batch_size, batch_tokens, seed)
     kind = "targets-" + digest(packed, tokens, TOP_K, FULL_VOCABULARY, sorted(image_tokens))[:8]
-    said, read = list[Distribution](), list[TargetBatch]()
+    distributions, batches = list[Distribution](), list[TargetBatch]()
     for index, unit in enumerate(units.run(kind, len(groups), log_probabilities)):
-        said.append(Distribution(unit["log_p"].cpu(), unit["ids"].long().cpu() if "ids" in unit else None))
+        distributions.append(Distribution(unit["log_p"].cpu(), unit["ids"].long().cpu() if "ids" in unit else None))
         if own:
-            read.append(fresh.pop(index) if index in fresh else prompts.batch(index))
+            batches.append(fresh.pop(index) if index in fresh else prompts.batch(index))
         if progress is not None:
             progress(index + 1, len(groups), "targets")
-    unread = Prompts(student, questions, answers, groups, image_tokens, tokens)  # does not keep the teacher
-    return Heard(unread, tuple(said), tuple(read))
+    for_student = Prompts(student, questions, answers, groups, image_tokens, tokens)  # does not keep the teacher
+    return TeacherOutputs(for_student, tuple(distributions), tuple(batches))
 
 
 @dataclass
