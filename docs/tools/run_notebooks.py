@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def tidy(notebook: Any) -> None:
         if cell.cell_type != "code":
             continue
         cell.metadata = {"tags": [SKIPPED]} if skipped(cell) else {}
-        cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+        cell.outputs = _joined(output for output in cell.outputs if output.get("name") != "stderr")
         for output in cell.outputs:
             if "text" in output:
                 output.text = re.sub(r"\x1b\[[0-9;]*m", "", output.text)  # kernels ask commands for colours
@@ -67,6 +68,17 @@ def tidy(notebook: Any) -> None:
         "language_info": {"name": "python"},
         "vlmgraft": {"cells": sources_digest(notebook)},
     }
+
+
+def _joined(outputs: Iterable[Any]) -> list[Any]:
+    """Text printed without another output in between as one: kernels send it in pieces, whenever they flush."""
+    joined: list[Any] = []
+    for output in outputs:
+        if joined and output.output_type == joined[-1].output_type == "stream" and output.name == joined[-1].name:
+            joined[-1].text += output.text
+        else:
+            joined.append(output)
+    return joined
 
 
 def main() -> None:

@@ -123,7 +123,10 @@ from vlmgraft.cli import main
 from vlmgraft.distillation.trainer import GateTrainer
 seen, listed = Path.is_file, Path.iterdir
 def late(path):  # as on a network file system: a file shows a second after it was written
-    return "work" in path.parts and seen(path) and time.time() - path.stat().st_mtime < 1
+    try:
+        return "work" in path.parts and seen(path) and time.time() - path.stat().st_mtime < 1
+    except FileNotFoundError:  # a temporary file that another process has renamed by now
+        return True
 Path.is_file = lambda path: seen(path) and not late(path)
 Path.iterdir = lambda folder: (path for path in listed(folder) if not late(path))
 if "KILLED" in os.environ:  # with the first state written, rank 1 is gone; torchrun ends the others
@@ -144,7 +147,8 @@ def launch(arguments: list[str], processes: int = 2, *, killed: bool = False) ->
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({"KILLED": "yes"} if killed else {})
     done = subprocess.run([*command, *arguments], timeout=570, capture_output=True, text=True, env=environment)
-    assert (done.returncode != 0) == killed, done.stderr[:3000]
+    errors = [line for line in done.stderr.splitlines() if "Error" in line]  # between hundreds of lines of frames
+    assert (done.returncode != 0) == killed, "\n".join([*errors[:20], done.stderr[-3000:]])
 
 
 @contextmanager
