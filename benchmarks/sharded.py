@@ -19,13 +19,17 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2Config
 
 from vlmgraft.distillation import sharding
@@ -34,7 +38,7 @@ from vlmgraft.distillation.gated_layers import checkpointed
 from vlmgraft.distillation.memory import Rank, Shapes, memory_of
 from vlmgraft.distillation.sharding import gate_and_shard, shard
 from vlmgraft.distillation.targets import TOP_K, Distribution, TargetBatch
-from vlmgraft.hf.modules import is_shard, match_projections, output_head, text_linears, text_model
+from vlmgraft.hf.modules import is_shard, match_projections, output_head, set_tensor, text_linears, text_model
 from vlmgraft.spectral.factors import Factors
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -44,16 +48,31 @@ SIZES: dict[str, dict[str, Any]] = {
         "tower": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3456, "num_heads": 16,
                   "out_hidden_size": 8192},
         "cards": 8, "questions": 8, "answered": 32, "prompt": 1000, "told": 100, "answer": 64, "ranks": [256, "full"],
+        "offload": False, "limits": [45.0, 70.0],
+    },
+    "32B": {
+        "text": {"hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64, "num_attention_heads": 40,
+                 "num_key_value_heads": 8, "vocab_size": 152064, "tie_word_embeddings": False},
+        "tower": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3456, "num_heads": 16,
+                  "out_hidden_size": 5120},
+        "cards": 1, "questions": 8, "answered": 32, "prompt": 1000, "told": 100, "answer": 64, "ranks": [64, "full"],
+        "offload": True, "limits": [74.0, 74.0],
     },
     "quick": {
         "text": {"hidden_size": 256, "intermediate_size": 500, "num_hidden_layers": 3, "num_attention_heads": 2,
                  "num_key_value_heads": 1, "vocab_size": 8192, "tie_word_embeddings": False},
         "tower": {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 256},
         "cards": 3, "questions": 2, "answered": 4, "prompt": 20, "told": 5, "answer": 4, "ranks": [8, "full"],
+        "offload": False, "limits": [None, None],
     },
 }  # fmt: skip
-LIMITS = {256: 45.0, "full": 70.0}
-"""GiB on each card that are asked for, by rank."""
+SIZES["quick offloaded"] = {**SIZES["quick"], "cards": 1, "offload": True}
+"""limits: GiB on each card that are asked for, by rank."""
+
+_OWN = {"current_device": lambda: 0, "is_available": lambda: False, "get_amp_supported_dtype": lambda: [torch.bfloat16]}
+_setup_privateuseone_for_python_backend("card", SimpleNamespace(**{**vars(torch.cpu), **_OWN}))
+CARD = torch.device("card", 0)
+"""A device of fake tensors alone, whose streams are the CPU's: what is not on it is in the host's memory."""
 
 
 class Live(TorchDispatchMode):
@@ -71,8 +90,11 @@ class Live(TorchDispatchMode):
         return sum(self.sizes.values())
 
     def see(self, tensor: torch.Tensor) -> None:
-        """Count a tensor's storage from now on, until it is freed."""
-        storage = (tensor.to_local() if is_shard(tensor) else tensor).untyped_storage()
+        """Count a tensor's storage from now on, until it is freed; offloaded ones are the host's."""
+        tensor = tensor.to_local() if is_shard(tensor) else tensor
+        if tensor.device != CARD:
+            return
+        storage = tensor.untyped_storage()
         if storage._cdata not in self.sizes:
             weakref.finalize(storage, self.sizes.pop, storage._cdata, None)
         if self.sizes.get(storage._cdata) != storage.nbytes():
@@ -120,31 +142,51 @@ class FakeFactors(Mapping[str, Factors]):
         return len(self.shapes)
 
 
+def fused_attention(q: Any, k: Any, v: Any, attn_mask: Any = None, is_causal: bool = False, **_: Any) -> torch.Tensor:
+    """By the CPU's fused kernel, which keeps what the GPU's does; of a device that it does not know torch would not."""
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return flash(q, k, v, 0.0, is_causal, attn_mask=attn_mask)[0]
+
+
 @contextmanager
 def group(cards: int) -> Iterator[None]:
-    """This process as the first of a group whose others answer nothing."""
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=cards)
-    mesh = sharding.group_mesh(torch.device("cpu"))  # of real numbers
-    sharding.group_mesh = lambda device: mesh  # type: ignore[assignment]
+    """This process as the first of a group whose others answer nothing, on a card whose streams are the CPU's."""
+    torch.distributed.init_process_group("cpu:fake,card:fake", store=FakeStore(), rank=0, world_size=cards)
+    mesh = sharding.group_mesh(CARD)  # of real numbers
     try:
-        yield
+        with (
+            patch.object(sharding, "group_mesh", lambda device: mesh),
+            patch.object(torch.nn.functional, "scaled_dot_product_attention", fused_attention),
+        ):
+            yield
     finally:
         torch.distributed.destroy_process_group()
 
 
-def held(model: Any) -> int:
-    """Bytes of this card's parameters."""
+def held(model: Any, device: torch.device = CARD) -> int:
+    """Bytes of the parameters on this card, or of the offloaded ones."""
     parts = {id(p): p.to_local() if is_shard(p) else p for p in model.parameters()}
-    return sum(part.numel() * part.itemsize for part in parts.values())
+    return sum(part.numel() * part.itemsize for part in parts.values() if part.device == device)
+
+
+def made(auto: Any, config: Any, offload: bool, **options: Any) -> Any:
+    """A model as it is loaded: on the card, but for layers that are to stay in the host's memory."""
+    with CARD:
+        model = auto.from_config(config, dtype=torch.bfloat16, **options).eval()
+    layers = text_model(model).layers
+    for name, parameter in [*layers.named_parameters()] if offload else []:
+        set_tensor(layers, name, nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=False))
+    return model
 
 
 def batch_of(model: Any, sizes: Mapping[str, Any]) -> TargetBatch:
     """A batch as training reads it: what the text model is given, and the teacher's likeliest tokens."""
     count, length, said = sizes["questions"], sizes["prompt"] + sizes["answer"], sizes["answer"]
-    hidden = torch.empty(count, length, sizes["text"]["hidden_size"], dtype=torch.bfloat16)
+    hidden = torch.empty(count, length, sizes["text"]["hidden_size"], dtype=torch.bfloat16, device=CARD)
     predicts = torch.zeros(count, length, dtype=torch.bool)
     # which rows count is a fact that fake tensors do not hold: rows of the head are taken by number instead
-    target = Distribution(torch.empty(count * said, TOP_K + 1), torch.zeros(count * said, TOP_K, dtype=torch.int64))
+    ids = torch.zeros(count * said, TOP_K, dtype=torch.int64, device=CARD)
+    target = Distribution(torch.empty(count * said, TOP_K + 1, device=CARD), ids)
     captured = {"inputs_embeds": hidden, "use_cache": False}
     return TargetBatch(torch.zeros(count, length, dtype=torch.int64), dict, captured, predicts, target)
 
@@ -161,36 +203,44 @@ def peak_of_answers(live: Live, model: Any, questions: int, length: int) -> int:
     """Bytes at once while so many questions are read, with the cache of as many tokens as prompts and answers have."""
     live.peak = live.now
     width = text_model(model).embed_tokens.weight.shape[1]
-    read = text_model(model)(inputs_embeds=torch.empty(questions, length, width, dtype=torch.bfloat16), use_cache=True)
+    embedded = torch.empty(questions, length, width, dtype=torch.bfloat16, device=CARD)
+    read = text_model(model)(inputs_embeds=embedded, use_cache=True)
     output_head(model)(read[0][:, -1]).float().argmax(-1)
     return live.peak
 
 
 def count(sizes: Mapping[str, Any], rank: Rank) -> dict[str, float]:
     """Bytes on one card: of weights and factors, and at once while it answers (`matching`: while a donor of the text
-    model's size does, before the VLM is loaded), and in a training step; `formula`: of that step, by the cost model."""
+    model's size does, before the VLM is loaded), and in a training step; `formula`: of that step, by the cost model.
+    Of offloaded layers also while they are put in place (`loading`), and what they take of the host's memory."""
     config = Qwen2_5_VLConfig(text_config=sizes["text"], vision_config=sizes["tower"])
-    length = sizes["prompt"] + sizes["answer"]
+    length, offload = sizes["prompt"] + sizes["answer"], sizes["offload"]
     found: dict[str, float] = {}
     with group(sizes["cards"]), FakeTensorMode(allow_non_fake_inputs=True), Live() as live:
-        told = AutoModelForCausalLM.from_config(Qwen2Config(**sizes["text"]), dtype=torch.bfloat16)
-        donor = shard(told.eval())
+        told = made(AutoModelForCausalLM, Qwen2Config(**sizes["text"]), offload)
+        donor = shard(told, CARD, offload=offload)
         gc.collect()
         found["matching"] = peak_of_answers(live, donor, sizes["answered"], sizes["told"] + sizes["answer"])
         del told, donor
         gc.collect()
-        model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
-        model = shard(model.eval())
+        model = made(AutoModelForImageTextToText, config, offload, attn_implementation="sdpa")
+        gc.collect()
+        live.peak = live.now
+        model = shard(model, CARD, offload=offload)
         gc.collect()
         found["weights"] = held(model)
+        if offload:
+            found["loading"] = live.peak
         found["answering"] = peak_of_answers(live, model, sizes["answered"], length)
         factors = FakeFactors({name: linear.weight.shape for name, linear in text_linears(model).items()}, rank)
-        model, layers = gate_and_shard(model, match_projections(model, factors), factors)
-        vector = GateVector(factors)
+        model, layers = gate_and_shard(model, match_projections(model, factors), factors, offload=offload)
+        vector = GateVector(factors, device=CARD)
         moments = [torch.empty_like(vector.logits) for _ in range(2)]
         batch = batch_of(model, sizes)
         gc.collect()
         found["factors"] = held(model) - found["weights"]
+        if offload:
+            found["host"] = held(model, torch.device("cpu"))
         live.peak = live.now
         with checkpointed(model):
             layers.set(vector.spectra(1.0)[0])
@@ -198,7 +248,7 @@ def count(sizes: Mapping[str, Any], rank: Rank) -> dict[str, float]:
         found["gates"] = live.peak
         del moments
     tokens, answers = sizes["questions"] * length, sizes["questions"] * sizes["answer"]
-    options: dict[str, Any] = {"tokens": tokens, "answer_tokens": answers, "gpus": sizes["cards"]}
+    options: dict[str, Any] = {"tokens": tokens, "answer_tokens": answers, "gpus": sizes["cards"], "offload": offload}
     found["formula"] = memory_of(Shapes.of(config), rank=rank, checkpointing=True, **options).total
     return found
 
@@ -209,14 +259,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small model on three cards, seconds")
     parser.add_argument("--out", type=Path, help="JSON file for the rows")
     arguments = parser.parse_args()
-    name = "quick" if arguments.quick else "72B"
-    sizes = SIZES[name]
     rows = []
-    for rank in sizes["ranks"]:
-        found = count(sizes, rank)
-        rows.append({"model": name, "cards": sizes["cards"], "rank": rank, "limit": LIMITS.get(rank), **found})
-        gibs = "  ".join(f"{key} {found[key] / 2**30:.4g}" for key in found)
-        print(f"{name} on {sizes['cards']} cards, rank {rank}, GiB on each: {gibs}", flush=True)
+    for name in [name for name in SIZES if name.startswith("quick") == arguments.quick]:
+        sizes = SIZES[name]
+        for rank, limit in zip(sizes["ranks"], sizes["limits"], strict=True):
+            found = count(sizes, rank)
+            rows.append({"model": name, "cards": sizes["cards"], "rank": rank, "limit": limit, **found})
+            gibs = "  ".join(f"{key} {found[key] / 2**30:.4g}" for key in found)
+            print(f"{name} on {sizes['cards']} cards, rank {rank}, GiB on each: {gibs}", flush=True)
     if arguments.out:
         arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
 

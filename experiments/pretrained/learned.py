@@ -114,19 +114,19 @@ def _all_weights(table: Table) -> Change:
         with _Stages(table, "all-weights") as took:
             vg.decompose(source, table.folder / "factors", resume=True)
             store = open_store(table.folder / "factors")
-            distiller, donor = distiller_for(resolve(source), store, table.folder / "all-weights", None)
-            distiller.model.float()
-            took("targets")
-            assert donor is not None
-            with torch.autocast(distiller.model.device.type, training_dtype()):
-                trained = learn_weights(
-                    distiller,
-                    donor,
-                    kl_budget=BUDGET,
-                    steps=table.trio.sizes.gate_steps,
-                    learning_rate=5e-5,
-                    seed=table.trio.seed,
-                )
+            with distiller_for(resolve(source), store, table.folder / "all-weights", None) as (distiller, donor):
+                distiller.model.float()
+                took("targets")
+                assert donor is not None
+                with torch.autocast(distiller.model.device.type, training_dtype()):
+                    trained = learn_weights(
+                        distiller,
+                        donor,
+                        kl_budget=BUDGET,
+                        steps=table.trio.sizes.gate_steps,
+                        learning_rate=5e-5,
+                        seed=table.trio.seed,
+                    )
             took("weights")
             took.facts |= {"settings": dict(trained.settings), "log": list(trained.log)}
         save_tensors(dict(trained.weights), file)

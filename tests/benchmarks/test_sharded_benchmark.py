@@ -1,4 +1,4 @@
-"""The count of a card's memory runs, and the cost model agrees with what it counted of 72B."""
+"""The count of a card's memory runs, and the cost model agrees with what it counted of 72B and 32B."""
 
 from __future__ import annotations
 
@@ -18,12 +18,17 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 def test_quick_counts_more_than_the_shards_and_less_than_the_models(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "sharded.py"), "--quick", "--out", str(tmp_path / "r.json")]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
-    low, full = json.loads((tmp_path / "r.json").read_text())
+    low, full, *offloaded = json.loads((tmp_path / "r.json").read_text())
     assert low["weights"] == full["weights"] and low["factors"] < full["factors"] / 8
     for row in (low, full):
         assert row["weights"] < row["answering"] and row["matching"] < row["answering"]
         assert row["weights"] + row["factors"] < row["gates"] == pytest.approx(row["formula"], rel=0.15)
     assert low["answering"] == full["answering"] and low["gates"] < full["gates"]
+    for row in offloaded:  # layers are in the host's memory, also while they are put in place, and come one by one
+        assert row["factors"] == 0 and row["weights"] <= row["loading"] < row["weights"] + 2**20
+        assert row["weights"] < low["weights"] and row["weights"] + row["host"] > 3 * 2**20
+        assert row["weights"] < row["gates"] == pytest.approx(row["formula"], rel=0.15)
+        assert row["gates"] < row["weights"] + row["host"]
 
 
 def test_the_cost_model_has_what_was_counted() -> None:

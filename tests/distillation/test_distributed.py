@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -92,16 +93,18 @@ factors = shared.random_factors(vlm)
 if rank == 0:
     vlm.save_pretrained(out / "vlm")
 barrier()
-for name in ("replicated", "sharded"):
-    cache = out / "teacher" if name == "sharded" else None
+for name in ("replicated", "offloaded", "sharded"):
+    cache = None if name == "replicated" else out / f"teacher-{name}"
     facts = {}
     model = vlm
     if cache is not None:
         with watched(facts):
-            model = shard(vlm_shards(out / "vlm", torch.float32, torch.device("cpu")))
+            model = vlm_shards(out / "vlm", torch.float32, torch.device("cpu"))
+            model = shard(model, offload=name == "offloaded")
     facts["loaded"] = held(model)
     distiller = Distiller(model, build_processor(), factors, shared._image_questions(24),
-                          shared._image_questions(12, first=1000), max_new_tokens=6, batch_size=12, cache=cache)
+                          shared._image_questions(12, first=1000), max_new_tokens=6, batch_size=12, cache=cache,
+                          offload=name == "offloaded")
     fisher = estimate_curvature(distiller).h
     gates = distiller.learn(**options)
     facts |= {"drift": distiller.keep_kl(gates), "held": held(distiller.model)}
@@ -166,17 +169,18 @@ def test_two_processes_learn_the_gates_of_one(distiller: Distiller, tmp_path: Pa
     with torch_threads(1):
         alone, curvature = distiller.learn(**OPTIONS), estimate_curvature(distiller).h
     assert max(float(logits.abs().max()) for logits in alone.logits.values()) > 0.1
-    facts = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("replicated", "sharded")}
-    for name in ("replicated", "sharded", "checkpointed"):
+    names = ("replicated", "offloaded", "sharded")
+    facts = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in names}
+    for name in (*names, "checkpointed"):
         together = load_gates(tmp_path / name)
         for key, logits in alone.logits.items():
             assert torch.equal(together.logits[key], logits), (name, key)
         assert [row["kl"] for row in together.log] == [row["kl"] for row in alone.log]
     for found in facts.values():
         assert found["drift"] == pytest.approx(distiller.keep_kl(alone), rel=1e-3)
-    assert facts["sharded"]["answers"] == facts["replicated"]["answers"]
-    for kind in ("fisher", "p"):  # the curvature, and what the teacher said
-        of_whole, of_shards = (load_file(tmp_path / f"{name}.{kind}") for name in facts)
+    for name, kind in product(("offloaded", "sharded"), ("fisher", "p")):  # the curvature, and what the teacher said
+        assert facts[name]["answers"] == facts["replicated"]["answers"]
+        of_whole, of_shards = (load_file(tmp_path / f"{one}.{kind}") for one in ("replicated", name))
         assert all(torch.equal(of_shards[key], value) for key, value in of_whole.items())
         assert kind == "p" or all(torch.equal(of_shards[key], value) for key, value in curvature.items())
     whole = sum(parameter.numel() for parameter in distiller.model.parameters())
@@ -219,6 +223,7 @@ def test_the_command_under_torchrun(processes: int, trio: Path, image_calibratio
     command = [str(script), "decompose", str(tmp_path / "recipe.yaml"), "--out", str(work / "factors")]
     launch(command, processes)
     command[1:2], command[-1:] = ["gates"], [str(work / "gates"), "--factors", str(work / "factors")]
+    command += ["--set", f"method.offload={'true' if processes == 4 else 'auto'}"]
     if processes == 4:
         launch(command, processes, killed=True)
         assert (work / "gates.state").is_file() and not (work / "gates").exists()
@@ -256,7 +261,7 @@ def test_a_process_alone_waits_for_nobody() -> None:
     assert distributed.process() == (0, 1) and list(distributed.shared("ab")) == [("a", 1.0), ("b", 1.0)]
 
 
-@pytest.mark.parametrize(("device", "backend"), [("cpu", "gloo"), ("cuda:1", "nccl")])
+@pytest.mark.parametrize(("device", "backend"), [("cpu", "gloo"), ("cuda:1", "cpu:gloo,cuda:nccl")])
 def test_a_group_is_joined_where_torchrun_describes_one(
     device: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,20 @@ from docs.tools.memory_table import table
 from vlmgraft.distillation.distill import Distiller
 from vlmgraft.distillation.gate_vector import GateVector
 from vlmgraft.distillation.gated_layers import checkpointed, gated
-from vlmgraft.distillation.memory import GATE_BYTES, Memory, Shapes, fits_plain, memory_of
+from vlmgraft.distillation.memory import (
+    GATE_BYTES,
+    Memory,
+    Shapes,
+    host_memory_of,
+    memory_of,
+    offloads,
+    way_that_fits,
+    ways_of,
+)
+from vlmgraft.hf.batches import Question, encode
+from vlmgraft.hf.models import load_config, load_processor
+from vlmgraft.methods.curvature import Curvature
+from vlmgraft.methods.frism import Calibration, Frism
 
 
 def kept(distiller: Distiller, backend: Any, checkpointing: bool) -> int:
@@ -115,6 +130,59 @@ def test_activations_by_hand(backend: Any, per_token: int, once: int) -> None:
 
 
 def test_it_fits_where_nine_tenths_of_the_memory_hold_it() -> None:
-    total = memory_of(SHAPES, rank=4, tokens=10).total
-    assert fits_plain(SHAPES, total / 0.9 + 1, rank=4, tokens=10)
-    assert not fits_plain(SHAPES, total / 0.9 - 1, rank=4, tokens=10)
+    ways = [(False, False), (True, False)]
+    plain, low = (memory_of(SHAPES, rank=4, tokens=10, checkpointing=first).total for first, _ in ways)
+    chosen = [way_that_fits(ways, SHAPES, size / 0.9, rank=4, tokens=10) for size in (plain + 1, low + 1, low - 1)]
+    assert low < plain and chosen == [(False, False), (True, False), None]
+
+
+def test_offloaded_bytes_by_hand() -> None:
+    """On the card what is in no layer, the layer that runs and the largest matrix, the first stack of experts; of two
+    cards two layers and the shards of one. In the host's memory a power of two each: W 64 + 32 + 128 and 3 · 48
+    numbers, U 32 + 16 + 64 and 72, Vh 32 + 32 + 32 and 96 (rank 4)."""
+    alone, both = (memory_of(SHAPES, rank=4, tokens=10, offload=True, gpus=gpus) for gpus in (1, 2))
+    assert alone.weights == both.weights == 2 * 500 and alone.factors == both.factors == 0
+    assert alone.gathered == 2 * (1000 + 376 + 3 * 6 * 8) and both.gathered == 2 * 2 * 1376 + 1376
+    assert alone.activations == memory_of(SHAPES, rank=4, tokens=10).activations
+    powers = 128 + 64 + 256 + 512 + 64 + 32 + 128 + 256 + 64 + 64 + 64 + 256
+    rest = 2 * (1000 - 64 - 32 - 128 - 3 * 48)
+    assert host_memory_of(SHAPES, rank=4) == 2 * (powers + rest)
+    assert host_memory_of(SHAPES, rank=0) == 2 * (128 + 64 + 256 + 512 + rest)
+    thirds = 3 * (64 + 32 + 128 + 128)  # 43, 22, 86 and 96 bytes
+    assert host_memory_of(SHAPES, rank=0, gpus=3) == 2 * (thirds + rest)
+
+
+def test_ways_that_a_recipe_allows() -> None:
+    auto, never = Frism(), Frism(gradient_checkpointing=True, offload=False)
+    assert ways_of(auto, True) == [(False, False), (True, False), (False, True), (True, True)]
+    assert ways_of(auto, False) == [(False, False), (True, False)]
+    assert ways_of(never, True) == [(True, False)]
+    assert ways_of(Frism(gradient_checkpointing=False, offload=True), False) == [(False, True)]
+    assert ways_of(Curvature(), True) == [(False, False), (False, True)]
+
+
+LONG, SHORT = Question("what is it?" * 9), Question("what?")
+
+
+@pytest.mark.parametrize(
+    ("offload", "device", "size", "expected"),
+    [
+        (True, "cpu", 0, True),
+        (False, "cuda", 0, False),
+        ("auto", "cpu", 0, False),
+        ("auto", "cuda", 1.0, False),  # checkpointed, the longest question's batches just fit
+        ("auto", "cuda", 0.99, True),
+        ("auto", "cuda", 0.01, True),  # nothing fits
+    ],
+)
+def test_it_is_decided_before_models_are_loaded(
+    offload: Any, device: str, size: float, expected: bool, trio: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes, processor = Shapes.of(load_config(trio / "vlm")), load_processor(trio / "vlm")
+    length = encode(processor, [LONG])["input_ids"].shape[1] + 64
+    needed = memory_of(shapes, rank=16, tokens=2 * length, answer_tokens=2 * 64, checkpointing=True)
+    properties = SimpleNamespace(total_memory=size * needed.total / 0.9 + 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    method = Frism(rank=16, offload=offload, calibration=Calibration("none.jsonl", batch_tokens=2 * length + 1))
+    asked = [SHORT] * 8 + [LONG] + [SHORT] * 8
+    assert offloads(method, trio / "vlm", asked, torch.device(device), torch.bfloat16) is expected

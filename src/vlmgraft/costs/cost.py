@@ -9,15 +9,17 @@ peak rates and the shares of them that are assumed here.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from vlmgraft.costs.device import H100, Device
 from vlmgraft.costs.models import Model, kept
-from vlmgraft.distillation.memory import ROOM, Rank, Shapes, memory_of
+from vlmgraft.distillation.memory import ROOM, WAYS, Rank, Shapes, Way, host_memory_of, memory_of, ways_of
 from vlmgraft.distillation.projections import Backend, choose_backend
 from vlmgraft.distillation.targets import DONOR_BATCH, TOP_K
 from vlmgraft.distillation.trainer import MONITOR_EVERY, WATCHED
 from vlmgraft.merging.plan import ASSUMED_RATE
+from vlmgraft.methods.frism import Frism, GatedMethod
 from vlmgraft.spectral.svd import matrix_cost
 
 LANDING = 5
@@ -44,6 +46,7 @@ class Work:
     answered: int = 32
     steps: int = 200
     checkpointing: bool = True
+    offload: bool = False
     budget: bool = False
     matched: int = 0
     told: int = 100
@@ -143,40 +146,54 @@ def decomposition_memory(out: int, inner: int) -> float:
 
 @dataclass(frozen=True)
 class Fit:
-    """How a training of gates fits a device's memory, in `note` in words, with what to lower where it does not."""
+    """How a training of gates fits a device's memory, in `note` in words, with what to lower where it does not. host:
+    bytes of offloaded layers in the host's memory."""
 
     fits: bool
     checkpointing: bool
+    offload: bool
     needed: float
+    host: int
     note: str
 
 
-def fitting(model: Model, work: Work, device: Device) -> Fit:
-    """Checkpointing where the training does not fit without; and where it still does not, what to lower, in order:
-    questions in a batch, then directions per matrix."""
+def fitting(model: Model, work: Work, device: Device, method: GatedMethod) -> Fit:
+    """The first of the ways that the recipe allows (`ways_of`) in which the training fits; where none does, what to set
+    or lower, in order: the recipe's ways, questions in a batch, directions per matrix."""
 
-    def needed(work: Work) -> float:
-        return _training_memory(model, work, width=device.width)
+    def needed(work: Work, way: Way) -> float:
+        return _training_memory(model, replace(work, checkpointing=way[0], offload=way[1]), width=device.width)
 
-    room = ROOM * device.memory
-    plain, low = replace(work, checkpointing=False), replace(work, checkpointing=True)
-    chosen = work if work.checkpointing else plain if needed(plain) <= room else low
-    sizes = f"{needed(chosen) / 2**30:.1f} GiB of {device.memory / 2**30:.1f} on {device.name}"
-    how = "with checkpointed layers" if chosen.checkpointing else "without checkpointing"
-    if needed(chosen) <= room:
-        return Fit(True, chosen.checkpointing, needed(chosen), f"gates take {sizes}, {how}")
+    def sizes(way: Way) -> str:
+        return f"{needed(work, way) / 2**30:.1f} GiB of {device.memory / 2**30:.1f} on {device.name}"
+
+    room, ways = ROOM * device.memory, ways_of(method, device.is_gpu)
+    chosen = next((way for way in ways if needed(work, way) <= room), ways[-1])
+    host = host_memory_of(model.shapes, rank=work.rank, gpus=work.gpus, width=device.width) if chosen[1] else 0
+    result = partial(Fit, checkpointing=chosen[0], offload=chosen[1], needed=needed(work, chosen), host=host)
+    if needed(work, chosen) <= room:
+        how = "with checkpointed layers" if chosen[0] else "without checkpointing"
+        if chosen[1]:
+            why = "as the recipe says" if method.offload is True else f"they would take {sizes((chosen[0], False))}"
+            how += f", offloaded ({why}): {host / 2**30:.1f} GiB of host memory"
+        return result(fits=True, note=f"gates take {sizes(chosen)}, {how}")
+    lowest = (isinstance(method, Frism), device.is_gpu)
+    lower = [(work, way) for way in WAYS if way[0] <= lowest[0] and way[1] <= lowest[1]]
     batches = [2**power for power in range(work.batch.bit_length()) if 2**power < work.batch][::-1]
-    lower = [replace(low, batch=batch) for batch in batches]
-    lower += [
-        replace(low, batch=1, rank=rank) for rank in (256, 128, 64, 32, 16) if work.rank == "full" or rank < work.rank
-    ]
-    enough = next((smaller for smaller in lower if needed(smaller) <= room), None)
+    lower += [(replace(work, batch=batch), lowest) for batch in batches]
+    lower += [(replace(work, batch=1, rank=rank), lowest) for rank in (256, 128, 64, 32, 16)
+              if work.rank == "full" or rank < work.rank]  # fmt: skip
+    smaller, way = next((one for one in lower if needed(*one) <= room), (None, lowest))
     advice = "no batch or rank fits: use more GPUs (torchrun), or a larger one"
-    if enough is not None:
-        advice = f"set method.gradient_checkpointing: true, method.calibration.batch_size: {enough.batch}"
-        advice += f", method.rank: {enough.rank}" if enough.rank != work.rank else ""
-    text = f"gates would take {sizes}, too much: {advice}"
-    return Fit(False, True, needed(low), text)
+    if smaller is not None:
+        changed = {
+            "gradient_checkpointing: true": way[0] and not any(first for first, _ in ways),
+            "offload: true": way[1] and not any(second for _, second in ways),
+            f"calibration.batch_size: {smaller.batch}": smaller.batch != work.batch,
+            f"rank: {smaller.rank}": smaller.rank != work.rank,
+        }
+        advice = "set " + ", ".join(f"method.{option}" for option, differs in changed.items() if differs)
+    return result(fits=False, note=f"gates would take {sizes(chosen)}, too much: {advice}")
 
 
 def _training_memory(model: Model, work: Work, width: int = 2) -> float:
@@ -188,15 +205,17 @@ def _training_memory(model: Model, work: Work, width: int = 2) -> float:
         answer_tokens=work.batch * work.answer,
         gpus=work.gpus,
         checkpointing=work.checkpointing,
+        offload=work.offload,
         width=width,
     ).total
 
 
 def _answering_memory(model: Model, work: Work) -> float:
-    """Bytes of one GPU while the teacher answers: weights (of several GPUs its shards, and two gathered layers); the
-    cache of all tokens; and what a layer computes of them, its input twice, gate, up and their product."""
+    """Bytes of one GPU while the teacher answers: weights (of several GPUs its shards, and two gathered layers; of
+    offloaded layers what is copied); the cache of all tokens; and what a layer computes of them, its input twice, gate,
+    up and their product."""
     shapes, tokens = model.shapes, work.answered * (work.prompt + work.answer)
-    held = memory_of(shapes, rank=0, gpus=work.gpus)
+    held = memory_of(shapes, rank=0, gpus=work.gpus, offload=work.offload)
     layer = 2.0 * tokens * (2 * shapes.hidden + 3 * shapes.width("gate_proj"))
     return held.weights + held.gathered + 4.0 * shapes.layers * model.keys * tokens + layer
 
@@ -211,6 +230,22 @@ def _matching(model: Model, work: Work, device: Device) -> tuple[float, float, f
     return work.gpus * work.steps * step, *answering(
         model, device, work.matched, work.told, work.replied, work.answered
     )
+
+
+def _copying(model: Model, work: Work, device: Device) -> tuple[float, float]:
+    """Seconds in which offloaded layers are copied to each GPU, before it works, not meanwhile: by answers, for every
+    token that a batch writes, its prompts and its targets; and by training, forward and backward."""
+    if not work.offload:
+        return 0.0, 0.0
+    asked, answered = work.questions + work.held_out, work.answered
+    answers = -(-asked // answered) * (1 + work.answer) + -(-asked // work.batch)
+    answers += -(-work.matched // answered) * (1 + work.replied)
+    steps = work.gpus * work.steps * 2 * (2 if work.matched else 1)
+    steps += budget_batches(work.held_out, work.batch, work.steps) if work.budget else 0
+    layers = device.width * model.shapes.layers * model.shapes.layer_parameters
+    whole = layers + device.width * model.factors(work.rank)
+    rate = device.link * device.copies * work.gpus * work.gpus  # passes and shards are shared out
+    return answers * layers / rate, steps * whole / rate
 
 
 def stages(model: Model, work: Work, device: Device = H100, *, rate: float = ASSUMED_RATE) -> list[Stage]:
@@ -239,6 +274,7 @@ def stages(model: Model, work: Work, device: Device = H100, *, rate: float = ASS
         learning += passes * budget_batches(work.held_out, work.batch, work.steps)
     matching, donor, donor_seconds = _matching(model, work, device)
     learning, answered, answer_seconds = learning + matching, answered + donor, answer_seconds + donor_seconds
+    copying = _copying(model, work, device)
     kv = 4.0 * model.shapes.layers * model.keys
     said, said_seconds = answering(model, device, work.asked, work.prompt, work.said, 32)
     products = device.bf16 * device.products
@@ -251,11 +287,11 @@ def stages(model: Model, work: Work, device: Device = H100, *, rate: float = ASS
         ),
         Stage(
             "teacher", answered + again, weights, cached, _answering_memory(model, work),
-            (answer_seconds + again / products) / work.gpus + features / rate,
+            (answer_seconds + again / products) / work.gpus + features / rate + copying[0],
         ),
         Stage(
             "gates", learning, weights + 2 * factors, 4.0 * gates, _training_memory(model, work),
-            learning / work.gpus / products,
+            learning / work.gpus / products + copying[1],
         ),
         Stage("fold", folding, weights + 4 * factors, weights, 64.0 * whole, (2 * weights + 4 * factors) / rate),
         Stage("evaluate", said, weights, 0.0, weights + kv * 32 * (work.prompt + work.said), said_seconds / work.gpus),

@@ -12,8 +12,9 @@ from vlmgraft.storage.resources import free_memory, usable_cores
 @dataclass(frozen=True)
 class Device:
     """Published peaks: bf16 and double precision (tensor cores, dense) in operations per second; memory, its bytes and
-    bytes per second. Assumed: the shares of them that training and reading (`products`), writing answers a token at a
-    time (`stream`), and decompositions (`eigen`: eigenvectors are no matrix products) get. width: bytes per weight."""
+    bytes per second; link, bytes per second from the host's memory (PCIe 4 and 5, 16 lanes). Assumed: the shares of
+    them that training and reading (`products`), writing answers a token at a time (`stream`), decompositions (`eigen`:
+    eigenvectors are no matrix products) and offloaded layers (`copies`) get. width: bytes per weight."""
 
     name: str
     bf16: float
@@ -23,12 +24,14 @@ class Device:
     products: float = 0.4
     stream: float = 0.6
     eigen: float = 0.03
+    link: float = 32e9
+    copies: float = 0.75
     is_gpu: bool = True
     width: int = 2
 
 
 A100 = Device("A100 80 GB", 312e12, 19.5e12, 2.039e12, 80e9)
-H100 = Device("H100 SXM 80 GB", 989e12, 67e12, 3.35e12, 80e9)
+H100 = Device("H100 SXM 80 GB", 989e12, 67e12, 3.35e12, 80e9, link=64e9)
 
 
 def device_of(device: Any = None, dtype: Any = None) -> Device:

@@ -15,6 +15,7 @@ from vlmgraft.errors import InputError
 from vlmgraft.methods.frism import Frism, GatedMethod
 from vlmgraft.recipe.model import Recipe
 from vlmgraft.recipe.resolve import calibration_questions, text_questions
+from vlmgraft.storage.resources import free_memory
 
 if TYPE_CHECKING:
     from vlmgraft.costs.cost import Stage, Work
@@ -72,6 +73,7 @@ def gated_stages(
     from vlmgraft.costs.cost import fitting, stages
     from vlmgraft.costs.device import device_of
     from vlmgraft.costs.models import Model
+    from vlmgraft.distillation.memory import host_memory_of
     from vlmgraft.hf.models import empty_vlm, load_config
     from vlmgraft.hf.modules import match_projections
     from vlmgraft.hf.placement import default_device, learning_dtype
@@ -93,11 +95,13 @@ def gated_stages(
     with faults.collected():
         told = _prompt_length(folder, text[0], method.donor_length) if text else told
     model, load = Model.of(recipe.vlm, load_config(folder)), _load(method, count, prompt, len(text), told)
-    fit = fitting(model, load, device)
-    if isinstance(method, Frism) and method.gradient_checkpointing == "auto":
-        load = replace(load, checkpointing=fit.checkpointing)
+    fit = fitting(model, load, device, method)
+    load = replace(load, checkpointing=fit.checkpointing, offload=fit.offload)
     if not fit.fits and device.is_gpu:
         faults.add(fit.note)
+    if fit.host > free_memory():
+        faults.add(f"offloaded layers take {fit.host / 2**30:.1f} GiB of host memory, {free_memory() / 2**30:.1f} are "
+                   "free: lower method.rank, or use more GPUs (torchrun) with method.offload: false")  # fmt: skip
     kept_inputs = count * (prompt + load.answer) * model.shapes.hidden * device.width
     notes += [fit.note, f"the text model's inputs take {kept_inputs / 1e9:.2f} GB of host memory, pixels none"]
     with faults.collected():
@@ -105,12 +109,18 @@ def gated_stages(
     reckoned = {stage.name: stage for stage in stages(model, load, device)}
     done = _done(work, len([tensor for tensor in alignment.merged if tensor.group in ("attention", "mlp")]))
     named = (("decompose", "decompose"), ("answer", "teacher"), ("learn", "gates"), ("fold", "fold"))
-    return [_line(label, reckoned[name], device, done.get(name, "")) for label, name in named], device.name, notes
+    host = {
+        "teacher": host_memory_of(model.shapes, rank=0, width=device.width) if fit.offload else 0,
+        "gates": fit.host,
+    }
+    lines = [_line(label, reckoned[name], device, done.get(name, ""), host.get(name, 0)) for label, name in named]
+    return lines, device.name, notes
 
 
 def _load(method: GatedMethod, count: int, prompt: int, matched: int, told: int) -> Work:
     """The work that a method makes of `count` questions of `prompt` tokens, and `matched` text questions of `told`."""
     from vlmgraft.costs.cost import Work
+    from vlmgraft.distillation.memory import largest_batch
 
     calibration, frism = method.calibration, method if isinstance(method, Frism) else None
     held_out = min(calibration.held_out, max(0, count - calibration.samples))
@@ -121,10 +131,9 @@ def _load(method: GatedMethod, count: int, prompt: int, matched: int, told: int)
         held_out=held_out,
         prompt=prompt,
         answer=calibration.max_new_tokens,
-        batch=max(1, min(calibration.batch_size, learned, calibration.batch_tokens // length)),
+        batch=largest_batch(calibration, learned, length),
         answered=min(calibration.answer_batch_size, count),
         steps=frism.steps if frism else -(-learned // calibration.batch_size),
-        checkpointing=frism is not None and frism.gradient_checkpointing is True,
         budget=frism is not None and frism.kl_budget is not None,
         matched=matched,
         told=told,
@@ -186,8 +195,8 @@ def _done(work: Path | None, matrices: int) -> dict[str, str]:
     return done
 
 
-def _line(label: str, stage: Stage, device: Device, done: str) -> StageCost:
+def _line(label: str, stage: Stage, device: Device, done: str, offloaded: int) -> StageCost:
     """A stage of the cost model; folding, and everything without a GPU, takes the host's memory."""
     on_host = stage.name == "fold" or not device.is_gpu
     gpu, host = (0, int(stage.memory)) if on_host else (int(stage.memory), 0)
-    return StageCost(label, stage.seconds, gpu, host, int(stage.written), done)
+    return StageCost(label, stage.seconds, gpu, host + offloaded, int(stage.written), done)

@@ -82,7 +82,7 @@ class UnitCache:
         try:
             return load_file(path) if path.is_file() else None
         except SafetensorError:  # damaged after it was written: as if it were not there
-            path.unlink()
+            path.unlink(missing_ok=True)
             return None
 
     def _keep(self, kind: str, index: int, made: Unit) -> Unit:

@@ -60,7 +60,8 @@ class Distiller:
     its digest goes into the gates, so that they fold with these factors only. targets, held_out_targets: the teacher's
     answers and distributions on `questions` and `held_out`; cache: a folder that keeps them. answer_batch_size,
     batch_tokens, packing, tokens: see `build_targets`. A model that is sharded over processes (`sharding.shard`) stays
-    gated, with sharded factors, when gates were first needed; no more targets can be made then.
+    gated, with sharded factors, when gates were first needed; no more targets can be made then. offload: it was sharded
+    so, and its factors are.
 
     Raises DataError and AlignmentError before anything is computed when they do not fit.
     """
@@ -81,6 +82,7 @@ class Distiller:
     tokens: Tokens = "answer"
     cache: Path | None = None
     keep_factors: bool = True
+    offload: bool = False
     digest: str | None = field(init=False, default=None)
     sharded: bool = field(init=False)
     linears: dict[str, Any] = field(init=False)
@@ -262,7 +264,9 @@ class Distiller:
                 yield layers
             return
         if self._layers is None:
-            self.model, self._layers = gate_and_shard(self.model, self.linears, self.factors, self.backend)
+            self.model, self._layers = gate_and_shard(
+                self.model, self.linears, self.factors, self.backend, offload=self.offload
+            )
             self.linears = dict(self._layers)
         try:
             yield self._layers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -105,12 +106,35 @@ def barrier() -> None:
 def join_group() -> None:
     """Join the group that `torchrun` or `accelerate launch` describes in the environment; nothing without one.
 
-    NCCL between GPUs, gloo between CPUs. The group stays until the process ends: what is called next uses it too.
+    NCCL between GPUs, gloo between CPUs, and for what GPUs keep there (as torch does by itself). The group stays until
+    the process ends: what is called next uses it too.
     """
     if rank_and_world()[1] < 2 or process()[1] > 1:
         return
     device = default_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    torch.distributed.init_process_group(_backend(device), timeout=PATIENCE)
     atexit.register(leave_group)
+
+
+@contextmanager
+def group_of_one(wanted: bool, device: torch.device) -> Iterator[None]:
+    """Inside the context, if wanted, a group of this process alone where there is none: offloaded layers need one."""
+    if not wanted or torch.distributed.is_initialized():
+        yield
+        return
+    from torch.distributed import HashStore  # type: ignore[attr-defined]
+
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        torch.distributed.init_process_group(_backend(device), store=HashStore(), rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            leave_group()
+
+
+def _backend(device: torch.device) -> str:
+    """Of a group whose tensors are on such devices, and on the CPU."""
+    nccl = device.type == "cuda" and torch.distributed.is_nccl_available()
+    return "cpu:gloo,cuda:nccl" if nccl else "gloo"

@@ -117,10 +117,10 @@ def _points(
         if rank == 0:
             save_gates(gates, out / f"{point.budget:g}")
 
-    distiller, donor = distiller_for(job, store, out, progress if rank == 0 else None)
-    settings = {key: value for key, value in training_of(method, distiller).items() if key not in SET_BY_BUDGET}
     steps = {"first_steps": method.steps, "steps": max(1, method.steps // 2)}
-    return pareto_front(distiller, budgets, method.scale, donor=donor, report=keep, done=done, **steps, **settings)
+    with distiller_for(job, store, out, progress if rank == 0 else None) as (distiller, donor):
+        settings = {key: value for key, value in training_of(method, distiller).items() if key not in SET_BY_BUDGET}
+        return pareto_front(distiller, budgets, method.scale, donor=donor, report=keep, done=done, **steps, **settings)
 
 
 SHIFT_LIMIT = 12.0

@@ -26,7 +26,7 @@ from vlmgraft.distillation.projections import (
     choose_backend,
 )
 from vlmgraft.errors import AlignmentError
-from vlmgraft.hf.modules import ExpertSlice, Projection, parameter_of, text_model
+from vlmgraft.hf.modules import ExpertSlice, Projection, parameter_of, runs_on, text_model
 from vlmgraft.spectral.factors import Factors
 
 
@@ -181,7 +181,7 @@ class GatedLayers(dict[str, GatedLinear | GatedStack]):
             spectrum = None
             if spectra is not None:
                 spectrum = self.joined[name].spectrum(spectra) if name in self.joined else spectra[name]
-            layer.spectrum = None if spectrum is None else spectrum.to(layer.U.device)
+            layer.spectrum = None if spectrum is None else spectrum.to(runs_on(layer.U))
 
 
 def swap_in(

@@ -10,19 +10,22 @@ import gc
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vlmgraft.alignment import Alignment
 from vlmgraft.checkpoint.reader import Reader
 from vlmgraft.distillation.curvature import FisherDiagonal, curvature_gates, curvature_start, estimate_curvature
 from vlmgraft.distillation.distill import Distiller
-from vlmgraft.distillation.distributed import agreed, await_file, barrier, check_same, join_group, process
+from vlmgraft.distillation.distributed import agreed, await_file, barrier, check_same, group_of_one, join_group, process
 from vlmgraft.distillation.guarantee import check_guarantee, within_budget
-from vlmgraft.distillation.memory import checkpoints
+from vlmgraft.distillation.memory import checkpoints, offloads
 from vlmgraft.distillation.sharding import shard
 from vlmgraft.distillation.targets import DONOR_BATCH, Targets, join_targets
 from vlmgraft.distillation.teacher import TeacherOutputs, teacher_outputs
@@ -198,7 +201,8 @@ def learned_from(job: Job) -> dict[str, Any]:
 def _named_by(job: Job) -> dict[str, Any]:
     """The part of `learned_from` that no checkpoint is read for: a digest, as it names files of this machine."""
     method: dict[str, Any] = asdict(job.method)
-    method.pop("gradient_checkpointing", None)  # memory only: the gates are the same
+    for option in ("gradient_checkpointing", "offload"):
+        method.pop(option, None)  # memory only: the gates are the same
     donors = [[str(pair.donor.path), str(pair.donor_base.path if pair.donor_base else None)] for pair in job.alignments]
     named = {"recipe": method, "donors": donors, "questions": list(job.digests)}
     return {"job": hashlib.sha256(json.dumps(named, sort_keys=True, default=str).encode()).hexdigest()}
@@ -206,17 +210,17 @@ def _named_by(job: Job) -> dict[str, Any]:
 
 def _learn(job: Job, store: Store, out: Path, progress: Progress | None) -> Gates:
     method = job.method
-    distiller, donor = distiller_for(job, store, out, progress)
-    state = out.with_name(out.name + ".state")
-    started = agreed(state.is_file)
-    unseen = questions_of(job).unseen
-    prompts = distiller.teacher_targets(unseen) if unseen else None
-    learned = learned_gates(distiller, method, donor, started=started, state=state)
-    if "held_out_kl" not in learned.settings and distiller.held_out_targets is not None:
-        learned = replace(learned, settings={**learned.settings, "held_out_kl": distiller.keep_kl(learned)})
-    if prompts is None or not isinstance(method, Frism):
-        return learned
-    return within_budget(method, distiller, learned, prompts)
+    with distiller_for(job, store, out, progress) as (distiller, donor):
+        state = out.with_name(out.name + ".state")
+        started = agreed(state.is_file)
+        unseen = questions_of(job).unseen
+        prompts = distiller.teacher_targets(unseen) if unseen else None
+        learned = learned_gates(distiller, method, donor, started=started, state=state)
+        if "held_out_kl" not in learned.settings and distiller.held_out_targets is not None:
+            learned = replace(learned, settings={**learned.settings, "held_out_kl": distiller.keep_kl(learned)})
+        if prompts is None or not isinstance(method, Frism):
+            return learned
+        return within_budget(method, distiller, learned, prompts)
 
 
 def learned_gates(
@@ -254,8 +258,11 @@ def reading_of(method: GatedMethod) -> dict[str, Any]:
     return {name: getattr(method.calibration, name) for name in READ_ALIKE} | {"seed": method.seed}
 
 
-def distiller_for(job: Job, store: Store, out: Path, progress: Progress | None) -> tuple[Distiller, Targets | None]:
-    """The recipe's models and questions, ready to train; with the donors' targets for donor matching.
+@contextmanager
+def distiller_for(
+    job: Job, store: Store, out: Path, progress: Progress | None
+) -> Iterator[tuple[Distiller, Targets | None]]:
+    """Inside the context the recipe's models and questions, ready to train; the donors' targets for donor matching.
 
     Donors answer before the VLM is loaded: no two models are in memory at once.
     """
@@ -264,24 +271,45 @@ def distiller_for(job: Job, store: Store, out: Path, progress: Progress | None) 
     device = default_device()
     tensors = job.vlm.tensors.values()
     dtype = learning_dtype(device, sum(info.elements for info in tensors), {info.dtype for info in tensors})
+    offload = agreed(partial(offloads, method, job.vlm.path, [*learned, *held_out], device, dtype))
     placed: dict[str, Any] = {"dtype": dtype, "device": device}
     cache = out.with_name(out.name + ".teacher")
-    outputs = _donor_outputs(job, placed, cache, progress)
-    distiller = Distiller(
-        shard(vlm_shards(job.vlm.path, **placed)) if process()[1] > 1 else load_vlm(job.vlm.path, **placed),
-        load_processor(job.vlm.path),
-        store,
-        learned,
-        held_out,
-        progress=progress,
-        cache=cache,
-        keep_factors=isinstance(method, Curvature) or method.start == "curvature",
-        **reading_of(method),
-    )
-    return distiller, join_targets([distiller.targets_from(one) for one in outputs]) if outputs else None
+    with group_of_one(offload, device):
+        outputs = _donor_outputs(job, placed, offload, cache, progress)
+        distiller = Distiller(
+            _loaded(load_vlm, vlm_shards, job.vlm.path, **placed, offload=offload),
+            load_processor(job.vlm.path),
+            store,
+            learned,
+            held_out,
+            progress=progress,
+            cache=cache,
+            keep_factors=isinstance(method, Curvature) or method.start == "curvature",
+            offload=offload,
+            **reading_of(method),
+        )
+        yield distiller, join_targets([distiller.targets_from(one) for one in outputs]) if outputs else None
 
 
-def _donor_outputs(job: Job, placed: Mapping[str, Any], cache: Path, progress: Progress | None) -> list[TeacherOutputs]:
+def _loaded(
+    whole: Callable[..., Any],
+    in_shards: Callable[..., Any],
+    path: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    offload: bool,
+) -> Any:
+    """A model whole, or sharded: of several processes read so, of one with offloaded layers on the CPU."""
+    alone = process()[1] == 1
+    if alone and not offload:
+        return whole(path, dtype, device)
+    model = whole(path, dtype, "cpu") if alone else in_shards(path, dtype, device)
+    return shard(model, device, offload=offload)
+
+
+def _donor_outputs(
+    job: Job, placed: Mapping[str, Any], offload: bool, cache: Path, progress: Progress | None
+) -> list[TeacherOutputs]:
     """The donors' outputs on their questions, one loaded after the other; nothing without donor matching."""
     method, outputs = job.method, list[TeacherOutputs]()
     if not isinstance(method, Frism) or method.inject != "donor":
@@ -290,7 +318,8 @@ def _donor_outputs(job: Job, placed: Mapping[str, Any], cache: Path, progress: P
     options = {**reading_of(method), "max_new_tokens": method.donor_length, "batch_size": DONOR_BATCH}
     for alignment, questions in zip(job.alignments, questions_of(job).donors, strict=True):
         path = alignment.donor.path
-        donor = shard(text_shards(path, **placed)) if process()[1] > 1 else load_text_model(path, **placed)
+        here = offload and not alignment.donor.packed  # quantised, it is small, and its weights are of other kinds
+        donor = _loaded(load_text_model, text_shards, path, **placed, offload=here)
         teacher = (donor, load_processor(path))
         outputs.append(teacher_outputs(teacher, questions, student, cache=cache, progress=progress, **options))
         del donor, teacher

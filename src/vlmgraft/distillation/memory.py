@@ -7,17 +7,21 @@ run keeps. Not counted: the allocator's slack, CUDA's own memory, communication 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
+from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from vlmgraft.distillation.distributed import agreed, process
 from vlmgraft.distillation.projections import Backend, choose_backend
+from vlmgraft.hf.batches import Question, batches, encode
+from vlmgraft.hf.models import load_config, load_processor
 from vlmgraft.hf.modules import text_experts, text_linears, text_model
-from vlmgraft.methods.frism import GatedMethod
+from vlmgraft.methods.frism import Calibration, GatedMethod
 from vlmgraft.storage.resources import free_memory
 
 if TYPE_CHECKING:
@@ -74,6 +78,11 @@ class Shapes:
             getattr(text, "num_experts_per_tok", 0) if stacks else 0,
         )
 
+    @property
+    def stored(self) -> list[tuple[int, int, int]]:
+        """(count, out, in) of what one layer keeps as a parameter: matrices, stacks of experts."""
+        return [*((1, out, inner) for _, out, inner in self.projections), *self.experts]
+
     def width(self, name: str) -> int:
         """Output width of a projection by its last name; 0 where there is none."""
         return next((out for projection, out, _ in self.projections if projection == name), 0)
@@ -81,7 +90,8 @@ class Shapes:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU. gathered: what sharding holds whole for a moment, two layers (one is fetched ahead)."""
+    """Bytes on one GPU. gathered: what sharding holds whole for a moment, two layers (one is fetched ahead); of one GPU
+    whose layers are in the host's memory the one that runs, and the matrix that is being copied."""
 
     weights: int
     factors: int
@@ -104,14 +114,15 @@ def memory_of(
     answer_tokens: int = 512,
     gpus: int = 1,
     checkpointing: bool = False,
+    offload: bool = False,
     backend: Backend = "auto",
     width: int = 2,
 ) -> Memory:
     """Memory of one training step, in bytes on one of `gpus` GPUs.
 
     tokens: of a batch on one GPU, images and padding included; answer_tokens: those that count. rank: directions per
-    matrix. backend: as `choose_backend` takes them for these tokens, or one for all. width: bytes of a weight or
-    activation, 2 in bfloat16.
+    matrix. offload: layers and factors are in the host's memory. backend: as `choose_backend` takes them for these
+    tokens, or one for all. width: bytes of a weight or activation, 2 in bfloat16.
     """
     ranks = [min(out, inner) if rank == "full" else min(rank, out, inner) for _, out, inner in shapes.projections]
     per_layer = sum(r * (out + inner) for r, (_, out, inner) in zip(ranks, shapes.projections, strict=True))
@@ -120,38 +131,99 @@ def memory_of(
     per_layer += sum(count * r * (out + inner) for count, r, out, inner in stacks)
     gates = sum(ranks) + sum(count * r for count, r, _, _ in stacks)
     layer_bytes = width * (shapes.layer_parameters + per_layer)
+    gathered = 0 if gpus == 1 else 2 * layer_bytes
+    if offload:  # copied to the card: a matrix after the other, or the shards of a layer
+        gathered += layer_bytes + width * max(map(prod, shapes.stored)) if gpus == 1 else layer_bytes // gpus
+    here = 0 if offload else shapes.layers
     layer = _kept_per_layer(shapes, ranks, tokens, backend, width)
     norm = tokens * (4 * shapes.hidden + 4)  # the last one's; the first one's is not kept: no gradient goes below it
     kept = layer + shapes.layers * tokens * width * shapes.hidden + norm if checkpointing else shapes.layers * layer
     return Memory(
-        weights=width * (shapes.layers * shapes.layer_parameters // gpus + shapes.other_parameters),
-        factors=width * shapes.layers * per_layer // gpus,
-        gathered=0 if gpus == 1 else 2 * layer_bytes,
+        weights=width * (here * shapes.layer_parameters // gpus + shapes.other_parameters),
+        factors=width * here * per_layer // gpus,
+        gathered=gathered,
         gates=GATE_BYTES * shapes.layers * gates,
         activations=kept,
         logits=LOGIT_BYTES * answer_tokens * shapes.vocabulary,
     )
 
 
+def host_memory_of(shapes: Shapes, *, rank: Rank = "full", gpus: int = 1, width: int = 2) -> int:
+    """Bytes of offloaded layers and factors in the host's memory, of all `gpus` processes: torch's allocator of
+    page-locked memory takes a power of two for every matrix, U and Vh."""
+
+    def locked(numbers: int) -> int:
+        return gpus * (1 << (-(-width * numbers // gpus) - 1).bit_length())
+
+    total, rest = 0, shapes.layer_parameters
+    for count, out, inner in shapes.stored:
+        r = min(out, inner) if rank == "full" else min(rank, out, inner)
+        total += locked(count * out * inner) + (locked(count * out * r) + locked(count * inner * r) if r else 0)
+        rest -= count * out * inner
+    return shapes.layers * (total + width * rest)
+
+
 ROOM = 0.9
 """Of a device's memory: the rest is the allocator's slack, its own library, and communication."""
+Way = tuple[bool, bool]
+"""How a training is made to fit: with checkpointed layers, with offloaded ones."""
+WAYS: tuple[Way, ...] = ((False, False), (True, False), (False, True), (True, True))
+"""The fastest first."""
 
 
-def fits_plain(shapes: Shapes, memory: float, **work: Any) -> bool:
-    """Whether a training step fits into `memory` bytes without checkpointing; `work` as `memory_of` takes it."""
-    return memory_of(shapes, checkpointing=False, **work).total <= ROOM * memory
+def ways_of(method: GatedMethod, on_gpu: bool) -> list[Way]:
+    """What a recipe allows; offloading by itself on a GPU only."""
+    first, second = method.gradient_checkpointing, method.offload if on_gpu else method.offload is True
+    return [way for way in WAYS if first in ("auto", way[0]) and second in ("auto", way[1])]
+
+
+def way_that_fits(ways: Iterable[Way], shapes: Shapes, memory: float, **work: Any) -> Way | None:
+    """The first way in which a training step fits into `memory` bytes; `work` as `memory_of` takes it."""
+    for way in ways:
+        if memory_of(shapes, checkpointing=way[0], offload=way[1], **work).total <= ROOM * memory:
+            return way
+    return None
+
+
+def largest_batch(calibration: Calibration, learned: int, length: int) -> int:
+    """Questions in a batch of the training, of prompts and answers of `length` tokens."""
+    return max(1, min(calibration.batch_size, learned, calibration.batch_tokens // length))
+
+
+def offloads(
+    method: GatedMethod, path: Path, questions: Sequence[Question], device: torch.device, dtype: torch.dtype
+) -> bool:
+    """Whether layers wait in the host's memory: as the recipe says, or (auto) on a GPU where a training step of the
+    longest of `questions` would not fit otherwise. Reads the VLM's config and processor."""
+    ways = ways_of(method, device.type == "cuda")
+    if len({offload for _, offload in ways}) == 1:
+        return ways[0][1]
+    calibration, config = method.calibration, load_config(path)
+    longest = encode(load_processor(path), [questions[batches(questions, 1)[0][0]]])["input_ids"].shape[1]
+    batch = largest_batch(calibration, len(questions), longest + calibration.max_new_tokens)
+    way = way_that_fits(
+        ways,
+        Shapes.of(config),
+        torch.cuda.get_device_properties(device).total_memory,
+        rank=method.rank if isinstance(method.rank, int) else "full",
+        tokens=batch * (longest + calibration.max_new_tokens),
+        answer_tokens=batch * calibration.max_new_tokens,
+        gpus=process()[1],
+        width=dtype.itemsize,
+    )
+    return (way or ways[-1])[1]
 
 
 def checkpoints(method: GatedMethod, distiller: Distiller) -> bool:
     """Whether to checkpoint: as the recipe says, or (auto) where the largest batch would not fit without it."""
-    wanted = getattr(method, "gradient_checkpointing", False)
-    if wanted != "auto":
-        return bool(wanted)
+    if method.gradient_checkpointing != "auto":
+        return method.gradient_checkpointing
     device, batches = distiller.model.device, distiller.targets.batches
     cuda = device.type == "cuda"
     memory = torch.cuda.get_device_properties(device).total_memory if cuda else free_memory()
     fits = partial(
-        fits_plain,
+        way_that_fits,
+        [(False, distiller.offload)],
         Shapes.of(distiller.model.config),
         memory,
         rank=method.rank if isinstance(method.rank, int) else "full",
@@ -160,7 +232,7 @@ def checkpoints(method: GatedMethod, distiller: Distiller) -> bool:
         gpus=process()[1],
         width=distiller.model.dtype.itemsize,
     )
-    return not agreed(fits)
+    return agreed(fits) is None
 
 
 _INPUTS = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "gate_proj": "feed", "up_proj": "feed"}

@@ -7,6 +7,10 @@ tower are replicated: they are small, and frozen.
 
 A model is sharded before it answers, and once more, on the same memory, when factors join its layers: while it answers,
 no factors are fetched with the weights.
+
+Offloaded (torch's `CPUOffloadPolicy`), shards lie in the host's memory, page-locked where there is an accelerator, and
+are on the device while their layer runs, forward and backward. One process in a group of its own then trains a model
+that its device does not hold.
 """
 
 from __future__ import annotations
@@ -24,26 +28,40 @@ from vlmgraft.hf.modules import Projection, is_shard, is_sharded, match_projecti
 from vlmgraft.spectral.factors import Factors
 
 
-def shard(model: Any) -> Any:
+def shard(model: Any, device: torch.device | None = None, *, offload: bool = False) -> Any:
     """The model, whose layers FSDP2 gathers when they run and frees again; each held whole or, as `vlm_shards` gives
-    them, in shards, whose memory is taken over. Every process of the group calls this."""
+    them, in shards, whose memory is taken over. Every process of the group calls this.
+
+    device: where layers run and all else is put, by default where the model is. offload: layers stay in the host's
+    memory.
+    """
+    device, decoder = device or model.device, text_model(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    mesh = group_mesh(model.device)
-    for layer in text_model(model).layers:
-        _shard_layer(layer, mesh)
+    if device != model.device:
+        layers, decoder.layers = decoder.layers, nn.ModuleList()
+        model.to(device)  # all but the layers
+        decoder.layers = layers
+    mesh = group_mesh(device)
+    for layer in decoder.layers:
+        _shard_layer(layer, mesh, offload)
     _tie(model, mesh)
     return model
 
 
 def gate_and_shard(
-    model: Any, projections: Mapping[str, Projection], factors: Mapping[str, Factors], backend: Backend = "auto"
+    model: Any,
+    projections: Mapping[str, Projection],
+    factors: Mapping[str, Factors],
+    backend: Backend = "auto",
+    *,
+    offload: bool = False,
 ) -> tuple[Any, GatedLayers]:
     """Swap gated layers in and shard, one decoder layer after the other; each process reads its rows of U and Vh alone
     (of fused experts everything, a layer at a time).
 
     For good: a sharded model is not put back. Of one that is sharded already, the weights stay where they are, in new
-    modules; that model is returned. Every process of the group calls this with the same arguments.
+    modules; that model is returned. Every process of the group calls this with the same arguments, offload as `shard`.
     """
     if is_sharded(model):
         model = unwrapped(model)
@@ -57,7 +75,7 @@ def gate_and_shard(
         remaining = {name: part for name, part in remaining.items() if name not in here}
         linear = {name: part.weight for name, part in here.items() if isinstance(part, nn.Linear)}
         gates.add(swap_in(model, here, OwnRows(factors, linear, mesh), backend)[0])
-        _shard_layer(layer, mesh)
+        _shard_layer(layer, mesh, offload)
     gates.add(swap_in(model, remaining, factors, backend)[0])  # raises: every projection is inside a decoder layer
     _tie(model, mesh)
     return model, gates
@@ -77,14 +95,9 @@ class OwnRows(Mapping[str, Factors]):
         return replace(whole, U=self._rows(whole.U, self.like[name]), Vh=self._rows(whole.Vh, self.like[name]))
 
     def _rows(self, whole: Tensor, like: Tensor) -> Tensor:
-        from torch.distributed.tensor import DTensor, Shard
-
         parts, rank = whole.chunk(self.mesh.size()), self.mesh.get_local_rank()
         rows = parts[rank] if rank < len(parts) else whole[:0]
-        local = rows.to(like.device, like.dtype).contiguous()
-        return DTensor.from_local(
-            local, self.mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=(whole.shape[1], 1)
-        )
+        return _shard_of(rows.to(like.device, like.dtype).contiguous(), self.mesh, whole.shape, (whole.shape[1], 1))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.factors)
@@ -100,23 +113,35 @@ def group_mesh(device: torch.device) -> Any:
     return init_device_mesh(device.type, (torch.distributed.get_world_size(),))
 
 
-def _shard_layer(layer: nn.Module, mesh: Any) -> None:
-    """`fully_shard`; parameters that are shards already are announced by their shape, and put in afterwards."""
-    from torch.distributed.fsdp import fully_shard
+def _shard_of(local: Tensor, mesh: Any, shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
+    """Rows as a process's shard, where they are: `DTensor.from_local` would move them to the mesh's device."""
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    spec = DTensorSpec(mesh, (Shard(0),), tensor_meta=TensorMeta(shape, stride, local.dtype))
+    return DTensor(local, spec, requires_grad=False)
+
+
+def _shard_layer(layer: nn.Module, mesh: Any, offload: bool) -> None:
+    """`fully_shard`; parameters that are shards already, as a process alone has them, are announced by their shape, and
+    put in afterwards: they are not copied, and offloaded ones are never on the device together."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
     from torch.distributed.tensor import DTensor
 
-    shards = {name: parameter for name, parameter in layer.named_parameters() if is_shard(parameter)}
+    alone = offload and mesh.size() == 1
+    shards = {name: parameter for name, parameter in layer.named_parameters() if alone or is_shard(parameter)}
     for name, parameter in shards.items():
         parent, _, key = name.rpartition(".")
         shape = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
         setattr(layer.get_submodule(parent), key, nn.Parameter(shape, requires_grad=False))
-    fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    policy = CPUOffloadPolicy(pin_memory=torch.accelerator.is_available()) if offload else OffloadPolicy()
+    fully_shard(layer, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
     own = {}
     for name, like in layer.named_parameters():
         if name in shards and isinstance(like, DTensor):
-            local = shards[name].to_local()
-            size, stride = like.shape, like.stride()
-            own[name] = DTensor.from_local(local, mesh, like.placements, run_check=False, shape=size, stride=stride)
+            part = shards[name]
+            local = part.to_local() if is_shard(part) else part.detach()
+            own[name] = _shard_of(local.cpu() if offload else local, mesh, like.shape, like.stride())
     layer.load_state_dict(own, strict=False, assign=True)
 
 

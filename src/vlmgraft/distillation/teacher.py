@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vlmgraft.data.questions import questions_digest
 from vlmgraft.distillation.cache import Unit, UnitCache, digest, teacher_digest
+from vlmgraft.distillation.distributed import process
 from vlmgraft.distillation.targets import FULL_VOCABULARY, TOP_K, Distribution, TargetBatch, Targets, moved
 from vlmgraft.errors import DataError
 from vlmgraft.hf.batches import (
@@ -193,7 +194,7 @@ def _answers(
     """The teacher's greedy answers as token ids and the prompts' lengths in tokens, in the order of the questions."""
     groups = batches(questions, batch_size)
     together = (
-        {"synced_gpus": True} if is_sharded(teacher[0]) else {}
+        {"synced_gpus": True} if is_sharded(teacher[0]) and process()[1] > 1 else {}
     )  # a step more, as long as another process answers
 
     def answer(index: int) -> Unit:

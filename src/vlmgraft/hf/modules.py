@@ -193,6 +193,11 @@ def is_shard(tensor: Tensor) -> TypeGuard[DTensor]:
     return isinstance(tensor, DTensor)
 
 
+def runs_on(parameter: Tensor) -> torch.device:
+    """Where a layer with this parameter runs: of a shard, which may lie in the host's memory, its mesh's device."""
+    return torch.device(parameter.device_mesh.device_type) if is_shard(parameter) else parameter.device
+
+
 def is_sharded(model: Any) -> bool:
     """Whether the model's decoder layers are sharded."""
     return any(is_shard(parameter) for parameter in text_model(model).layers.parameters())

@@ -89,6 +89,8 @@ class GatedMethod(Method):
     rank: Any
     seed: int
     calibration: Calibration
+    offload: Literal["auto"] | bool
+    gradient_checkpointing: Literal["auto"] | bool = False
     start: str = "half"
     donor_tokens: int | None = None
 
@@ -167,6 +169,8 @@ class Frism(GatedMethod):
     """Batches averaged for one step: as many as there are GPUs, or a multiple."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Less memory, more time, the same gates; auto: where the training would not fit without it."""
+    offload: Literal["auto"] | bool = "auto"
+    """Layers wait in the host's memory, more time, the same gates; auto: on a GPU that they would not fit otherwise."""
     seed: int = 0
     """Of the order of batches."""
     calibration: Calibration = field(default_factory=lambda: Calibration("calibration.jsonl"))

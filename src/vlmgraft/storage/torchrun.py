@@ -41,7 +41,7 @@ def leave_group() -> None:
     torch = sys.modules.get("torch")
     if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return
-    gloo = torch.distributed.get_backend() == "gloo"
+    gloo = "gloo" in torch.distributed.get_backend()
     torch.distributed.destroy_process_group()
     if gloo:
         time.sleep(SETTLING)
