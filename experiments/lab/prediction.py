@@ -1,0 +1,204 @@
+"""Can it be told beforehand whether a merge harms perception? Predictions of a calibration pass against measurements.
+
+    python -m experiments.lab.prediction --trios TRIO-0 TRIO-1 TRIO-2 --rows benchmarks/results/lab/prediction.jsonl \\
+        --pretrained experiments/pretrained/results/seed-?-vlm-replay-donor.json
+
+A pair is a trio's VLM with a task vector: its donor's at several lengths, in part of its layers, modules or directions,
+and negative controls (singular vectors wrongly paired; the donor of another trio, tuned from another base). Predictors:
+without data, ‖τ‖/‖W‖; of one pass over calibration prompts, the KL at a small λ, extrapolated to λ = 1 as λ², and how
+much nearer the donor's own answers have come; for comparison the KL at λ = 1 itself. Measured on test questions at
+λ = 1: the KL, perception and sums. A merge is safe when perception falls by at most `SLACK`.
+
+Probabilities are of a logistic regression on the logarithm of a predictor, fitted on the other trios. Of pretrained
+trios, which play no part in it, the rows of task arithmetic on test are read: the KL at the smallest λ, extrapolated to
+the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from experiments.lab.experiments import Bench, BenchSizes, Job, Row, point_of, truncated
+from experiments.pretrained.results import marks
+from vlmgraft.spectral.factors import Factors
+from vlmgraft.storage.jsonl import write_text
+
+SIZES = BenchSizes(200, 75, 8, 8, calibration=48, held_out=192, control=192, donor=64, steps=1)
+SMALL = (0.1, 0.25)
+"""λ of the calibration pass."""
+SLACK = 0.02
+GAIN = 0.05
+"""Sums gained that count as a gain."""
+LENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
+PREDICTORS = {
+    "‖τ‖/‖W‖": "ratio",
+    "KL at λ 0.1, × 100": "predicted_kl_0.1",
+    "KL at λ 0.25, × 16": "predicted_kl_0.25",
+    "KL at λ 1": "calibration_kl",
+}
+
+
+def pairs(bench: Bench, other: Mapping[str, Factors]) -> Iterator[tuple[str, float, dict[str, Factors]]]:
+    """(kind, length, factors of the task vector); `other`: of another trio's donor."""
+    own = dict(bench.comparison.factors)
+
+    def part(*words: str) -> dict[str, Factors]:
+        return {name: factor for name, factor in own.items() if any(word in name for word in words)}
+
+    yield from (("donor", length, own) for length in LENGTHS)
+    kinds = {
+        "wrongly paired": {name: factor.shuffled(0) for name, factor in own.items()},
+        "another trio's donor": dict(other),
+        "donor, layers 0 and 1": part("layers.0.", "layers.1."),
+        "donor, layers 2 and 3": part("layers.2.", "layers.3."),
+        "donor, attention": part("self_attn"),
+        "donor, mlp": part("mlp"),
+        "donor, first direction": truncated(own, 1),
+    }
+    for kind, factors in kinds.items():
+        yield from ((kind, length, factors) for length in (0.5, 1.0, 2.0))
+
+
+def measured(bench: Bench, factors: Mapping[str, Factors], length: float) -> Row:
+    """Predictors and outcomes of one pair at λ = 1."""
+    comparison = bench.comparison
+    scaled = {name: replace(factor, s=length * factor.s) for name, factor in factors.items()}
+    linears = comparison.distiller.linears
+    moved = sum(float(factor.s.double().square().sum()) for factor in scaled.values())
+    whole = sum(float(linears[name].weight.detach().double().square().sum()) for name in comparison.factors)
+    row: Row = {"ratio": (moved / whole) ** 0.5}
+    for scale in SMALL:
+        weights: dict[str, Tensor] = comparison.task_arithmetic(scale, scaled)
+        row[f"predicted_kl_{scale}"] = comparison.controlled.keep_kl(weights) / scale**2
+        row[f"nearer_{scale}"] = nearer(bench, weights)
+    merged = comparison.task_arithmetic(1.0, scaled)
+    row["calibration_kl"] = comparison.controlled.keep_kl(merged)
+    return row | bench.measure(merged)
+
+
+def nearer(bench: Bench, weights: Mapping[str, Tensor]) -> float:
+    """By how many nats per token the donor's own answers to text sums are nearer than the VLM leaves them."""
+    distiller = bench.comparison.distiller
+    return distiller.keep_kl(None, bench.donor) - distiller.keep_kl(weights, bench.donor)
+
+
+def outcome(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The pairs' rows with what became of them beside the VLM of their trio: `safe`, `gains`."""
+    before = {row["setting"]["trio"]: point_of(row).marks for row in rows if row["method"] == "VLM"}
+    found = []
+    for row in rows:
+        if row["method"] == "VLM":
+            continue
+        vlm, marks = before[row["setting"]["trio"]], point_of(row).marks
+        lost, gained = vlm.perception.mean - marks.perception.mean, marks.reasoning.mean - vlm.reasoning.mean
+        found.append(
+            {**row, "lost": lost, "gained": gained, "safe": lost <= SLACK + 1e-9, "gains": gained >= GAIN - 1e-9}
+        )
+    return found
+
+
+def probabilities(known: np.ndarray, truth: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """Of what is asked, by logistic regression of `truth` on the logarithm of what is known."""
+    from sklearn.linear_model import LogisticRegression
+
+    known, asked = (np.log(np.maximum(values, 1e-9))[:, None] for values in (known, asked))
+    fitted = LogisticRegression(C=100).fit(known, truth)
+    print(f"log odds of safety: {fitted.intercept_[0]:.3f} + {fitted.coef_[0, 0]:.3f} ln KL, of {len(truth)} pairs")
+    chances: np.ndarray = fitted.predict_proba(asked)[:, 1]
+    return chances
+
+
+def curve_of(rows: Sequence[Row]) -> list[Row]:
+    """Task arithmetic of a pretrained trio at each λ but the smallest: predicted and measured KL, perception lost."""
+    on_test = [row for row in rows if row["split"] == "test" and row["method"] in ("VLM", "task arithmetic")]
+    vlm, *curve = sorted(on_test, key=lambda row: float(row["kl"]))
+    small, before = float(curve[0]["setting"][2:]), marks(vlm["right"]["perception"]).mean()
+    found = []
+    for row in curve[1:]:
+        scale, lost = float(row["setting"][2:]), before - marks(row["right"]["perception"]).mean()
+        predicted = curve[0]["kl"] * (scale / small) ** 2
+        found.append({"scale": scale, "small": small, "predicted": predicted, "kl": row["kl"], "lost": lost})
+    return found
+
+
+def table(rows: Sequence[Row], pretrained: Mapping[int, Sequence[Row]]) -> str:
+    """AUROC of every predictor, the calibration of the one by KL at λ 0.25, and predicted against measured KL."""
+    from sklearn.metrics import roc_auc_score
+
+    found = outcome(rows)
+    safe, trios = np.array([row["safe"] for row in found]), np.array([row["setting"]["trio"] for row in found])
+    lines = [f"{len(found)} pairs of {len(set(trios))} trios; {safe.sum()} are safe.", ""]
+    lines += ["| predictor of safety | AUROC | AUROC by trio |", "|---|---|---|"]
+    for name, key in PREDICTORS.items():
+        values = np.array([row[key] for row in found])
+        by = [f"{roc_auc_score(safe[trios == trio], -values[trios == trio]):.2f}" for trio in np.unique(trios)]
+        lines.append(f"| {name} | {roc_auc_score(safe, -values):.2f} | {', '.join(by)} |")
+    gains = np.array([row["gains"] for row in found])
+    nearer = np.array([row["nearer_0.25"] for row in found])
+    lines += ["", "| predictor of a gain | AUROC |", "|---|---|"]
+    lines.append(f"| nearer to the donor's answers at λ 0.25 | {roc_auc_score(gains, nearer):.2f} |")
+    predicted, held = np.array([row["predicted_kl_0.25"] for row in found]), np.full(len(found), np.nan)
+    for trio in np.unique(trios):
+        inside = trios == trio
+        held[inside] = probabilities(predicted[~inside], safe[~inside], predicted[inside])
+    lines += ["", "| predicted probability of safety | pairs | safe |", "|---|---|---|"]
+    for low in (0.0, 0.2, 0.4, 0.6, 0.8):
+        inside = (held >= low) & (held < low + 0.2 + (low == 0.8))
+        if inside.any():
+            lines.append(f"| {low:.1f} to {low + 0.2:.1f} | {inside.sum()} | {safe[inside].mean():.0%} |")
+    lines += ["", "| kind, length | predicted KL ÷ measured, by trio | perception lost, points | sums gained |"]
+    lines.append("|---|---|---|---|")
+    for label in dict.fromkeys(row["method"] for row in found):
+        group = [row for row in found if row["method"] == label]
+        figures = [
+            ", ".join(f"{row['predicted_kl_0.25'] / max(row['kl'], 1e-12):.2f}" for row in group),
+            ", ".join(f"{100 * row['lost']:.1f}" for row in group),
+            ", ".join(f"{100 * row['gained']:.1f}" for row in group),
+        ]
+        lines.append(f"| {label} | {' | '.join(figures)} |")
+    lines += [
+        "",
+        "| pretrained trio, λ | KL predicted from λ | measured | perception lost, points | chance of safety |",
+    ]
+    lines.append("|---|---|---|---|---|")
+    for seed, of_trio in pretrained.items():
+        curve = curve_of(of_trio)
+        chances = probabilities(predicted, safe, np.array([row["predicted"] for row in curve]))
+        for row, chance in zip(curve, chances, strict=True):
+            told = (
+                f"{row['predicted']:.3f} ({row['small']:g}) | {row['kl']:.3f} | {100 * row['lost']:.1f} | {chance:.2f}"
+            )
+            lines.append(f"| seed {seed}, {row['scale']:g} | {told} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trios", type=Path, nargs="+", required=True, help="folders of trios, two or more")
+    parser.add_argument("--rows", type=Path, required=True, help="`.N.jsonl` for every trio, and the table beside it")
+    parser.add_argument("--pretrained", type=Path, nargs="*", default=[], help="results of experiments.pretrained")
+    given = parser.parse_args()
+    results = [json.loads(path.read_text()) for path in given.pretrained]
+    benches = [Bench(trio, SIZES) for trio in given.trios]
+    rows = []
+    for number, bench in enumerate(benches):
+        other = benches[(number + 1) % len(benches)].comparison.factors
+        jobs = [Job("VLM", {"trio": number}, lambda bench=bench: bench.measure(None))]
+        for kind, length, factors in pairs(bench, other):
+            run = lambda bench=bench, factors=factors, length=length: measured(bench, factors, length)  # noqa: E731
+            jobs.append(Job(f"{kind}, {length:g}", {"trio": number}, run))
+        rows += bench.run(jobs, given.rows.with_suffix(f".{number}.jsonl"))
+    write_text(given.rows.with_suffix(".md"), table(rows, {found["seed"]: found["rows"] for found in results}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""The table of all rules on all trios, from rows that were measured before.
+
+    python -m experiments.lab.rules_table --lab benchmarks/results/lab/rules-?.jsonl \\
+        --pretrained experiments/pretrained/results/seed-?-vlm-replay-donor.json --out benchmarks/results/rules.md
+
+Every cell is a difference from task arithmetic at the same KL, in points of the sums. On the lab's trios it is the mean
+over the draws of the calibration questions; its interval is over items, which are the same in all draws, and holds for
+all rules together (Bonferroni); then the least and the largest difference of a draw. On the pretrained trios a rule is
+compared with task arithmetic's curve, at 95 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.pretrained.results import CURVE, at_kl, chosen, marks
+from vlmgraft.evaluation.intervals import bootstrap
+from vlmgraft.storage.jsonl import read_rows, write_text
+
+Row = Mapping[str, Any]
+SUM = "reasoning: sum"
+REFERENCE = "task_arithmetic"
+NAMES = {
+    "FRISM energy": "frism, energy",
+    "FRISM donor": "frism, donor",
+    "FRISM shuffled": "frism, gates shuffled",
+    "rank one": "rank_1",
+    "rank one + 5 % base": "rank_1_interpolated",
+    "truncate 16": "truncate",
+    "TIES": "ties",
+    "DARE": "dare_ties",
+    "STAR": "star",
+}
+"""Names of the pretrained table's methods in the lab's."""
+
+
+def lab_cells(rows: Sequence[Row]) -> dict[str, str]:
+    """Rule → its difference from task arithmetic on one trio."""
+    right: dict[str, list[np.ndarray]] = {}
+    for row in sorted(rows, key=lambda row: row["draw"]):
+        if row["right"] is not None:
+            right.setdefault(row["method"], []).append(marks(row["right"][SUM]))
+    rules = right.keys() - {"VLM", REFERENCE}
+    cells = dict.fromkeys({row["method"] for row in rows} - right.keys(), "over the budget")
+    cells[REFERENCE] = "0"
+    for name in rules | {"VLM"}:
+        draws = [rule - reference for rule, reference in zip(right[name], right[REFERENCE], strict=True)]
+        means = [100 * float(draw.mean()) for draw in draws]
+        interval = bootstrap([np.mean(draws, axis=0)], level=1 - 0.05 / len(rules)).signed()
+        cells[name] = f"{interval} ({min(means):+.1f} … {max(means):+.1f})"
+    return cells
+
+
+def pretrained_cells(rows: Sequence[Row]) -> dict[str, str]:
+    """Rule → its difference from task arithmetic's curve on one trio, at the setting chosen on validation."""
+    curve = [row for row in rows if row["split"] == "test" and row["method"] in ("VLM", CURVE)]
+    cells = {}
+    for method, row in chosen(rows).items():
+        if method not in ("VLM", CURVE):
+            difference = marks(row["right"]["sums"]) - at_kl(curve, row["kl"], "sums")
+            cells[NAMES.get(method, method)] = bootstrap([difference]).signed()
+    return cells
+
+
+def mean(rows: Sequence[Row], kind: str) -> float:
+    """Of a rule's rows, in percent."""
+    return 100 * float(np.mean([row[kind]["mean"] for row in rows]))
+
+
+def table(lab: Mapping[int, Sequence[Row]], pretrained: Mapping[int, Sequence[Row]]) -> str:
+    """A row per rule, the best on the lab's trios first, and what task arithmetic has there."""
+    columns = {f"lab {seed}": lab_cells(rows) for seed, rows in lab.items()}
+    columns |= {f"pretrained {seed}": pretrained_cells(rows) for seed, rows in pretrained.items()}
+    of_rule: dict[str, list[Row]] = {}
+    for row in (row for rows in lab.values() for row in rows if row["right"] is not None):
+        of_rule.setdefault(row["method"], []).append(row)
+    names = dict.fromkeys(name for cells in columns.values() for name in cells)
+    order = sorted(names, key=lambda name: -mean(of_rule[name], "reasoning") if name in of_rule else 1)
+    head = ["rule", *columns, "perception, lab", "s"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for name in order:
+        rows, facts = of_rule.get(name, []), ["", ""]
+        if rows:
+            facts[0] = f"{mean(rows, 'perception'):.1f}"
+            facts[1] = f"{np.median([row['seconds'] for row in rows]):.3g}" if name != "VLM" else ""
+        lines.append(f"| {' | '.join([name, *(cells.get(name, '') for cells in columns.values()), *facts])} |")
+    reference = [f"lab {seed}: {_level(rows)}" for seed, rows in lab.items()]
+    return "\n".join([*lines, "", f"Task arithmetic itself, {'; '.join(reference)}."]) + "\n"
+
+
+def _level(rows: Sequence[Row]) -> str:
+    own = [row for row in rows if row["method"] == REFERENCE]
+    strengths = [row["strength"] for row in own]
+    return (
+        f"{mean(own, 'reasoning'):.1f} % of the sums, perception {mean(own, 'perception'):.1f} % "
+        f"(λ {min(strengths):.2f} to {max(strengths):.2f})"
+    )
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lab", type=Path, nargs="+", required=True, help="rows of experiments.lab.rules, by trio")
+    parser.add_argument("--pretrained", type=Path, nargs="*", default=[], help="results of experiments.pretrained")
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    lab = [list(read_rows(path)) for path in given.lab]
+    results = [json.loads(path.read_text()) for path in given.pretrained]
+    text = table({rows[0]["seed"]: rows for rows in lab}, {found["seed"]: found["rows"] for found in results})
+    write_text(given.out, text)
+
+
+if __name__ == "__main__":
+    main()
