@@ -34,12 +34,15 @@ def recipe(trio: Path, image_calibration: Path, tmp_path: Path) -> dict[str, Any
 def test_one_process_learns_the_same_gates(recipe: dict[str, Any], tmp_path: Path) -> None:
     """Answers, curvature, donor matching, a budget; the second time after an interruption, in the same process."""
     calls: list[bool] = []
+
+    def counted(model: Any, device: torch.device, *, offload: bool) -> Any:
+        calls.append(offload)
+        return shard(model, device, offload=offload)
+
     vg.decompose(recipe, tmp_path / "factors")
     whole = learned(recipe, False, tmp_path / "factors", tmp_path / "whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            learn, "shard", lambda model, *where, offload: calls.append(offload) or shard(model, offload=offload)
-        )
+        patch.setattr(learn, "shard", counted)
         offloaded = learned(recipe, True, tmp_path / "factors", tmp_path / "offloaded")
     assert calls == [True, True], "the donor and the VLM"
     keep = GateTrainer._keep
