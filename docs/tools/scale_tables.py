@@ -14,7 +14,7 @@ from pathlib import Path
 from vlmgraft.costs.cost import Stage, Work, stages
 from vlmgraft.costs.device import A100, H100, Device
 from vlmgraft.costs.models import MODELS, Model
-from vlmgraft.distillation.memory import Rank
+from vlmgraft.distillation.memory import Rank, host_memory_of
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "scale.md"
@@ -88,13 +88,30 @@ def needs() -> str:
             ways, fits = _smallest(model, rank)
             work = Work(rank=rank, gpus=ways)
             found = _stages(model, work, H100)
-            disk = 4 * 2 * model.parameters + 6 * model.factors(rank)
+            disk = 4 * 2 * model.parameters + 6 * model.factors(rank) + found["teacher"].written
             times = [sum(_stages(model, work, device)[name].seconds for name in FRISM) for device in (A100, H100)]
             memory = [f"{found[name].memory / 2**30:.0f}" for name in ("teacher", "gates")]
             cells = [f"{disk / 1e9:.0f}", str(ways) if fits else f"more than {ways}", *memory]
             rows.append([model.name, str(rank), *cells, *map(_time, times)])
     header = ["model", "rank", "disk, GB", "GPUs of 80 GB", "teacher, GiB on each", "gates, GiB on each"]
     return table([*header, "decompose to fold, A100", "H100"], rows)
+
+
+def offloaded() -> str:
+    """One GPU of 80 GB whose layers are in the host's memory: what it takes of both, and time."""
+    rows = []
+    for model in MODELS[2:4]:
+        for rank in (*RANKS, 64):
+            work = Work(rank=rank, offload=True)
+            found, slower = (_stages(model, work, device) for device in (H100, A100))
+            memory = [found[name].memory for name in ("teacher", "gates")]
+            host = (host_memory_of(model.shapes, rank=rank), 2 * model.shapes.layers * model.shapes.layer_parameters
+                    + 2 * model.factors(rank))  # fmt: skip
+            times = [stages[name].seconds for stages in (slower, found) for name in ("teacher", "gates")]
+            cells = [f"{size / 2**30:.0f}" for size in (*memory, *host)]
+            rows.append([model.name, str(rank), *cells, *map(_time, times)])
+    header = ["model", "rank", "teacher, GiB", "gates, GiB", "host memory, GiB", "not rounded"]
+    return table([*header, "teacher, A100", "gates", "teacher, H100", "gates"], rows)
 
 
 MEASURED_RATIOS = {
@@ -133,14 +150,15 @@ def measured() -> str:
 
 
 def counted() -> str:
-    """What fake tensors counted on one card of several."""
+    """What fake tensors counted on one card."""
     keys = ("weights", "factors", "answering", "matching", "gates", "formula")
     rows = [
-        [f"{row['model']} on {row['cards']}", str(row["rank"]), *(f"{row[key] / 2**30:.1f}" for key in keys)]
+        [f"{row['model']} on {row['cards']}", str(row["rank"]), *(f"{row[key] / 2**30:.1f}" for key in keys),
+         f"{row['host'] / 2**30:.1f}" if "host" in row else ""]
         for row in json.loads(COUNTED.read_text(encoding="utf-8"))
-    ]
+    ]  # fmt: skip
     peaks = ["peak, answering", "peak, a donor of that size answering", "peak, training", "the cost model's, training"]
-    return table(["model, cards", "rank", "weights", "factors", *peaks], rows)
+    return table(["model, cards", "rank", "weights", "factors", *peaks, "in host memory"], rows)
 
 
 def _stages(model: Model, work: Work, device: Device) -> dict[str, Stage]:
@@ -176,6 +194,7 @@ TABLES = {
     "stages128": lambda: by_stage(128),
     "one_card": one_card,
     "needs": needs,
+    "offloaded": offloaded,
     "counted": counted,
     "measured": measured,
 }

@@ -32,9 +32,15 @@ def test_quick_counts_more_than_the_shards_and_less_than_the_models(tmp_path: Pa
 
 
 def test_the_cost_model_has_what_was_counted() -> None:
-    (model,) = (model for model in MODELS if model.name == "Qwen2.5-VL-72B")
-    for row in json.loads((BENCHMARKS / "results" / "sharded.json").read_text()):
-        predicted = {stage.name: stage.memory for stage in stages(model, Work(rank=row["rank"], gpus=row["cards"]))}
-        assert predicted["gates"] == pytest.approx(row["gates"], rel=0.05)
-        assert predicted["teacher"] == pytest.approx(row["answering"], rel=0.05)
+    rows = json.loads((BENCHMARKS / "results" / "sharded.json").read_text())
+    assert [(row["model"], row["cards"], row["limit"]) for row in rows] == [
+        ("72B", 8, 45.0), ("72B", 8, 70.0), ("32B", 1, 74.0), ("32B", 1, 74.0)
+    ]  # fmt: skip
+    for row in rows:
+        (model,) = (model for model in MODELS if model.name == f"Qwen2.5-VL-{row['model']}")
+        work = Work(rank=row["rank"], gpus=row["cards"], offload="host" in row)
+        predicted = {stage.name: stage.memory for stage in stages(model, work)}
+        near = 0.08 if work.offload else 0.05  # little is kept: gradients of the layer that runs show
+        assert predicted["gates"] == pytest.approx(row["gates"], rel=near)
+        assert predicted["teacher"] == pytest.approx(row["answering"], rel=near)
         assert max(row[phase] for phase in ("matching", "answering", "gates")) <= row["limit"] * 2**30

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.recipe_place import Place
-from vlmgraft.costs import device, dry_run
+from vlmgraft.costs import device, dry_run, gate_stages, models
 
 
 def test_a_dry_run_has_a_line_for_every_stage_and_says_what_is_there(trio: Path, tmp_path: Path, vlmgraft: Any) -> None:
@@ -111,3 +111,26 @@ def test_a_dry_run_asks_for_as_many_questions_as_the_merge(trio: Path, tmp_path:
     place.recipe["method"]["calibration"]["samples"] = 2
     assert vlmgraft("merge", place.write(), "--dry-run").code == 0, "two to learn on, two to measure on"
     assert vlmgraft("merge", place.write(), "-o", place.out, "-q").code == 0
+
+
+@pytest.mark.parametrize(("host", "rank", "faults"), [(256e9, 64, 0), (256e9, "full", 0), (100e9, 64, 1)])
+def test_a_dry_run_of_32b_on_one_card_puts_layers_into_the_hosts_memory(
+    host: float, rank: Any, faults: int, trio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the page-locked 512 + 64 + 16 MiB and so on of a layer's matrices: 106 GiB of 64 layers, before factors."""
+    (model,) = (model for model in models.MODELS if model.name == "Qwen2.5-VL-32B")
+    monkeypatch.setattr(models.Model, "of", lambda name, config: model)
+    monkeypatch.setattr(device, "device_of", lambda *_: device.H100)
+    monkeypatch.setattr(gate_stages, "free_memory", lambda: int(host))
+    monkeypatch.setattr(gate_stages, "_prompt_length", lambda *_: 2000)
+    place = Place(tmp_path, trio, "frism")
+    place.recipe["method"] |= {"rank": rank, "steps": 200}
+    rehearsed = dry_run.dry_run(place.write())
+    said = next(note for note in rehearsed.notes if note.startswith("gates take"))
+    found = re.search(r"offloaded \(else ([\d.]+) GiB, over nine tenths of it\): ([\d.]+) GiB of host memory", said)
+    assert found is not None and float(found[1]) > 67 and float(found[2]) > 106
+    answer, learn = rehearsed.stages[1:3]
+    assert answer.name == "answer" and answer.host_memory == pytest.approx(106 * 2**30, rel=0.01)
+    assert learn.name == "learn" and learn.host_memory == pytest.approx(float(found[2]) * 2**30, rel=0.01)
+    assert learn.gpu_memory < 20 * 2**30 and learn.seconds > 2 * 200 * 62 / 48
+    assert sum("GiB of host memory" in fault for fault in rehearsed.faults) == faults

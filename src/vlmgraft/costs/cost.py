@@ -164,19 +164,18 @@ def fitting(model: Model, work: Work, device: Device, method: GatedMethod) -> Fi
     def needed(work: Work, way: Way) -> float:
         return _training_memory(model, replace(work, checkpointing=way[0], offload=way[1]), width=device.width)
 
-    def sizes(way: Way) -> str:
-        return f"{needed(work, way) / 2**30:.1f} GiB of {device.memory / 2**30:.1f} on {device.name}"
-
     room, ways = ROOM * device.memory, ways_of(method, device.is_gpu)
     chosen = next((way for way in ways if needed(work, way) <= room), ways[-1])
     host = host_memory_of(model.shapes, rank=work.rank, gpus=work.gpus, width=device.width) if chosen[1] else 0
+    sizes = f"{needed(work, chosen) / 2**30:.1f} GiB of {device.memory / 2**30:.1f} on {device.name}"
     result = partial(Fit, checkpointing=chosen[0], offload=chosen[1], needed=needed(work, chosen), host=host)
     if needed(work, chosen) <= room:
         how = "with checkpointed layers" if chosen[0] else "without checkpointing"
         if chosen[1]:
-            why = "as the recipe says" if method.offload is True else f"they would take {sizes((chosen[0], False))}"
+            whole = needed(work, (chosen[0], False)) / 2**30
+            why = "as the recipe says" if method.offload is True else f"else {whole:.1f} GiB, over nine tenths of it"
             how += f", offloaded ({why}): {host / 2**30:.1f} GiB of host memory"
-        return result(fits=True, note=f"gates take {sizes(chosen)}, {how}")
+        return result(fits=True, note=f"gates take {sizes}, {how}")
     lowest = (isinstance(method, Frism), device.is_gpu)
     lower = [(work, way) for way in WAYS if way[0] <= lowest[0] and way[1] <= lowest[1]]
     batches = [2**power for power in range(work.batch.bit_length()) if 2**power < work.batch][::-1]
@@ -193,7 +192,7 @@ def fitting(model: Model, work: Work, device: Device, method: GatedMethod) -> Fi
             f"rank: {smaller.rank}": smaller.rank != work.rank,
         }
         advice = "set " + ", ".join(f"method.{option}" for option, differs in changed.items() if differs)
-    return result(fits=False, note=f"gates would take {sizes(chosen)}, too much: {advice}")
+    return result(fits=False, note=f"gates would take {sizes}, too much: {advice}")
 
 
 def _training_memory(model: Model, work: Work, width: int = 2) -> float:
