@@ -111,6 +111,7 @@ def gated_stages(
 def _load(method: GatedMethod, count: int, prompt: int, matched: int, told: int) -> Work:
     """The work that a method makes of `count` questions of `prompt` tokens, and `matched` text questions of `told`."""
     from vlmgraft.costs.cost import Work
+    from vlmgraft.distillation.trainer import Training
 
     calibration, frism = method.calibration, method if isinstance(method, Frism) else None
     held_out = min(calibration.held_out, max(0, count - calibration.samples))
@@ -126,6 +127,7 @@ def _load(method: GatedMethod, count: int, prompt: int, matched: int, told: int)
         steps=frism.steps if frism else -(-learned // calibration.batch_size),
         checkpointing=frism is not None and frism.gradient_checkpointing is True,
         budget=frism is not None and frism.kl_budget is not None,
+        observe_every=Training(learning_rate=frism.learning_rate).observe_every if frism else 1,
         matched=matched,
         told=told,
         replied=method.donor_length,
