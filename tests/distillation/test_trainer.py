@@ -12,6 +12,11 @@ from vlmgraft.distillation.distill import Distiller
 from vlmgraft.distillation.trainer import GateTrainer, Training
 
 
+def test_the_kl_is_observed_as_often_as_logits_move() -> None:
+    every = {rate: Training(learning_rate=rate).observe_every for rate in (1.0, 0.2, 0.1, 0.05, 1e-4)}
+    assert every == {1.0: 1, 0.2: 3, 0.1: 6, 0.05: 12, 1e-4: 16}
+
+
 def test_the_learning_rate_falls_by_a_cosine_to_a_twentieth() -> None:
     training = Training(steps=100, learning_rate=0.2)
     assert training.learning_rate_at(0) == pytest.approx(0.2)

@@ -17,13 +17,14 @@ from vlmgraft.costs.models import Model, kept
 from vlmgraft.distillation.memory import ROOM, WAYS, Rank, Shapes, Way, host_memory_of, memory_of, ways_of
 from vlmgraft.distillation.projections import Backend, choose_backend
 from vlmgraft.distillation.targets import DONOR_BATCH, TOP_K
-from vlmgraft.distillation.trainer import MONITOR_EVERY, WATCHED
+from vlmgraft.distillation.trainer import WATCHED, Training
 from vlmgraft.merging.plan import ASSUMED_RATE
 from vlmgraft.methods.frism import Frism, GatedMethod
 from vlmgraft.spectral.svd import matrix_cost
 
-LANDING = 5
-"""Measurements of all held-out prompts after the last step: four of the search, one of the bound from above."""
+LANDING = 4
+"""Measurements of all held-out prompts after the last step: three of the search (two or three in seven trainings of the
+lab's), one of the bound from above."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,10 @@ class Work:
     """What is done. Defaults: FRISM as docs/gpus.md has it.
 
     questions are learned from, `held_out` measured on; `prompt` tokens each, images included, and `answer` tokens,
-    answered `answered` at a time; so many steps of `batch` questions on each GPU, with a KL budget or without, beside
-    each of which donor matching has one of `DONOR_BATCH` of its `matched` text questions, of `told` tokens with
-    `replied` tokens of answer; `asked` questions of an evaluation with `said` tokens of answer.
+    answered `answered` at a time; so many steps of `batch` questions on each GPU, with a KL budget that is observed
+    every `observe_every` steps, or without, beside each of which donor matching has one of `DONOR_BATCH` of its
+    `matched` text questions, of `told` tokens with `replied` tokens of answer; `asked` questions of an evaluation with
+    `said` tokens of answer.
     """
 
     rank: Rank = "full"
@@ -48,6 +50,7 @@ class Work:
     checkpointing: bool = True
     offload: bool = False
     budget: bool = False
+    observe_every: int = Training().observe_every
     matched: int = 0
     told: int = 100
     replied: int = 64
@@ -117,11 +120,11 @@ def gate_step(
     return (2 if checkpointing else 1) * forwards + backward + 4.0 * shapes.hidden * shapes.vocabulary * answers
 
 
-def budget_batches(held_out: int, batch: int, steps: int) -> int:
-    """Forward passes on held-out batches that a KL budget takes: all at first, a part every few steps, all at the
-    end, as often as the last search measures."""
+def budget_batches(held_out: int, batch: int, steps: int, every: int) -> int:
+    """Forward passes on held-out batches that a KL budget takes: all at first, a part `every` so many steps, all
+    at the end, as often as the last search measures."""
     whole, part = -(-held_out // batch), -(-min(held_out, WATCHED) // batch)
-    return whole * (1 + LANDING) + part * max(0, -(-steps // MONITOR_EVERY) - 1)
+    return whole * (1 + LANDING) + part * max(0, -(-steps // every) - 1)
 
 
 def answering(model: Model, device: Device, questions: int, prompt: int, said: int, batch: int) -> tuple[float, float]:
@@ -240,7 +243,8 @@ def _copying(model: Model, work: Work, device: Device) -> tuple[float, float]:
     answers = -(-asked // answered) * (1 + work.answer) + -(-asked // work.batch)
     answers += -(-work.matched // answered) * (1 + work.replied)
     steps = work.gpus * work.steps * 2 * (2 if work.matched else 1)
-    steps += budget_batches(work.held_out, work.batch, work.steps) if work.budget else 0
+    observed = work.held_out, work.batch, work.steps, work.observe_every
+    steps += budget_batches(*observed) if work.budget else 0
     layers = device.width * model.shapes.layers * model.shapes.layer_parameters
     whole = layers + device.width * model.factors(work.rank)
     rate = device.link * device.copies * work.gpus * work.gpus  # passes and shards are shared out
@@ -270,7 +274,7 @@ def stages(model: Model, work: Work, device: Device = H100, *, rate: float = ASS
     if work.budget:
         passes = gated_forward(model.shapes, tokens, length, rank=work.rank)
         passes += 2.0 * model.shapes.hidden * model.shapes.vocabulary * answers
-        learning += passes * budget_batches(work.held_out, work.batch, work.steps)
+        learning += passes * budget_batches(work.held_out, work.batch, work.steps, work.observe_every)
     matching, donor, donor_seconds = _matching(model, work, device)
     learning, answered, answer_seconds = learning + matching, answered + donor, answer_seconds + donor_seconds
     copying = _copying(model, work, device)

@@ -121,6 +121,7 @@ def _load(method: GatedMethod, count: int, prompt: int, matched: int, told: int)
     """The work that a method makes of `count` questions of `prompt` tokens, and `matched` text questions of `told`."""
     from vlmgraft.costs.cost import Work
     from vlmgraft.distillation.memory import largest_batch
+    from vlmgraft.distillation.trainer import Training
 
     calibration, frism = method.calibration, method if isinstance(method, Frism) else None
     held_out = min(calibration.held_out, max(0, count - calibration.samples))
@@ -135,6 +136,7 @@ def _load(method: GatedMethod, count: int, prompt: int, matched: int, told: int)
         answered=min(calibration.answer_batch_size, count),
         steps=frism.steps if frism else -(-learned // calibration.batch_size),
         budget=frism is not None and frism.kl_budget is not None,
+        observe_every=Training(learning_rate=frism.learning_rate).observe_every if frism else 1,
         matched=matched,
         told=told,
         replied=method.donor_length,

@@ -32,7 +32,9 @@ from vlmgraft.storage.files import make_folder
 Inject = Literal["energy", "donor"]
 
 DEFAULT_WEIGHT = {"energy": 0.1, "donor": 1.0}
-MONITOR_EVERY = 4
+MOVED, LONGEST = 0.6, 16
+"""How far the learning rate may move a logit between two observations of the KL (Adam moves it by about the rate in
+every step), and after how many steps it is observed in any case."""
 WATCHED = 32
 """Held-out questions on which the KL is observed at a time, others every time; it ends at the budget on all of them."""
 CLOSING, OPENING = -12.0, {"energy": 12.0, "donor": 1.0}
@@ -72,6 +74,11 @@ class Training:
             raise RecipeError(f"batches_per_step: {self.batches_per_step} must be at least 1")
         if self.steps < 0 or not self.learning_rate > 0:
             raise RecipeError(f"steps ({self.steps}) and learning_rate ({self.learning_rate}) must be positive")
+
+    @property
+    def observe_every(self) -> int:
+        """Steps between two observations of the KL under a budget."""
+        return max(1, min(LONGEST, round(MOVED / self.learning_rate)))
 
     def learning_rate_at(self, step: int) -> float:
         """Cosine from the learning rate to a twentieth of it: without decay the KL does not settle on a budget."""
@@ -181,7 +188,7 @@ class GateTrainer:
         return {key: round(value, 7) for key, value in figures.items()} | {"inject_weight": weight}
 
     def _observe(self, step: int) -> None:
-        if isinstance(self.control, BudgetControl) and step % MONITOR_EVERY == 0:
+        if isinstance(self.control, BudgetControl) and step % self.training.observe_every == 0:
             self.control.observe(self.rotation.observe(lambda part: self._measure(self.parts[part])))
 
     @torch.no_grad()
