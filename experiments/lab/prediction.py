@@ -5,13 +5,12 @@
 
 A pair is a trio's VLM with a task vector: its donor's at several lengths, in part of its layers, modules or directions,
 and negative controls (singular vectors wrongly paired; the donor of another trio, tuned from another base). Predictors:
-without data, ‖τ‖/‖W‖; of one pass over calibration prompts, the KL at a small λ, extrapolated to λ = 1 as λ², and how
-much nearer the donor's own answers have come; for comparison the KL at λ = 1 itself. Measured on test questions at
-λ = 1: the KL, perception and sums. A merge is safe when perception falls by at most `SLACK`.
+without data, ‖τ‖/‖W‖; on calibration prompts, the KL at λ = 1, the KL at a small λ, extrapolated as λ², and how much
+nearer the donor's own answers have come. Measured on test questions at λ = 1: the KL, perception and sums. A merge is
+safe when perception falls by at most `SLACK`.
 
-Probabilities are of a logistic regression on the logarithm of a predictor, fitted on the other trios. Of pretrained
-trios, which play no part in it, the rows of task arithmetic on test are read: the KL at the smallest λ, extrapolated to
-the others.
+Chances are of a logistic regression on the logarithm of the KL, for each trio fitted on the others. Of pretrained
+trios, which play no part in it, every merge that was measured on test is read.
 """
 
 from __future__ import annotations
@@ -105,79 +104,81 @@ def outcome(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return found
 
 
-def probabilities(known: np.ndarray, truth: np.ndarray, asked: np.ndarray) -> np.ndarray:
-    """Of what is asked, by logistic regression of `truth` on the logarithm of what is known."""
+def fitted(kl: np.ndarray, safe: np.ndarray) -> tuple[float, float]:
+    """a and b of the log odds a + b ln KL of safety."""
     from sklearn.linear_model import LogisticRegression
 
-    known, asked = (np.log(np.maximum(values, 1e-9))[:, None] for values in (known, asked))
-    fitted = LogisticRegression(C=100).fit(known, truth)
-    print(f"log odds of safety: {fitted.intercept_[0]:.3f} + {fitted.coef_[0, 0]:.3f} ln KL, of {len(truth)} pairs")
-    chances: np.ndarray = fitted.predict_proba(asked)[:, 1]
-    return chances
+    model = LogisticRegression(C=100).fit(np.log(np.maximum(kl, 1e-9))[:, None], safe)
+    return float(model.intercept_[0]), float(model.coef_[0, 0])
 
 
-def curve_of(rows: Sequence[Row]) -> list[Row]:
-    """Task arithmetic of a pretrained trio at each λ but the smallest: predicted and measured KL, perception lost."""
-    on_test = [row for row in rows if row["split"] == "test" and row["method"] in ("VLM", "task arithmetic")]
-    vlm, *curve = sorted(on_test, key=lambda row: float(row["kl"]))
-    small, before = float(curve[0]["setting"][2:]), marks(vlm["right"]["perception"]).mean()
-    found = []
-    for row in curve[1:]:
-        scale, lost = float(row["setting"][2:]), before - marks(row["right"]["perception"]).mean()
-        predicted = curve[0]["kl"] * (scale / small) ** 2
-        found.append({"scale": scale, "small": small, "predicted": predicted, "kl": row["kl"], "lost": lost})
-    return found
+def chances(curve: tuple[float, float], kl: np.ndarray) -> np.ndarray:
+    """Of safety, at these KL."""
+    return 1 / (1 + np.exp(-(curve[0] + curve[1] * np.log(np.maximum(kl, 1e-9)))))
+
+
+def merges_of(rows: Sequence[Row]) -> list[Row]:
+    """Every merge of a pretrained trio that was measured on test: its name, KL, and the perception that it lost."""
+    on_test = [row for row in rows if row["split"] == "test"]
+    before = next(marks(row["right"]["perception"]).mean() for row in on_test if row["method"] == "VLM")
+    return [
+        {"name": f"{row['method']}, {row['setting']}", "kl": row["kl"],
+         "lost": before - marks(row["right"]["perception"]).mean()}
+        for row in sorted(on_test, key=lambda row: float(row["kl"]))
+        if row["method"] != "VLM"
+    ]  # fmt: skip
 
 
 def table(rows: Sequence[Row], pretrained: Mapping[int, Sequence[Row]]) -> str:
-    """AUROC of every predictor, the calibration of the one by KL at λ 0.25, and predicted against measured KL."""
+    """AUROC of every predictor, the calibration of the chances by KL, and what they say of the pretrained trios."""
     from sklearn.metrics import roc_auc_score
 
     found = outcome(rows)
     safe, trios = np.array([row["safe"] for row in found]), np.array([row["setting"]["trio"] for row in found])
+    kl, held = np.array([row["calibration_kl"] for row in found]), np.full(len(found), np.nan)
     lines = [f"{len(found)} pairs of {len(set(trios))} trios; {safe.sum()} are safe.", ""]
     lines += ["| predictor of safety | AUROC | AUROC by trio |", "|---|---|---|"]
     for name, key in PREDICTORS.items():
         values = np.array([row[key] for row in found])
         by = [f"{roc_auc_score(safe[trios == trio], -values[trios == trio]):.2f}" for trio in np.unique(trios)]
         lines.append(f"| {name} | {roc_auc_score(safe, -values):.2f} | {', '.join(by)} |")
-    gains = np.array([row["gains"] for row in found])
-    nearer = np.array([row["nearer_0.25"] for row in found])
+    gains, nearer = (np.array([row[key] for row in found]) for key in ("gains", "nearer_0.25"))
     lines += ["", "| predictor of a gain | AUROC |", "|---|---|"]
     lines.append(f"| nearer to the donor's answers at λ 0.25 | {roc_auc_score(gains, nearer):.2f} |")
-    predicted, held = np.array([row["predicted_kl_0.25"] for row in found]), np.full(len(found), np.nan)
     for trio in np.unique(trios):
-        inside = trios == trio
-        held[inside] = probabilities(predicted[~inside], safe[~inside], predicted[inside])
-    lines += ["", "| predicted probability of safety | pairs | safe |", "|---|---|---|"]
-    for low in (0.0, 0.2, 0.4, 0.6, 0.8):
-        inside = (held >= low) & (held < low + 0.2 + (low == 0.8))
-        if inside.any():
-            lines.append(f"| {low:.1f} to {low + 0.2:.1f} | {inside.sum()} | {safe[inside].mean():.0%} |")
-    lines += ["", "| kind, length | predicted KL ÷ measured, by trio | perception lost, points | sums gained |"]
+        held[trios == trio] = chances(fitted(kl[trios != trio], safe[trios != trio]), kl[trios == trio])
+    lines += ["", "| chance of safety by KL at λ 1, from the other trios | pairs | safe |", "|---|---|---|"]
+    lines += _calibration(held, safe)
+    curve = fitted(kl, safe)
+    lines += ["", f"Of all pairs: log odds of safety {curve[0]:.2f} + {curve[1]:.2f} ln KL."]
+    for seed, of_trio in pretrained.items():
+        merges = merges_of(of_trio)
+        lost, levels = (np.array([merge[key] for merge in merges]) for key in ("lost", "kl"))
+        unharmed = lost <= SLACK + 1e-9
+        title = f"pretrained trio {seed}: AUROC {roc_auc_score(unharmed, -levels):.2f} of {len(merges)} merges"
+        lines += ["", f"| {title} | KL | chance of safety | perception lost, points |", "|---|---|---|---|"]
+        for merge, chance in zip(merges, chances(curve, levels), strict=True):
+            lines.append(f"| {merge['name']} | {merge['kl']:.4f} | {chance:.2f} | {100 * merge['lost']:.1f} |")
+    lines += ["", "| kind, length | KL ÷ that from λ 0.25, by trio | perception lost, points | sums gained |"]
     lines.append("|---|---|---|---|")
     for label in dict.fromkeys(row["method"] for row in found):
         group = [row for row in found if row["method"] == label]
         figures = [
-            ", ".join(f"{row['predicted_kl_0.25'] / max(row['kl'], 1e-12):.2f}" for row in group),
+            ", ".join(f"{row['kl'] / max(row['predicted_kl_0.25'], 1e-12):.2g}" for row in group),
             ", ".join(f"{100 * row['lost']:.1f}" for row in group),
             ", ".join(f"{100 * row['gained']:.1f}" for row in group),
         ]
         lines.append(f"| {label} | {' | '.join(figures)} |")
-    lines += [
-        "",
-        "| pretrained trio, λ | KL predicted from λ | measured | perception lost, points | chance of safety |",
-    ]
-    lines.append("|---|---|---|---|---|")
-    for seed, of_trio in pretrained.items():
-        curve = curve_of(of_trio)
-        chances = probabilities(predicted, safe, np.array([row["predicted"] for row in curve]))
-        for row, chance in zip(curve, chances, strict=True):
-            told = (
-                f"{row['predicted']:.3f} ({row['small']:g}) | {row['kl']:.3f} | {100 * row['lost']:.1f} | {chance:.2f}"
-            )
-            lines.append(f"| seed {seed}, {row['scale']:g} | {told} |")
     return "\n".join(lines) + "\n"
+
+
+def _calibration(chance: np.ndarray, safe: np.ndarray) -> list[str]:
+    lines = []
+    for low in (0.0, 0.2, 0.4, 0.6, 0.8):
+        inside = (chance >= low) & (chance < low + 0.2 + (low == 0.8))
+        if inside.any():
+            lines.append(f"| {low:.1f} to {low + 0.2:.1f} | {inside.sum()} | {safe[inside].mean():.0%} |")
+    return lines
 
 
 def main() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from experiments.lab import prediction, rules
@@ -66,9 +68,21 @@ def test_a_row_per_rule_the_best_first() -> None:
     assert "lab 3: 37.5 % of the sums" in text
 
 
-def test_what_a_pretrained_trio_is_predicted() -> None:
-    (point,) = prediction.curve_of([row for row in PRETRAINED if row["split"] == "test"])
-    assert point == {"scale": 0.4, "small": 0.2, "predicted": pytest.approx(0.08), "kl": 0.1, "lost": 0.75}
+def test_what_the_merges_of_a_pretrained_trio_lost() -> None:
+    merges = prediction.merges_of(PRETRAINED)
+    assert [merge["name"] for merge in merges] == [
+        "STAR, λ 0.1", "task arithmetic, λ 0.2", "task arithmetic, λ 0.4", "STAR, λ 0.9"
+    ]  # fmt: skip
+    assert [merge["lost"] for merge in merges] == [0, 0.25, 0.75, 1]
+
+
+def test_chances_are_a_logistic_curve_over_the_logarithm() -> None:
+    """Safe below 0.01 and not above: even odds between them; at e² times the KL the log odds are lower by 2b."""
+    kl, safe = np.array([1e-3, 3e-3, 3e-2, 1e-1]), np.array([True, True, False, False])
+    curve = prediction.fitted(kl, safe)
+    assert curve[1] < 0 and math.exp(-curve[0] / curve[1]) == pytest.approx(9.5e-3, rel=0.05)
+    chance = prediction.chances((1.0, -2.0), np.array([1.0, math.e**2]))
+    assert np.log(chance / (1 - chance)) == pytest.approx([1.0, -3.0])
 
 
 @pytest.mark.slow
