@@ -9,9 +9,11 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from vlmgraft.storage import files
 from vlmgraft.storage.files import flush_folder, make_folder, new_file, scratch_folder, sweep_files
 
 
@@ -110,6 +112,26 @@ def test_flushed_before_it_appears_and_the_folder_after(tmp_path: Path, monkeypa
     with new_file(tmp_path / "file") as file:
         file.write(b"x")
     assert seen == [(False, False), (True, True)]
+
+
+@pytest.mark.parametrize("call", ["open", "lock"])
+def test_another_process_sweeps_a_scratch_folder_before_it_is_locked(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    module, swept = {"open": os, "lock": files}[call], list[Path]()
+    ordinary = getattr(module, call)
+
+    def late(*given: Any, **options: Any) -> Any:
+        if not swept:
+            swept.extend(tmp_path.iterdir())
+            swept[0].rmdir()
+        return ordinary(*given, **options)
+
+    monkeypatch.setattr(module, call, late)
+    with scratch_folder() as folder:
+        assert folder not in swept and [*tmp_path.iterdir()] == [folder]
+    assert names(tmp_path) == []
 
 
 def test_scratch_folders_of_killed_processes_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -121,9 +121,11 @@ def scratch_folder() -> Iterator[Path]:
     while handle < 0 or not os.fstat(handle).st_nlink:
         if handle >= 0:
             os.close(handle)  # a sweep came between the folder and its lock
+            handle = -1
         folder = Path(tempfile.mkdtemp(prefix=prefix))
-        handle = os.open(folder, os.O_RDONLY)
-        lock(handle, wait=True)
+        with suppress(FileNotFoundError):  # it came before the folder was opened
+            handle = os.open(folder, os.O_RDONLY)
+            lock(handle, wait=True)
     try:
         yield folder
     finally:
