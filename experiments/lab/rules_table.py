@@ -25,7 +25,7 @@ from vlmgraft.storage.jsonl import read_rows, write_text
 
 Row = Mapping[str, Any]
 SUM = "reasoning: sum"
-REFERENCE = "task_arithmetic"
+REFERENCE, PUBLISHED, OURS = "task_arithmetic", "frism, energy", "frism, donor"
 NAMES = {
     "FRISM energy": "frism, energy",
     "FRISM donor": "frism, donor",
@@ -40,32 +40,45 @@ NAMES = {
 """Names of the pretrained table's methods in the lab's."""
 
 
-def lab_cells(rows: Sequence[Row]) -> dict[str, str]:
-    """Rule → its difference from task arithmetic on one trio."""
+Differences = Mapping[str, np.ndarray]
+"""Rule → its right answers less those of task arithmetic, [draws, items]."""
+
+
+def of_lab(rows: Sequence[Row]) -> Differences:
+    """On one of the lab's trios, at the same KL; [0, 0] of rules that are over the budget."""
     right: dict[str, list[np.ndarray]] = {}
     for row in sorted(rows, key=lambda row: row["draw"]):
         if row["right"] is not None:
             right.setdefault(row["method"], []).append(marks(row["right"][SUM]))
-    rules = right.keys() - {"VLM", REFERENCE}
-    cells = dict.fromkeys({row["method"] for row in rows} - right.keys(), "over the budget")
-    cells[REFERENCE] = "0"
-    for name in rules | {"VLM"}:
-        draws = [rule - reference for rule, reference in zip(right[name], right[REFERENCE], strict=True)]
-        means = [100 * float(draw.mean()) for draw in draws]
-        interval = bootstrap([np.mean(draws, axis=0)], level=1 - 0.05 / len(rules)).signed()
-        cells[name] = f"{interval} ({min(means):+.1f} … {max(means):+.1f})"
-    return cells
+    reference = np.array(right[REFERENCE])
+    over = dict.fromkeys({row["method"] for row in rows} - right.keys(), np.empty((0, 0)))
+    return {name: np.array(marked) - reference for name, marked in right.items()} | over
 
 
-def pretrained_cells(rows: Sequence[Row]) -> dict[str, str]:
-    """Rule → its difference from task arithmetic's curve on one trio, at the setting chosen on validation."""
+def of_pretrained(rows: Sequence[Row]) -> Differences:
+    """On one pretrained trio, from task arithmetic's curve, at the setting chosen on validation."""
     curve = [row for row in rows if row["split"] == "test" and row["method"] in ("VLM", CURVE)]
-    cells = {}
-    for method, row in chosen(rows).items():
-        if method not in ("VLM", CURVE):
-            difference = marks(row["right"]["sums"]) - at_kl(curve, row["kl"], "sums")
-            cells[NAMES.get(method, method)] = bootstrap([difference]).signed()
-    return cells
+    return {
+        NAMES.get(method, method): (marks(row["right"]["sums"]) - at_kl(curve, row["kl"], "sums"))[None]
+        for method, row in chosen(rows).items()
+        if method not in ("VLM", CURVE)
+    }
+
+
+def cell(draws: np.ndarray, rules: int) -> str:
+    """In points: the mean over draws with its interval over items, for so many rules together, and the draws' range."""
+    if not draws.size:
+        return "over the budget"
+    means = 100 * draws.mean(1)
+    interval = bootstrap([draws.mean(0)], level=1 - 0.05 / rules).signed()
+    return interval if len(means) == 1 else f"{interval} ({means.min():+.1f} … {means.max():+.1f})"
+
+
+def cells(differences: Differences) -> dict[str, str]:
+    """Rule → its cell. Rules of several draws are compared all together, with the VLM as the last one."""
+    rules = sum(len(draws) > 1 for draws in differences.values()) - 2
+    found = {name: cell(draws, max(1, rules)) for name, draws in differences.items()}
+    return found | ({REFERENCE: "0"} if REFERENCE in found else {})
 
 
 def mean(rows: Sequence[Row], kind: str) -> float:
@@ -75,12 +88,13 @@ def mean(rows: Sequence[Row], kind: str) -> float:
 
 def table(lab: Mapping[int, Sequence[Row]], pretrained: Mapping[int, Sequence[Row]]) -> str:
     """A row per rule, the best on the lab's trios first, and what task arithmetic has there."""
-    columns = {f"lab {seed}": lab_cells(rows) for seed, rows in lab.items()}
-    columns |= {f"pretrained {seed}": pretrained_cells(rows) for seed, rows in pretrained.items()}
+    trios = {f"lab {seed}": of_lab(rows) for seed, rows in lab.items()}
+    trios |= {f"pretrained {seed}": of_pretrained(rows) for seed, rows in pretrained.items()}
+    columns = {name: cells(differences) for name, differences in trios.items()}
     of_rule: dict[str, list[Row]] = {}
     for row in (row for rows in lab.values() for row in rows if row["right"] is not None):
         of_rule.setdefault(row["method"], []).append(row)
-    names = dict.fromkeys(name for cells in columns.values() for name in cells)
+    names = dict.fromkeys(name for column in columns.values() for name in column)
     order = sorted(names, key=lambda name: -mean(of_rule[name], "reasoning") if name in of_rule else 1)
     head = ["rule", *columns, "perception, lab", "s"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
@@ -89,9 +103,16 @@ def table(lab: Mapping[int, Sequence[Row]], pretrained: Mapping[int, Sequence[Ro
         if rows:
             facts[0] = f"{mean(rows, 'perception'):.1f}"
             facts[1] = f"{np.median([row['seconds'] for row in rows]):.3g}" if name != "VLM" else ""
-        lines.append(f"| {' | '.join([name, *(cells.get(name, '') for cells in columns.values()), *facts])} |")
+        lines.append(f"| {' | '.join([name, *(column.get(name, '') for column in columns.values()), *facts])} |")
     reference = [f"lab {seed}: {_level(rows)}" for seed, rows in lab.items()]
-    return "\n".join([*lines, "", f"Task arithmetic itself, {'; '.join(reference)}."]) + "\n"
+    ahead = [
+        f"{name}: {cell(rules[OURS] - rules[PUBLISHED], 1)}"
+        for name, rules in trios.items()
+        if rules.keys() >= {OURS, PUBLISHED}
+    ]
+    lines += ["", f"Task arithmetic itself, {'; '.join(reference)}."]
+    lines += ["", f"Donor matching less the energy term, at 95 %, {'; '.join(ahead)}."] if ahead else []
+    return "\n".join(lines) + "\n"
 
 
 def _level(rows: Sequence[Row]) -> str:

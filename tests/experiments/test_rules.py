@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments.lab import prediction, rules
-from experiments.lab.rules_table import lab_cells, pretrained_cells, table
+from experiments.lab.rules_table import cells, of_lab, of_pretrained, table
 from vlmgraft.lab import trio_path
 from vlmgraft.lab.compare import Sizes
 from vlmgraft.storage.jsonl import read_rows
@@ -32,10 +32,10 @@ LAB = [
 
 
 def test_a_cell_is_the_mean_over_draws_and_their_range() -> None:
-    cells = lab_cells(LAB)
-    assert cells["star"].startswith("+25.0 [") and cells["star"].endswith("(+25.0 … +25.0)")
-    assert cells["VLM"].startswith("-37.5 [") and cells["VLM"].endswith("(-50.0 … -25.0)")
-    assert cells["sce"] == "over the budget" and cells["task_arithmetic"] == "0"
+    found = cells(of_lab(LAB))
+    assert found["star"].startswith("+25.0 [") and found["star"].endswith("(+25.0 … +25.0)")
+    assert found["VLM"].startswith("-37.5 [") and found["VLM"].endswith("(-50.0 … -25.0)")
+    assert found["sce"] == "over the budget" and found["task_arithmetic"] == "0"
 
 
 def pretrained_rows(*points: tuple[str, str, float, str, str]) -> list[dict[str, Any]]:
@@ -57,7 +57,7 @@ PRETRAINED = pretrained_rows(
 
 def test_a_pretrained_trio_is_compared_with_the_curve_at_the_setting_chosen_on_validation() -> None:
     """At 0.01 the curve lies halfway between 0, 0, 0, 0 and 0, 0, 1, 1: 25 % on average, where STAR has 75 %."""
-    assert pretrained_cells(PRETRAINED)["star"].startswith("+50.0 [")
+    assert cells(of_pretrained(PRETRAINED))["star"].startswith("+50.0 [")
 
 
 def test_a_row_per_rule_the_best_first() -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vlmgraft.analysis.inspection import Inspection as Inspection
     from vlmgraft.analysis.inspection import inspect_weights as inspect_weights
     from vlmgraft.analysis.layer_knockout import knockout as knockout
+    from vlmgraft.analysis.prediction import predict_perception as predict_perception
     from vlmgraft.analysis.rank_bands import ranks as ranks
     from vlmgraft.analysis.recipe_sweep import sweep as sweep
     from vlmgraft.analysis.spectra import measure_spectra as measure_spectra
@@ -30,6 +31,7 @@ _HOME = {
     "kl_divergence": "divergence",
     "knockout": "layer_knockout",
     "measure_spectra": "spectra",
+    "predict_perception": "prediction",
     "ranks": "rank_bands",
     "steer": "direction",
     "sweep": "recipe_sweep",

@@ -25,11 +25,14 @@ class Drift(LoadsModels):
 
     def run(self) -> None:
         from vlmgraft.analysis import kl_divergence
+        from vlmgraft.analysis.prediction import chance_that_perception_holds
 
         with self.progress() as progress:
             kl = kl_divergence(
                 self.model, self.vlm, self.data, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size,
                 steer=self.steer, steer_strength=self.steer_strength, progress=progress,
             )  # fmt: skip
-        line = f"{self.model}: {kl:.4g} nats per token from {self.vlm} on {self.data}, {self.elapsed()}"
-        self.show({"kl": kl, "vlm": self.vlm, "model": self.model, "data": self.data}, line)
+        holds = chance_that_perception_holds(kl)
+        line = f"{self.model}: {kl:.4g} nats per token from {self.vlm} on {self.data}, {self.elapsed()}\n"
+        line += f"chance that perception falls by 2 points at most, on such prompts: {holds:.2f}"
+        self.show({"kl": kl, "perception_holds": holds, "vlm": self.vlm, "model": self.model, "data": self.data}, line)

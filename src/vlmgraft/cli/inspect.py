@@ -1,4 +1,4 @@
-"""`inspect`: what pairs with what, and how far the models moved."""
+"""`inspect`: what pairs with what, how far the models moved, and whether perception would survive a merge."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from typing import Annotated, Any
 import typer
 
 from vlmgraft.cli.merge import print_plan
-from vlmgraft.cli.options import Computes, Overrides, command
+from vlmgraft.cli.options import LoadsModels, Overrides, command
 from vlmgraft.cli.output import show_table
 
+LIKELY = 0.8
+"""Of the pairs of the record that had such a chance or more, 42 of 43 held."""
 Model = Annotated[str | None, typer.Option(help="folder or hub id")]
 
 
 @command()
 @dataclass(kw_only=True)
-class Inspect(Computes):
-    """What pairs with what, from headers alone; --distances reads the weights too."""
+class Inspect(LoadsModels):
+    """What pairs with what, from headers alone; --distances reads the weights, --data asks the VLM."""
 
     recipe: Annotated[Path | None, typer.Argument(help="recipe in YAML")] = None
     overrides: Overrides = None
@@ -36,9 +38,18 @@ class Inspect(Computes):
         False
     )
     out: Annotated[Path | None, typer.Option("--out", "-o", help="with --distances: folder for the rows")] = None
+    data: Annotated[
+        str | None,
+        typer.Option("--data", help="question file: KL of task arithmetic at several λ; would perception hold?"),
+    ] = None
+    max_new_tokens: Annotated[int, typer.Option(help="with --data: length of the VLM's answers", min=1)] = 64
+    batch_size: Annotated[int, typer.Option(help="with --data: questions at a time", min=1)] = 16
 
     def run(self) -> None:
         recipe = self._recipe()
+        if self.data is not None:
+            self._predict(recipe, self.data)
+            return
         if not self.distances:
             self._show_headers(recipe)
             return
@@ -59,12 +70,36 @@ class Inspect(Computes):
         bases = self.donor_base or []
         if not self.distances and (self.spectra or self.out or len(bases) > 1):
             raise RecipeError("inspect: --spectra, --out and several --donor-base need --distances")
+        if self.data is not None and self.distances:
+            raise RecipeError("inspect: --distances and --data are two questions; ask one at a time")
         if self.recipe and (self.vlm or self.donor or self.vlm_base or (bases and not self.distances)):
             raise RecipeError("inspect: a recipe names its models; write such as --set vlm=FOLDER to try others")
         models = {"vlm": self.vlm, "donor": self.donor, "donor_base": bases[0] if bases else None}
         models["vlm_base"] = self.vlm_base
         source = self.recipe or {key: value for key, value in models.items() if value}
         return load_recipe(source, self.overrides or [], need_method=False)
+
+    def _predict(self, recipe: Any, data: str) -> None:
+        """KL and chance at every λ, and the largest λ at which perception most likely holds."""
+        from vlmgraft.analysis import predict_perception
+
+        with self.progress() as progress:
+            rows = predict_perception(
+                recipe, data, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size, progress=progress
+            )
+        safe = max((row.scale for row in rows if row.holds >= LIKELY), default=None)
+        verdict = (
+            f"perception will most likely hold up to λ {safe:g}" if safe else "at none of them will it most likely hold"
+        )
+
+        def show() -> None:
+            columns = ("λ", "KL, nats per token", "chance that perception falls by 2 points at most")
+            show_table("task arithmetic", columns, [(f"{row.scale:g}", row.kl, f"{row.holds:.2f}") for row in rows])
+            typer.echo(
+                f"{verdict} (a chance of {LIKELY} or more); docs/explanation/rules.md has the record of such chances"
+            )
+
+        self.show({"rows": [dataclasses.asdict(row) for row in rows], "holds_up_to": safe}, show)
 
     def _show_headers(self, recipe: Any) -> None:
         """The plan, and what configs and headers say the models do not share."""
