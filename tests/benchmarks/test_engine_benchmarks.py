@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import runpy
 import sys
 from pathlib import Path
@@ -30,6 +31,16 @@ def test_a_table_is_written(
     command, machine, header, *lines = out.read_text().splitlines()
     assert command.startswith(f"python benchmarks/{script} {arguments[0]}") and "torch" in machine and header
     assert len(lines) == rows
+
+
+def test_a_command_on_a_busy_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ratio is that of the times; the process that kept a core busy is gone."""
+    out = tmp_path / "busy.json"
+    monkeypatch.setattr(sys, "argv", ["busy.py", "--quick", "--out", str(out)])
+    runpy.run_path(str(BENCHMARKS / "busy.py"), run_name="__main__")
+    found = json.loads(out.read_text())
+    assert found["ratio"] == found["busy"] / found["idle"]
+    assert multiprocessing.active_children() == []
 
 
 @pytest.mark.slow
