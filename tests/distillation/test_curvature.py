@@ -19,6 +19,7 @@ from vlmgraft.distillation.curvature import (
 )
 from vlmgraft.distillation.distill import Distiller
 from vlmgraft.errors import RecipeError
+from vlmgraft.hf.modules import text_model
 from vlmgraft.spectral.factors import Factors
 from vlmgraft.spectral.gates import Gates
 
@@ -44,6 +45,25 @@ def test_the_estimate_is_the_squared_gradient_of_every_question(
     assert found.tokens == twin.tokens == sum(int(batch.predicts.sum()) for batch in few.targets.batches)
     for name, expected in twin.h.items():
         assert torch.allclose(found.h[name], expected, rtol=1e-2, atol=1e-4 * float(expected.max()))
+
+
+@pytest.mark.parametrize("scores", ["tapped_scores", "question_gradients"])
+def test_checkpointed_layers_give_the_same_bits(
+    distiller: Distiller, monkeypatch: pytest.MonkeyPatch, scores: str
+) -> None:
+    """And run twice, once forward and once in the backward pass; what is tapped is read in the second run."""
+    monkeypatch.setattr(module, "tapped_scores", getattr(module, scores))
+    few = Distiller(distiller.model, distiller.processor, distiller.factors, distiller.questions[:3], max_new_tokens=4)
+    plain, runs = estimate_curvature(few), []
+    layer = text_model(few.model).layers[0]
+    hook = layer.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+    try:
+        twin = estimate_curvature(few, checkpointing=True)
+    finally:
+        hook.remove()
+    assert all(torch.equal(twin.h[name], h) for name, h in plain.h.items())
+    assert len(runs) >= 2 * len(few.targets.batches)
+    assert "forward" not in vars(layer)
 
 
 def predicted_gates(fisher: FisherDiagonal, factors: Mapping[str, Factors], scale: float, budget: float) -> Gates:

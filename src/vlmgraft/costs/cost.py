@@ -19,7 +19,7 @@ from vlmgraft.distillation.projections import Backend, choose_backend
 from vlmgraft.distillation.targets import DONOR_BATCH, TOP_K
 from vlmgraft.distillation.trainer import WATCHED, Training
 from vlmgraft.merging.plan import ASSUMED_RATE
-from vlmgraft.methods.frism import Frism, GatedMethod
+from vlmgraft.methods.frism import GatedMethod
 from vlmgraft.spectral.svd import matrix_cost
 
 LANDING = 4
@@ -179,8 +179,8 @@ def fitting(model: Model, work: Work, device: Device, method: GatedMethod) -> Fi
             why = "as the recipe says" if method.offload is True else f"else {whole:.1f} GiB, over nine tenths of it"
             how += f", offloaded ({why}): {host / 2**30:.1f} GiB of host memory"
         return result(fits=True, note=f"gates take {sizes}, {how}")
-    lowest = (isinstance(method, Frism), device.is_gpu)
-    lower = [(work, way) for way in WAYS if way[0] <= lowest[0] and way[1] <= lowest[1]]
+    lowest = (True, device.is_gpu)
+    lower = [(work, way) for way in WAYS if way[1] <= lowest[1]]
     batches = [2**power for power in range(work.batch.bit_length()) if 2**power < work.batch][::-1]
     lower += [(replace(work, batch=batch), lowest) for batch in batches]
     lower += [(replace(work, batch=1, rank=rank), lowest) for rank in (256, 128, 64, 32, 16)

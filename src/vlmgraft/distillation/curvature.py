@@ -30,7 +30,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vlmgraft.distillation.distributed import of_all, shared
-from vlmgraft.distillation.gated_layers import frozen
+from vlmgraft.distillation.gated_layers import checkpointed, frozen
 from vlmgraft.distillation.targets import TargetBatch, Targets
 from vlmgraft.methods.frism import check_budget
 from vlmgraft.spectral.factors import Factors
@@ -85,8 +85,12 @@ class FisherDiagonal:
         return replace(gates, settings={"inject": "curvature", "energy": energy, **(settings or {})})
 
 
-def estimate_curvature(distiller: Distiller, *, draws: int = 1, seed: int = 0) -> FisherDiagonal:
+def estimate_curvature(
+    distiller: Distiller, *, draws: int = 1, seed: int = 0, checkpointing: bool = False
+) -> FisherDiagonal:
     """h of every direction, from `draws` passes over the distiller's calibration set; the model is left as it was.
+
+    checkpointing: decoder layers are run again in the backward pass instead of keeping what they computed; the same h.
 
     Under torch.distributed the batches are shared out, and every process gets the whole h, the bits of one process's.
     """
@@ -95,7 +99,7 @@ def estimate_curvature(distiller: Distiller, *, draws: int = 1, seed: int = 0) -
     batches = distiller.targets.batches * draws
     seeds = torch.randint(2**62, (len(batches),), generator=torch.Generator().manual_seed(seed)).tolist()
     h = torch.zeros(sum(shape.numel() for shape in shapes.values()), device=distiller.model.device)
-    with scores(distiller) as scored:
+    with scores(distiller, checkpointing) as scored:
         for (batch, drawn), counts in shared([*zip(batches, seeds, strict=True)]):
             squares = {name: h.new_zeros(shape) for name, shape in shapes.items()}
             for name, score in scored(batch, torch.Generator().manual_seed(drawn)):
@@ -146,11 +150,8 @@ def within_reach(gates: Gates, limit: float = REACH) -> Gates:
     return replace(gates, logits={name: value.clamp(-limit, limit) for name, value in gates.logits.items()})
 
 
-def curvature_start(
-    distiller: Distiller, scale: float, kl_budget: float, *, curvature: FisherDiagonal | None = None, seed: int = 0
-) -> Gates:
+def curvature_start(distiller: Distiller, scale: float, kl_budget: float, *, curvature: FisherDiagonal) -> Gates:
     """Where training starts from instead of half-open gates: soft gates at the budget, kept where they can move."""
-    curvature = estimate_curvature(distiller, seed=seed) if curvature is None else curvature
     return within_reach(curvature_gates(distiller, scale, kl_budget, curvature=curvature, soft=True), START_REACH)
 
 
@@ -169,27 +170,31 @@ Scored = Callable[[TargetBatch, torch.Generator], Iterator[tuple[str, Tensor]]]
 
 
 @contextmanager
-def tapped_scores(distiller: Distiller) -> Iterator[Scored]:
+def tapped_scores(distiller: Distiller, checkpointing: bool = False) -> Iterator[Scored]:
     """Scores of linear layers, from their inputs and the gradients at their outputs: one backward pass per batch."""
 
     def scored(batch: TargetBatch, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
-        with _taps(distiller) as taps:
+        scores: dict[str, Tensor] = {}
+
+        def keep(name: str, x: Tensor, delta: Tensor) -> None:
+            scores[name] = question_scores(x, delta, distiller.factors[name])
+
+        with _taps(distiller, keep, checkpointing), checkpointed(distiller.model, checkpointing):
             _losses(distiller.model, batch, generator).sum().backward()
-        for name, (x, delta) in taps.items():
-            yield name, question_scores(x, delta, distiller.factors[name])
+        yield from scores.items()
 
     yield scored
 
 
 @contextmanager
-def question_gradients(distiller: Distiller) -> Iterator[Scored]:
+def question_gradients(distiller: Distiller, checkpointing: bool = False) -> Iterator[Scored]:
     """The same scores by automatic differentiation, of any projection: one backward pass per question."""
     spectra = {
         name: torch.zeros(factors.s.shape, device=distiller.model.device, requires_grad=True)
         for name, factors in distiller.factors.items()
     }
     s = {name: factors.s.float().to(distiller.model.device) for name, factors in distiller.factors.items()}
-    with distiller.gated() as layers:
+    with distiller.gated() as layers, checkpointed(distiller.model, checkpointing):
         layers.set(spectra)
 
         def scored(batch: TargetBatch, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
@@ -226,21 +231,34 @@ def draw_tokens(log_p: Float[Tensor, "N vocabulary"], generator: torch.Generator
 
 
 @contextmanager
-def _taps(distiller: Distiller) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Record every gated layer's input and the gradient at its output; hooks and flags are undone on exit."""
-    taps: dict[str, tuple[Tensor, Tensor]] = {}
+def _taps(distiller: Distiller, keep: Callable[[str, Tensor, Tensor], None], checkpointing: bool) -> Iterator[None]:
+    """Inside the context `keep` is given every gated layer's name, input and gradient at its output, as soon as a
+    backward pass has both; hooks and flags are undone on exit. Of checkpointed layers the input is that of their second
+    run, which comes in the backward pass, before or after the gradient."""
+    inputs, gradients, skipped = dict[str, Tensor](), dict[str, Tensor](), set[str]()
 
-    def tap(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        x = args[0].detach()
+    def meet(name: str) -> None:
+        if name in inputs and name in gradients:
+            keep(name, inputs.pop(name), gradients.pop(name))
+
+    def enter(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if checkpointing and name not in skipped:
+            skipped.add(name)
+            return
+        inputs[name] = args[0].detach()
+        meet(name)
+
+    def leave(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        def arrive(gradient: Tensor) -> None:
+            gradients[name] = gradient.detach()
+            meet(name)
+
         if not output.requires_grad:
             output.requires_grad_()  # nothing below needs a gradient: the graph starts here
-
-        def keep(gradient: Tensor) -> None:
-            taps[name] = (x, gradient.detach())
-
-        output.register_hook(keep)
+        output.register_hook(arrive)
 
     with frozen(distiller.model), ExitStack() as hooks:
         for name, linear in distiller.linears.items():
-            hooks.callback(linear.register_forward_hook(partial(tap, name)).remove)
-        yield taps
+            hooks.callback(linear.register_forward_pre_hook(partial(enter, name)).remove)
+            hooks.callback(linear.register_forward_hook(partial(leave, name)).remove)
+        yield

@@ -237,12 +237,14 @@ def learned_gates(
     curvature: as `estimate_curvature` gave it for this method's draws and seed, where it is known. state: the file of
     `Distiller.learn`; started: a training goes on from it.
     """
+    estimate = partial(estimate_curvature, distiller, seed=method.seed)
     if isinstance(method, Curvature):
-        curvature = curvature or estimate_curvature(distiller, draws=method.draws, seed=method.seed)
+        curvature = curvature or estimate(draws=method.draws, checkpointing=checkpoints(method, distiller))
         return curvature_gates(distiller, method.scale, method.kl_budget, curvature=curvature)
     start: Gates | float = 0.0
     if method.start == "curvature" and method.kl_budget is not None and not started:
-        start = curvature_start(distiller, method.scale, method.kl_budget, seed=method.seed)
+        curvature = estimate(checkpointing=checkpoints(method, distiller))
+        start = curvature_start(distiller, method.scale, method.kl_budget, curvature=curvature)
     return distiller.learn(method.scale, donor=donor, state=state, start=start, **training_of(method, distiller))
 
 

@@ -29,6 +29,8 @@ class Curvature(GatedMethod):
     """Passes over the calibration questions, each with its own tokens drawn from the VLM."""
     seed: int = 0
     """Of the random numbers; one seed gives one result."""
+    gradient_checkpointing: Literal["auto"] | bool = "auto"
+    """Less memory, more time, the same gates; auto: where the backward pass would not fit without it."""
     offload: Literal["auto"] | bool = "auto"
     """Layers wait in the host's memory, more time, the same gates; auto: on a GPU that they would not fit otherwise."""
     calibration: Calibration = field(default_factory=lambda: Calibration("calibration.jsonl"))

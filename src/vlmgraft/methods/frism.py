@@ -90,7 +90,7 @@ class GatedMethod(Method):
     seed: int
     calibration: Calibration
     offload: Literal["auto"] | bool
-    gradient_checkpointing: Literal["auto"] | bool = False
+    gradient_checkpointing: Literal["auto"] | bool
     start: str = "half"
     donor_tokens: int | None = None
 
