@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,7 +88,8 @@ class Inspect(LoadsModels):
             rows = predict_perception(
                 recipe, data, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size, progress=progress
             )
-        safe = max((row.scale for row in rows if row.holds >= LIKELY), default=None)
+        held = [*takewhile(lambda row: row.holds >= LIKELY, rows)]
+        safe = held[-1].scale if held else None
         verdict = (
             f"perception will most likely hold up to λ {safe:g}" if safe else "at none of them will it most likely hold"
         )
