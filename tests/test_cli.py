@@ -447,3 +447,14 @@ def test_drift_of_a_model_from_itself_is_zero(trio: Path, tmp_path: Path, vlmgra
     data = place.recipe["method"]["calibration"]["data"]
     ran = vlmgraft("drift", trio / "vlm", trio / "vlm", "--data", data, "--max-new-tokens", 4, "-q", "--json")
     assert json.loads(ran.out)["kl"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("value", ["\0", "\ud800"], ids=["NUL", "half a pair"])
+def test_what_no_environment_holds_is_refused(
+    vlmgraft: Any, trio: Path, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    """As a device, which goes into the environment; it is then as it was."""
+    monkeypatch.delenv("VLMGRAFT_DEVICE", raising=False)
+    ran = vlmgraft("inspect", "--vlm", str(trio / "vlm"), "--donor", str(trio / "donor"), f"--device={value}")
+    assert ran.code == 2 and "no value of an option" in ran.err
+    assert "VLMGRAFT_DEVICE" not in os.environ

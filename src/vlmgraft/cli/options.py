@@ -23,7 +23,7 @@ import typer
 from typer.models import ArgumentInfo
 
 from vlmgraft.cli.output import duration, log_to_terminal, progress_bar
-from vlmgraft.errors import OutputError
+from vlmgraft.errors import InputError, OutputError
 from vlmgraft.storage.progress import Progress
 
 OURS = {
@@ -249,8 +249,8 @@ def environment(**values: str | None) -> Iterator[None]:
     """Environment variables inside the block; those that are None stay as they are."""
     changed: Mapping[str, str] = {key: value for key, value in values.items() if value is not None}
     before = {key: os.environ.get(key) for key in changed}
-    os.environ.update(changed)
     try:
+        _set(changed)
         yield
     finally:
         for key, value in before.items():
@@ -258,6 +258,15 @@ def environment(**values: str | None) -> Iterator[None]:
                 os.environ.pop(key, None)
             else:
                 os.environ[key] = value
+
+
+def _set(variables: Mapping[str, str]) -> None:
+    """Set them; raises InputError for what no environment can hold: a NUL, half a surrogate pair."""
+    for key, value in variables.items():
+        try:
+            os.environ[key] = value
+        except ValueError as error:
+            raise InputError(f"{value!r:.80}: is no value of an option ({error}); write it without") from error
 
 
 @contextmanager
