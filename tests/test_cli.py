@@ -296,7 +296,7 @@ def commands() -> dict[str, Any]:
 
 LOADS_MODELS = {
     "merge", "decompose", "gates", "front", "evaluate", "compare", "drift", "knockout", "ranks", "sweep", "choose",
-    "attention", "steer", "tune", "play",
+    "attention", "steer", "tune", "play", "inspect",
 }  # fmt: skip
 
 
