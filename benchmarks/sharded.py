@@ -41,23 +41,22 @@ from vlmgraft.distillation.targets import TOP_K, Distribution, TargetBatch
 from vlmgraft.hf.modules import is_shard, match_projections, output_head, set_tensor, text_linears, text_model
 from vlmgraft.spectral.factors import Factors
 
+_LOAD: dict[str, Any] = {"questions": 8, "answered": 32, "prompt": 1000, "told": 100, "answer": 64}
+
+
+def _qwen(hidden: int, inner: int, layers: int, heads: int) -> dict[str, Any]:
+    """Config of text model and tower, as Qwen2.5-VL has them."""
+    text = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "vocab_size": 152064,
+            "num_attention_heads": heads, "num_key_value_heads": 8, "tie_word_embeddings": False}  # fmt: skip
+    tower = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3456, "num_heads": 16, "out_hidden_size": hidden}
+    return {"text": text, "tower": tower}
+
+
 SIZES: dict[str, dict[str, Any]] = {
-    "72B": {
-        "text": {"hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80, "num_attention_heads": 64,
-                 "num_key_value_heads": 8, "vocab_size": 152064, "tie_word_embeddings": False},
-        "tower": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3456, "num_heads": 16,
-                  "out_hidden_size": 8192},
-        "cards": 8, "questions": 8, "answered": 32, "prompt": 1000, "told": 100, "answer": 64, "ranks": [256, "full"],
-        "offload": False, "limits": [45.0, 70.0],
-    },
-    "32B": {
-        "text": {"hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64, "num_attention_heads": 40,
-                 "num_key_value_heads": 8, "vocab_size": 152064, "tie_word_embeddings": False},
-        "tower": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3456, "num_heads": 16,
-                  "out_hidden_size": 5120},
-        "cards": 1, "questions": 8, "answered": 32, "prompt": 1000, "told": 100, "answer": 64, "ranks": [64, "full"],
-        "offload": True, "limits": [74.0, 74.0],
-    },
+    "72B": {**_qwen(8192, 29568, 80, 64), **_LOAD,
+            "cards": 8, "offload": False, "ranks": [256, "full"], "limits": [45.0, 70.0]},
+    "32B": {**_qwen(5120, 27648, 64, 40), **_LOAD,
+            "cards": 1, "offload": True, "ranks": [64, "full"], "limits": [74.0, 74.0]},
     "quick": {
         "text": {"hidden_size": 256, "intermediate_size": 500, "num_hidden_layers": 3, "num_attention_heads": 2,
                  "num_key_value_heads": 1, "vocab_size": 8192, "tie_word_embeddings": False},

@@ -22,7 +22,7 @@ from experiments.pretrained.models import training_dtype
 from vlmgraft.checkpoint.index import open_checkpoint
 from vlmgraft.checkpoint.reader import Reader
 from vlmgraft.checkpoint.writer import save_tensors
-from vlmgraft.distillation.learn import distiller_for
+from vlmgraft.distillation.loading import distiller_for
 from vlmgraft.recipe.resolve import resolve
 from vlmgraft.spectral.factor_store import open_store
 from vlmgraft.spectral.gate_store import load_gates

@@ -4,36 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
-import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import vlmgraft as vg
 from vlmgraft.distillation import learn, teacher
 from vlmgraft.errors import AlignmentError, CheckpointError, DataError, RecipeError, VlmgraftError
-from vlmgraft.hf.models import load_vlm
 from vlmgraft.spectral.factor_store import JoinedStore, open_store
 from vlmgraft.spectral.gate_store import load_gates
 from vlmgraft.storage.jsonl import write_rows
 
 LAYERS = "0-1"
-
-
-@pytest.fixture(scope="module")
-def second(trio: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Another donor of the same base."""
-    folder = tmp_path_factory.mktemp("second") / "donor"
-    shutil.copytree(trio / "donor", folder)
-    tensors, generator = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(0)
-    for name, tensor in tensors.items():
-        if ".layers." in name and tensor.ndim == 2:
-            tensor += 0.02 * torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 def recipe_of(trio: Path, calibration: Path, donors: Any = None, bases: Any = None, **options: Any) -> dict[str, Any]:
@@ -104,42 +89,6 @@ def test_two_donors_have_gates_each_and_one_budget(
         vg.gates(swapped, tmp_path / "work" / "factors", tmp_path / "gates")
 
 
-def test_every_donor_is_matched_on_its_own_questions(
-    trio: Path, second: Path, image_calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, words in (("sums", "sum 4 5"), ("colours", "colour 1")):
-        write_rows(tmp_path / f"{name}.jsonl", [{"question": words}] * 2)
-    asked: list[tuple[str, int]] = []
-    donors: list[weakref.ref[Any]] = []
-    ordinary = learn.teacher_outputs
-
-    def watched(side: Any, questions: Any, student: Any, **options: Any) -> Any:
-        assert not any(donor() for donor in donors), "one donor at a time"
-        donors.append(weakref.ref(side[0]))
-        asked.append((questions[0].question, options["max_new_tokens"]))
-        return ordinary(side, questions, student, **options)
-
-    def loaded(*args: Any, **options: Any) -> Any:
-        assert len(donors) == 2 and not any(donor() for donor in donors), "donors are freed before the VLM is loaded"
-        return load_vlm(*args, **options)
-
-    monkeypatch.setattr(learn, "teacher_outputs", watched)
-    monkeypatch.setattr(learn, "load_vlm", loaded)
-    files = [str(tmp_path / "sums.jsonl"), str(tmp_path / "colours.jsonl")]
-    options = {"inject": "donor", "questions": files, "donor_tokens": 9, "inject_weight": 1.0, "steps": 2}
-    recipe = recipe_of(trio, image_calibration, [str(trio / "donor"), str(second)], **options)
-    factors = vg.decompose(recipe, tmp_path / "factors")
-    gates = vg.gates(recipe, tmp_path / "factors", tmp_path / "gates")
-    assert asked == [("sum 4 5", 9), ("colour 1", 9)] and len(gates.logits) == len(factors) == 14
-    with pytest.raises(RecipeError, match=r"method\.donor_tokens: 0"):
-        vg.load_recipe(recipe_of(trio, image_calibration, **{**options, "donor_tokens": 0}))
-    with pytest.raises(RecipeError, match="3 files for 2 donors"):
-        changed = recipe_of(
-            trio, image_calibration, [str(trio / "donor"), str(second)], **{**options, "questions": [*files, files[0]]}
-        )
-        vg.gates(changed, tmp_path / "factors", tmp_path / "other")
-
-
 def test_lists_of_donors_that_do_not_pair_are_refused(trio: Path, second: Path, image_calibration: Path) -> None:
     one, two, base = str(trio / "donor"), str(second), str(trio / "base")
     assert vg.load_recipe(recipe_of(trio, image_calibration, [one], [base])).more_donors == ()
@@ -208,7 +157,7 @@ def test_factors_of_another_recipe_are_named_before_models_are_loaded(
     trio: Path, second: Path, image_calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vg.decompose(recipe_of(trio, image_calibration), tmp_path / "factors")
-    monkeypatch.setattr("vlmgraft.distillation.learn.load_vlm", lambda *args: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("vlmgraft.distillation.loading.load_vlm", lambda *args: pytest.fail("a model was loaded"))
     for changed in (
         recipe_of(trio, image_calibration, str(second)),
         {**recipe_of(trio, image_calibration), "layers": "0-2"},

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import vlmgraft as vg
 from tests.distillation.test_learn import recipe_of
-from vlmgraft.distillation import learn
+from vlmgraft.distillation import loading
 from vlmgraft.distillation.sharding import shard
 from vlmgraft.distillation.trainer import GateTrainer
 
@@ -42,7 +42,7 @@ def test_one_process_learns_the_same_gates(recipe: dict[str, Any], tmp_path: Pat
     vg.decompose(recipe, tmp_path / "factors")
     whole = learned(recipe, False, tmp_path / "factors", tmp_path / "whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(learn, "shard", counted)
+        patch.setattr(loading, "shard", counted)
         offloaded = learned(recipe, True, tmp_path / "factors", tmp_path / "offloaded")
     assert calls == [True, True], "the donor and the VLM"
     keep = GateTrainer._keep

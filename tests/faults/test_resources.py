@@ -225,7 +225,7 @@ def test_links_for_folders(whole: Whole, small_jobs: Jobs, vlmgraft: Run, tmp_pa
 OUT_OF_MEMORY = {
     "merge": ("vlmgraft.merging.engine.Merger.run", "--dry-run"),
     "decompose": ("vlmgraft.spectral.decompose.factorize", "method.rank"),
-    "gates": ("vlmgraft.distillation.learn.Distiller", "method.calibration.batch_size"),
+    "gates": ("vlmgraft.distillation.loading.Distiller", "method.calibration.batch_size"),
     "evaluate": ("vlmgraft.evaluation.evaluate._engine", "batch_size"),
     "sweep": ("vlmgraft.analysis.recipe_sweep.run_sweep", "batch_size"),
     "tune": ("vlmgraft.finetuning.tune.build_trainer", "per_device_train_batch_size"),

@@ -9,7 +9,8 @@ from typing import Any
 from vlmgraft.alignment import Alignment
 from vlmgraft.distillation.curvature import FisherDiagonal, estimate_curvature
 from vlmgraft.distillation.distill import Distiller
-from vlmgraft.distillation.learn import learned_gates, reading_of
+from vlmgraft.distillation.learn import learned_gates
+from vlmgraft.distillation.loading import reading_of
 from vlmgraft.distillation.targets import Targets
 from vlmgraft.errors import RecipeError
 from vlmgraft.hf.models import load_processor, load_text_model

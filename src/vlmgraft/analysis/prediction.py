@@ -67,10 +67,13 @@ def predict_perception(
     with Rebuilder(alignment) as rebuilder:
         first = rebuilder.weights(TaskArithmetic(scales[0]))  # what does not fit is found before the model is loaded
         teacher = open_vlm(alignment.vlm.path)
+        parameters = text_parameters(teacher[0])
+        with swapped(parameters, first):  # weights that cannot be exchanged are found before questions are answered
+            pass
         targets = build_targets(
             teacher, teacher, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
         )
-        predictions, parameters = list[Prediction](), text_parameters(teacher[0])
+        predictions = list[Prediction]()
         for scale in scales:
             weights = first if scale == scales[0] else rebuilder.weights(TaskArithmetic(scale))
             with swapped(parameters, weights):

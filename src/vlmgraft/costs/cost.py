@@ -8,18 +8,16 @@ peak rates and the shares of them that are assumed here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 from vlmgraft.costs.device import H100, Device
 from vlmgraft.costs.models import Model, kept
-from vlmgraft.distillation.memory import ROOM, WAYS, Rank, Shapes, Way, host_memory_of, memory_of, ways_of
+from vlmgraft.distillation.memory import Rank, Shapes, memory_of
 from vlmgraft.distillation.projections import Backend, choose_backend
 from vlmgraft.distillation.targets import DONOR_BATCH, TOP_K
 from vlmgraft.distillation.trainer import WATCHED, Training
 from vlmgraft.merging.plan import ASSUMED_RATE
-from vlmgraft.methods.frism import GatedMethod
 from vlmgraft.spectral.svd import matrix_cost
 
 LANDING = 4
@@ -147,58 +145,7 @@ def decomposition_memory(out: int, inner: int) -> float:
     return 20.0 * long * short + (8 * 4 + 8) * short * short
 
 
-@dataclass(frozen=True)
-class Fit:
-    """How a training of gates fits a device's memory, in `note` in words, with what to lower where it does not. host:
-    bytes of offloaded layers in the host's memory."""
-
-    fits: bool
-    checkpointing: bool
-    offload: bool
-    needed: float
-    host: int
-    note: str
-
-
-def fitting(model: Model, work: Work, device: Device, method: GatedMethod) -> Fit:
-    """The first of the ways that the recipe allows (`ways_of`) in which the training fits; where none does, what to set
-    or lower, in order: the recipe's ways, questions in a batch, directions per matrix."""
-
-    def needed(work: Work, way: Way) -> float:
-        return _training_memory(model, replace(work, checkpointing=way[0], offload=way[1]), width=device.width)
-
-    room, ways = ROOM * device.memory, ways_of(method, device.is_gpu)
-    chosen = next((way for way in ways if needed(work, way) <= room), ways[-1])
-    host = host_memory_of(model.shapes, rank=work.rank, gpus=work.gpus, width=device.width) if chosen[1] else 0
-    sizes = f"{needed(work, chosen) / 2**30:.1f} GiB of {device.memory / 2**30:.1f} on {device.name}"
-    result = partial(Fit, checkpointing=chosen[0], offload=chosen[1], needed=needed(work, chosen), host=host)
-    if needed(work, chosen) <= room:
-        how = "with checkpointed layers" if chosen[0] else "without checkpointing"
-        if chosen[1]:
-            whole = needed(work, (chosen[0], False)) / 2**30
-            why = "as the recipe says" if method.offload is True else f"else {whole:.1f} GiB, over nine tenths of it"
-            how += f", offloaded ({why}): {host / 2**30:.1f} GiB of host memory"
-        return result(fits=True, note=f"gates take {sizes}, {how}")
-    lowest = (True, device.is_gpu)
-    lower = [(work, way) for way in WAYS if way[1] <= lowest[1]]
-    batches = [2**power for power in range(work.batch.bit_length()) if 2**power < work.batch][::-1]
-    lower += [(replace(work, batch=batch), lowest) for batch in batches]
-    lower += [(replace(work, batch=1, rank=rank), lowest) for rank in (256, 128, 64, 32, 16)
-              if work.rank == "full" or rank < work.rank]  # fmt: skip
-    smaller, way = next((one for one in lower if needed(*one) <= room), (None, lowest))
-    advice = "no batch or rank fits: use more GPUs (torchrun), or a larger one"
-    if smaller is not None:
-        changed = {
-            "gradient_checkpointing: true": way[0] and not any(first for first, _ in ways),
-            "offload: true": way[1] and not any(second for _, second in ways),
-            f"calibration.batch_size: {smaller.batch}": smaller.batch != work.batch,
-            f"rank: {smaller.rank}": smaller.rank != work.rank,
-        }
-        advice = "set " + ", ".join(f"method.{option}" for option, differs in changed.items() if differs)
-    return result(fits=False, note=f"gates would take {sizes}, too much: {advice}")
-
-
-def _training_memory(model: Model, work: Work, width: int = 2) -> float:
+def training_memory(model: Model, work: Work, width: int = 2) -> float:
     """Bytes of one GPU while gates are learned, `width` bytes per weight."""
     return memory_of(
         model.shapes,
@@ -293,7 +240,7 @@ def stages(model: Model, work: Work, device: Device = H100, *, rate: float = ASS
             (answer_seconds + again / products) / work.gpus + features / rate + copying[0],
         ),
         Stage(
-            "gates", learning, weights + 2 * factors, 4.0 * gates, _training_memory(model, work),
+            "gates", learning, weights + 2 * factors, 4.0 * gates, training_memory(model, work),
             learning / work.gpus / products + copying[1],
         ),
         Stage("fold", folding, weights + 4 * factors, weights, 64.0 * whole, (2 * weights + 4 * factors) / rate),

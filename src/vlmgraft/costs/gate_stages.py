@@ -70,8 +70,9 @@ def gated_stages(
     with faults.collected():
         donors = text_questions(recipe) if isinstance(method, Frism) and method.inject == "donor" else []
         text = [question for of_donor in donors for question in of_donor]
-    from vlmgraft.costs.cost import fitting, stages
+    from vlmgraft.costs.cost import stages
     from vlmgraft.costs.device import device_of
+    from vlmgraft.costs.fit import fitting
     from vlmgraft.costs.models import Model
     from vlmgraft.distillation.memory import host_memory_of
     from vlmgraft.hf.models import empty_vlm, load_config

@@ -20,11 +20,11 @@ from vlmgraft.distillation.distributed import agreed, barrier, join_group, proce
 from vlmgraft.distillation.learn import (
     check_factors,
     check_questions,
-    distiller_for,
     kept_gates,
     learned_from,
     training_of,
 )
+from vlmgraft.distillation.loading import distiller_for
 from vlmgraft.errors import RecipeError
 from vlmgraft.methods.frism import MEMORY_REMEDY, Frism
 from vlmgraft.recipe.resolve import Job, RecipeSource, resolve

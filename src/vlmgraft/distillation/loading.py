@@ -1,0 +1,112 @@
+"""A recipe's models and questions, loaded and ready to learn gates: donors answer first, then the VLM is loaded."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlmgraft.distillation.distill import Distiller
+from vlmgraft.distillation.distributed import agreed, group_of_one, process
+from vlmgraft.distillation.memory import offloads
+from vlmgraft.distillation.sharding import shard
+from vlmgraft.distillation.targets import DONOR_BATCH, Targets, join_targets
+from vlmgraft.distillation.teacher import TeacherOutputs, teacher_outputs
+from vlmgraft.errors import RecipeError
+from vlmgraft.hf.models import empty_vlm, load_processor, load_text_model, load_vlm
+from vlmgraft.hf.placement import default_device, learning_dtype
+from vlmgraft.hf.sharded import text_shards, vlm_shards
+from vlmgraft.methods.curvature import Curvature
+from vlmgraft.methods.frism import Frism, GatedMethod
+from vlmgraft.recipe.resolve import Job, Questions
+from vlmgraft.spectral.factor_store import Store
+from vlmgraft.storage.progress import Progress
+
+READ_ALIKE = ("max_new_tokens", "batch_size", "answer_batch_size", "batch_tokens", "packing", "tokens")
+"""Fields of `Calibration` that a `Distiller` has, too."""
+
+
+def questions_of(job: Job) -> Questions:
+    """The job's questions; a job that was resolved without them has no learning stage."""
+    if job.questions is None:
+        raise RecipeError(f"method.name: {job.recipe.method.name}: the job was resolved without questions")
+    return job.questions
+
+
+def reading_of(method: GatedMethod) -> dict[str, Any]:
+    """The fields of `Distiller` that a recipe has."""
+    return {name: getattr(method.calibration, name) for name in READ_ALIKE} | {"seed": method.seed}
+
+
+@contextmanager
+def distiller_for(
+    job: Job, store: Store, out: Path, progress: Progress | None
+) -> Iterator[tuple[Distiller, Targets | None]]:
+    """Inside the context the recipe's models and questions, ready to train; the donors' targets for donor matching.
+
+    Donors answer before the VLM is loaded: no two models are in memory at once.
+    """
+    method = job.method
+    learned, held_out, _, _ = questions_of(job)
+    device = default_device()
+    tensors = job.vlm.tensors.values()
+    dtype = learning_dtype(device, sum(info.elements for info in tensors), {info.dtype for info in tensors})
+    offload = agreed(partial(offloads, method, job.vlm.path, [*learned, *held_out], device, dtype))
+    placed: dict[str, Any] = {"dtype": dtype, "device": device}
+    cache = out.with_name(out.name + ".teacher")
+    with group_of_one(offload, device):
+        outputs = _donor_outputs(job, placed, offload, cache, progress)
+        distiller = Distiller(
+            _loaded(load_vlm, vlm_shards, job.vlm.path, **placed, offload=offload),
+            load_processor(job.vlm.path),
+            store,
+            learned,
+            held_out,
+            progress=progress,
+            cache=cache,
+            keep_factors=isinstance(method, Curvature) or method.start == "curvature",
+            offload=offload,
+            **reading_of(method),
+        )
+        yield distiller, join_targets([distiller.targets_from(one) for one in outputs]) if outputs else None
+
+
+def _loaded(
+    whole: Callable[..., Any],
+    in_shards: Callable[..., Any],
+    path: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    offload: bool,
+) -> Any:
+    """A model whole, or sharded: of several processes read so, of one with offloaded layers on the CPU."""
+    alone = process()[1] == 1
+    if alone and not offload:
+        return whole(path, dtype, device)
+    model = whole(path, dtype, "cpu") if alone else in_shards(path, dtype, device)
+    return shard(model, device, offload=offload)
+
+
+def _donor_outputs(
+    job: Job, placed: Mapping[str, Any], offload: bool, cache: Path, progress: Progress | None
+) -> list[TeacherOutputs]:
+    """The donors' outputs on their questions, one loaded after the other; nothing without donor matching."""
+    method, outputs = job.method, list[TeacherOutputs]()
+    if not isinstance(method, Frism) or method.inject != "donor":
+        return outputs
+    student = empty_vlm(job.vlm.path), load_processor(job.vlm.path)
+    options = {**reading_of(method), "max_new_tokens": method.donor_length, "batch_size": DONOR_BATCH}
+    for alignment, questions in zip(job.alignments, questions_of(job).donors, strict=True):
+        path = alignment.donor.path
+        here = offload and not alignment.donor.packed  # quantised, it is small, and its weights are of other kinds
+        donor = _loaded(load_text_model, text_shards, path, **placed, offload=here)
+        teacher = (donor, load_processor(path))
+        outputs.append(teacher_outputs(teacher, questions, student, cache=cache, progress=progress, **options))
+        del donor, teacher
+        gc.collect()  # its modules and their hooks refer to each other
+    return outputs
