@@ -34,8 +34,15 @@ NAMES = {
     "rank one + 5 % base": "rank_1_interpolated",
     "truncate 16": "truncate",
     "TIES": "ties",
-    "DARE": "dare_ties",
+    "DARE": "dare_linear",
+    "DARE-TIES": "dare_ties",
+    "DELLA": "della",
+    "Breadcrumbs": "breadcrumbs",
+    "SCE": "sce",
+    "Model Stock": "model_stock",
+    "SAR": "sar",
     "STAR": "star",
+    "IP-Merging": "ip_merging",
 }
 """Names of the pretrained table's methods in the lab's."""
 

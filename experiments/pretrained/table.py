@@ -51,6 +51,11 @@ def _scaled(options: Mapping[str, Any], *scales: float) -> list[dict[str, Any]]:
     return [{**options, "scale": scale} for scale in scales]
 
 
+def _weighted(name: str, density: float, *weights: float) -> list[dict[str, Any]]:
+    """Rules that thin out task vectors: the donor's, and not the VLM's own."""
+    return [{"name": name, "weights": [1.0, x], "density": 1.0, "donor_density": density} for x in weights]
+
+
 RANK_ONE = {"name": "spectral", "rule": "rank_k", "rank": 1}
 METHODS: dict[str, list[dict[str, Any]]] = {
     "task arithmetic": _scaled({"name": "task_arithmetic"}, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0),
@@ -58,14 +63,19 @@ METHODS: dict[str, list[dict[str, Any]]] = {
     "rank one": _scaled(RANK_ONE, 0.1, 0.2, 0.3),
     "linear": [{"name": "linear", "vlm_weight": a} for a in (0.9, 0.7, 0.5)],
     "layer swap": [{"name": "layer_swap", "vlm_weight": 0.6, "keep_layers": kept} for kept in ("0-5", "0-11", "0-17")],
-    "TIES": [{"name": "ties", "weights": [1.0, x], "density": 1.0, "donor_density": 0.2} for x in (0.5, 1.0, 1.5)],
-    "DARE": [
-        {"name": "dare_linear", "weights": [1.0, x], "density": 1.0, "donor_density": 0.2} for x in (0.2, 0.3, 0.4)
-    ],
+    "slerp": [{"name": "slerp", "t": t} for t in (0.1, 0.3, 0.5)],
+    "TIES": _weighted("ties", 0.2, 0.5, 1.0, 1.5),
+    "DARE": _weighted("dare_linear", 0.2, 0.2, 0.3, 0.4),
+    "DARE-TIES": _weighted("dare_ties", 0.2, 0.3, 0.5, 1.0),
+    "DELLA": _weighted("della", 0.5, 0.3, 0.5, 1.0),
+    "Breadcrumbs": _weighted("breadcrumbs", 0.85, 0.3, 0.4, 0.6),
+    "SCE": [{"name": "sce", "density": density} for density in (1.0, 0.1)],
+    "Model Stock": [{"name": "model_stock"}],
     "STAR": _scaled({"name": "spectral", "rule": "star"}, 0.1, 0.2, 0.3),
     "truncate 64": _scaled({"name": "spectral", "rule": "truncate", "rank": 64}, 0.3, 0.45, 0.6),
+    "SAR": _scaled({"name": "spectral", "rule": "sar"}, 1.0, 4.0, 12.0),
     "rank one + 5 % base": _scaled({**RANK_ONE, "interpolation": 0.05}, 0.05, 0.2),
-    "IP-Merging": _scaled({"name": "ip_merging"}, 0.3, 1.0),
+    "IP-Merging": _scaled({"name": "ip_merging"}, 0.3, 1.0, 2.0),
     "IP-Merging paper": _scaled({"name": "ip_merging", "variant": "paper"}, 0.3, 0.6),
     "FRANK": [{"name": "frank", "prior": prior} for prior in ("max_rescaled", "literal", "none")],
 }
@@ -314,5 +324,6 @@ def _late(function: Callable[[Any], Any], argument: Any) -> Callable[[], Any]:
 
 def _setting(options: Mapping[str, Any]) -> str:
     """The options that tell the points of a method apart."""
-    shown = {"scale": "λ", "vlm_weight": "a", "keep_layers": "kept", "weights": "weights", "prior": "prior"}
+    shown = {"scale": "λ", "vlm_weight": "a", "t": "t", "keep_layers": "kept", "weights": "weights", "prior": "prior"}
+    shown |= {} if "weights" in options else {"density": "density"}
     return ", ".join(f"{shown[key]} {value}" for key, value in options.items() if key in shown)
