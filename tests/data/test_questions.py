@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from vlmgraft.data.lines import parse
 from vlmgraft.data.questions import (
     Question,
     hold_images,
     load_questions,
     open_images,
-    parse,
     questions_digest,
 )
 from vlmgraft.errors import DataError
@@ -94,3 +94,79 @@ def test_held_images_are_those_that_were_checked(picture: Path) -> None:
     assert shown.width * shown.height <= 50 and shown.getpixel((0, 0)) == (255, 0, 0)
     with pytest.raises(DataError, match=r"p\.png: changed while it was in use"):
         open_images(beyond)
+
+
+SOURCES = ("q.json", "q.parquet", "saved")
+
+
+def kept(folder: Path, rows: list[dict[str, Any]], name: str) -> Path:
+    """The rows in one of the forms that data sets are released in; pictures inside but for JSON."""
+    from datasets import Dataset
+
+    if name.endswith(".json"):
+        (folder / name).write_text(json.dumps(rows))
+        return folder / name
+    inside = [{**row, "image": Image.open(folder / row["image"])} for row in rows]
+    data = Dataset.from_list(inside)
+    data.to_parquet(str(folder / name)) if name.endswith(".parquet") else data.save_to_disk(str(folder / name))
+    return folder / name
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_questions_come_from_any_source(tmp_path: Path, picture: Path, name: str) -> None:
+    """As from JSON lines: the same prompts, pixels and digest; a limit counts rows."""
+    rows = [{"question": f"{word}?", "image": "p.png", "other": 1} for word in ("a", "b", "c")]
+    expected = load_questions(write(tmp_path, *rows), limit=2)
+    source = kept(tmp_path, rows, name)
+    found = load_questions(source, need_images=True, limit=2)
+    assert [question.prompt for question in found] == ["a?", "b?"]
+    assert found[1].name == f"{source}, row 2"
+    seen = [open_images(question)[0] for question in (*found, *hold_images(found))]
+    assert all(image.tobytes() == open_images(expected[0])[0].tobytes() for image in seen)
+    held = hold_images(found)
+    assert held[0].pixels == 200 and questions_digest(held) == questions_digest(found)
+    assert questions_digest(found) == questions_digest(expected)
+
+
+def test_a_registered_source_gives_its_calibration_questions() -> None:
+    questions = load_questions("lab", need_images=True, limit=3)
+    assert len(questions) == 3 and all(question.images for question in questions)
+
+
+def test_the_first_turn_of_a_chat_is_asked(tmp_path: Path, picture: Path) -> None:
+    """As LLaVA's and TRL's files have it; where pictures stand in the text plays no part, as in question files."""
+    llava = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "Red."}]
+    trl = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which?"}]},
+    ]
+    path = tmp_path / "q.json"
+    path.write_text(json.dumps([{"image": "p.png", "conversations": llava}, {"images": ["p.png"], "messages": trl}]))
+    assert [(question.prompt, question.images) for question in load_questions(path)] == [
+        ("What is it?", (picture,)),
+        ("Which?", (picture,)),
+    ]
+    path.write_text(json.dumps([{"conversations": llava[1:]}]))
+    with pytest.raises(DataError, match="row 1: has no user turn"):
+        load_questions(path)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [(b"no picture", r"row 1, its image: cannot be read"), (b"", "row 1: its image holds no picture")],
+)
+def test_a_bad_picture_inside_of_a_data_set_is_named(tmp_path: Path, image: bytes, message: str) -> None:
+    from datasets import Dataset, Features, Value
+    from datasets import Image as Picture
+
+    features = Features({"question": Value("string"), "image": Picture()})
+    rows = {"question": ["a"], "image": [{"bytes": image, "path": None}]}
+    Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "q.parquet"))
+    with pytest.raises(DataError, match=message):
+        load_questions(tmp_path / "q.parquet")
+
+
+def test_sources_that_are_not_there_are_named(tmp_path: Path) -> None:
+    for name in ("none.json", "none.parquet"):
+        with pytest.raises(DataError, match=rf"{name}: no such file"):
+            load_questions(tmp_path / name)

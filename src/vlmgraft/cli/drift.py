@@ -17,7 +17,7 @@ class Drift(LoadsModels):
 
     vlm: Annotated[str, typer.Argument(help="the VLM: folder or hub id")]
     model: Annotated[str, typer.Argument(help="a model of its family, such as a merged folder")]
-    data: Annotated[str, typer.Option("--data", help="question file; answers in it are not read")]
+    data: Annotated[str, typer.Option("--data", help="question file or data set; answers in it are not read")]
     max_new_tokens: Annotated[int, typer.Option(help="length of the VLM's answers", min=1)] = 64
     batch_size: Annotated[int, typer.Option(help="questions at a time", min=1)] = 16
     steer: Annotated[str | None, typer.Option(help="file that `steer` wrote, applied to the model")] = None

@@ -41,7 +41,9 @@ class Inspect(LoadsModels):
     out: Annotated[Path | None, typer.Option("--out", "-o", help="with --distances: folder for the rows")] = None
     data: Annotated[
         str | None,
-        typer.Option("--data", help="question file: KL of task arithmetic at several λ; would perception hold?"),
+        typer.Option(
+            "--data", help="question file or data set: KL of task arithmetic at several λ; would perception hold?"
+        ),
     ] = None
     max_new_tokens: Annotated[int, typer.Option(help="with --data: length of the VLM's answers", min=1)] = 64
     batch_size: Annotated[int, typer.Option(help="with --data: questions at a time", min=1)] = 16

@@ -7,7 +7,7 @@ import io
 import math
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +34,7 @@ LARGEST_FILE = 1 << 28
 @dataclass(frozen=True)
 class ImageFile:
     """An image file that was read and checked once. digest: SHA-256 of its bytes. pixels: its width times its height.
-    data: the bytes, where they are kept.
+    data: the bytes, where they are kept. fetch: gives them again, of a picture inside of a data set.
 
     As a text it is its path.
     """
@@ -43,6 +43,7 @@ class ImageFile:
     digest: str
     pixels: int = field(default=0, compare=False)
     data: bytes | None = field(default=None, repr=False, compare=False)
+    fetch: Callable[[], bytes] | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         return str(self.path)
@@ -51,10 +52,10 @@ class ImageFile:
         """The bytes that were checked; raises DataError when the file changed since."""
         if self.data is not None:
             return self.data
-        again = read_image(self.path, f"image {self}", keep=True)
-        if again.digest != self.digest or again.data is None:
+        data = self.fetch() if self.fetch else read_image(self.path, f"image {self}", keep=True).data
+        if data is None or hashlib.sha256(data).hexdigest() != self.digest:
             raise DataError(f"image {self}: changed while it was in use; run the command again")
-        return again.data
+        return data
 
 
 def read_image(path: Path, name: str, *, keep: bool) -> ImageFile:
@@ -65,12 +66,26 @@ def read_image(path: Path, name: str, *, keep: bool) -> ImageFile:
     with _explained(name):
         with open_regular(path) as file:
             data = file.read(LARGEST_FILE + 1)
-        if len(data) > LARGEST_FILE:
-            raise Image.DecompressionBombError(f"more than {LARGEST_FILE:,} bytes")
-        with _opened(data) as image:
-            pixels = image.width * image.height
-            image.verify()
+        pixels = _verified(data)
     return ImageFile(path, hashlib.sha256(data).hexdigest(), pixels, data if keep else None)
+
+
+def image_within(fetch: Callable[[], bytes], name: str) -> ImageFile:
+    """A picture inside of a data set, looked at as `read_image` looks at a file; its bytes stay there."""
+    with _explained(name):
+        data = fetch()
+        pixels = _verified(data)
+    return ImageFile(Path(name), hashlib.sha256(data).hexdigest(), pixels, fetch=fetch)
+
+
+def _verified(data: bytes) -> int:
+    """Pixels of a picture whose header and checksums are right."""
+    if len(data) > LARGEST_FILE:
+        raise Image.DecompressionBombError(f"more than {LARGEST_FILE:,} bytes")
+    with _opened(data) as image:
+        pixels = image.width * image.height
+        image.verify()
+    return pixels
 
 
 def open_picture(source: Path | bytes | bytearray, name: str) -> Image.Image:

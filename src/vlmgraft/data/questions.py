@@ -1,14 +1,14 @@
-"""Question files: one JSON object per line, checked before any work starts.
+"""Questions about images, from any source that `read_rows` reads, checked before any work starts.
 
-A line holds `question`, and optionally `image` (a path or a list of paths, relative to the file), `answer`, `choices`,
-`category`. Other keys are ignored.
+A row holds `question`, and optionally `image` or `images` (a path or a list of paths, relative to the file, or the
+picture itself in parquet and data sets), `answer`, `choices`, `category`; or a chat, of which the first user turn is
+asked: `conversations` as LLaVA has them, or `messages`. Other keys are ignored.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -16,10 +16,11 @@ from typing import Any
 
 from PIL import Image
 
-from vlmgraft.checkpoint.files import open_regular
-from vlmgraft.data.images import ImageFile, check_picture, open_picture, read_image, shrunk, upright_rgb
-from vlmgraft.errors import CheckpointError, DataError
-from vlmgraft.storage.limits import MAX_LINE
+from vlmgraft.data.images import ImageFile, check_picture, image_within, open_picture, read_image, shrunk, upright_rgb
+from vlmgraft.data.lines import json_lines
+from vlmgraft.data.sources import Row, read_rows, registered_source, split_named
+from vlmgraft.data.traces import first_asked
+from vlmgraft.errors import DataError
 
 MOST_CHOICES = 26
 """They are lettered from A to Z."""
@@ -63,92 +64,89 @@ class Question:
 
 
 def load_questions(
-    path: str | Path, *, need_images: bool = False, limit: int | None = None, check_images: bool = True
+    data: str | Path, *, need_images: bool = False, limit: int | None = None, check_images: bool = True
 ) -> list[Question]:
-    """Read a JSON-lines file; raises DataError with file, line and remedy.
+    """The questions of a file of JSON lines, or of whatever `read_rows` reads, a data set with its split as NAME:SPLIT.
 
-    Image headers are opened now, so that an unreadable one is named before any work starts, unless `check_images` is
-    False, for questions that `hold_images` reads.
+    Args:
+        need_images: refuse a question without one.
+        limit: the first so many.
+        check_images: open image headers now, so that an unreadable one is named before any work starts; False for
+            questions that `hold_images` reads. Pictures inside of data sets are looked at in any case.
+    Raises:
+        DataError: with file, line or row, and remedy.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such question file; it should hold one JSON object per line")
     questions = [
-        _parse(row, path, f"{path}, line {number}", need_images, check_images)
-        for number, row in islice(json_lines(path), limit)
+        _parse(row, folder, where, need_images, check_images)
+        for where, row, folder in islice(_rows(data, limit), limit)
     ]
     if not questions:
-        raise DataError(f"{path}: holds no question")
+        raise DataError(f"{data}: holds no question")
     return questions
 
 
-def json_lines(path: Path, errors: str = "strict") -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of every line that is not empty, read one by one.
-
-    errors: of decoding UTF-8, as `bytes.decode` has it.
-    Raises:
-        DataError: a line that is no JSON object, or longer than `MAX_LINE`, naming file and line.
-    """
-    try:
-        with open_regular(path) as file:
-            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), start=1):
-                if len(line) > MAX_LINE:
-                    raise DataError(f"{path}, line {number}: has more than {MAX_LINE:,} bytes; name images by path")
-                if line.strip():
-                    yield number, _object(line, f"{path}, line {number}", errors)
-    except CheckpointError as error:
-        raise DataError(str(error)) from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); give a file of JSON lines") from None
+def _rows(data: str | Path, limit: int | None) -> Iterator[tuple[str, Row, Path]]:
+    """(what messages call it, row, folder of its images' paths)."""
+    path = Path(data)
+    if path.suffix == ".jsonl" or (path.is_file() and path.suffix not in (".json", ".parquet")):
+        if not path.is_file():
+            raise DataError(f"{path}: no such question file; it should hold one JSON object per line")
+        yield from ((f"{path}, line {number}", row, path.parent) for number, row in json_lines(path))
+        return
+    name, split = split_named(str(data))
+    registered = registered_source(name)
+    if registered and split is None and "calibration" in registered[0].splits:
+        split = "calibration"
+    rows, folder = read_rows(name, split=split, errors="strict", count=limit)
+    yield from ((f"{data}, row {number}", row, folder or Path()) for number, row in enumerate(rows, start=1))
 
 
-def parse(raw: bytes, errors: str = "strict") -> Any:
-    """The value of a JSON text, with texts that UTF-8 can hold: half of an escaped surrogate pair is no character.
-
-    Raises ValueError or RecursionError; with errors="replace" what is no character becomes a question mark.
-    """
-    value = json.loads(raw.decode("utf-8", errors))
-    return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", errors)) if b"\\u" in raw else value
-
-
-def _object(line: bytes, where: str, errors: str) -> dict[str, Any]:
-    try:
-        row = parse(line, errors)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error!s:.200}); every line must be one JSON object") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: must be a JSON object, got {line[:60]!r}")
-    return row
-
-
-def _parse(row: dict[str, Any], path: Path, where: str, need_images: bool, check_images: bool) -> Question:
-    if not isinstance(row.get("question"), str) or not row["question"].strip():
+def _parse(row: Row, folder: Path, where: str, need_images: bool, check_images: bool) -> Question:
+    question, given = row.get("question"), row.get("image", row.get("images"))
+    if question is None and (row.get("messages") or row.get("conversations")):
+        question, held = first_asked(row, where)
+        given = given or held
+    if not isinstance(question, str) or not question.strip():
         raise DataError(
             f'{where}: needs a "question" that is a text, got {str(row)[:80]!r}; write one, or drop the line'
         )
-    given = row.get("image", row.get("images")) or []
-    given = [given] if isinstance(given, str) else given
-    if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
-        raise DataError(
-            f'{where}: "image" must be a path or a list of paths, got {given!r:.60}; write one, or drop the line'
-        )
-    if need_images and not given:
+    given = [] if given is None else given if isinstance(given, list) else [given]
+    images = tuple(_image(source, folder, where, check_images) for source in given if source != "")
+    if need_images and not images:
         raise DataError(f'{where}: has no "image"; the calibration set must show images')
-    images = tuple(path.parent / name for name in given)
-    for image in images if check_images else ():
-        check_picture(image, f"{where}: image {image}")
     answer, choices = row.get("answer"), row.get("choices") or []
     if not isinstance(choices, list) or len(choices) > MOST_CHOICES:
         raise DataError(f'{where}: "choices" must be a list of at most {MOST_CHOICES}, got {choices!r:.60}; shorten it')
     category = row.get("category")
     return Question(
-        row["question"],
+        question,
         images,
         None if answer is None else str(answer),
         tuple(str(choice) for choice in choices),
         None if category is None else str(category),
         where=where,
     )
+
+
+def _image(source: Any, folder: Path, where: str, check: bool) -> Path | ImageFile | Image.Image:
+    """A row's image: a path, a picture, or one inside of a data set, which stays there."""
+    if isinstance(source, Image.Image):
+        return source
+    if callable(source):
+        held = source()
+        path = held.get("path") if isinstance(held, Mapping) else None
+        if not isinstance(held, Mapping) or not (held.get("bytes") or path):
+            raise DataError(f"{where}: its image holds no picture; drop the row")
+        if held.get("bytes"):
+            return image_within(lambda: source()["bytes"], f"{where}, its image")
+        source = path
+    if not isinstance(source, str):
+        raise DataError(
+            f'{where}: "image" must be a path or a list of paths, got {source!r:.60}; write one, or drop the line'
+        )
+    if check:
+        check_picture(folder / source, f"{where}: image {folder / source}")
+    return folder / source
 
 
 def open_images(question: Question) -> list[Image.Image]:
@@ -173,6 +171,9 @@ def hold_images(questions: Sequence[Question], budget: int = HELD_BYTES) -> list
         for image in question.images:
             if isinstance(image, Path):
                 image = read_image(image, f"{question.name}: image {image}", keep=True)
+            elif isinstance(image, ImageFile) and image.data is None and budget > 0:
+                image = replace(image, data=image.read())
+            if isinstance(image, ImageFile):
                 budget -= len(image.data or b"")
                 image = image if budget >= 0 else replace(image, data=None)
             images.append(image)

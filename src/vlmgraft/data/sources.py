@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmgraft.checkpoint.files import open_regular
-from vlmgraft.data.questions import json_lines, parse
+from vlmgraft.data.lines import json_lines, parse
 from vlmgraft.errors import CheckpointError, DataError
 from vlmgraft.storage.limits import MAX_DATA_JSON, MAX_LINE, MAX_PARQUET_RATIO
 
@@ -95,6 +95,13 @@ def read_rows(
     if path.exists() or not _could_be_id(str(source)):
         raise DataError(f"{source}: cannot be read; give {READABLE}")
     return _hub_dataset(str(source), split, config), None
+
+
+def split_named(source: str) -> tuple[str, str | None]:
+    """(source, split) of NAME:SPLIT; files, folders and registered sources, whose argument it is, have no split."""
+    name, _, split = source.partition(":")
+    whole = not split or Path(source).exists() or registered_source(source) is not None
+    return (source, None) if whole else (name, split)
 
 
 def _could_be_id(source: str) -> bool:

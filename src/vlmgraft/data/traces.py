@@ -24,7 +24,7 @@ from typing import Any
 from PIL import Image
 
 from vlmgraft.data.images import check_picture
-from vlmgraft.data.sources import Row, read_rows
+from vlmgraft.data.sources import Row, read_rows, split_named
 from vlmgraft.errors import DataError
 
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
@@ -100,7 +100,7 @@ def load_traces(source: str | Path, *, columns: Mapping[str, str] | None = None,
 
 def _rows(source: str) -> tuple[list[Row], Path]:
     """The raw rows, and the folder that relative image paths start from."""
-    name, _, split = (source, "", "") if Path(source).exists() else source.partition(":")
+    name, split = split_named(source)
     rows, folder = read_rows(name, split=split or "train", errors="strict")
     return rows, folder or Path()
 
@@ -136,6 +136,15 @@ def _trace(row: Mapping[str, Any], folder: Path, where: str) -> Trace:
     elif places != len(images):
         raise _bad(where, f"{places} places for images, but {len(images)} images")
     return Trace(tuple(prompt), answer, tuple(images))
+
+
+def first_asked(row: Row, where: str) -> tuple[str, list[Any]]:
+    """(the text of a chat's first user turn, the pictures in its parts); raises DataError where there is none."""
+    turn = next((turn for turn in _turns(row, where) if turn["role"] == "user"), None)
+    if turn is None:
+        raise _bad(where, "has no user turn")
+    texts = [part["text"].strip() for part in turn["content"] if part["type"] == "text"]
+    return "\n".join(texts), [part["image"] for part in turn["content"] if part.get("image") is not None]
 
 
 def _turns(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:

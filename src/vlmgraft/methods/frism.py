@@ -45,7 +45,7 @@ class Calibration:
     """The prompts that gates are learned on, and those on which the drift is measured."""
 
     data: str
-    """Question file with images, relative to where the command runs."""
+    """Question file with images, relative to where the command runs, or a data set, with its split as NAME:SPLIT."""
     samples: int = 512
     """Questions that are learned from."""
     held_out: int = 128
