@@ -12,15 +12,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from vlmgraft.data.images import ImageFile, check_picture, image_within, open_picture, read_image, shrunk, upright_rgb
 from vlmgraft.data.lines import json_lines
-from vlmgraft.data.sources import Row, read_rows, registered_source, split_named
-from vlmgraft.data.traces import first_asked
 from vlmgraft.errors import DataError
+
+if TYPE_CHECKING:
+    from vlmgraft.data.sources import Row
 
 MOST_CHOICES = 26
 """They are lettered from A to Z."""
@@ -93,6 +94,8 @@ def _rows(data: str | Path, limit: int | None) -> Iterator[tuple[str, Row, Path]
             raise DataError(f"{path}: no such question file; it should hold one JSON object per line")
         yield from ((f"{path}, line {number}", row, path.parent) for number, row in json_lines(path))
         return
+    from vlmgraft.data.sources import read_rows, registered_source, split_named
+
     name, split = split_named(str(data))
     registered = registered_source(name)
     if registered and split is None and "calibration" in registered[0].splits:
@@ -104,6 +107,8 @@ def _rows(data: str | Path, limit: int | None) -> Iterator[tuple[str, Row, Path]
 def _parse(row: Row, folder: Path, where: str, need_images: bool, check_images: bool) -> Question:
     question, given = row.get("question"), row.get("image", row.get("images"))
     if question is None and (row.get("messages") or row.get("conversations")):
+        from vlmgraft.data.traces import first_asked
+
         question, held = first_asked(row, where)
         given = given or held
     if not isinstance(question, str) or not question.strip():

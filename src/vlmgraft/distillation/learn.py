@@ -21,7 +21,6 @@ from vlmgraft.distillation.curvature import FisherDiagonal, curvature_gates, cur
 from vlmgraft.distillation.distill import Distiller
 from vlmgraft.distillation.distributed import agreed, await_file, barrier, check_same, join_group, process
 from vlmgraft.distillation.guarantee import check_guarantee, within_budget
-from vlmgraft.distillation.loading import distiller_for, questions_of
 from vlmgraft.distillation.memory import checkpoints
 from vlmgraft.distillation.targets import Targets
 from vlmgraft.distillation.trainer import Training
@@ -70,7 +69,7 @@ def check_questions(job: Job) -> None:
             "task_arithmetic with scale: 0, and give that folder"
         )
     match_projections(empty_vlm(job.vlm.path), [tensor.name for tensor in job.alignment.merged])
-    learned, held_out, donors, unseen = questions_of(job)
+    learned, held_out, donors, unseen = job.asked
     if rank_and_world()[1] > 1:
         asked = [alignment.donor for alignment, questions in zip(job.alignments, donors, strict=False) if questions]
         check_sharding(default_device(), *asked)
@@ -194,11 +193,13 @@ def _named_by(job: Job) -> dict[str, Any]:
 
 
 def _learn(job: Job, store: Store, out: Path, progress: Progress | None) -> Gates:
+    from vlmgraft.distillation.loading import distiller_for
+
     method = job.method
     with distiller_for(job, store, out, progress) as (distiller, donor):
         state = out.with_name(out.name + ".state")
         started = agreed(state.is_file)
-        unseen = questions_of(job).unseen
+        unseen = job.asked.unseen
         prompts = distiller.teacher_targets(unseen) if unseen else None
         learned = learned_gates(distiller, method, donor, started=started, state=state)
         if "held_out_kl" not in learned.settings and distiller.held_out_targets is not None:

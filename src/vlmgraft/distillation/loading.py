@@ -17,25 +17,17 @@ from vlmgraft.distillation.memory import offloads
 from vlmgraft.distillation.sharding import shard
 from vlmgraft.distillation.targets import DONOR_BATCH, Targets, join_targets
 from vlmgraft.distillation.teacher import TeacherOutputs, teacher_outputs
-from vlmgraft.errors import RecipeError
 from vlmgraft.hf.models import empty_vlm, load_processor, load_text_model, load_vlm
 from vlmgraft.hf.placement import default_device, learning_dtype
 from vlmgraft.hf.sharded import text_shards, vlm_shards
 from vlmgraft.methods.curvature import Curvature
 from vlmgraft.methods.frism import Frism, GatedMethod
-from vlmgraft.recipe.resolve import Job, Questions
+from vlmgraft.recipe.resolve import Job
 from vlmgraft.spectral.factor_store import Store
 from vlmgraft.storage.progress import Progress
 
 READ_ALIKE = ("max_new_tokens", "batch_size", "answer_batch_size", "batch_tokens", "packing", "tokens")
 """Fields of `Calibration` that a `Distiller` has, too."""
-
-
-def questions_of(job: Job) -> Questions:
-    """The job's questions; a job that was resolved without them has no learning stage."""
-    if job.questions is None:
-        raise RecipeError(f"method.name: {job.recipe.method.name}: the job was resolved without questions")
-    return job.questions
 
 
 def reading_of(method: GatedMethod) -> dict[str, Any]:
@@ -52,7 +44,7 @@ def distiller_for(
     Donors answer before the VLM is loaded: no two models are in memory at once.
     """
     method = job.method
-    learned, held_out, _, _ = questions_of(job)
+    learned, held_out, _, _ = job.asked
     device = default_device()
     tensors = job.vlm.tensors.values()
     dtype = learning_dtype(device, sum(info.elements for info in tensors), {info.dtype for info in tensors})
@@ -101,7 +93,7 @@ def _donor_outputs(
         return outputs
     student = empty_vlm(job.vlm.path), load_processor(job.vlm.path)
     options = {**reading_of(method), "max_new_tokens": method.donor_length, "batch_size": DONOR_BATCH}
-    for alignment, questions in zip(job.alignments, questions_of(job).donors, strict=True):
+    for alignment, questions in zip(job.alignments, job.asked.donors, strict=True):
         path = alignment.donor.path
         here = offload and not alignment.donor.packed  # quantised, it is small, and its weights are of other kinds
         donor = _loaded(load_text_model, text_shards, path, **placed, offload=here)

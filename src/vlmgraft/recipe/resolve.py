@@ -53,6 +53,13 @@ class Job:
         return gated_method(self.recipe)
 
     @property
+    def asked(self) -> Questions:
+        """The questions; a job that was resolved without them has no learning stage, and raises RecipeError."""
+        if self.questions is None:
+            raise RecipeError(f"method.name: {self.recipe.method.name}: the job was resolved without questions")
+        return self.questions
+
+    @property
     def alignment(self) -> Alignment:
         """Of the first donor."""
         return self.alignments[0]
