@@ -125,9 +125,10 @@ def share(row: Mapping[str, Any], part: str) -> float:
 
 
 def pretrained(x: str = "perception") -> list[Series]:
-    """Task arithmetic's curve and learned gates at their chosen strength, on the pretrained trios' tests."""
+    """Task arithmetic's curve and learned gates at their chosen strength, on pretrained trios that have gates."""
     series = []
-    for number, (name, rows) in enumerate(trios().items()):
+    gated = {name: rows for name, rows in trios().items() if any(row["method"] == "FRISM donor" for row in rows)}
+    for number, (name, rows) in enumerate(gated.items()):
         on_test = [row for row in rows if row["split"] == "test"]
         for place, method in enumerate(("task arithmetic", "FRISM energy", "FRISM donor")):
             points = [row for row in on_test if row["method"] == method]

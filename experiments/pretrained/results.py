@@ -62,7 +62,7 @@ def table(rows: Sequence[Row]) -> str:
     for method, row in chosen(rows).items():
         figures = _figures(row)
         above = ["", ""]
-        if method not in ("VLM", CURVE) and len(curve) > 1:
+        if method not in ("VLM", CURVE) and len(curve) > 1 and row["kl"] <= max(point["kl"] for point in curve):
             differences = (marks(row["right"][part]) - at_kl(curve, row["kl"], part) for part in ("sums", "perception"))
             above = [bootstrap([difference]).signed() for difference in differences]
         further = beyond.get(method, {"right": {}})["right"]
