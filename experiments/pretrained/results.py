@@ -111,6 +111,8 @@ def command(measured: Table, rows: Sequence[Row]) -> str:
     """What measures these rows, which may have come by several runs."""
     methods = ",".join(dict.fromkeys(row["method"] for row in rows if row["method"] in (*METHODS, *LEARNED)))
     words = ["table", "--root", "R", "--seed", str(measured.trio.seed), "--methods", methods]
+    curve = sorted({float(row["setting"][2:]) for row in rows if row["method"] == CURVE and row["split"] == "test"})
+    words += ["--curve", ",".join(f"{scale:g}" for scale in curve)]
     words += ["--replay-sums"] * (measured.vlm == "vlm-replay")
     words += ["--kind", measured.donor.removeprefix("donor-")] * (measured.donor != "donor")
     return shlex.join(["python", "-m", "experiments.pretrained", *words])

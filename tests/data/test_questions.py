@@ -146,6 +146,13 @@ def test_the_first_turn_of_a_chat_is_asked(tmp_path: Path, picture: Path) -> Non
         ("What is it?", (picture,)),
         ("Which?", (picture,)),
     ]
+    first, later = (
+        {"from": "human", "value": text} for text in ("<image>\nFirst <image> or second?", "<image> Third?")
+    )
+    several = [first, *llava[1:], later]
+    path.write_text(json.dumps([{"image": ["p.png"] * 3, "conversations": several}]))
+    (question,) = load_questions(path)
+    assert question.prompt == "First\nor second?" and len(question.images) == 2, "the third is shown later"
     path.write_text(json.dumps([{"conversations": llava[1:]}]))
     with pytest.raises(DataError, match="row 1: has no user turn"):
         load_questions(path)
@@ -164,6 +171,12 @@ def test_a_bad_picture_inside_of_a_data_set_is_named(tmp_path: Path, image: byte
     Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "q.parquet"))
     with pytest.raises(DataError, match=message):
         load_questions(tmp_path / "q.parquet")
+
+
+def test_an_empty_column_hides_no_other(tmp_path: Path, picture: Path) -> None:
+    """Parquet and data sets have both columns in every row."""
+    path = write(tmp_path, {"question": "a", "image": None, "images": ["p.png"]}, {"question": "b", "image": ""})
+    assert [question.images for question in load_questions(path)] == [(picture,), ()]
 
 
 def test_sources_that_are_not_there_are_named(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def read_image(path: Path, name: str, *, keep: bool) -> ImageFile:
 
 
 def image_within(fetch: Callable[[], bytes], name: str) -> ImageFile:
-    """A picture inside of a data set, looked at as `read_image` looks at a file; its bytes stay there."""
+    """A picture inside of a data set, whose bytes stay there; looked at, and refused, as by `read_image`."""
     with _explained(name):
         data = fetch()
         pixels = _verified(data)

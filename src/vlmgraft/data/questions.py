@@ -67,7 +67,8 @@ class Question:
 def load_questions(
     data: str | Path, *, need_images: bool = False, limit: int | None = None, check_images: bool = True
 ) -> list[Question]:
-    """The questions of a file of JSON lines, or of whatever `read_rows` reads, a data set with its split as NAME:SPLIT.
+    """The questions of a file of JSON lines, or of whatever `read_rows` reads; a data set's split as NAME:SPLIT, a
+    registered source's "calibration" where it has one.
 
     Args:
         need_images: refuse a question without one.
@@ -105,18 +106,17 @@ def _rows(data: str | Path, limit: int | None) -> Iterator[tuple[str, Row, Path]
 
 
 def _parse(row: Row, folder: Path, where: str, need_images: bool, check_images: bool) -> Question:
-    question, given = row.get("question"), row.get("image", row.get("images"))
+    question, given = row.get("question"), row.get("image") or row.get("images") or []
+    given = given if isinstance(given, list) else [given]
     if question is None and (row.get("messages") or row.get("conversations")):
         from vlmgraft.data.traces import first_asked
 
-        question, held = first_asked(row, where)
-        given = given or held
+        question, given = first_asked(row, given, where)
     if not isinstance(question, str) or not question.strip():
         raise DataError(
             f'{where}: needs a "question" that is a text, got {str(row)[:80]!r}; write one, or drop the line'
         )
-    given = [] if given is None else given if isinstance(given, list) else [given]
-    images = tuple(_image(source, folder, where, check_images) for source in given if source != "")
+    images = tuple(_image(source, folder, where, check_images) for source in given)
     if need_images and not images:
         raise DataError(f'{where}: has no "image"; the calibration set must show images')
     answer, choices = row.get("answer"), row.get("choices") or []

@@ -138,13 +138,16 @@ def _trace(row: Mapping[str, Any], folder: Path, where: str) -> Trace:
     return Trace(tuple(prompt), answer, tuple(images))
 
 
-def first_asked(row: Row, where: str) -> tuple[str, list[Any]]:
-    """(the text of a chat's first user turn, the pictures in its parts); raises DataError where there is none."""
-    turn = next((turn for turn in _turns(row, where) if turn["role"] == "user"), None)
-    if turn is None:
+def first_asked(row: Row, images: list[Any], where: str) -> tuple[str, list[Any]]:
+    """(the text of a chat's first user turn, its pictures): those in its parts, or as many of the row's `images` as it
+    has places, all where the chat has none. Raises DataError where there is no user turn."""
+    turns = [turn["content"] for turn in _turns(row, where) if turn["role"] == "user"]
+    if not turns:
         raise _bad(where, "has no user turn")
-    texts = [part["text"].strip() for part in turn["content"] if part["type"] == "text"]
-    return "\n".join(texts), [part["image"] for part in turn["content"] if part.get("image") is not None]
+    text = "\n".join(part["text"].strip() for part in turns[0] if part["type"] == "text")
+    held = [part["image"] for part in turns[0] if part.get("image") is not None]
+    places = [sum(part["type"] == "image" for part in turn) for turn in turns]
+    return text, held or (images[: places[0]] if any(places) else images)
 
 
 def _turns(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
