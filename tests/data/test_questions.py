@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def test_a_line_becomes_a_question(tmp_path: Path, picture: Path) -> None:
         ("[1]", "line 2: must be a JSON object"),
         ({"q": 1}, 'line 2: needs a "question"'),
         ({"question": " "}, 'line 2: needs a "question"'),
-        ({"question": "a", "image": 5}, 'line 2: "image" must be a path'),
+        ({"question": "a", "image": 5}, "line 2: an image must be a path"),
         ({"question": "a", "image": "gone.png"}, r"line 2: image .*gone\.png: missing"),
         ({"question": "a", "choices": list(range(27))}, 'line 2: "choices" must be a list of at most 26'),
     ],
@@ -134,7 +135,7 @@ def test_a_registered_source_gives_its_calibration_questions() -> None:
 
 
 def test_the_first_turn_of_a_chat_is_asked(tmp_path: Path, picture: Path) -> None:
-    """As LLaVA's and TRL's files have it; where pictures stand in the text plays no part, as in question files."""
+    """As LLaVA's and TRL's files have it; a picture in front of the text needs no place."""
     llava = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "Red."}]
     trl = [
         {"role": "system", "content": "s"},
@@ -152,7 +153,9 @@ def test_the_first_turn_of_a_chat_is_asked(tmp_path: Path, picture: Path) -> Non
     several = [first, *llava[1:], later]
     path.write_text(json.dumps([{"image": ["p.png"] * 3, "conversations": several}]))
     (question,) = load_questions(path)
-    assert question.prompt == "First\nor second?" and len(question.images) == 2, "the third is shown later"
+    assert len(question.images) == 2, "the third is shown later"
+    image, texts = {"type": "image"}, [{"type": "text", "text": text} for text in ("First\n", "or second?")]
+    assert question.parts == [image, texts[0], image, texts[1]]
     path.write_text(json.dumps([{"conversations": llava[1:]}]))
     with pytest.raises(DataError, match="row 1: has no user turn"):
         load_questions(path)
@@ -160,7 +163,7 @@ def test_the_first_turn_of_a_chat_is_asked(tmp_path: Path, picture: Path) -> Non
 
 @pytest.mark.parametrize(
     ("image", "message"),
-    [(b"no picture", r"row 1, its image: cannot be read"), (b"", "row 1: its image holds no picture")],
+    [(b"no picture", r"row 1, its image: cannot be read"), (b"", "row 1: the data holds no picture")],
 )
 def test_a_bad_picture_inside_of_a_data_set_is_named(tmp_path: Path, image: bytes, message: str) -> None:
     from datasets import Dataset, Features, Value
@@ -171,6 +174,42 @@ def test_a_bad_picture_inside_of_a_data_set_is_named(tmp_path: Path, image: byte
     Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "q.parquet"))
     with pytest.raises(DataError, match=message):
         load_questions(tmp_path / "q.parquet")
+
+
+@pytest.mark.parametrize(
+    ("text", "images", "expected"),
+    [
+        ("<image>\nWhat?", 1, ["image", "What?"]),
+        ("What is <image>, and <image>?", 2, ["What is ", "image", ", and ", "image", "?"]),
+        ("Which?\n<image>", 1, ["Which?\n", "image"]),
+        ("What is <image> here?", 2, ["image", "image", "What is  here?"]),  # one place for two: all in front
+        ("What does <image> mean?", 0, ["What does <image> mean?"]),
+        ("Plain?", 2, ["image", "image", "Plain?"]),
+    ],
+)
+def test_images_stand_where_the_text_says(text: str, images: int, expected: list[str]) -> None:
+    parts = Question(text, (Path("p.png"),) * images).parts
+    assert [part.get("text", part["type"]) for part in parts] == expected
+
+
+def test_columns_of_other_names_are_mapped(tmp_path: Path, picture: Path) -> None:
+    path = write(tmp_path, {"question": "short", "query": "Long?", "decoded": "p.png"})
+    (question,) = load_questions(path, columns={"question": "query", "image": "decoded"})
+    assert (question.question, question.images) == ("Long?", (picture,))
+    with pytest.raises(DataError, match=r"columns: unknown column 'picture'; it is one of question, image"):
+        load_questions(path, columns={"picture": "decoded"})
+
+
+def test_a_question_about_a_video_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match='line 1: column "video" is not shown'):
+        load_questions(write(tmp_path, {"question": "What happens?", "video": "a.mp4"}))
+
+
+def test_base64_is_a_picture(tmp_path: Path, picture: Path) -> None:
+    """As tab-separated benchmarks carry them."""
+    path = write(tmp_path, {"question": "a", "image": base64.b64encode(picture.read_bytes()).decode()})
+    (question,) = hold_images(load_questions(path))
+    assert open_images(question)[0].getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_an_empty_column_hides_no_other(tmp_path: Path, picture: Path) -> None:

@@ -44,6 +44,12 @@ def test_parquet_a_folder_of_it_and_a_saved_data_set(tmp_path: Path) -> None:
     assert read_rows(tmp_path / "saved") == (ROWS, tmp_path / "saved")
 
 
+def test_one_object_is_one_row(tmp_path: Path) -> None:
+    """Also on one line, as a file of JSON lines that ends in .json."""
+    (path := tmp_path / "r.json").write_text(json.dumps(ROWS[0]))
+    assert read_rows(path)[0] == ROWS[:1]
+
+
 def test_a_split_must_be_named_where_there_are_several(tmp_path: Path) -> None:
     one, two = Dataset.from_list(ROWS[:1]), Dataset.from_list(ROWS[1:])
     DatasetDict({"test": one, "validation": two}).save_to_disk(str(tmp_path / "both"))

@@ -115,7 +115,7 @@ YES = {"role": "assistant", "content": "yes"}
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}, YES]}, "neither text nor image"),
         ({"messages": [{"role": "system", "content": "x"}, YES], "images": ["a.png"]}, "no user turn"),
         ({"messages": "hello"}, "must be a list of turns"),
-        ({"images": [3], "question": "q", "answer": "a"}, "must be paths or pictures"),
+        ({"images": [3], "question": "q", "answer": "a"}, "must be a path or a picture"),
         ({"image": "traces.jsonl", "question": "q", "answer": "a"}, "cannot be read, or is corrupt"),
         ({"text": "hello"}, 'needs "question" and "answer"'),
         ("{not json", "line 2: not JSON"),

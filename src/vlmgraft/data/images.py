@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
 import io
 import math
 import struct
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageOps
 
@@ -29,6 +32,49 @@ as JPEG; a name that Pillow cannot open by ends its search, so "MPO" must not st
 
 LARGEST_FILE = 1 << 28
 """Bytes of an image file that is read whole."""
+ImageSource = Path | bytes | Image.Image | Callable[[], "Path | bytes | Image.Image"]
+"""Where a picture is: a file, the bytes of one, the picture itself, or a function that fetches one of these."""
+
+
+def image_source(value: Any, folder: Path | None) -> ImageSource | None:
+    """What a row holds as an image: a path (relative to the folder), base64, a picture, or what `datasets` stores; of a
+    function what it will fetch. None for anything else."""
+    if isinstance(value, bytes | Image.Image):
+        return value
+    if callable(value):
+        return lambda: _fetched(image_source(value(), folder))
+    if isinstance(value, Mapping):
+        if isinstance(value.get("bytes"), bytes) and value["bytes"]:
+            return bytes(value["bytes"])
+        value = value.get("path")
+    return _base64(value) or (folder or Path()) / value if isinstance(value, str) and value else None
+
+
+def _fetched(source: ImageSource | None) -> Path | bytes | Image.Image:
+    if source is None or (callable(source) and not isinstance(source, Image.Image)):
+        raise DataError("the data holds no picture here")
+    return source
+
+
+def row_image(value: Any, folder: Path | None, where: str) -> Path | bytes | Image.Image:
+    """`image_source`, fetched; raises DataError, which begins with `where`, for what holds no picture."""
+    source = image_source(value, folder)
+    if source is None:
+        raise DataError(f"{where}: an image must be a path or a picture, got {value!r:.60}; mend the row, or drop it")
+    try:
+        return source() if callable(source) and not isinstance(source, Image.Image) else source
+    except DataError as error:
+        raise DataError(f"{where}: {error}; drop the row") from None
+
+
+def _base64(text: str) -> bytes | None:
+    """The bytes of base64 text that is a picture (as tab-separated benchmarks carry them); None for anything else."""
+    if len(text) < 64 or not text.startswith(("/9j/", "iVBOR", "UklGR", "R0lGO", "Qk")):
+        return None
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        return None
 
 
 @dataclass(frozen=True)
@@ -70,10 +116,12 @@ def read_image(path: Path, name: str, *, keep: bool) -> ImageFile:
     return ImageFile(path, hashlib.sha256(data).hexdigest(), pixels, data if keep else None)
 
 
-def image_within(fetch: Callable[[], bytes], name: str) -> ImageFile:
-    """A picture inside of a data set, whose bytes stay there; looked at, and refused, as by `read_image`."""
+def image_within(data: bytes, fetch: Callable[[], bytes], name: str) -> ImageFile:
+    """A picture inside of a data set, whose bytes stay there; looked at, and refused, as by `read_image`.
+
+    fetch: gives the bytes again.
+    """
     with _explained(name):
-        data = fetch()
         pixels = _verified(data)
     return ImageFile(Path(name), hashlib.sha256(data).hexdigest(), pixels, fetch=fetch)
 

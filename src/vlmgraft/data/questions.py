@@ -2,7 +2,8 @@
 
 A row holds `question`, and optionally `image` or `images` (a path or a list of paths, relative to the file, or the
 picture itself in parquet and data sets), `answer`, `choices`, `category`; or a chat, of which the first user turn is
-asked: `conversations` as LLaVA has them, or `messages`. Other keys are ignored.
+asked: `conversations` as LLaVA has them, or `messages`. "<image>" in a text is the place of an image; without places
+all are in front. Video and sound are refused, other keys ignored.
 """
 
 from __future__ import annotations
@@ -12,17 +13,31 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from PIL import Image
 
-from vlmgraft.data.images import ImageFile, check_picture, image_within, open_picture, read_image, shrunk, upright_rgb
+from vlmgraft.data.images import (
+    ImageFile,
+    check_picture,
+    image_within,
+    open_picture,
+    read_image,
+    row_image,
+    shrunk,
+    upright_rgb,
+)
 from vlmgraft.data.lines import json_lines
 from vlmgraft.errors import DataError
 
 if TYPE_CHECKING:
     from vlmgraft.data.sources import Row
 
+MARK = "<image>"
+COLUMNS = ("question", "image", "images", "answer", "choices", "category", "messages", "conversations")
+"""What a row may hold."""
+UNSEEN = ("video", "videos", "audio", "audios")
+"""Columns without which a question is another one."""
 MOST_CHOICES = 26
 """They are lettered from A to Z."""
 HELD_BYTES = 1 << 29
@@ -63,9 +78,27 @@ class Question:
         letters = (f"{chr(ord('A') + index)}. {choice}" for index, choice in enumerate(self.choices))
         return "\n".join([self.question, *letters])
 
+    @property
+    def parts(self) -> list[dict[str, str]]:
+        """The prompt as parts of type "image" and "text": images at their places, or all in front of the text where it
+        has not as many places as there are images."""
+        image, texts = {"type": "image"}, self.prompt.split(MARK) if self.images else [self.prompt]
+        if len(texts) - 1 != len(self.images):
+            return [image] * len(self.images) + [{"type": "text", "text": "".join(texts)}]
+        parts: list[dict[str, str]] = []
+        for number, text in enumerate(texts):
+            parts += [image] if number else []
+            parts += [{"type": "text", "text": text.lstrip() if number else text}] if text.strip() else []
+        return parts
+
 
 def load_questions(
-    data: str | Path, *, need_images: bool = False, limit: int | None = None, check_images: bool = True
+    data: str | Path,
+    *,
+    need_images: bool = False,
+    limit: int | None = None,
+    check_images: bool = True,
+    columns: Mapping[str, str] | None = None,
 ) -> list[Question]:
     """The questions of a file of JSON lines, or of whatever `read_rows` reads; a data set's split as NAME:SPLIT, a
     registered source's "calibration" where it has one.
@@ -75,16 +108,25 @@ def load_questions(
         limit: the first so many.
         check_images: open image headers now, so that an unreadable one is named before any work starts; False for
             questions that `hold_images` reads. Pictures inside of data sets are looked at in any case.
+        columns: one of `COLUMNS` → the source's name for it, where they differ.
     Raises:
         DataError: with file, line or row, and remedy.
     """
+    for name in columns or {}:
+        if name not in COLUMNS:
+            raise DataError(f"{data}: columns: unknown column {name!r}; it is one of {', '.join(COLUMNS)}")
     questions = [
-        _parse(row, folder, where, need_images, check_images)
+        _parse(renamed(row, columns), folder, where, need_images, check_images)
         for where, row, folder in islice(_rows(data, limit), limit)
     ]
     if not questions:
         raise DataError(f"{data}: holds no question")
     return questions
+
+
+def renamed(row: Row, columns: Mapping[str, str] | None) -> Row:
+    """The row with columns under our names; columns: our name → the source's."""
+    return {**row, **{ours: row.get(theirs) for ours, theirs in columns.items()}} if columns else row
 
 
 def _rows(data: str | Path, limit: int | None) -> Iterator[tuple[str, Row, Path]]:
@@ -106,6 +148,8 @@ def _rows(data: str | Path, limit: int | None) -> Iterator[tuple[str, Row, Path]
 
 
 def _parse(row: Row, folder: Path, where: str, need_images: bool, check_images: bool) -> Question:
+    if unseen := next((column for column in UNSEEN if row.get(column)), None):
+        raise DataError(f'{where}: column "{unseen}" is not shown; only images are. Drop the row')
     question, given = row.get("question"), row.get("image") or row.get("images") or []
     given = given if isinstance(given, list) else [given]
     if question is None and (row.get("messages") or row.get("conversations")):
@@ -133,25 +177,14 @@ def _parse(row: Row, folder: Path, where: str, need_images: bool, check_images: 
     )
 
 
-def _image(source: Any, folder: Path, where: str, check: bool) -> Path | ImageFile | Image.Image:
+def _image(given: Any, folder: Path, where: str, check: bool) -> Path | ImageFile | Image.Image:
     """A row's image: a path, a picture, or one inside of a data set, which stays there."""
-    if isinstance(source, Image.Image):
-        return source
-    if callable(source):
-        held = source()
-        path = held.get("path") if isinstance(held, Mapping) else None
-        if not isinstance(held, Mapping) or not (held.get("bytes") or path):
-            raise DataError(f"{where}: its image holds no picture; drop the row")
-        if held.get("bytes"):
-            return image_within(lambda: source()["bytes"], f"{where}, its image")
-        source = path
-    if not isinstance(source, str):
-        raise DataError(
-            f'{where}: "image" must be a path or a list of paths, got {source!r:.60}; write one, or drop the line'
-        )
-    if check:
-        check_picture(folder / source, f"{where}: image {folder / source}")
-    return folder / source
+    image = row_image(given, folder, where)
+    if isinstance(image, bytes):
+        return image_within(image, lambda: cast(bytes, row_image(given, folder, where)), f"{where}, its image")
+    if isinstance(image, Path) and check:
+        check_picture(image, f"{where}: image {image}")
+    return image
 
 
 def open_images(question: Question) -> list[Image.Image]:

@@ -78,8 +78,8 @@ def read_rows(
 ) -> tuple[list[Row], Path | None]:
     """The rows of a source, and the folder that image paths are relative to (None for the hub).
 
-    JSON files hold a list of objects, an object of objects (their keys become "id"), or JSON lines. errors: of
-    decoding UTF-8 in JSON lines. count: how many rows a registered source draws. Raises DataError.
+    JSON files hold a list of objects, an object of objects (their keys become "id"), one object, or JSON lines.
+    errors: of decoding UTF-8 in JSON lines. count: how many rows a registered source draws. Raises DataError.
     """
     if not str(source).strip():
         raise DataError(f"the name of the data is empty; give {READABLE}")
@@ -125,8 +125,9 @@ def _json(path: Path) -> list[Row]:
         if str(error).startswith("Extra data") and raw.lstrip().startswith(b"{"):
             return [row for _, row in json_lines(path)]
         raise DataError(f"{path}: not JSON ({error!s:.200}); write one JSON object per line as .jsonl") from error
-    if isinstance(data, dict) and data and all(isinstance(row, dict) for row in data.values()):
-        data = [{"id": name, **row} for name, row in data.items()]
+    if isinstance(data, dict):
+        of_rows = data and all(isinstance(row, dict) for row in data.values())
+        data = [{"id": name, **row} for name, row in data.items()] if of_rows else [data]
     if not isinstance(data, list) or not all(isinstance(row, dict) for row in data):
         raise DataError(f"{path}: is JSON, but must be a list of objects, or an object of objects")
     return data

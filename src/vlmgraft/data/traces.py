@@ -18,17 +18,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from vlmgraft.data.images import check_picture
+from vlmgraft.data.images import check_picture, row_image
+from vlmgraft.data.questions import MARK, renamed
 from vlmgraft.data.sources import Row, read_rows, split_named
 from vlmgraft.errors import DataError
 
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
-MARK = "<image>"
 ALPACA = {"instruction": "question", "output": "answer", "query": "question", "response": "answer"}
 """Columns of alpaca's and of ms-swift's rows, and ours."""
 UNREAD = ("video", "videos", "audio", "audios", "tools", "objects")
@@ -91,8 +92,7 @@ def load_traces(source: str | Path, *, columns: Mapping[str, str] | None = None,
         if limit is not None and len(traces) >= limit:
             break
         where = f"{source}, row {number}"
-        row = {**raw, **{ours: raw.get(theirs) for ours, theirs in (columns or {}).items()}}
-        traces.append(_trace(row, folder, where))
+        traces.append(_trace(renamed(raw, columns), folder, where))
     if not traces:
         raise DataError(f"{source}: holds no row to learn from")
     return Traces(tuple(traces), str(source))
@@ -144,7 +144,9 @@ def first_asked(row: Row, images: list[Any], where: str) -> tuple[str, list[Any]
     turns = [turn["content"] for turn in _turns(row, where) if turn["role"] == "user"]
     if not turns:
         raise _bad(where, "has no user turn")
-    text = "\n".join(part["text"].strip() for part in turns[0] if part["type"] == "text")
+    pieces = [MARK if part["type"] == "image" else part["text"].strip() for part in turns[0]]
+    behind = list(dropwhile(MARK.__eq__, pieces))
+    text = "\n".join(pieces if MARK in behind else behind)  # in front they need no places
     held = [part["image"] for part in turns[0] if part.get("image") is not None]
     places = [sum(part["type"] == "image" for part in turn) for turn in turns]
     return text, held or (images[: places[0]] if any(places) else images)
@@ -241,17 +243,10 @@ def _parts(content: Any, where: str) -> list[dict[str, Any]]:
 
 def _images(given: Any, folder: Path, where: str) -> list[Picture]:
     """The pictures of a row, each looked at now, so that a bad one is named before training."""
-    given = [] if given is None else given if isinstance(given, list) else [given]
     images: list[Picture] = []
-    for image in given:
-        if callable(image):  # it stays in its file of parquet until here
-            image = image()
-        if isinstance(image, Mapping):
-            image = image.get("bytes") or image.get("path")
-        if isinstance(image, str):
-            image = folder / image
-        if not isinstance(image, Path | bytes):
-            raise _bad(where, f'"images" must be paths or pictures, got {image!r:.60}')
-        check_picture(image, f"{where}: image {image}" if isinstance(image, Path) else f"{where}: its image")
+    for value in [] if given is None else given if isinstance(given, list) else [given]:
+        image = row_image(value, folder, where)
+        if not isinstance(image, Image.Image):
+            check_picture(image, f"{where}: image {image}" if isinstance(image, Path) else f"{where}: its image")
         images.append(image)
     return images

@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from PIL import Image
 
-from vlmgraft.data.images import MAX_PIXELS, open_picture, upright_rgb
+from vlmgraft.data.images import MAX_PIXELS, ImageSource, open_picture, upright_rgb
 from vlmgraft.errors import DataError
 from vlmgraft.evaluation.answers.options import choices_within, expected_letters, letters
 
 Kind = Literal["reasoning", "perception", "other"]
 GroupScore = Literal["", "all_right", "worst", "four_way", "pairs"]
-ImageSource = Path | bytes | Image.Image | Callable[[], "bytes | Path | Image.Image"]
 
 
 @dataclass(frozen=True)

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import ast
-import base64
-import binascii
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
+from vlmgraft.data.images import ImageSource, image_source
 from vlmgraft.data.questions import MOST_CHOICES
 from vlmgraft.data.sources import Row, read_rows, registered_source
 from vlmgraft.errors import DataError
 from vlmgraft.evaluation.answers.options import lettered, letters
 from vlmgraft.evaluation.answers.text import storable
-from vlmgraft.evaluation.items import ImageSource, Item, Suite, circular, unique
+from vlmgraft.evaluation.items import Item, Suite, circular, unique
 from vlmgraft.evaluation.metrics import METRICS
 from vlmgraft.evaluation.presets import PRESETS, Columns, Preset
 
@@ -185,7 +182,7 @@ def _images(row: Row, names: Sequence[str], folder: Path | None) -> tuple[tuple[
         for each in value if isinstance(value, list | tuple) else [value]:
             if each is None or each == "":
                 continue
-            source = _source(each, folder)
+            source = image_source(each, folder)
             if source is None:
                 return tuple(sources), f"no picture: {str(each)[:60]!r}"
             sources.append(source)
@@ -199,36 +196,3 @@ def _pictures(row: Row, names: Sequence[str]) -> list[Any]:
         if pictures:
             return pictures
     return []
-
-
-def _source(value: Any, folder: Path | None) -> ImageSource | None:
-    if callable(value):
-        return _later(value, folder)
-    if isinstance(value, bytes | Image.Image):
-        return value
-    if isinstance(value, dict):
-        data, value = value.get("bytes"), value.get("path")
-        if isinstance(data, bytes) and data:
-            return data
-    return _base64(value) or (folder or Path()) / value if isinstance(value, str) and value else None
-
-
-def _later(fetch: Callable[[], Any], folder: Path | None) -> Callable[[], Any]:
-    def load() -> Any:
-        source = _source(fetch(), folder)
-        if source is None or (callable(source) and not isinstance(source, Image.Image)):
-            raise DataError("the data holds no picture here")
-        return source
-
-    return load
-
-
-def _base64(text: str) -> bytes | None:
-    """The bytes of base64 text that is a picture (as tab-separated benchmarks carry them); None for anything else."""
-    head = text[:8]
-    if len(text) < 64 or not head.startswith(("/9j/", "iVBOR", "UklGR", "R0lGO", "Qk")):
-        return None
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        return None

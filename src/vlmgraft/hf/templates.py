@@ -37,9 +37,7 @@ TEMPLATE_FAILURES = (
 
 def prompt_text(processor: Any, question: Question) -> str:
     """The prompt of one question, images as the template's placeholders; raises CheckpointError as `rendered`."""
-    parts: list[dict[str, str]] = [{"type": "image"} for _ in question.images]
-    text_only = tokenizer_of(processor) is processor
-    content = question.prompt if text_only else [*parts, {"type": "text", "text": question.prompt}]
+    content = question.prompt if tokenizer_of(processor) is processor else question.parts
     return rendered(processor, [{"role": "user", "content": content}])
 
 

@@ -64,6 +64,8 @@ class Calibration:
     """Batches of similar length (little padding), or shuffled."""
     tokens: Literal["answer", "all"] = "answer"
     """The drift is that of the answer, or of all text."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Our name of a column (question, image, …): the data's."""
 
     def __post_init__(self) -> None:
         for name in ("samples", "max_new_tokens", "batch_size", "answer_batch_size", "batch_tokens", "max_pixels"):

@@ -131,7 +131,10 @@ def calibration_questions(method: GatedMethod, *, check_images: bool = True) -> 
     guarantee = method.budget_guarantee if isinstance(method, Frism) else None
     learned, seen = method.calibration.samples, method.calibration.samples + method.calibration.held_out
     count = seen + (guarantee.prompts if guarantee is not None else 0)
-    images = load_questions(method.calibration.data, need_images=True, limit=count, check_images=check_images)
+    source = method.calibration
+    images = load_questions(
+        source.data, need_images=True, limit=count, check_images=check_images, columns=source.columns
+    )
     if guarantee is not None and len(images) < count:
         raise DataError(
             f"{method.calibration.data}: has {max(0, len(images) - seen)} questions behind the first {seen}, "
