@@ -64,11 +64,11 @@ class TwoVectorMethod(Method):
     def merge(self, vlm: Tensor, donor: Tensor, base: Tensor, context: TensorContext) -> Tensor:
         """base + λ·(merged task vectors), which are used up."""
         weights = number_for(self.weights[0], context, "weights[0]"), number_for(self.weights[1], context, "weights[1]")
-        return self.combined(vlm, donor, weights).mul_(number_for(self.scale, context, "scale")).add_(base)
+        return times(self.combined(vlm, donor, weights), number_for(self.scale, context, "scale")).add_(base)
 
     def combined(self, vlm: Tensor, donor: Tensor, weights: tuple[float, float]) -> Tensor:
         """The weighted sum of the thinned task vectors, in the memory of the first."""
-        return vlm.mul_(weights[0]).add_(donor, alpha=weights[1])
+        return times(vlm, weights[0]).add_(donor, alpha=weights[1])
 
 
 @dataclass(frozen=True)
@@ -139,14 +139,19 @@ def merge_signs(
         torch.abs(donor.mul_(weights[1]), out=donor_count)
         torch.ge(count, donor_count, out=count)
         return vlm.mul_(count).add_(donor.mul_(count.neg_().add_(1))).mul_(vote)
-    if combine != "sum":
-        torch.sign(vlm, out=count)
-        torch.sign(donor, out=donor_count)
-    total = vlm.mul_(weights[0]).add_(donor, alpha=weights[1]).mul_(vote)
-    if combine == "sum":
-        return total
+    if combine == "mean":  # a half of what both have
+        torch.minimum(vlm, donor, out=count).sign_()
+    elif combine == "weighted_mean":
+        torch.sign(vlm, out=count).mul_(divisors[0]).add_(torch.sign(donor, out=donor_count), alpha=divisors[1])
+    total = times(vlm, weights[0]).add_(donor, alpha=weights[1])
     if combine == "mean":
-        return total.div_(count.add_(donor_count).clamp_(min=1))
-    divisor = count.mul_(divisors[0]).add_(donor_count, alpha=divisors[1])
-    none = torch.lt(torch.abs(divisor, out=donor_count), TINY, out=vote)
-    return total.div_(divisor.add_(none))
+        torch.addcmul(total, total, count, value=-0.5, out=total)
+    elif combine == "weighted_mean":
+        none = torch.lt(torch.abs(count, out=donor_count), TINY, out=donor)
+        total.div_(count.add_(none))
+    return total.mul_(vote)
+
+
+def times(values: Tensor, factor: float) -> Tensor:
+    """The values times a factor, in place; of 1 nothing is done, which is a pass over memory less."""
+    return values if factor == 1 else values.mul_(factor)
