@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 
 import vlmgraft as vg
+from tests.chat_server import chat_server, said
 from tests.distillation.test_learn import recipe_of
+from vlmgraft.data.endpoint import Endpoint
 from vlmgraft.distillation import loading
-from vlmgraft.errors import RecipeError
+from vlmgraft.distillation.learn import check_questions
+from vlmgraft.errors import RecipeError, VlmgraftError
 from vlmgraft.hf.models import load_vlm
+from vlmgraft.recipe.resolve import resolve
 from vlmgraft.storage.jsonl import write_rows
 
 
@@ -50,3 +54,23 @@ def test_every_donor_is_matched_on_its_own_questions(
             trio, image_calibration, [str(trio / "donor"), str(second)], **{**options, "questions": [*files, files[0]]}
         )
         vg.gates(changed, tmp_path / "factors", tmp_path / "other")
+
+
+def test_servers_are_asked_for_their_model_before_any_work(
+    trio: Path, second: Path, image_calibration: Path, tmp_path: Path
+) -> None:
+    write_rows(tmp_path / "sums.jsonl", [{"question": "sum 4 5"}] * 2)
+    options = {"inject": "donor", "questions": str(tmp_path / "sums.jsonl"), "inject_weight": 1.0}
+    models = [{"id": "vlm", "root": str(trio / "vlm")}, {"id": "donor", "root": str(trio / "donor")}]
+    with chat_server(lambda body: said(""), models) as url:
+        recipe = recipe_of(trio, image_calibration, donor_endpoint=url, **options)
+        recipe["method"]["calibration"]["endpoint"] = url
+        job = resolve(recipe)
+        assert loading.vlm_endpoint(job) == Endpoint(url, "vlm")
+        assert loading.donor_endpoints(job) == [Endpoint(url, "donor")]
+        donors = [str(trio / "donor"), str(second)]
+        with pytest.raises(RecipeError, match=r"donor_endpoint: 1 servers for 2 donors"):
+            check_questions(resolve(recipe_of(trio, image_calibration, donors, donor_endpoint=[url], **options)))
+    with pytest.raises(VlmgraftError, match="is the server up"):
+        vg.merge(recipe, tmp_path / "merged", workdir=tmp_path / "work")
+    assert not (tmp_path / "work" / "factors").exists(), "nothing was decomposed"

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import base64
+import copy
+import io
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
+from tests.chat_server import chat_server, said
+from vlmgraft.data.endpoint import Endpoint
 from vlmgraft.distillation import teacher
 from vlmgraft.distillation.distill import Distiller
 from vlmgraft.distillation.teacher import build_targets, pack, placeholders
 from vlmgraft.errors import DataError
-from vlmgraft.hf.batches import Question
+from vlmgraft.hf.batches import Question, generate_batch
+from vlmgraft.hf.modules import tokenizer_of
 
 
 def test_batches_by_length_pad_least_and_cover_everything() -> None:
@@ -71,6 +79,45 @@ def test_answers_in_other_batches_are_the_same(distiller: Distiller) -> None:
         build_targets(side, side, distiller.questions, tokens="some")  # type: ignore[arg-type]
     with pytest.raises(DataError, match="at least one"):
         build_targets(side, side, [])
+
+
+def served(distiller: Distiller, *, ids: bool, shift: int = 0) -> Any:
+    """What a server of the distiller's model replies, with or without token ids; shift: of every token, for others."""
+    model, processor = copy.deepcopy(distiller.model), distiller.processor
+    tokenizer = tokenizer_of(processor)
+
+    def reply(body: dict[str, Any]) -> dict[str, Any]:
+        parts, images = body["messages"][0]["content"], []
+        for part in parts if isinstance(parts, list) else []:
+            if part["type"] == "image_url":
+                images.append(Image.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].partition(",")[2]))))
+        question = Question(parts if isinstance(parts, str) else parts[-1]["text"], tuple(images))
+        (tokens,), (prompt,) = generate_batch(model, processor, [question], body["max_tokens"])
+        cut = tokens[-1] != tokenizer.eos_token_id
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        tokens = [token + shift for token in tokens]
+        return said(text, tokens=tokens if ids else None, cut=cut, prompt=prompt)
+
+    return reply
+
+
+@pytest.mark.parametrize("ids", [True, False])
+def test_a_server_of_the_model_answers_as_the_model_does(distiller: Distiller, ids: bool, tmp_path: Path) -> None:
+    side, options = (distiller.model, distiller.processor), {"max_new_tokens": 6, "batch_size": 12}
+    with chat_server(served(distiller, ids=ids)) as url:
+        endpoint = Endpoint(url).serving(["x"])
+        found = build_targets(side, side, distiller.questions, endpoint=endpoint, cache=tmp_path, **options)
+    assert found.answers == distiller.targets.answers
+    pairs = zip(found.batches, distiller.targets.batches, strict=True)
+    assert all(torch.allclose(one.target.log_p, other.target.log_p, atol=1e-5) for one, other in pairs)
+    again = build_targets(side, side, distiller.questions, endpoint=endpoint, cache=tmp_path, **options)
+    assert again.answers == found.answers, "kept: the server is gone"
+
+
+def test_another_models_answers_are_refused(distiller: Distiller) -> None:
+    side = distiller.model, distiller.processor
+    with chat_server(served(distiller, ids=True, shift=1)) as url, pytest.raises(DataError, match="serve the same"):
+        build_targets(side, side, distiller.questions, max_new_tokens=6, endpoint=Endpoint(url, "m"))
 
 
 def test_an_answer_ends_before_an_images_placeholder(vlm: Any) -> None:

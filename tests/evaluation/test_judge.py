@@ -2,48 +2,35 @@
 
 from __future__ import annotations
 
-import json
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 
+from tests.chat_server import chat_server, said
 from vlmgraft.errors import InputError, VlmgraftError
 from vlmgraft.evaluation.items import Item
 from vlmgraft.evaluation.judge import Judge, agreement
 from vlmgraft.evaluation.records import Record, record_of
 from vlmgraft.evaluation.summary import summarise
 
-
-class _Endpoint(BaseHTTPRequestHandler):
-    asked: ClassVar[list[dict[str, Any]]] = []
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.asked.append({"path": self.path, **body})
-        prompt = body["messages"][0]["content"]
-        reply = "Perhaps" if "fog" in prompt else "Yes." if "seven" in prompt else "no"
-        data = json.dumps({"choices": [{"message": {"content": reply}}]}).encode()
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: Any) -> None:
-        """Nothing on the terminal."""
+Asked = list[dict[str, Any]]
 
 
 @pytest.fixture
-def endpoint() -> Iterator[str]:
-    _Endpoint.asked.clear()
-    server = HTTPServer(("127.0.0.1", 0), _Endpoint)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
-    server.server_close()
+def endpoint() -> Iterator[tuple[str, Asked]]:
+    """A server's address, and what it was asked."""
+    asked: Asked = []
+
+    def reply(body: dict[str, Any]) -> dict[str, Any]:
+        asked.append(body)
+        prompt = body["messages"][0]["content"]
+        return said("Perhaps" if "fog" in prompt else "Yes." if "seven" in prompt else "no")
+
+    with chat_server(reply) as url:
+        yield url, asked
 
 
 def record(name: str, output: str) -> Record:
@@ -54,26 +41,26 @@ def record(name: str, output: str) -> Record:
 RECORDS = [record("a", "seven"), record("b", "It is 8"), record("c", "as seven or so as seven is"), record("d", "fog")]
 
 
-def test_a_judge_is_asked_once_and_compared(endpoint: str, tmp_path: Path) -> None:
-    judge = Judge(endpoint, "small", tmp_path / "judge.jsonl")
+def test_a_judge_is_asked_once_and_compared(endpoint: tuple[str, Asked], tmp_path: Path) -> None:
+    url, asked = endpoint
+    judge = Judge(url, "small", tmp_path / "judge.jsonl")
     verdicts = judge.verdicts(RECORDS)
     assert verdicts == {"a": True, "b": False, "c": True, "d": None}
-    assert len(_Endpoint.asked) == 4 and _Endpoint.asked[0]["path"] == "/v1/chat/completions"
-    assert _Endpoint.asked[0]["model"] == "small" and "7" in _Endpoint.asked[0]["messages"][0]["content"]
-    assert judge.verdicts(RECORDS) == verdicts and len(_Endpoint.asked) == 4  # kept on disk
-    assert replace(judge, model="large").verdicts(RECORDS[:1]) == {"a": True} and len(_Endpoint.asked) == 5
+    assert len(asked) == 4 and asked[0]["model"] == "small" and "7" in asked[0]["messages"][0]["content"]
+    assert judge.verdicts(RECORDS) == verdicts and len(asked) == 4  # kept on disk
+    assert replace(judge, model="large").verdicts(RECORDS[:1]) == {"a": True} and len(asked) == 5
     others = summarise(RECORDS, judged=verdicts).tasks[0].others
     agreed = sum((row.score == 1) == verdicts[row.id] for row in RECORDS[:3]) / 3
     assert others == {"judge's score": pytest.approx(2 / 3), "agreement with the judge": pytest.approx(agreed)}
 
 
-def test_a_kept_verdict_that_was_cut_short_is_asked_for_again(endpoint: str, tmp_path: Path) -> None:
-    judge = Judge(endpoint, "small", tmp_path / "judge.jsonl")
+def test_a_kept_verdict_that_was_cut_short_is_asked_for_again(endpoint: tuple[str, Asked], tmp_path: Path) -> None:
+    url, asked = endpoint
+    judge = Judge(url, "small", tmp_path / "judge.jsonl")
     verdicts = judge.verdicts(RECORDS)
     kept = judge.cache.read_bytes()
     judge.cache.write_bytes(kept[:-5])
-    asked = len(_Endpoint.asked)
-    assert judge.verdicts(RECORDS) == verdicts and len(_Endpoint.asked) == asked + 1
+    assert judge.verdicts(RECORDS) == verdicts and len(asked) == len(RECORDS) + 1
     assert judge.cache.read_bytes() == kept
 
 
@@ -82,7 +69,7 @@ def test_without_verdicts_nothing_stands_beside_the_score() -> None:
 
 
 def test_a_judge_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(VlmgraftError, match=r"judge small at http://127\.0\.0\.1:9/v1"):
+    with pytest.raises(VlmgraftError, match=r"small at http://127\.0\.0\.1:9/v1"):
         Judge("http://127.0.0.1:9/v1", "small", tmp_path / "judge.jsonl").verdicts(RECORDS)
     with pytest.raises(InputError, match="must begin with http"):
         Judge("file:///etc", "small", tmp_path / "judge.jsonl").verdicts(RECORDS)

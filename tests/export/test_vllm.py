@@ -1,7 +1,11 @@
-"""A real vLLM, where one is installed, chooses between the adapters of a front by request."""
+"""A real vLLM, where one is installed: it chooses between the adapters of a front, and answers in the VLM's place."""
 
 from __future__ import annotations
 
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +13,9 @@ import pytest
 import torch
 
 import vlmgraft as vg
+from vlmgraft.data.endpoint import Endpoint
 from vlmgraft.data.questions import Question, load_questions, open_images
+from vlmgraft.errors import VlmgraftError
 from vlmgraft.evaluation.engine import Sampling, VllmEngine
 from vlmgraft.export.lora import write_loras
 from vlmgraft.hf.batches import generate_batch
@@ -65,3 +71,39 @@ def test_each_request_gets_the_merged_weights_tokens_of_its_point(
         engine.answer(questions, 0)
         found[name] = [list(row.outputs[0].token_ids) for row in rows]
     assert found == expected
+
+
+@pytest.mark.slow
+def test_its_server_gives_the_vlms_own_tokens(trio: Path, tmp_path: Path, image_calibration: Path) -> None:
+    """The answers of questions with pictures that gates are learned from, the token that ends them included."""
+    pytest.importorskip("vllm", reason="no vLLM here: pip install 'vlmgraft[vllm]'")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(trio / "vlm"), "--port", port]
+    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256"]
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        endpoint = awaited(Endpoint(f"http://127.0.0.1:{port}/v1"), trio / "vlm", server)
+        questions = load_questions(image_calibration)[:12]
+        replies = endpoint.answer(questions, TOKENS)
+    finally:
+        server.terminate()
+        server.wait(60)
+    model, processor = load_vlm(trio / "vlm", torch.float32), load_processor(trio / "vlm")
+    tokens, prompts = generate_batch(model, processor, questions, TOKENS)
+    assert [reply.tokens for reply in replies] == tokens and [reply.prompt_tokens for reply in replies] == prompts
+    ends = {tokens_[-1] for tokens_, reply in zip(tokens, replies, strict=True) if reply.ended}
+    assert ends == {model.generation_config.eos_token_id}, "some answers end by themselves"
+
+
+def awaited(endpoint: Endpoint, model: Path, server: subprocess.Popen[bytes]) -> Endpoint:
+    """The endpoint once it serves the model; vLLM takes a minute or two to start."""
+    for _ in range(300):
+        try:
+            return endpoint.serving([model])
+        except VlmgraftError:
+            assert server.poll() is None, "the server ended"
+            time.sleep(1)
+    raise AssertionError("the server does not start")

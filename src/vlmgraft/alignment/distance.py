@@ -127,7 +127,7 @@ def _products(vlm: Tensor, donor: Tensor, base: Tensor, vlm_base: Tensor) -> tup
     """‖W‖², ‖τ‖², ‖τ_vlm‖², ⟨τ_vlm, τ⟩, zeros of τ and entries of a chunk; float64 would take 12 times as long."""
     tau, own = donor - base, vlm - vlm_base
     entries = tau.new_tensor(tau.numel())
-    return vlm.dot(vlm), tau.dot(tau), own.dot(own), own.dot(tau), entries - np.count_nonzero(tau.numpy() != 0), entries
+    return vlm.dot(vlm), tau.dot(tau), own.dot(own), own.dot(tau), entries - tau.count_nonzero(), entries
 
 
 class _Readers:

@@ -33,7 +33,7 @@ class Work:
     answered `answered` at a time; so many steps of `batch` questions on each GPU, with a KL budget that is observed
     every `observe_every` steps, or without, beside each of which donor matching has one of `DONOR_BATCH` of its
     `matched` text questions, of `told` tokens with `replied` tokens of answer; `asked` questions of an evaluation with
-    `said` tokens of answer.
+    `said` tokens of answer. served, donor_served: a server answers, whose time is not counted.
     """
 
     rank: Rank = "full"
@@ -52,6 +52,8 @@ class Work:
     matched: int = 0
     told: int = 100
     replied: int = 64
+    served: bool = False
+    donor_served: bool = False
     asked: int = 1000
     said: int = 256
 
@@ -176,9 +178,8 @@ def _matching(model: Model, work: Work, device: Device) -> tuple[float, float, f
     count, length = min(DONOR_BATCH, work.matched), work.told + work.replied
     options: dict[str, Any] = {"rank": work.rank, "checkpointing": work.checkpointing}
     step = gate_step(model.shapes, count * length, length, count * work.replied, **options)
-    return work.gpus * work.steps * step, *answering(
-        model, device, work.matched, work.told, work.replied, work.answered
-    )
+    told = answering(model, device, work.matched, work.told, work.replied, work.answered)
+    return work.gpus * work.steps * step, *((0.0, 0.0) if work.donor_served else told)
 
 
 def _copying(model: Model, work: Work, device: Device) -> tuple[float, float]:
@@ -210,7 +211,8 @@ def stages(model: Model, work: Work, device: Device = H100, *, rate: float = ASS
     decomposing = max(decomposition_memory(out, inner) for _, out, inner in model.matrices)
     operations = sum(count * matrix_cost((out, inner), work.rank) for count, out, inner in model.matrices)
     asked = work.questions + work.held_out
-    answered, answer_seconds = answering(model, device, asked, work.prompt, work.answer, work.answered)
+    own = answering(model, device, asked, work.prompt, work.answer, work.answered)
+    answered, answer_seconds = (0.0, 0.0) if work.served else own
     again = forward(model, asked * (work.prompt + work.answer), work.prompt + work.answer, asked * work.answer)
     features = asked * work.prompt * model.shapes.hidden * device.width  # of images; where a prompt has text, fewer
     cached = features + asked * work.answer * (4 * (TOP_K + 1) + 4 * TOP_K)

@@ -141,6 +141,8 @@ def _load(method: GatedMethod, count: int, prompt: int, matched: int, told: int)
         matched=matched,
         told=told,
         replied=method.donor_length,
+        served=calibration.endpoint is not None,
+        donor_served=frism is not None and frism.donor_endpoint is not None,
     )
 
 

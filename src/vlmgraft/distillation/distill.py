@@ -33,6 +33,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
+from vlmgraft.data.endpoint import Endpoint
 from vlmgraft.distillation.gate_vector import GateVector
 from vlmgraft.distillation.gated_layers import GatedLayers, checkpointed, gated
 from vlmgraft.distillation.projections import Backend
@@ -61,7 +62,7 @@ class Distiller:
     answers and distributions on `questions` and `held_out`; cache: a folder that keeps them. answer_batch_size,
     batch_tokens, packing, tokens: see `build_targets`. A model that is sharded over processes (`sharding.shard`) stays
     gated, with sharded factors, when gates were first needed; no more targets can be made then. offload: it was sharded
-    so, and its factors are.
+    so, and its factors are. endpoint: a server of the VLM that answers in its place.
 
     Raises DataError and AlignmentError before anything is computed when they do not fit.
     """
@@ -83,6 +84,7 @@ class Distiller:
     cache: Path | None = None
     keep_factors: bool = True
     offload: bool = False
+    endpoint: Endpoint | None = None
     digest: str | None = field(init=False, default=None)
     sharded: bool = field(init=False)
     linears: dict[str, Any] = field(init=False)
@@ -102,7 +104,7 @@ class Distiller:
 
     def teacher_targets(self, questions: Sequence[Question]) -> Targets:
         """The original VLM's answers and log-probabilities for these questions."""
-        return self._build((self.model, self.processor), questions, self.batch_size)
+        return self._build((self.model, self.processor), questions, self.batch_size, endpoint=self.endpoint)
 
     def donor_targets(
         self,
@@ -130,6 +132,7 @@ class Distiller:
         questions: Sequence[Question],
         batch_size: int,
         max_new_tokens: int | None = None,
+        endpoint: Endpoint | None = None,
     ) -> Targets:
         self._check_readable()
         return build_targets(
@@ -144,6 +147,7 @@ class Distiller:
             tokens=self.tokens,
             cache=self.cache,
             seed=self.seed,
+            endpoint=endpoint,
             progress=self.progress,
         )
 

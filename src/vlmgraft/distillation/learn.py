@@ -62,7 +62,7 @@ def check_inputs(job: Job, gates: Path) -> None:
 
 
 def check_questions(job: Job) -> None:
-    """The part of `check_inputs` that reads no weights: modules that can be gated, and questions."""
+    """The part of `check_inputs` that reads no weights: modules that can be gated, questions, and servers."""
     if job.vlm.packed:
         raise RecipeError(
             f"vlm {job.vlm.path}: its weights are quantised, and gates are learned in 16 bits: merge it once by "
@@ -75,6 +75,9 @@ def check_questions(job: Job) -> None:
         check_sharding(default_device(), *asked)
     if isinstance(job.method, Frism):
         check_guarantee(job.method)
+    from vlmgraft.distillation.loading import donor_endpoints, vlm_endpoint
+
+    vlm_endpoint(job), donor_endpoints(job)
     longest = job.method.calibration.max_new_tokens
     config, processor = load_config(job.vlm.path), load_processor(job.vlm.path)
     check_lengths(config, processor, [*learned, *held_out, *unseen], longest)
@@ -185,8 +188,10 @@ def learned_from(job: Job) -> dict[str, Any]:
 def _named_by(job: Job) -> dict[str, Any]:
     """The part of `learned_from` that no checkpoint is read for: a digest, as it names files of this machine."""
     method: dict[str, Any] = asdict(job.method)
-    for option in ("gradient_checkpointing", "offload"):
-        method.pop(option, None)  # memory only: the gates are the same
+    for option in ("gradient_checkpointing", "offload", "donor_endpoint"):
+        method.pop(option, None)  # where things are computed: the gates are the same
+    for option in ("columns", "endpoint"):
+        method["calibration"].pop(option)
     donors = [[str(pair.donor.path), str(pair.donor_base.path if pair.donor_base else None)] for pair in job.alignments]
     named = {"recipe": method, "donors": donors, "questions": list(job.digests)}
     return {"job": hashlib.sha256(json.dumps(named, sort_keys=True, default=str).encode()).hexdigest()}

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
+from vlmgraft.data.endpoint import Endpoint
 from vlmgraft.distillation.distill import Distiller
 from vlmgraft.distillation.distributed import agreed, group_of_one, process
 from vlmgraft.distillation.memory import offloads
 from vlmgraft.distillation.sharding import shard
 from vlmgraft.distillation.targets import DONOR_BATCH, Targets, join_targets
 from vlmgraft.distillation.teacher import TeacherOutputs, teacher_outputs
+from vlmgraft.errors import RecipeError
 from vlmgraft.hf.models import empty_vlm, load_processor, load_text_model, load_vlm
 from vlmgraft.hf.placement import default_device, learning_dtype
 from vlmgraft.hf.sharded import text_shards, vlm_shards
@@ -63,6 +65,7 @@ def distiller_for(
             cache=cache,
             keep_factors=isinstance(method, Curvature) or method.start == "curvature",
             offload=offload,
+            endpoint=vlm_endpoint(job),
             **reading_of(method),
         )
         yield distiller, join_targets([distiller.targets_from(one) for one in outputs]) if outputs else None
@@ -84,6 +87,28 @@ def _loaded(
     return shard(model, device, offload=offload)
 
 
+def vlm_endpoint(job: Job) -> Endpoint | None:
+    """The server that answers in the VLM's place; raises VlmgraftError where it does not have the VLM."""
+    url = job.method.calibration.endpoint
+    return Endpoint(url).serving([job.recipe.vlm, job.vlm.path]) if url else None
+
+
+def donor_endpoints(job: Job) -> list[Endpoint | None]:
+    """The server of every donor; raises RecipeError for another number of them, VlmgraftError as `vlm_endpoint`."""
+    method, number = job.method, len(job.alignments)
+    given = method.donor_endpoint if isinstance(method, Frism) else None
+    if given is None:
+        return [None] * number
+    urls = given if isinstance(given, list) else [given]
+    if len(urls) != number:
+        raise RecipeError(f"method.donor_endpoint: {len(urls)} servers for {number} donors; give one per donor")
+    names = [job.recipe.donor, *(more.donor for more in job.recipe.more_donors)]
+    return [
+        Endpoint(url).serving([name, alignment.donor.path])
+        for url, name, alignment in zip(urls, names, job.alignments, strict=True)
+    ]
+
+
 def _donor_outputs(
     job: Job, placed: Mapping[str, Any], offload: bool, cache: Path, progress: Progress | None
 ) -> list[TeacherOutputs]:
@@ -93,12 +118,13 @@ def _donor_outputs(
         return outputs
     student = empty_vlm(job.vlm.path), load_processor(job.vlm.path)
     options = {**reading_of(method), "max_new_tokens": method.donor_length, "batch_size": DONOR_BATCH}
-    for alignment, questions in zip(job.alignments, job.asked.donors, strict=True):
+    options |= {"cache": cache, "progress": progress}
+    for alignment, questions, endpoint in zip(job.alignments, job.asked.donors, donor_endpoints(job), strict=True):
         path = alignment.donor.path
         here = offload and not alignment.donor.packed  # quantised, it is small, and its weights are of other kinds
         donor = _loaded(load_text_model, text_shards, path, **placed, offload=here)
         teacher = (donor, load_processor(path))
-        outputs.append(teacher_outputs(teacher, questions, student, cache=cache, progress=progress, **options))
+        outputs.append(teacher_outputs(teacher, questions, student, endpoint=endpoint, **options))
         del donor, teacher
         gc.collect()  # its modules and their hooks refer to each other
     return outputs

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from vlmgraft.data.endpoint import Endpoint, Reply
 from vlmgraft.data.questions import questions_digest
 from vlmgraft.distillation.cache import Unit, UnitCache, digest, teacher_digest
 from vlmgraft.distillation.distributed import process
@@ -41,6 +42,9 @@ Tokens = Literal["answer", "all"]
 Packing = Literal["shuffle", "length"]
 Side = tuple[Any, Any]
 
+OWN = 0.5
+"""The least share of a served answer's tokens that the teacher would choose itself; of its own answers it is nearly 1,
+ties between tokens apart."""
 _PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
 
@@ -88,6 +92,7 @@ def teacher_outputs(
     tokens: Tokens = "answer",
     seed: int = 0,
     cache: Path | None = None,
+    endpoint: Endpoint | None = None,
     progress: Progress | None = None,
 ) -> TeacherOutputs:
     """The teacher's greedy answers and its distributions on them.
@@ -96,7 +101,9 @@ def teacher_outputs(
     the meta device. answer_batch_size: of the answering, else `batch_size`. batch_tokens: at most so many in a batch,
     padding included. packing: "shuffle" mixes questions in a batch, "length" puts similar lengths together (less
     padding, less mixing). tokens: which positions count: those of the answer, or of all text, prompt included. cache: a
-    folder that keeps the teacher's answers and distributions. Raises DataError when there is nothing to learn from.
+    folder that keeps the teacher's answers and distributions. endpoint: a server of the same model that gives the
+    answers, of which more than half of the tokens must be the teacher's own choice. Raises DataError when there is
+    nothing to learn from, or the answers are another model's.
     """
     if not questions:
         raise DataError("no questions to learn from: give at least one")
@@ -104,10 +111,12 @@ def teacher_outputs(
         raise DataError(f'tokens: {tokens!r} is neither "answer" nor "all"')
     answering = answer_batch_size or batch_size
     key = digest(teacher_digest(*teacher), questions_digest(questions), max_new_tokens, answering) if cache else ""
+    key += "-served" if cache and endpoint else ""
     units = UnitCache(cache, key)
     image_tokens = placeholders(teacher[0]) | placeholders(student[0])
     features = ImageFeatures(teacher[0], image_tokens)
-    answers, lengths = _answers(teacher, questions, max_new_tokens, answering, units, features, progress)
+    generate = _generation(teacher, max_new_tokens) if endpoint is None else _serving(teacher, max_new_tokens, endpoint)
+    answers, lengths = _answers(generate, questions, answering, units, features, progress)
     answers = [before_placeholders(image_tokens, answer) for answer in answers]
     _check_answers(teacher[0], questions, answers)
     lengths = [prompt + len(answer) for prompt, answer in zip(lengths, answers, strict=True)]
@@ -119,6 +128,8 @@ def teacher_outputs(
         with out_of_memory("reading the teacher's answers", "lower batch_size or max_new_tokens"):
             batch = prompts.batch(index, replayed=own)
             target = batch.distribution(teacher[0])
+        if endpoint is not None and tokens == "answer":
+            _check_own(batch, target, endpoint)
         if own:
             fresh[index] = batch
         return {"log_p": target.log_p} | ({} if target.ids is None else {"ids": target.ids.int()})
@@ -182,24 +193,62 @@ class Prompts:
         return to_device(inputs, "cpu", model.dtype), predicts
 
 
+Generate = Callable[[Sequence[Question]], tuple[list[list[int]], list[int]]]
+"""Questions → the answers' token ids, and the prompts' lengths in tokens."""
+
+
+def _generation(teacher: Side, max_new_tokens: int) -> Generate:
+    """The teacher answers."""
+    together = (
+        {"synced_gpus": True} if is_sharded(teacher[0]) and process()[1] > 1 else {}
+    )  # a step more, as long as another process answers
+    return lambda questions: generate_batch(*teacher, questions, max_new_tokens, together)
+
+
+def _serving(teacher: Side, max_new_tokens: int, endpoint: Endpoint) -> Generate:
+    """A server answers; its texts are read by the teacher's tokenizer where it tells no token ids."""
+    tokenizer = tokenizer_of(teacher[1])
+
+    def ids(reply: Reply) -> list[int]:
+        if reply.tokens is not None:
+            return reply.tokens
+        return tokenizer.encode(reply.text, add_special_tokens=False) + [tokenizer.eos_token_id] * reply.ended
+
+    def generate(questions: Sequence[Question]) -> tuple[list[list[int]], list[int]]:
+        replies = endpoint.answer(questions, max_new_tokens)
+        return [ids(reply)[:max_new_tokens] for reply in replies], [reply.prompt_tokens for reply in replies]
+
+    return generate
+
+
+def _check_own(batch: TargetBatch, target: Distribution, endpoint: Endpoint) -> None:
+    """Raise DataError where a batch of answers, given by a server, is not what the teacher itself would choose."""
+    told = batch.ids.roll(-1, dims=1)[batch.predicts].to(target.log_p.device)
+    kept = target.log_p if target.ids is None else target.log_p[:, : target.ids.shape[1]]
+    first = kept.argmax(-1)
+    chosen = first if target.ids is None else target.ids.gather(1, first[:, None])[:, 0]
+    share = float((chosen == told).float().mean())
+    if share < OWN:
+        raise DataError(
+            f"{endpoint.url}: only {share:.0%} of the answers' tokens are what the recipe's model would choose; serve "
+            "the same weights, with its chat template and without sampling"
+        )
+
+
 def _answers(
-    teacher: Side,
+    generate: Generate,
     questions: Sequence[Question],
-    max_new_tokens: int,
     batch_size: int,
     cache: UnitCache,
     features: ImageFeatures,
     progress: Progress | None,
 ) -> tuple[list[list[int]], list[int]]:
-    """The teacher's greedy answers as token ids and the prompts' lengths in tokens, in the order of the questions."""
+    """The greedy answers as token ids and the prompts' lengths in tokens, in the order of the questions."""
     groups = batches(questions, batch_size)
-    together = (
-        {"synced_gpus": True} if is_sharded(teacher[0]) and process()[1] > 1 else {}
-    )  # a step more, as long as another process answers
 
     def answer(index: int) -> Unit:
         with features.recorded() as images:
-            replies, prompts = generate_batch(*teacher, [questions[i] for i in groups[index]], max_new_tokens, together)
+            replies, prompts = generate([questions[i] for i in groups[index]])
         flat = torch.tensor([token for reply in replies for token in reply], dtype=torch.int64)
         return {
             "lengths": torch.tensor([len(reply) for reply in replies]),

@@ -7,15 +7,12 @@ no answer is judged twice; the summary shows its score and how often it agrees w
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlmgraft.errors import InputError, VlmgraftError
+from vlmgraft.data.endpoint import Endpoint
 from vlmgraft.storage.jsonl import append_row, read_rows
 
 if TYPE_CHECKING:
@@ -29,7 +26,6 @@ Reference: {reference}
 Answer: {answer}"""
 LONGEST_ANSWER = 6_000
 """Characters of an answer that the judge reads, at its end."""
-SECONDS = 120
 
 
 @dataclass(frozen=True)
@@ -65,25 +61,8 @@ class Judge:
         return verdicts
 
     def _ask(self, prompt: str) -> bool | None:
-        body = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": prompt}],
-            "temperature": 0,
-            "max_tokens": 8,
-        }
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("OPENAI_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        if not self.url.startswith(("http://", "https://")):
-            raise InputError(f"the judge's address must begin with http:// or https://, got {self.url!r}")
-        request = urllib.request.Request(
-            self.url.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers, method="POST"
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=SECONDS) as response:
-                reply = json.load(response)["choices"][0]["message"]["content"]
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise VlmgraftError(f"judge {self.model} at {self.url}: {error!s:.200}; is the server up?") from error
+        options = {"temperature": 0, "max_tokens": 8}
+        reply = Endpoint(self.url, self.model).chat(prompt, options)["choices"][0]["message"]["content"]
         word = str(reply).strip().lower()
         return True if word.startswith("yes") else False if word.startswith("no") else None
 

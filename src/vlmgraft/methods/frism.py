@@ -66,6 +66,8 @@ class Calibration:
     """The drift is that of the answer, or of all text."""
     columns: Mapping[str, str] = field(default_factory=dict)
     """Our name of a column (question, image, …): the data's."""
+    endpoint: str | None = None
+    """Address of a server of the VLM (vLLM, SGLang) that answers the questions in its place, http://…/v1."""
 
     def __post_init__(self) -> None:
         for name in ("samples", "max_new_tokens", "batch_size", "answer_batch_size", "batch_tokens", "max_pixels"):
@@ -154,6 +156,8 @@ class Frism(GatedMethod):
     """Keep unseen prompts of the calibration file's kind within kl_budget, too."""
     questions: str | list[str] | None = None
     """Of inject: donor, a file of text questions, or one file per donor."""
+    donor_endpoint: str | list[str] | None = None
+    """Address of a server that answers them in the donor's place, or one per donor."""
     donor_tokens: int | None = None
     """Length of the donor's answers to them, tokens; default calibration.max_new_tokens, of the VLM's."""
     rank: Literal["full"] | int | dict[Literal["energy"], float] = DEFAULT_RANK
