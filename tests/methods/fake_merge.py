@@ -34,6 +34,7 @@ class Fake:
 
     models: Mapping[str, Mapping[str, Tensor]]
     chunk: int = 16
+    may_guess: bool = False
 
     @property
     def names(self) -> list[str]:

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmgraft.methods.base import TensorContext
-from vlmgraft.methods.trim import find_thresholds, rank_of
+from vlmgraft.methods.ties import trimmed
+from vlmgraft.methods.trim import Tally, find_thresholds, rank_of
 
 magnitudes = st.lists(
     st.floats(-1e3, 1e3, width=32) | st.sampled_from([0.0, 0.5, -0.5, 1e-40, 2.0**-20]), min_size=1, max_size=60
@@ -26,6 +27,19 @@ def test_the_threshold_is_a_sorts(values: list[float], density: float, chunk: in
     tau = torch.tensor(values)
     expected = tau.abs().sort(descending=True).values[rank_of(density, len(values)) - 1]
     assert threshold_of(tau, density, chunk) == float(expected)
+
+
+@settings(max_examples=150, deadline=None)
+@given(magnitudes, st.floats(0.01, 1), st.integers(0, 59), st.integers(1, 59))
+def test_a_tally_bears_out_the_sorts_threshold_and_no_other(
+    values: list[float], density: float, chosen: int, cut: int
+) -> None:
+    """Counted in two parts; every magnitude of the list is tried as a threshold."""
+    tau = torch.tensor(values)
+    expected = float(tau.abs().sort(descending=True).values[rank_of(density, len(values)) - 1])
+    guess = float(tau.abs()[chosen % len(values)])
+    parts = [Tally.of(trimmed(part.clone(), guess), guess) for part in (tau[:cut], tau[cut:])]
+    assert sum(parts, Tally()).bears_out(density) == (guess == expected)
 
 
 @pytest.mark.parametrize("shift", [-3.0, 0.0, 3.0])

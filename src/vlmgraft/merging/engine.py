@@ -92,6 +92,8 @@ class Merger:
         kept = survival(added, error, along, changed, self.inputs.info(tensor).elements)
         facts = {"added": math.sqrt(added), "task_vector": self._task_vector(tensor, chunks), **asdict(kept)}
         facts["weight"] = math.sqrt(math.fsum(one.weight for one in chunks))
+        if (tally := self.method.tally(tensor.name)) is not None:
+            facts["tally"] = tally
         return facts | ({"clamped": clamped} if clamped else {})
 
     def _task_vector(self, tensor: AlignedTensor, chunks: list[ChunkFacts]) -> float | None:

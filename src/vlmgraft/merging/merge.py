@@ -22,6 +22,7 @@ from vlmgraft.checkpoint.digests import RECEIPT, FileReceipt, seal
 from vlmgraft.checkpoint.header import TensorSpec
 from vlmgraft.checkpoint.reader import Reader
 from vlmgraft.checkpoint.writer import Writer
+from vlmgraft.errors import VlmgraftError
 from vlmgraft.merging.engine import Merger
 from vlmgraft.merging.pieces import Inputs, Lane, MergedPasses
 from vlmgraft.merging.plan import check_needs, sources_of, written_specs
@@ -124,26 +125,41 @@ def merge_tensors(
     refuse_output(Path(out), [checkpoint.path for checkpoint in opened.values()])
     specs = written_specs(alignment, float32)
     key = _key(alignment, (method, clamp, allow_nonfinite, seed, float32), shard_size)
-    with ExitStack() as stack:
-        read = opened if method.reads_sources else {"vlm": alignment.vlm}
-        inputs = Inputs(alignment, {name: stack.enter_context(Reader(one)) for name, one in read.items()})
-        writer = stack.enter_context(Writer(out, specs, shard_size, resume=key, anew=not resume))
-        pool = stack.enter_context(ThreadPoolExecutor(threads))
-        stack.enter_context(one_core_each())  # our threads share the work; torch's own would get in their way
-        for _ in range(threads):
-            inputs.lanes.put(Lane(read))
-        method = method.prepare(MergedPasses(inputs, pool, threads))
-        merger = Merger(inputs, method, writer, clamp, allow_nonfinite, seed)
-        for name in merger.run(pool, threads):
-            if progress is not None:
-                progress(len(writer.done), len(specs), name)
-        for checkpoint in opened.values():
-            checkpoint.refuse_changes()
-        receipt = _receipt(alignment, method, writer, opened, fill)
-        receipt = replace(receipt, seconds=time.perf_counter() - began)
-        receipt = replace(receipt, digest=seal(asdict(receipt)))
-        write_json(writer.folder / RECEIPT, asdict(receipt))
-    return receipt
+    read = opened if method.reads_sources else {"vlm": alignment.vlm}
+
+    def attempt(may_guess: bool) -> Receipt:
+        with ExitStack() as stack:
+            inputs = Inputs(alignment, {name: stack.enter_context(Reader(one)) for name, one in read.items()})
+            anew = not (resume and may_guess)
+            writer = stack.enter_context(Writer(out, specs, shard_size, resume=key, anew=anew))
+            pool = stack.enter_context(ThreadPoolExecutor(threads))
+            stack.enter_context(one_core_each())  # our threads share the work; torch's own would get in their way
+            for _ in range(threads):
+                inputs.lanes.put(Lane(read))
+            prepared = method.prepare(MergedPasses(inputs, pool, threads, may_guess))
+            merger = Merger(inputs, prepared, writer, clamp, allow_nonfinite, seed)
+            for name in merger.run(pool, threads):
+                if progress is not None:
+                    progress(len(writer.done), len(specs), name)
+            merged = [tensor.name for tensor in alignment.merged if inputs.info(tensor).elements]
+            if not prepared.bears_out([writer.done[name].get("tally") for name in merged]):
+                raise MisjudgedError
+            for checkpoint in opened.values():
+                checkpoint.refuse_changes()
+            receipt = _receipt(alignment, prepared, writer, opened, fill)
+            receipt = replace(receipt, seconds=time.perf_counter() - began)
+            receipt = replace(receipt, digest=seal(asdict(receipt)))
+            write_json(writer.folder / RECEIPT, asdict(receipt))
+        return receipt
+
+    try:
+        return attempt(True)
+    except MisjudgedError:
+        return attempt(False)
+
+
+class MisjudgedError(VlmgraftError):
+    """What a method guessed is not so."""
 
 
 def _receipt(
@@ -250,7 +266,9 @@ def _key(alignment: Alignment, method: object, shard_size: int) -> str:
 
 def _row(tensor: AlignedTensor, spec: TensorSpec, facts: dict[str, Any]) -> TensorReceipt:
     names = {key: list(source.names) for key, source in sources_of(tensor).items()}
-    known = {key: value for key, value in facts.items() if key not in ("read", "weight")}  # digests stand in `sources`
+    known = {
+        key: value for key, value in facts.items() if key not in ("read", "weight", "tally")
+    }  # digests stand in `sources`
     return TensorReceipt(
         tensor.name, tensor.verdict, tensor.reason, names, dtype=spec.dtype, shape=list(spec.shape), **known
     )

@@ -189,6 +189,7 @@ class MergedPasses:
     inputs: Inputs
     pool: ThreadPoolExecutor
     threads: int
+    may_guess: bool = False
 
     def tensors(self) -> Iterator[tuple[TensorContext, Callable[[str], Tensor]]]:
         """Every merged tensor with its loader."""

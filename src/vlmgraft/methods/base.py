@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from vlmgraft.alignment.view import GROUPS
 from vlmgraft.errors import RecipeError
@@ -52,8 +52,11 @@ class Passes(Protocol):
     """Passes over the merged tensors, in disk order, for `prepare`. Every call starts a new pass over the files.
 
     Keys are "vlm", "donor" and the bases that the recipe gives. All pieces are float32 and finite: WeightsError names
-    the tensor and file that is not.
+    the tensor and file that is not. may_guess: a merge follows that tells whether a guess was right (`bears_out`).
     """
+
+    @property
+    def may_guess(self) -> bool: ...
 
     def tensors(self) -> Iterator[tuple[TensorContext, Callable[[str], Tensor]]]:
         """Every merged tensor with a loader: `loader(key)` reads the whole tensor of that checkpoint, in its shape."""
@@ -97,6 +100,15 @@ class Method:
     def prepare(self, passes: Passes) -> Method:
         """The method that is streamed: this one, or another that holds what `passes` over the weights found."""
         return self
+
+    def tally(self, name: str) -> Any:
+        """What a prepared method that guessed counted while it merged a tensor, as JSON values; None: nothing."""
+        return None
+
+    def bears_out(self, tallies: Sequence[Any]) -> bool:
+        """Whether the tallies of all merged tensors bear out what `prepare` guessed. If not, the merge is made again
+        without guesses."""
+        return True
 
     def notes(self) -> tuple[str, ...]:
         """What a prepared method has to say in the receipt and on the terminal."""

@@ -26,9 +26,9 @@ model do. The released BR2V run has weights 1.6 and 0.2 and density 0.2.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from vlmgraft.errors import RecipeError
 from vlmgraft.methods.base import Method, TensorContext
@@ -38,14 +38,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vlmgraft.methods.base import Passes
+    from vlmgraft.methods.trim import Tally
+
+SOURCES = ("vlm", "donor")
 
 
 @dataclass(frozen=True)
 class Ties(SignMethod):
-    """Trim, elect, merge. A density that is a list or a map needs `trim: tensor`: one threshold has one share."""
+    """Trim, elect, merge. A density that is a list or a map needs `trim: tensor`: one threshold has one share.
+
+    A threshold over all tensors is guessed from a sample where a sample leaves no choice, as with bfloat16 weights; the
+    merge then counts what it trims, and is made again, after a pass over the weights, should the guess be wrong.
+    """
 
     name: ClassVar[str] = "ties"
-    passes: ClassVar[int] = 1
 
     trim: Literal["global", "tensor"] = "global"
     """One threshold over all merged tensors, or one per tensor."""
@@ -59,11 +65,18 @@ class Ties(SignMethod):
                     f"method.{option}: {density} for one threshold over all tensors; write one number, or trim: tensor"
                 )
 
+    @property
+    def passes(self) -> int:  # type: ignore[override]
+        """Over the weights, before the merge."""
+        return 0 if self.trim == "global" else 1
+
     def prepare(self, passes: Passes) -> TrimmedTies:
-        """Find the exact thresholds in one pass after a sample; the method that merges with them."""
+        """The method that merges with the exact thresholds, or with guesses that it proves."""
         from vlmgraft.methods.trim import find_thresholds
 
-        return TrimmedTies(self, find_thresholds(passes, task_vectors, self.unit, self.density_of))
+        guess = passes.may_guess and self.trim == "global"
+        found = find_thresholds(passes, task_vectors, self.unit, self.density_of, guess=guess)
+        return TrimmedTies(self, found, {} if guess else None)
 
     def unit(self, context: TensorContext) -> str:
         """What shares a threshold with this tensor."""
@@ -79,12 +92,38 @@ class TrimmedTies(Method):
 
     recipe: Ties
     thresholds: Mapping[str, Mapping[str, float]]
+    counted: dict[tuple[str, int], dict[str, Tally]] | None = field(default=None, compare=False, repr=False)
+    """By tensor and first element, where the thresholds are guesses."""
 
     def apply(self, tensors: Mapping[str, Tensor], context: TensorContext) -> Tensor:
         """vlm_base + λ·(the merged task vector)."""
         least = self.thresholds[self.recipe.unit(context)]
-        vlm, donor = (trimmed(tau, least[source]) for source, tau in task_vectors(tensors).items())
-        return self.recipe.merge(vlm, donor, tensors["vlm_base"], context)
+        vectors = {source: trimmed(tau, least[source]) for source, tau in task_vectors(tensors).items()}
+        if self.counted is not None:
+            from vlmgraft.methods.trim import Tally
+
+            tallies = {source: Tally.of(tau, least[source]) for source, tau in vectors.items()}
+            self.counted[context.name, context.start] = tallies
+        return self.recipe.merge(vectors["vlm"], vectors["donor"], tensors["vlm_base"], context)
+
+    def tally(self, name: str) -> dict[str, list[int]] | None:
+        """Of each source, over a tensor: magnitudes above the threshold, at or above it, and all."""
+        if self.counted is None:
+            return None
+        parts = [self.counted.pop(key) for key in [*self.counted] if key[0] == name]
+        return {source: [*map(sum, zip(*(astuple(part[source]) for part in parts), strict=True))] for source in SOURCES}
+
+    def bears_out(self, tallies: Sequence[Any]) -> bool:
+        """Whether the thresholds are what a pass over all weights would have found."""
+        from vlmgraft.methods.trim import Tally
+
+        if self.counted is None:
+            return True
+        everywhere = TensorContext("", (), 0)
+        return all(tallies) and all(
+            sum((Tally(*row[source]) for row in tallies), Tally()).bears_out(self.recipe.density_of(source, everywhere))
+            for source in SOURCES
+        )
 
 
 def trimmed(tau: Tensor, least: float) -> Tensor:

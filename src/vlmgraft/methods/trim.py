@@ -5,6 +5,9 @@ holds the k-th largest. A sample of every tensor gives a narrow first bracket; a
 lies above it and, integer by integer, what lies inside, and that is the answer. Where the sample misled, or the
 bracket has more integers than a histogram has bins, another pass takes the bin that was found as its bracket: from all
 2³¹ integers two passes suffice. The histogram has 2²⁰ bins, however many values there are.
+
+Differences of bfloat16 lie on a grid, so that few values lie in the first bracket, often a single one. Who can find out
+later whether it was the right one (`Tally`) may take it as a guess, and spare the pass.
 """
 
 from __future__ import annotations
@@ -127,6 +130,13 @@ class _Search:
         self.bracket = self.bracket.bins(first, find_from_top(self.histogram, max(1, rank - margin)))
         self._restart()
 
+    def settle(self, density: float) -> None:
+        """The bracket after the sample was looked at again: one integer, if it holds no other of the sample."""
+        inside = np.flatnonzero(self.histogram)
+        if len(inside) == 1:
+            self.bracket = self.bracket.bins(int(inside[0]), int(inside[0]))
+        self._restart()
+
     def narrow(self, density: float) -> None:
         """The bracket after a pass over all values."""
         rank = rank_of(density, self.total)
@@ -148,10 +158,12 @@ def find_thresholds(
     task_vectors: TaskVectors,
     unit: Callable[[TensorContext], str],
     density: Callable[[str, TensorContext], float],
+    *,
+    guess: bool = False,
 ) -> dict[str, dict[str, float]]:
     """{unit: {source: threshold}}: the round(density·n)-th largest magnitude of each source's task vector in a unit.
 
-    density: of a source in a tensor.
+    density: of a source in a tensor. guess: take what a sample leaves no choice about, and make no pass for it.
 
     One pass over the weights after a look at a sample; up to two more where the sample was not like the rest. Tensors
     of one unit follow each other, as do a tensor's chunks; the density is read from a unit's first chunk.
@@ -179,9 +191,34 @@ def find_thresholds(
                     close(unit_searches[source], share)
 
     run(SAMPLE, _Search.guess)
+    if guess:
+        run(SAMPLE, _Search.settle)
     while not all(search.bracket.exact for unit_searches in searches.values() for search in unit_searches.values()):
         run(1, _Search.narrow)
     return {
         name: {source: to_float(search.bracket.low) for source, search in unit_searches.items()}
         for name, unit_searches in searches.items()
     }
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Of one task vector, or of a part of it: magnitudes above a threshold, at or above it, and all."""
+
+    above: int = 0
+    kept: int = 0
+    total: int = 0
+
+    @staticmethod
+    def of(trimmed: Tensor, threshold: float) -> Tally:
+        """Of values from which those below the threshold were taken (they are 0)."""
+        values = trimmed.numpy()
+        kept = int(np.count_nonzero(values != 0)) if threshold > 0 else values.size
+        return Tally(int(np.count_nonzero(np.abs(values) > threshold)), kept, values.size)
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(self.above + other.above, self.kept + other.kept, self.total + other.total)
+
+    def bears_out(self, density: float) -> bool:
+        """Whether the threshold is the round(density·n)-th largest magnitude."""
+        return self.above < rank_of(density, self.total) <= self.kept

@@ -1,0 +1,109 @@
+"""Thresholds that TIES takes from a sample: borne out by the merge, or the merge is made again; exact in any case."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from merge_builders import SIDE, Tensors, bytes_in, decoder, save
+from safetensors.torch import load_file
+
+from vlmgraft.alignment import Alignment, align
+from vlmgraft.checkpoint.index import open_checkpoint
+from vlmgraft.merging import merge_tensors
+from vlmgraft.merging.pieces import MergedPasses
+from vlmgraft.methods.ties import Ties
+
+KEYS = ("vlm", "donor", "donor_base", "vlm_base")
+STEP = 2.0**-7
+"""Steps of the task vectors: in bfloat16 numbers from 1 to 2 lie so far apart."""
+
+
+def build(folder: Path, misleading: bool) -> Alignment:
+    """A Qwen2.5-VL-like VLM and three text models; of task vectors only two magnitudes, 1 and 2 steps. What is looked
+    at first of every tensor, its beginning, is like the rest, or (misleading) 1 step everywhere."""
+    torch.manual_seed(0)
+    base = {name: torch.ones_like(tensor) for name, tensor in decoder().items()}
+    models = {"donor_base": base, "vlm_base": base, "vlm": moved(base, misleading), "donor": moved(base, misleading)}
+    for key, tensors in models.items():
+        more = {"visual.blocks.0.weight": torch.randn(3, 3)} if key == "vlm" else {}
+        save(folder / key, {**tensors, **more}, model_type="qwen2_5_vl" if key == "vlm" else "qwen2")
+    return align(*(open_checkpoint(folder / key) for key in KEYS))
+
+
+def moved(base: Tensors, misleading: bool) -> Tensors:
+    found = {}
+    for name, tensor in base.items():
+        steps = torch.randint(1, 3, tensor.shape)
+        if misleading:
+            steps.view(-1)[: -(-steps.numel() // 64)] = 1
+        found[name] = (tensor.float() + STEP * steps).bfloat16()
+    return found
+
+
+def merged(alignment: Alignment, out: Path, **options: Any) -> bytes:
+    merge_tensors(alignment, Ties(0.25), out, **options)
+    return bytes_in(out)
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
+    """(one element in so many, whether a guess was allowed) of every pass over the weights."""
+    begun: list[tuple[int, bool]] = []
+    ordinary = MergedPasses.map
+
+    def watched(self: MergedPasses, function: Any, *, sample: int = 1) -> Any:
+        begun.append((sample, self.may_guess))
+        return ordinary(self, function, sample=sample)
+
+    monkeypatch.setattr(MergedPasses, "map", watched)
+    return begun
+
+
+def exact(alignment: Alignment, out: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """The merge by a pass over all weights."""
+    with monkeypatch.context() as patch:
+        patch.setattr(MergedPasses, "may_guess", property(lambda self: False, lambda self, value: None))
+        return merged(alignment, out)
+
+
+def test_a_guess_that_is_borne_out_spares_the_pass(
+    tmp_path: Path, passes: list[tuple[int, bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alignment = build(tmp_path, misleading=False)
+    found = merged(alignment, tmp_path / "out")
+    assert passes == [(64, True), (64, True)]
+    assert found == exact(alignment, tmp_path / "exact", monkeypatch)
+    assert passes[2:] == [(64, False), (1, False)]
+
+
+def test_a_wrong_guess_is_found_out_and_mended(
+    tmp_path: Path, passes: list[tuple[int, bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alignment = build(tmp_path, misleading=True)
+    found = merged(alignment, tmp_path / "out")
+    assert passes[:2] == [(64, True), (64, True)] and (1, True) not in passes, "it was a guess"
+    assert (64, False) in passes and (1, False) in passes, "and the merge was made again"
+    assert found == exact(alignment, tmp_path / "exact", monkeypatch)
+    assert not list(tmp_path.glob(".out*"))
+    tau = [load_file(tmp_path / key / "model.safetensors") for key in ("donor", "donor_base")]
+    (donor, base), name = tau, "model.layers.0.mlp.up_proj.weight"
+    assert (donor[name] - base[name]).float().abs().view(-1)[: SIDE * SIDE // 64].unique().tolist() == [STEP]
+
+
+@pytest.mark.parametrize("misleading", [False, True])
+def test_an_interrupted_guess_goes_on(tmp_path: Path, misleading: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was written before the interruption counts, too."""
+    alignment = build(tmp_path, misleading)
+
+    def stop(done: int, total: int, name: str) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merged(alignment, tmp_path / "out", resume=True, progress=stop)
+    assert list(tmp_path.glob(".out.partial-*"))
+    found = merged(alignment, tmp_path / "out", resume=True)
+    assert found == exact(alignment, tmp_path / "exact", monkeypatch)
