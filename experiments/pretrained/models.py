@@ -54,8 +54,8 @@ def make_base(out: Path) -> Path:
 
 
 def training_dtype() -> torch.dtype:
-    """bfloat16 where the GPU or the processor computes in it; a processor without it is many times slower in it."""
-    native = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """bfloat16 on a GPU or a processor with AMX; others are slower in it (`vlmgraft.hf.placement.learning_dtype`)."""
+    native = torch.cuda.is_available() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
 
 
