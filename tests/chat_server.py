@@ -35,7 +35,10 @@ def chat_server(reply: Reply, models: Sequence[dict[str, Any]] = ({"id": "served
         def log_message(self, *_: Any) -> None:
             """Nothing on the terminal."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 64  # of connections that are not taken yet; more are reset
+
+    server = Server(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}/v1"

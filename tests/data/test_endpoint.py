@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import socket
+import threading
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from vlmgraft.errors import InputError, VlmgraftError
 
 
 def test_questions_are_sent_with_their_images_where_the_text_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    monkeypatch.setenv("VLMGRAFT_API_KEY", " k\n")
     bodies: list[dict[str, Any]] = []
 
     def reply(body: dict[str, Any]) -> dict[str, Any]:
@@ -25,9 +27,9 @@ def test_questions_are_sent_with_their_images_where_the_text_says(monkeypatch: p
         return said("Red.", tokens=[5, 2], prompt=40) if isinstance(body["messages"][0]["content"], list) else said("9")
 
     with chat_server(reply) as url:
-        server = Endpoint(url).serving(["any/name"])
+        server = Endpoint(url, names=("any/name",)).serving()
         replies = [server.answer([question], 7)[0] for question in QUESTIONS]
-    assert server == Endpoint(url, "served")
+    assert server.model == "served" and server.serving() is server
     assert replies == [Reply("Red.", [5, 2], True, 40), Reply("9", None, True, 3)]
     sent = bodies[0]["messages"][0]["content"]
     assert [part.get("text") for part in sent] == ["Is this ", None, "red?"]
@@ -54,12 +56,15 @@ def test_answers_come_back_in_order() -> None:
 def test_the_model_is_found_among_several() -> None:
     models = [{"id": "a", "root": "org/a"}, {"id": "b", "root": "/models/b"}, {"id": "lora", "parent": "a"}]
     with chat_server(lambda body: said(""), models) as url:
-        assert Endpoint(url).serving(["x", "org/a"]).model == "a"
-        assert Endpoint(url).serving(["/models/b"]).model == "b"
+        assert Endpoint(url, names=("x", "org/a")).serving().model == "a"
+        assert Endpoint(url, names=("/models/b",)).serving().model == "b"
         with pytest.raises(VlmgraftError, match="serves a, b; serve org/c, and it alone"):
-            Endpoint(url).serving(["org/c"])
+            Endpoint(url, names=("org/c",)).serving()
+    for odd in ([None, "m", {}, {"id": 3}], []):
+        with chat_server(lambda body: said(""), odd) as url, pytest.raises(VlmgraftError, match="serves no model"):
+            Endpoint(url, names=("org/c",)).serving()
     with chat_server(lambda body: said(""), []) as url, pytest.raises(VlmgraftError, match="serves no model"):
-        Endpoint(url).serving(["org/c"])
+        Endpoint(url, names=("org/c",)).serving()
 
 
 def test_a_busy_server_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,6 +83,11 @@ def test_a_busy_server_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"error": "x"}, "and no message"),
         (400, "HTTP Error 400"),
         ({"choices": [{"message": {"content": "4", "reasoning_content": "2 + 2"}}]}, "without a reasoning parser"),
+        (said("4") | {"choices": [{"message": {"content": "4"}, "finish_reason": "abort"}]}, "no whole answer"),
+        (said("4") | {"choices": [{"message": {"content": ["4"]}}]}, "no whole answer"),
+        (said("4", tokens=[53.7]), "its token_ids are no list of numbers"),  # type: ignore[list-item]
+        (said("4", tokens="53"), "its token_ids are no list of numbers"),  # type: ignore[arg-type]
+        (302, "HTTP Error 302"),
     ],
 )
 def test_what_is_no_answer_is_refused(reply: Any, message: str) -> None:
@@ -85,8 +95,40 @@ def test_what_is_no_answer_is_refused(reply: Any, message: str) -> None:
         Endpoint(url, "m").answer([Question("q")], 5)
 
 
+@pytest.mark.parametrize("sent", [b"SSH-2.0-x\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{", b""])
+def test_what_is_no_server_of_models_is_named(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "PAUSES", ())
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def talk() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(sent)
+
+        threading.Thread(target=talk, daemon=True).start()
+        with pytest.raises(VlmgraftError, match="is the server up"):
+            Endpoint(f"http://127.0.0.1:{server.getsockname()[1]}/v1").serving()
+
+
+def test_a_key_goes_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A redirect is refused; a key that cannot be sent is not shown."""
+    monkeypatch.setenv("VLMGRAFT_API_KEY", "sk-sec\nret")
+    with pytest.raises(InputError, match="VLMGRAFT_API_KEY: holds characters") as caught:
+        Endpoint("http://127.0.0.1:9/v1").serving()
+    assert "sec" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:80o0/v1", "http://[::1", "http:///v1", "http://a b/v1", "ftp://a/v1", ""]
+)
+def test_an_address_that_is_none_is_refused(url: str) -> None:
+    with pytest.raises(InputError, match="must begin with http"):
+        Endpoint(url).serving()
+
+
 def test_an_address_is_checked() -> None:
     with pytest.raises(InputError, match="must begin with http"):
-        Endpoint("localhost:8000").serving(["x"])
+        Endpoint("localhost:8000").serving()
     with pytest.raises(VlmgraftError, match="is the server up"):
-        Endpoint("http://127.0.0.1:9/v1").serving(["x"])
+        Endpoint("http://127.0.0.1:9/v1").serving()

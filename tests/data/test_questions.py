@@ -182,9 +182,11 @@ def test_a_bad_picture_inside_of_a_data_set_is_named(tmp_path: Path, image: byte
         ("<image>\nWhat?", 1, ["image", "What?"]),
         ("What is <image>, and <image>?", 2, ["What is ", "image", ", and ", "image", "?"]),
         ("Which?\n<image>", 1, ["Which?\n", "image"]),
-        ("What is <image> here?", 2, ["image", "image", "What is  here?"]),  # one place for two: all in front
+        ("What is <image> here?", 2, ["image", "image", "What is <image> here?"]),  # one place for two: all in front
         ("What does <image> mean?", 0, ["What does <image> mean?"]),
         ("Plain?", 2, ["image", "image", "Plain?"]),
+        ("<image>\n    def f(): ...", 1, ["image", "    def f(): ..."]),
+        ("<image> What?", 1, ["image", "What?"]),
     ],
 )
 def test_images_stand_where_the_text_says(text: str, images: int, expected: list[str]) -> None:
@@ -192,10 +194,22 @@ def test_images_stand_where_the_text_says(text: str, images: int, expected: list
     assert [part.get("text", part["type"]) for part in parts] == expected
 
 
+def test_places_are_as_many_as_images(tmp_path: Path, picture: Path) -> None:
+    with pytest.raises(DataError, match="line 1: 2 places for images, but 1 images"):
+        load_questions(write(tmp_path, {"question": "<image> or <image>?", "image": "p.png"}))
+
+
 def test_columns_of_other_names_are_mapped(tmp_path: Path, picture: Path) -> None:
     path = write(tmp_path, {"question": "short", "query": "Long?", "decoded": "p.png"})
     (question,) = load_questions(path, columns={"question": "query", "image": "decoded"})
     assert (question.question, question.images) == ("Long?", (picture,))
+    Image.new("RGB", (3, 3)).save(tmp_path / "other.png")
+    path = write(tmp_path, {"question": "a", "image": "other.png", "photo": "p.png", "messages": [{"role": "user"}]})
+    (question,) = load_questions(path, columns={"images": "photo"})
+    assert question.images == (picture,), "the column that was not named gives way"
+    assert load_questions(path, columns={"images": "none"})[0].images == ()
+    with pytest.raises(DataError, match=r"column 'foto' \(for image\) is in no row; there are image, messages, photo"):
+        load_questions(path, columns={"image": "foto"})
     with pytest.raises(DataError, match=r"columns: unknown column 'picture'; it is one of question, image"):
         load_questions(path, columns={"picture": "decoded"})
 

@@ -11,10 +11,9 @@ import pytest
 import vlmgraft as vg
 from tests.chat_server import chat_server, said
 from tests.distillation.test_learn import recipe_of
-from vlmgraft.data.endpoint import Endpoint
 from vlmgraft.distillation import loading
-from vlmgraft.distillation.learn import check_questions
-from vlmgraft.errors import RecipeError, VlmgraftError
+from vlmgraft.distillation.learn import check_inputs
+from vlmgraft.errors import InputError, RecipeError
 from vlmgraft.hf.models import load_vlm
 from vlmgraft.recipe.resolve import resolve
 from vlmgraft.storage.jsonl import write_rows
@@ -66,11 +65,22 @@ def test_servers_are_asked_for_their_model_before_any_work(
         recipe = recipe_of(trio, image_calibration, donor_endpoint=url, **options)
         recipe["method"]["calibration"]["endpoint"] = url
         job = resolve(recipe)
-        assert loading.vlm_endpoint(job) == Endpoint(url, "vlm")
-        assert loading.donor_endpoints(job) == [Endpoint(url, "donor")]
+        found = loading.vlm_endpoint(job.recipe, job.method, job.vlm.path)
+        assert found is not None and found.serving().model == "vlm"
+        (found,) = loading.donor_endpoints(job.recipe, job.method, [job.alignment.donor.path])
+        assert found is not None and found.serving().model == "donor"
+        check_inputs(job, tmp_path / "gates")
         donors = [str(trio / "donor"), str(second)]
         with pytest.raises(RecipeError, match=r"donor_endpoint: 1 servers for 2 donors"):
-            check_questions(resolve(recipe_of(trio, image_calibration, donors, donor_endpoint=[url], **options)))
-    with pytest.raises(VlmgraftError, match="is the server up"):
+            check_inputs(
+                resolve(recipe_of(trio, image_calibration, donors, donor_endpoint=[url], **options)), tmp_path / "gates"
+            )
+    with pytest.raises(InputError, match="is the server up"):
         vg.merge(recipe, tmp_path / "merged", workdir=tmp_path / "work")
     assert not (tmp_path / "work" / "factors").exists(), "nothing was decomposed"
+    for wrong, message in (({"donor_endpoint": url}, "inject: donor only"), ({"calibration": {}}, "")):
+        changed = recipe_of(trio, image_calibration, **{k: v for k, v in wrong.items() if k != "calibration"})
+        if not message:
+            changed["method"]["calibration"]["endpoint"], message = "localhost:8000", "must begin with http"
+        with pytest.raises(InputError, match=message):
+            vg.load_recipe(changed)

@@ -81,8 +81,8 @@ def test_answers_in_other_batches_are_the_same(distiller: Distiller) -> None:
         build_targets(side, side, [])
 
 
-def served(distiller: Distiller, *, ids: bool, shift: int = 0) -> Any:
-    """What a server of the distiller's model replies, with or without token ids; shift: of every token, for others."""
+def served(distiller: Distiller, *, ids: bool) -> Any:
+    """What a server of the distiller's model replies, with or without token ids."""
     model, processor = copy.deepcopy(distiller.model), distiller.processor
     tokenizer = tokenizer_of(processor)
 
@@ -95,7 +95,6 @@ def served(distiller: Distiller, *, ids: bool, shift: int = 0) -> Any:
         (tokens,), (prompt,) = generate_batch(model, processor, [question], body["max_tokens"])
         cut = tokens[-1] != tokenizer.eos_token_id
         text = tokenizer.decode(tokens, skip_special_tokens=True)
-        tokens = [token + shift for token in tokens]
         return said(text, tokens=tokens if ids else None, cut=cut, prompt=prompt)
 
     return reply
@@ -105,7 +104,7 @@ def served(distiller: Distiller, *, ids: bool, shift: int = 0) -> Any:
 def test_a_server_of_the_model_answers_as_the_model_does(distiller: Distiller, ids: bool, tmp_path: Path) -> None:
     side, options = (distiller.model, distiller.processor), {"max_new_tokens": 6, "batch_size": 12}
     with chat_server(served(distiller, ids=ids)) as url:
-        endpoint = Endpoint(url).serving(["x"])
+        endpoint = Endpoint(url)
         found = build_targets(side, side, distiller.questions, endpoint=endpoint, cache=tmp_path, **options)
     assert found.answers == distiller.targets.answers
     pairs = zip(found.batches, distiller.targets.batches, strict=True)
@@ -114,10 +113,40 @@ def test_a_server_of_the_model_answers_as_the_model_does(distiller: Distiller, i
     assert again.answers == found.answers, "kept: the server is gone"
 
 
-def test_another_models_answers_are_refused(distiller: Distiller) -> None:
+@pytest.mark.parametrize("tokens", ["answer", "all"])
+def test_another_models_answers_are_refused_and_forgotten(distiller: Distiller, tokens: Any, tmp_path: Path) -> None:
+    """So that the right server is asked when the command is run again, at the same address even."""
+    side, options = (distiller.model, distiller.processor), {"max_new_tokens": 6, "batch_size": 12, "cache": tmp_path}
+    right = served(distiller, ids=True)
+    shift = [1]
+
+    def reply(body: dict[str, Any]) -> dict[str, Any]:
+        found = right(body)
+        found["choices"][0]["token_ids"] = [token + shift[0] for token in found["choices"][0]["token_ids"]]
+        return found
+
+    with chat_server(reply) as url:
+        with pytest.raises(DataError, match="serve the same"):
+            build_targets(side, side, distiller.questions, endpoint=Endpoint(url), tokens=tokens, **options)
+        shift[0] = 0
+        found = build_targets(side, side, distiller.questions, endpoint=Endpoint(url), tokens=tokens, **options)
+    assert found.answers == distiller.targets.answers
+    with chat_server(lambda body: said("", tokens=[10**6])) as url, pytest.raises(DataError, match="the model has not"):
+        build_targets(side, side, distiller.questions, endpoint=Endpoint(url))
+
+
+def test_one_strange_answer_among_many_is_found(distiller: Distiller, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of a batch's tokens would be the model's own."""
+    monkeypatch.setattr(teacher, "LONG_ENOUGH", 4)
+    right, calls = served(distiller, ids=True), [0]
+
+    def reply(body: dict[str, Any]) -> dict[str, Any]:
+        calls[0] += 1
+        return said("", tokens=[9] * 6, cut=True) if calls[0] == 5 else right(body)
+
     side = distiller.model, distiller.processor
-    with chat_server(served(distiller, ids=True, shift=1)) as url, pytest.raises(DataError, match="serve the same"):
-        build_targets(side, side, distiller.questions, max_new_tokens=6, endpoint=Endpoint(url, "m"))
+    with chat_server(reply) as url, pytest.raises(DataError, match="an answer's tokens"):
+        build_targets(side, side, distiller.questions, max_new_tokens=6, batch_size=12, endpoint=Endpoint(url))
 
 
 def test_an_answer_ends_before_an_images_placeholder(vlm: Any) -> None:

@@ -68,6 +68,22 @@ def test_without_verdicts_nothing_stands_beside_the_score() -> None:
     assert agreement(RECORDS, {}) == {} and summarise(RECORDS).tasks[0].others == {}
 
 
+@pytest.mark.parametrize(
+    ("reply", "right"), [("**Yes**", True), ("No, it says 8", False), ("not sure", None), ("Yesterday", None)]
+)
+def test_a_verdict_is_the_word_yes_or_no(reply: str, right: bool | None, tmp_path: Path) -> None:
+    with chat_server(lambda body: said(reply)) as url:
+        assert Judge(url, "small", tmp_path / "j.jsonl").verdicts(RECORDS[:1]) == {"a": right}
+
+
+def test_a_judge_that_says_nothing_is_named(tmp_path: Path) -> None:
+    """A model that thinks first has no room for an answer; that is no verdict, and is not kept."""
+    silent = {"choices": [{"message": {"content": None}}]}
+    with chat_server(lambda body: silent) as url, pytest.raises(VlmgraftError, match="replied no text; does it think"):
+        Judge(url, "small", tmp_path / "j.jsonl").verdicts(RECORDS[:1])
+    assert not (tmp_path / "j.jsonl").exists()
+
+
 def test_a_judge_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(VlmgraftError, match=r"small at http://127\.0\.0\.1:9/v1"):
         Judge("http://127.0.0.1:9/v1", "small", tmp_path / "judge.jsonl").verdicts(RECORDS)

@@ -85,7 +85,7 @@ def test_its_server_gives_the_vlms_own_tokens(trio: Path, tmp_path: Path, image_
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log)
     try:
-        endpoint = awaited(Endpoint(f"http://127.0.0.1:{port}/v1"), trio / "vlm", server)
+        endpoint = awaited(Endpoint(f"http://127.0.0.1:{port}/v1"), server)
         questions = load_questions(image_calibration)[:12]
         replies = endpoint.answer(questions, TOKENS)
     finally:
@@ -98,11 +98,11 @@ def test_its_server_gives_the_vlms_own_tokens(trio: Path, tmp_path: Path, image_
     assert ends == {model.generation_config.eos_token_id}, "some answers end by themselves"
 
 
-def awaited(endpoint: Endpoint, model: Path, server: subprocess.Popen[bytes]) -> Endpoint:
+def awaited(endpoint: Endpoint, server: subprocess.Popen[bytes]) -> Endpoint:
     """The endpoint once it serves the model; vLLM takes a minute or two to start."""
     for _ in range(300):
         try:
-            return endpoint.serving([model])
+            return endpoint.serving()
         except VlmgraftError:
             assert server.poll() is None, "the server ended"
             time.sleep(1)

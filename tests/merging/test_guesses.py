@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 
 from vlmgraft.alignment import Alignment, align
 from vlmgraft.checkpoint.index import open_checkpoint
+from vlmgraft.errors import NumericalError
 from vlmgraft.merging import merge_tensors
+from vlmgraft.merging.engine import Merger
 from vlmgraft.merging.pieces import MergedPasses
 from vlmgraft.methods.ties import Ties
 
@@ -107,3 +109,53 @@ def test_an_interrupted_guess_goes_on(tmp_path: Path, misleading: bool, monkeypa
     assert list(tmp_path.glob(".out.partial-*"))
     found = merged(alignment, tmp_path / "out", resume=True)
     assert found == exact(alignment, tmp_path / "exact", monkeypatch)
+
+
+def test_the_second_attempt_goes_on_where_it_was_interrupted(
+    tmp_path: Path, passes: list[tuple[int, bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alignment = build(tmp_path, misleading=True)
+    seen: list[int] = []
+
+    def stop(done: int, total: int, name: str) -> None:
+        seen.append(done)
+        if done == 5 and 1 in seen[1:]:  # counted from 1 again
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merged(alignment, tmp_path / "out", resume=True, progress=stop)
+    passes.clear()
+    seen.clear()
+    found = merged(alignment, tmp_path / "out", resume=True, progress=lambda done, total, name: seen.append(done))
+    assert seen[0] == 6 and not any(guess for _, guess in passes)
+    assert found == exact(alignment, tmp_path / "exact", monkeypatch)
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_wrong_guess_that_overflows_refuses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the exact threshold would have trimmed is beyond float16 once it is added."""
+    alignment = build(tmp_path, misleading=True)
+    ordinary, attempts = Merger._write, list[bool]()
+
+    def overflowing(self: Merger, *arguments: Any) -> Any:
+        attempts.append(self.method.guessed)
+        if self.method.guessed:
+            raise NumericalError("overflows")
+        return ordinary(self, *arguments)
+
+    monkeypatch.setattr(Merger, "_write", overflowing)
+    found = merged(alignment, tmp_path / "out")
+    assert attempts[0] and not attempts[-1] and found == exact(alignment, tmp_path / "exact", monkeypatch)
+    monkeypatch.setattr(Merger, "_write", lambda *_: (_ for _ in ()).throw(NumericalError("overflows")))
+    with pytest.raises(NumericalError):
+        merged(alignment, tmp_path / "never")
+
+
+def test_all_of_a_task_vector_is_kept_without_a_pass(tmp_path: Path, passes: list[tuple[int, bool]]) -> None:
+    alignment = build(tmp_path, misleading=True)
+    merge_tensors(alignment, Ties(1.0), tmp_path / "out")
+    assert {sample for sample, _ in passes} == {64}, "no pass over all"
+    with_all, name = load_file(tmp_path / "out" / "model.safetensors"), "model.layers.0.mlp.up_proj.weight"
+    vlm, donor, base = (load_file(tmp_path / key / "model.safetensors")[name].float() for key in KEYS[:3])
+    assert torch.equal(with_all[name], ((vlm + donor) / 2).bfloat16()), "both grow everywhere: their mean"
+    assert not torch.equal(vlm, base)

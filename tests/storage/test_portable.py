@@ -43,3 +43,11 @@ def test_texts_lose_their_folders_and_nothing_else() -> None:
     }
     assert nameless(said) == said | {"base": "./base is nearest: ‖τ‖/‖W‖ 1/2"}
     assert nameless("vlm: /opt/a/vlm\ndonor: org/name\n") == "vlm: ./vlm\ndonor: org/name\n"
+
+
+def test_servers_are_not_published() -> None:
+    method = {
+        "donor_endpoint": ["http://inside/v1"],
+        "calibration": {"endpoint": "http://inside/v1", "data": "q.jsonl"},
+    }
+    assert portable({"method": method}, Path("out")) == {"method": {"calibration": {"data": "q.jsonl"}}}

@@ -9,7 +9,8 @@ all are in front. Video and sound are refused, other keys ignored.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -82,14 +83,28 @@ class Question:
     def parts(self) -> list[dict[str, str]]:
         """The prompt as parts of type "image" and "text": images at their places, or all in front of the text where it
         has not as many places as there are images."""
-        image, texts = {"type": "image"}, self.prompt.split(MARK) if self.images else [self.prompt]
-        if len(texts) - 1 != len(self.images):
-            return [image] * len(self.images) + [{"type": "text", "text": "".join(texts)}]
-        parts: list[dict[str, str]] = []
-        for number, text in enumerate(texts):
-            parts += [image] if number else []
-            parts += [{"type": "text", "text": text.lstrip() if number else text}] if text.strip() else []
-        return parts
+        if self.images and self.prompt.count(MARK) == len(self.images):
+            return parts_of(self.prompt)
+        return [{"type": "image"}] * len(self.images) + [{"type": "text", "text": self.prompt}]
+
+
+def parts_of(text: str) -> list[dict[str, str]]:
+    """A text with marks as parts of type "image" and "text". The line break behind an image goes, as do blanks in front
+    of all text; parts that are blank are left out."""
+    parts: list[dict[str, str]] = []
+    for number, piece in enumerate(text.split(MARK)):
+        if number:
+            parts.append({"type": "image"})
+            whole, piece = piece, re.sub(r"^[ \t]*\r?\n", "", piece)
+            piece = piece.lstrip() if piece == whole and not any("text" in part for part in parts) else piece
+        parts += [{"type": "text", "text": piece}] if piece.strip() else []
+    return parts
+
+
+def pictures_of(row: Row) -> list[Any]:
+    """What a row holds in `image`, or in `images` where that is empty."""
+    given = row.get("image") or row.get("images") or []
+    return [one for one in (given if isinstance(given, list | tuple) else [given]) if one not in (None, "")]
 
 
 def load_questions(
@@ -115,18 +130,30 @@ def load_questions(
     for name in columns or {}:
         if name not in COLUMNS:
             raise DataError(f"{data}: columns: unknown column {name!r}; it is one of {', '.join(COLUMNS)}")
-    questions = [
-        _parse(renamed(row, columns), folder, where, need_images, check_images)
-        for where, row, folder in islice(_rows(data, limit), limit)
-    ]
-    if not questions:
+    rows = list(islice(_rows(data, limit), limit))
+    if not rows:
         raise DataError(f"{data}: holds no question")
-    return questions
+    check_columns(columns, {name for _, row, _ in rows for name in row}, data)
+    return [_parse(renamed(row, columns), folder, where, need_images, check_images) for where, row, folder in rows]
+
+
+SAME = ({"image", "images"}, {"question", "messages", "conversations"})
+"""Columns that stand in for each other: one that is mapped hides the others."""
 
 
 def renamed(row: Row, columns: Mapping[str, str] | None) -> Row:
-    """The row with columns under our names; columns: our name → the source's."""
-    return {**row, **{ours: row.get(theirs) for ours, theirs in columns.items()}} if columns else row
+    """The row with columns under our names; columns: our name → the source's, or "none"."""
+    if not columns:
+        return row
+    hidden = {name for group in SAME if group & columns.keys() for name in group}
+    return {**row, **dict.fromkeys(hidden), **{ours: row.get(theirs) for ours, theirs in columns.items()}}
+
+
+def check_columns(columns: Mapping[str, str] | None, seen: Collection[str], data: object) -> None:
+    """Raise DataError for a mapped column that no row has."""
+    for ours, theirs in (columns or {}).items():
+        if theirs not in seen and theirs != "none":
+            raise DataError(f"{data}: column {theirs!r} (for {ours}) is in no row; there are {', '.join(sorted(seen))}")
 
 
 def _rows(data: str | Path, limit: int | None) -> Iterator[tuple[str, Row, Path]]:
@@ -150,8 +177,7 @@ def _rows(data: str | Path, limit: int | None) -> Iterator[tuple[str, Row, Path]
 def _parse(row: Row, folder: Path, where: str, need_images: bool, check_images: bool) -> Question:
     if unseen := next((column for column in UNSEEN if row.get(column)), None):
         raise DataError(f'{where}: column "{unseen}" is not shown; only images are. Drop the row')
-    question, given = row.get("question"), row.get("image") or row.get("images") or []
-    given = given if isinstance(given, list) else [given]
+    question, given = row.get("question"), pictures_of(row)
     if question is None and (row.get("messages") or row.get("conversations")):
         from vlmgraft.data.traces import first_asked
 
@@ -160,6 +186,9 @@ def _parse(row: Row, folder: Path, where: str, need_images: bool, check_images: 
         raise DataError(
             f'{where}: needs a "question" that is a text, got {str(row)[:80]!r}; write one, or drop the line'
         )
+    places = question.count(MARK)
+    if given and places not in (0, len(given)):
+        raise DataError(f"{where}: {places} places for images, but {len(given)} images; mend the row, or drop it")
     images = tuple(_image(source, folder, where, check_images) for source in given)
     if need_images and not images:
         raise DataError(f'{where}: has no "image"; the calibration set must show images')
@@ -171,7 +200,7 @@ def _parse(row: Row, folder: Path, where: str, need_images: bool, check_images: 
         question,
         images,
         None if answer is None else str(answer),
-        tuple(str(choice) for choice in choices),
+        tuple(str(choice) for choice in choices if choice is not None),
         None if category is None else str(category),
         where=where,
     )

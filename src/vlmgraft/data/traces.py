@@ -25,7 +25,7 @@ from typing import Any
 from PIL import Image
 
 from vlmgraft.data.images import check_picture, row_image
-from vlmgraft.data.questions import MARK, renamed
+from vlmgraft.data.questions import MARK, check_columns, parts_of, pictures_of, renamed
 from vlmgraft.data.sources import Row, read_rows, split_named
 from vlmgraft.errors import DataError
 
@@ -87,6 +87,7 @@ def load_traces(source: str | Path, *, columns: Mapping[str, str] | None = None,
             unreadable, or more or fewer images than places for them.
     """
     rows, folder = _rows(str(source))
+    check_columns(columns, {name for row in rows for name in row}, source)
     traces: list[Trace] = []
     for number, raw in enumerate(rows, start=1):
         if limit is not None and len(traces) >= limit:
@@ -115,7 +116,7 @@ def _trace(row: Mapping[str, Any], folder: Path, where: str) -> Trace:
             raise _bad(where, f'column "{column}" is not read; only text and pictures are learned from')
     turns = _turns(row, where)
     held = [part.pop("image") for turn in turns for part in turn["content"] if part.get("image") is not None]
-    given = row.get("images", row.get("image"))
+    given = pictures_of(row)
     if held and given:
         raise _bad(where, "has pictures in the parts of its turns and in a column; leave one of them")
     images = _images(held or given, folder, where)
@@ -224,11 +225,7 @@ def _padded(text: str) -> str:
 def _parts(content: Any, where: str) -> list[dict[str, Any]]:
     """A turn's content in parts of text and image."""
     if isinstance(content, str):
-        parts: list[dict[str, Any]] = []
-        for index, text in enumerate(content.split(MARK)):
-            parts += [{"type": "image"}] if index else []
-            parts += [{"type": "text", "text": text}] if text.strip() else []
-        return parts
+        return parts_of(content)
     kept = []
     for part in content if isinstance(content, list) else [content]:
         kind = part.get("type") if isinstance(part, Mapping) else None
@@ -241,10 +238,10 @@ def _parts(content: Any, where: str) -> list[dict[str, Any]]:
     return kept
 
 
-def _images(given: Any, folder: Path, where: str) -> list[Picture]:
+def _images(given: list[Any], folder: Path, where: str) -> list[Picture]:
     """The pictures of a row, each looked at now, so that a bad one is named before training."""
     images: list[Picture] = []
-    for value in [] if given is None else given if isinstance(given, list) else [given]:
+    for value in given:
         image = row_image(value, folder, where)
         if not isinstance(image, Image.Image):
             check_picture(image, f"{where}: image {image}" if isinstance(image, Path) else f"{where}: its image")

@@ -47,13 +47,19 @@ from vlmgraft.storage.torchrun import rank_and_world
 
 
 def check_inputs(job: Job, gates: Path) -> None:
-    """Before hours of work: questions and images fit in the models' contexts, and the VLM's weights are finite.
+    """Before hours of work: questions and images fit in the models' contexts, servers are there, and the VLM's weights
+    are finite.
 
     Donor and base are checked while they are decomposed. Where `gates` holds what the job would learn, the VLM is not
     read: the fold checks it. Raises DataError, WeightsError.
     """
     check_questions(job)
     if kept_gates(job, gates) is None:
+        if not gates.with_name(gates.name + ".teacher").is_dir():  # else answers may be there
+            from vlmgraft.distillation.loading import check_servers
+
+            donors = [alignment.donor.path for alignment in job.alignments]
+            check_servers(job.recipe, job.method, job.vlm.path, donors)
         with Reader(job.vlm) as reader:
             for tensor in job.alignment.merged:
                 if math.isnan(squared_norm(reader.tensor(tensor.name).float().reshape(-1))):
@@ -62,7 +68,7 @@ def check_inputs(job: Job, gates: Path) -> None:
 
 
 def check_questions(job: Job) -> None:
-    """The part of `check_inputs` that reads no weights: modules that can be gated, questions, and servers."""
+    """The part of `check_inputs` that reads no weights: modules that can be gated, and questions."""
     if job.vlm.packed:
         raise RecipeError(
             f"vlm {job.vlm.path}: its weights are quantised, and gates are learned in 16 bits: merge it once by "
@@ -75,9 +81,6 @@ def check_questions(job: Job) -> None:
         check_sharding(default_device(), *asked)
     if isinstance(job.method, Frism):
         check_guarantee(job.method)
-    from vlmgraft.distillation.loading import donor_endpoints, vlm_endpoint
-
-    vlm_endpoint(job), donor_endpoints(job)
     longest = job.method.calibration.max_new_tokens
     config, processor = load_config(job.vlm.path), load_processor(job.vlm.path)
     check_lengths(config, processor, [*learned, *held_out, *unseen], longest)

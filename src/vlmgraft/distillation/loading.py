@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,12 +18,13 @@ from vlmgraft.distillation.memory import offloads
 from vlmgraft.distillation.sharding import shard
 from vlmgraft.distillation.targets import DONOR_BATCH, Targets, join_targets
 from vlmgraft.distillation.teacher import TeacherOutputs, teacher_outputs
-from vlmgraft.errors import RecipeError
+from vlmgraft.errors import InputError, RecipeError, VlmgraftError
 from vlmgraft.hf.models import empty_vlm, load_processor, load_text_model, load_vlm
 from vlmgraft.hf.placement import default_device, learning_dtype
 from vlmgraft.hf.sharded import text_shards, vlm_shards
 from vlmgraft.methods.curvature import Curvature
 from vlmgraft.methods.frism import Frism, GatedMethod
+from vlmgraft.recipe.model import Recipe
 from vlmgraft.recipe.resolve import Job
 from vlmgraft.spectral.factor_store import Store
 from vlmgraft.storage.progress import Progress
@@ -65,7 +66,7 @@ def distiller_for(
             cache=cache,
             keep_factors=isinstance(method, Curvature) or method.start == "curvature",
             offload=offload,
-            endpoint=vlm_endpoint(job),
+            endpoint=vlm_endpoint(job.recipe, method, job.vlm.path),
             **reading_of(method),
         )
         yield distiller, join_targets([distiller.targets_from(one) for one in outputs]) if outputs else None
@@ -87,26 +88,31 @@ def _loaded(
     return shard(model, device, offload=offload)
 
 
-def vlm_endpoint(job: Job) -> Endpoint | None:
-    """The server that answers in the VLM's place; raises VlmgraftError where it does not have the VLM."""
-    url = job.method.calibration.endpoint
-    return Endpoint(url).serving([job.recipe.vlm, job.vlm.path]) if url else None
+def vlm_endpoint(recipe: Recipe, method: GatedMethod, path: Path) -> Endpoint | None:
+    """The server that answers in the VLM's place; not asked for its model yet."""
+    url = method.calibration.endpoint
+    return Endpoint(url, names=(recipe.vlm, str(path))) if url else None
 
 
-def donor_endpoints(job: Job) -> list[Endpoint | None]:
-    """The server of every donor; raises RecipeError for another number of them, VlmgraftError as `vlm_endpoint`."""
-    method, number = job.method, len(job.alignments)
+def donor_endpoints(recipe: Recipe, method: GatedMethod, paths: Sequence[Path]) -> list[Endpoint | None]:
+    """The server of every donor; raises RecipeError for another number of them."""
     given = method.donor_endpoint if isinstance(method, Frism) else None
     if given is None:
-        return [None] * number
+        return [None] * len(paths)
     urls = given if isinstance(given, list) else [given]
-    if len(urls) != number:
-        raise RecipeError(f"method.donor_endpoint: {len(urls)} servers for {number} donors; give one per donor")
-    names = [job.recipe.donor, *(more.donor for more in job.recipe.more_donors)]
-    return [
-        Endpoint(url).serving([name, alignment.donor.path])
-        for url, name, alignment in zip(urls, names, job.alignments, strict=True)
-    ]
+    if len(urls) != len(paths):
+        raise RecipeError(f"method.donor_endpoint: {len(urls)} servers for {len(paths)} donors; give one per donor")
+    names = [recipe.donor, *(more.donor for more in recipe.more_donors)]
+    return [Endpoint(url, names=(name, str(path))) for url, name, path in zip(urls, names, paths, strict=True)]
+
+
+def check_servers(recipe: Recipe, method: GatedMethod, vlm: Path, donors: Sequence[Path]) -> None:
+    """Raise InputError where a server is not up, or does not have the recipe's model."""
+    for endpoint in (vlm_endpoint(recipe, method, vlm), *donor_endpoints(recipe, method, donors)):
+        try:
+            _ = endpoint and endpoint.serving()
+        except VlmgraftError as error:
+            raise InputError(str(error)) from error
 
 
 def _donor_outputs(
@@ -119,7 +125,8 @@ def _donor_outputs(
     student = empty_vlm(job.vlm.path), load_processor(job.vlm.path)
     options = {**reading_of(method), "max_new_tokens": method.donor_length, "batch_size": DONOR_BATCH}
     options |= {"cache": cache, "progress": progress}
-    for alignment, questions, endpoint in zip(job.alignments, job.asked.donors, donor_endpoints(job), strict=True):
+    endpoints = donor_endpoints(job.recipe, method, [alignment.donor.path for alignment in job.alignments])
+    for alignment, questions, endpoint in zip(job.alignments, job.asked.donors, endpoints, strict=True):
         path = alignment.donor.path
         here = offload and not alignment.donor.packed  # quantised, it is small, and its weights are of other kinds
         donor = _loaded(load_text_model, text_shards, path, **placed, offload=here)

@@ -42,9 +42,9 @@ Tokens = Literal["answer", "all"]
 Packing = Literal["shuffle", "length"]
 Side = tuple[Any, Any]
 
-OWN = 0.5
-"""The least share of a served answer's tokens that the teacher would choose itself; of its own answers it is nearly 1,
-ties between tokens apart."""
+OWN, LONG_ENOUGH = 0.5, 8
+"""The least share of tokens that the teacher would choose itself, in a batch of served answers, and in each of so many
+tokens; of its own answers it is nearly 1, ties between tokens apart."""
 _PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
 
@@ -102,7 +102,7 @@ def teacher_outputs(
     padding included. packing: "shuffle" mixes questions in a batch, "length" puts similar lengths together (less
     padding, less mixing). tokens: which positions count: those of the answer, or of all text, prompt included. cache: a
     folder that keeps the teacher's answers and distributions. endpoint: a server of the same model that gives the
-    answers, of which more than half of the tokens must be the teacher's own choice. Raises DataError when there is
+    answers; at least half of the tokens must be the teacher's own choice. Raises DataError when there is
     nothing to learn from, or the answers are another model's.
     """
     if not questions:
@@ -128,8 +128,8 @@ def teacher_outputs(
         with out_of_memory("reading the teacher's answers", "lower batch_size or max_new_tokens"):
             batch = prompts.batch(index, replayed=own)
             target = batch.distribution(teacher[0])
-        if endpoint is not None and tokens == "answer":
-            _check_own(batch, target, endpoint)
+        if endpoint is not None:
+            _check_own(prompts, index, target, endpoint, units)
         if own:
             fresh[index] = batch
         return {"log_p": target.log_p} | ({} if target.ids is None else {"ids": target.ids.int()})
@@ -182,15 +182,23 @@ class Prompts:
             agreed = features.agree(numbers, inputs["input_ids"], captured)
         return moved(captured, "cpu") if self.exact else None
 
+    def answered(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids, which positions count, and which of them predict the answer's tokens, [batch, length] each."""
+        inputs, answered = self._appended(index)
+        return inputs["input_ids"], self._counting(inputs, answered), answered
+
+    def _appended(self, index: int) -> tuple[Batch, Tensor]:
+        processor, chosen = self.side[1], [self.questions[i] for i in self.groups[index]]
+        replies = [self.answers[i] for i in self.groups[index]]
+        return append_answers(encode(processor, chosen), replies, tokenizer_of(processor).pad_token_id or 0)
+
+    def _counting(self, inputs: Batch, answered: Tensor) -> Tensor:
+        return text_positions(inputs, self.placeholders) if self.tokens == "all" else answered
+
     def _inputs(self, index: int) -> tuple[Batch, Tensor]:
         """What the model reads, on the CPU, and which positions count."""
-        model, processor = self.side
-        chosen = [self.questions[i] for i in self.groups[index]]
-        replies = [self.answers[i] for i in self.groups[index]]
-        inputs, predicts = append_answers(encode(processor, chosen), replies, tokenizer_of(processor).pad_token_id or 0)
-        if self.tokens == "all":
-            predicts = text_positions(inputs, self.placeholders)
-        return to_device(inputs, "cpu", model.dtype), predicts
+        inputs, answered = self._appended(index)
+        return to_device(inputs, "cpu", self.side[0].dtype), self._counting(inputs, answered)
 
 
 Generate = Callable[[Sequence[Question]], tuple[list[list[int]], list[int]]]
@@ -207,31 +215,48 @@ def _generation(teacher: Side, max_new_tokens: int) -> Generate:
 
 def _serving(teacher: Side, max_new_tokens: int, endpoint: Endpoint) -> Generate:
     """A server answers; its texts are read by the teacher's tokenizer where it tells no token ids."""
-    tokenizer = tokenizer_of(teacher[1])
+    tokenizer, rows = tokenizer_of(teacher[1]), len(teacher[0].get_input_embeddings().weight)
+    end, asked = tokenizer.eos_token_id, endpoint
 
     def ids(reply: Reply) -> list[int]:
         if reply.tokens is not None:
+            if not all(0 <= token < rows for token in reply.tokens):
+                raise DataError(f"{endpoint.url}: replied token ids that the model has not; serve the recipe's model")
             return reply.tokens
-        return tokenizer.encode(reply.text, add_special_tokens=False) + [tokenizer.eos_token_id] * reply.ended
+        read = tokenizer.encode(reply.text, add_special_tokens=False)
+        return read + [end] * (reply.ended and end is not None and read[-1:] != [end])
 
     def generate(questions: Sequence[Question]) -> tuple[list[list[int]], list[int]]:
-        replies = endpoint.answer(questions, max_new_tokens)
-        return [ids(reply)[:max_new_tokens] for reply in replies], [reply.prompt_tokens for reply in replies]
+        nonlocal asked
+        asked = asked.serving()  # not before an answer is missing
+        replies = asked.answer(questions, max_new_tokens)
+        lengths = [reply.prompt_tokens for reply in replies]
+        if not all(lengths):
+            lengths = encode(teacher[1], questions)["attention_mask"].sum(1).tolist()
+        return [ids(reply)[:max_new_tokens] for reply in replies], lengths
 
     return generate
 
 
-def _check_own(batch: TargetBatch, target: Distribution, endpoint: Endpoint) -> None:
-    """Raise DataError where a batch of answers, given by a server, is not what the teacher itself would choose."""
-    told = batch.ids.roll(-1, dims=1)[batch.predicts].to(target.log_p.device)
-    kept = target.log_p if target.ids is None else target.log_p[:, : target.ids.shape[1]]
-    first = kept.argmax(-1)
-    chosen = first if target.ids is None else target.ids.gather(1, first[:, None])[:, 0]
-    share = float((chosen == told).float().mean())
-    if share < OWN:
+def _check_own(prompts: Prompts, index: int, target: Distribution, endpoint: Endpoint, units: UnitCache) -> None:
+    """Raise DataError where answers of a batch, given by a server, are not what the teacher itself would choose, after
+    the answers were removed."""
+    ids, predicts, answered = prompts.answered(index)
+    rows = answered[predicts]  # of the distributions, those of answers
+    told, log_p = ids.roll(-1, dims=1)[answered], target.log_p[rows].cpu()
+    if target.ids is None:
+        chosen = log_p.argmax(-1)
+    else:
+        chosen = target.ids[rows].cpu().gather(1, log_p[:, :-1].argmax(-1)[:, None])[:, 0]
+    own, of_answer = (chosen == told).float(), answered.nonzero()[:, 0]
+    counts = torch.bincount(of_answer, minlength=len(ids))
+    shares = torch.bincount(of_answer, own, len(ids)) / counts.clamp_min(1)
+    shares = torch.cat([shares[counts >= LONG_ENOUGH], own.mean()[None]])
+    if float(shares.min()) < OWN:
+        units.remove()
         raise DataError(
-            f"{endpoint.url}: only {share:.0%} of the answers' tokens are what the recipe's model would choose; serve "
-            "the same weights, with its chat template and without sampling"
+            f"{endpoint.url}: only {float(shares.min()):.0%} of an answer's tokens are what the recipe's model would "
+            "choose; serve the same weights, with its chat template and without sampling"
         )
 
 

@@ -7,12 +7,14 @@ no answer is judged twice; the summary shows its score and how often it agrees w
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlmgraft.data.endpoint import Endpoint
+from vlmgraft.errors import VlmgraftError
 from vlmgraft.storage.jsonl import append_row, read_rows
 
 if TYPE_CHECKING:
@@ -61,10 +63,12 @@ class Judge:
         return verdicts
 
     def _ask(self, prompt: str) -> bool | None:
-        options = {"temperature": 0, "max_tokens": 8}
-        reply = Endpoint(self.url, self.model).chat(prompt, options)["choices"][0]["message"]["content"]
-        word = str(reply).strip().lower()
-        return True if word.startswith("yes") else False if word.startswith("no") else None
+        endpoint = Endpoint(self.url, self.model, key="OPENAI_API_KEY")
+        reply = endpoint.chat(prompt, {"temperature": 0, "max_tokens": 8})["choices"][0]["message"].get("content")
+        if not isinstance(reply, str) or not reply.strip():
+            raise VlmgraftError(f"judge {self.model} at {self.url}: replied no text; does it think before it answers?")
+        word = re.match(r"\W*(yes|no)\b", reply, re.IGNORECASE)
+        return None if word is None else word[1].lower() == "yes"
 
 
 def agreement(records: Sequence[Record], verdicts: Mapping[str, bool | None]) -> dict[str, float]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmgraft.data.images import ImageSource, image_source
-from vlmgraft.data.questions import MOST_CHOICES
+from vlmgraft.data.questions import MOST_CHOICES, UNSEEN, check_columns
 from vlmgraft.data.sources import Row, read_rows, registered_source
 from vlmgraft.errors import DataError
 from vlmgraft.evaluation.answers.options import lettered, letters
@@ -58,6 +58,10 @@ def load_suite(
             f"{source}: no column {' or '.join(preset.columns.question)}; it has {', '.join(map(str, rows[0]))}. "
             "Name the columns, such as --column question=query"
         )
+    seen = {name for row in rows for name in row}
+    for field, value in (columns or {}).items():
+        if not any(name.endswith("*") or name.rstrip("|") in seen for name in value.split("+")):
+            check_columns({field: value}, seen, source)
     items = [_item(row, at, name, preset, folder) for at, row in enumerate(rows[:limit])]
     asked, renamed = unique(items)
     if turn_options:
@@ -78,6 +82,8 @@ def _item(row: Row, at: int, task: str, preset: Preset, folder: Path | None) -> 
     columns = preset.columns
     question = _first(row, columns.question)
     images, fault = _images(row, columns.images, folder)
+    if unseen := next((column for column in UNSEEN if row.get(column)), None):
+        fault = f'column "{unseen}" is not shown; only images are'
     if not isinstance(question, str):
         fault = "the question is empty" if question is None else f"the question is no text: {str(question)[:60]!r}"
     choices = _choices(_first(row, columns.choices))

@@ -22,7 +22,7 @@ from vlmgraft.checkpoint.digests import RECEIPT, FileReceipt, seal
 from vlmgraft.checkpoint.header import TensorSpec
 from vlmgraft.checkpoint.reader import Reader
 from vlmgraft.checkpoint.writer import Writer
-from vlmgraft.errors import VlmgraftError
+from vlmgraft.errors import NumericalError, VlmgraftError
 from vlmgraft.merging.engine import Merger
 from vlmgraft.merging.pieces import Inputs, Lane, MergedPasses
 from vlmgraft.merging.plan import check_needs, sources_of, written_specs
@@ -33,6 +33,7 @@ from vlmgraft.spectral.threads import one_core_each
 from vlmgraft.storage.jsonl import write_json
 from vlmgraft.storage.outputs import refuse_output
 from vlmgraft.storage.progress import Progress
+from vlmgraft.storage.publish import partial_folder
 
 if TYPE_CHECKING:
     from vlmgraft.checkpoint.index import Checkpoint
@@ -127,23 +128,26 @@ def merge_tensors(
     key = _key(alignment, (method, clamp, allow_nonfinite, seed, float32), shard_size)
     read = opened if method.reads_sources else {"vlm": alignment.vlm}
 
-    def attempt(may_guess: bool) -> Receipt:
+    guessed = False
+
+    def attempt(may_guess: bool, key: str) -> Receipt:
+        nonlocal guessed
         with ExitStack() as stack:
             inputs = Inputs(alignment, {name: stack.enter_context(Reader(one)) for name, one in read.items()})
-            anew = not (resume and may_guess)
-            writer = stack.enter_context(Writer(out, specs, shard_size, resume=key, anew=anew))
+            writer = stack.enter_context(Writer(out, specs, shard_size, resume=key, anew=not resume))
             pool = stack.enter_context(ThreadPoolExecutor(threads))
             stack.enter_context(one_core_each())  # our threads share the work; torch's own would get in their way
             for _ in range(threads):
                 inputs.lanes.put(Lane(read))
             prepared = method.prepare(MergedPasses(inputs, pool, threads, may_guess))
+            guessed = prepared.guessed
             merger = Merger(inputs, prepared, writer, clamp, allow_nonfinite, seed)
             for name in merger.run(pool, threads):
                 if progress is not None:
                     progress(len(writer.done), len(specs), name)
             merged = [tensor.name for tensor in alignment.merged if inputs.info(tensor).elements]
-            if not prepared.bears_out([writer.done[name].get("tally") for name in merged]):
-                raise MisjudgedError
+            if guessed and not prepared.bears_out([writer.done[name].get("tally") for name in merged]):
+                raise MisjudgedError(f"{out}: what {method.name} guessed is not so")
             for checkpoint in opened.values():
                 checkpoint.refuse_changes()
             receipt = _receipt(alignment, prepared, writer, opened, fill)
@@ -152,10 +156,14 @@ def merge_tensors(
             write_json(writer.folder / RECEIPT, asdict(receipt))
         return receipt
 
-    try:
-        return attempt(True)
-    except MisjudgedError:
-        return attempt(False)
+    exact = key + "-exact"
+    if not (resume and partial_folder(Path(out), exact).exists()):
+        try:
+            return attempt(True, key)
+        except (MisjudgedError, NumericalError):  # a wrong guess can overflow
+            if not guessed:
+                raise
+    return attempt(False, exact)
 
 
 class MisjudgedError(VlmgraftError):

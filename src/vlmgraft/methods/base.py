@@ -101,6 +101,11 @@ class Method:
         """The method that is streamed: this one, or another that holds what `passes` over the weights found."""
         return self
 
+    @property
+    def guessed(self) -> bool:
+        """Whether a prepared method holds guesses, which `bears_out` decides about."""
+        return False
+
     def tally(self, name: str) -> Any:
         """What a prepared method that guessed counted while it merged a tensor, as JSON values; None: nothing."""
         return None

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from vlmgraft.errors import CheckpointError, RecipeError
 from vlmgraft.methods.base import Method, TensorContext
 from vlmgraft.spectral.rank import check_rank
+from vlmgraft.storage.urls import check_url
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -75,6 +76,8 @@ class Calibration:
                 raise RecipeError(f"method.calibration.{name}: {getattr(self, name)} must be at least 1")
         if self.held_out < 0:
             raise RecipeError(f"method.calibration.held_out: {self.held_out} must not be negative")
+        if self.endpoint is not None:
+            check_url(self.endpoint, "method.calibration.endpoint")
 
 
 def check_budget(kl_budget: float, option: str = "kl_budget") -> None:
@@ -190,6 +193,11 @@ class Frism(GatedMethod):
             raise RecipeError("method.budget_guarantee bounds the drift by a budget; give it as method.kl_budget")
         if self.inject == "donor" and self.questions is None:
             raise RecipeError("method.inject: donor needs method.questions, a file of text questions for the donor")
+        urls = [self.donor_endpoint] if isinstance(self.donor_endpoint, str) else self.donor_endpoint
+        for url in urls or []:
+            check_url(url, "method.donor_endpoint")
+        if urls is not None and self.inject != "donor":
+            raise RecipeError("method.donor_endpoint: donors answer with method.inject: donor only; leave it out")
         if self.start == "curvature" and self.kl_budget is None:
             raise RecipeError("method.start: curvature opens gates up to a drift; give it as method.kl_budget")
         if self.steps < 0 or self.learning_rate <= 0:

@@ -52,6 +52,7 @@ class Ties(SignMethod):
     """
 
     name: ClassVar[str] = "ties"
+    passes: ClassVar[int] = 1
 
     trim: Literal["global", "tensor"] = "global"
     """One threshold over all merged tensors, or one per tensor."""
@@ -64,11 +65,6 @@ class Ties(SignMethod):
                 raise RecipeError(
                     f"method.{option}: {density} for one threshold over all tensors; write one number, or trim: tensor"
                 )
-
-    @property
-    def passes(self) -> int:  # type: ignore[override]
-        """Over the weights, before the merge."""
-        return 0 if self.trim == "global" else 1
 
     def prepare(self, passes: Passes) -> TrimmedTies:
         """The method that merges with the exact thresholds, or with guesses that it proves."""
@@ -106,6 +102,11 @@ class TrimmedTies(Method):
             self.counted[context.name, context.start] = tallies
         return self.recipe.merge(vectors["vlm"], vectors["donor"], tensors["vlm_base"], context)
 
+    @property
+    def guessed(self) -> bool:
+        """Whether the thresholds are guesses."""
+        return self.counted is not None
+
     def tally(self, name: str) -> dict[str, list[int]] | None:
         """Of each source, over a tensor: magnitudes above the threshold, at or above it, and all."""
         if self.counted is None:
@@ -117,8 +118,6 @@ class TrimmedTies(Method):
         """Whether the thresholds are what a pass over all weights would have found."""
         from vlmgraft.methods.trim import Tally
 
-        if self.counted is None:
-            return True
         everywhere = TensorContext("", (), 0)
         return all(tallies) and all(
             sum((Tally(*row[source]) for row in tallies), Tally()).bears_out(self.recipe.density_of(source, everywhere))

@@ -13,6 +13,7 @@ later whether it was the right one (`Tally`) may take it as a guess, and spare t
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
@@ -163,7 +164,8 @@ def find_thresholds(
 ) -> dict[str, dict[str, float]]:
     """{unit: {source: threshold}}: the round(density·n)-th largest magnitude of each source's task vector in a unit.
 
-    density: of a source in a tensor. guess: take what a sample leaves no choice about, and make no pass for it.
+    density: of a source in a tensor; a source of which all is kept has the threshold 0. guess: take what a sample
+    leaves no choice about, and make no pass for it.
 
     One pass over the weights after a look at a sample; up to two more where the sample was not like the rest. Tensors
     of one unit follow each other, as do a tensor's chunks; the density is read from a unit's first chunk.
@@ -175,7 +177,7 @@ def find_thresholds(
         return {
             source: (known[source].bracket if source in known else Bracket()).count(tau)
             for source, tau in task_vectors(pieces).items()
-            if source not in known or not known[source].bracket.exact
+            if density(source, context) < 1 and (source not in known or not known[source].bracket.exact)
         }
 
     def run(sample: int, close: Callable[[_Search, float], None]) -> None:
@@ -196,7 +198,7 @@ def find_thresholds(
     while not all(search.bracket.exact for unit_searches in searches.values() for search in unit_searches.values()):
         run(1, _Search.narrow)
     return {
-        name: {source: to_float(search.bracket.low) for source, search in unit_searches.items()}
+        name: defaultdict(float, {source: to_float(one.bracket.low) for source, one in unit_searches.items()})
         for name, unit_searches in searches.items()
     }
 
@@ -220,5 +222,5 @@ class Tally:
         return Tally(self.above + other.above, self.kept + other.kept, self.total + other.total)
 
     def bears_out(self, density: float) -> bool:
-        """Whether the threshold is the round(density·n)-th largest magnitude."""
-        return self.above < rank_of(density, self.total) <= self.kept
+        """Whether the threshold is the round(density·n)-th largest magnitude, or all is kept."""
+        return density >= 1 or self.above < rank_of(density, self.total) <= self.kept

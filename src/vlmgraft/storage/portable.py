@@ -8,14 +8,19 @@ from pathlib import Path
 from typing import Any
 
 
+SERVERS = ("endpoint", "donor_endpoint")
+"""Keys of addresses on somebody's network, without which the same is computed."""
+
+
 def portable(value: Any, out: Path) -> Any:
     """Plain values, such as a recipe's, with every absolute path replaced, as a file in the folder `out` holds them.
 
     What lies below the folder that `out` lies in is written relative to `out` (`../models/vlm`), anything else as
     `./NAME`, which says no more than its name; so too a path behind a name and a colon (`mathvista:/data/rows.jsonl`).
+    `SERVERS` are left out.
     """
     if isinstance(value, Mapping):
-        return {key: portable(item, out) for key, item in value.items()}
+        return {key: portable(item, out) for key, item in value.items() if key not in SERVERS}
     if isinstance(value, list | tuple):
         return [portable(item, out) for item in value]
     if not isinstance(value, str):

@@ -34,6 +34,11 @@ def new_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
         yield publication.folder
 
 
+def partial_folder(out: Path, key: str) -> Path:
+    """Where what will be `out` is made."""
+    return out.with_name(f".{out.name}.partial-{key}")
+
+
 class Publication:
     """Context manager over the hidden folder that becomes `out`.
 
@@ -56,7 +61,7 @@ class Publication:
         anew: bool = False,
     ) -> None:
         self.out, self.key, self.replace, self.keep_refused, self.anew = out, key, replace, keep_refused, anew
-        self.folder = out.with_name(f".{out.name}.partial-{key or os.getpid()}")
+        self.folder = partial_folder(out, key or str(os.getpid()))
         self._lock = -1
 
     def __enter__(self) -> Publication:
