@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-
 SERVERS = ("endpoint", "donor_endpoint")
 """Keys of addresses on somebody's network, without which the same is computed."""
 
