@@ -125,10 +125,9 @@ def share(row: Mapping[str, Any], part: str) -> float:
 
 
 def pretrained(x: str = "perception") -> list[Series]:
-    """Task arithmetic's curve and learned gates at their chosen strength, on pretrained trios that have gates."""
+    """Task arithmetic's curve and learned gates at their chosen strength, on the pretrained trios."""
     series = []
-    gated = {name: rows for name, rows in trios().items() if any(row["method"] == "FRISM donor" for row in rows)}
-    for number, (name, rows) in enumerate(gated.items()):
+    for number, (name, rows) in enumerate(trios().items()):
         on_test = [row for row in rows if row["split"] == "test"]
         for place, method in enumerate(("task arithmetic", "FRISM energy", "FRISM donor")):
             points = [row for row in on_test if row["method"] == method]
