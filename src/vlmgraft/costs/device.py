@@ -46,7 +46,8 @@ def device_of(device: Any = None, dtype: Any = None) -> Device:
         return replace(nearest, name=f"{properties.name}, as {nearest.name}", memory=float(properties.total_memory))
     cores = usable_cores()
     dtype, memory = dtype or torch.float32, float(free_memory())
-    options: dict[str, Any] = {"eigen": 0.2, "is_gpu": False, "width": dtype.itemsize}
+    # of the rate of one product, gates of a 135 M model were learned at 0.7, answers of 5 tokens and not 48 reckoned in
+    options: dict[str, Any] = {"products": 0.7, "eigen": 0.2, "is_gpu": False, "width": dtype.itemsize}
     return Device(f"CPU, {cores} cores", product_rate(dtype), 10e9 * cores, 20e9, memory, **options)
 
 
