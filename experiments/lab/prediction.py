@@ -27,6 +27,7 @@ import numpy as np
 from torch import Tensor
 
 from experiments.lab.experiments import Bench, BenchSizes, Job, Row, point_of, truncated
+from experiments.pretrained.learned import PRIORS
 from experiments.pretrained.results import marks
 from vlmgraft.spectral.factors import Factors
 from vlmgraft.storage.jsonl import write_text
@@ -120,7 +121,7 @@ def chances(curve: tuple[float, float], kl: np.ndarray) -> np.ndarray:
 
 def merges_of(rows: Sequence[Row]) -> list[Row]:
     """Every merge of a pretrained trio that was measured on test: its name, KL, and the perception that it lost."""
-    on_test = [row for row in rows if row["split"] == "test"]
+    on_test = [row for row in rows if row["split"] == "test" and row["method"] not in PRIORS]
     before = next(marks(row["right"]["perception"]).mean() for row in on_test if row["method"] == "VLM")
     return [
         {"name": f"{row['method']}, {row['setting']}", "kl": row["kl"],

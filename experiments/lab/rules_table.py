@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.pretrained.learned import PRIORS
 from experiments.pretrained.results import CURVE, at_kl, chosen, marks
 from vlmgraft.evaluation.intervals import bootstrap
 from vlmgraft.storage.jsonl import read_rows, write_text
@@ -71,7 +72,7 @@ def of_pretrained(rows: Sequence[Row]) -> Differences:
         if row["kl"] <= max(point["kl"] for point in curve)
         else np.empty((0, 0))
         for method, row in chosen(rows).items()
-        if method not in ("VLM", CURVE)
+        if method not in ("VLM", CURVE, *PRIORS)
     }
 
 
