@@ -593,7 +593,7 @@ TRACES: dict[str, tuple[bytes | str | dict[str, Any], str]] = {
     "answer is a mapping": ({"question": "q", "answer": {"a": 1}}, "answer"),
     "reasoning is a number": ({"question": "q", "answer": "a", "reasoning": 3}, "reasoning"),
     "other keys": ({"k" * 10_000: 1, "\x1b[2J": 1}, "question"),
-    "image is a number": ({"question": "q", "answer": "a", "image": 3}, "images"),
+    "image is a number": ({"question": "q", "answer": "a", "image": 3}, "image"),
     "image is missing": ({"question": "q", "answer": "a", "image": "gone.png"}, "gone.png"),
     "image is a folder": ({"question": "q", "answer": "a", "image": "."}, "image"),
     "image is a device": ({"question": "q", "answer": "a", "image": "/dev/zero"}, "/dev/zero"),
