@@ -47,7 +47,7 @@ def chat_server(reply: Reply, models: Sequence[dict[str, Any]] = ({"id": "served
         server.server_close()
 
 
-def said(text: str, *, tokens: list[int] | None = None, cut: bool = False, prompt: int = 3) -> dict[str, Any]:
+def said(text: str, *, tokens: Any = None, cut: bool = False, prompt: int = 3) -> dict[str, Any]:
     """A reply as vLLM has it."""
     choice = {"message": {"content": text}, "finish_reason": "length" if cut else "stop"}
     return {

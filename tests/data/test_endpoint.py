@@ -85,8 +85,8 @@ def test_a_busy_server_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"choices": [{"message": {"content": "4", "reasoning_content": "2 + 2"}}]}, "without a reasoning parser"),
         (said("4") | {"choices": [{"message": {"content": "4"}, "finish_reason": "abort"}]}, "no whole answer"),
         (said("4") | {"choices": [{"message": {"content": ["4"]}}]}, "no whole answer"),
-        (said("4", tokens=[53.7]), "its token_ids are no list of numbers"),  # type: ignore[list-item]
-        (said("4", tokens="53"), "its token_ids are no list of numbers"),  # type: ignore[arg-type]
+        (said("4", tokens=[53.7]), "its token_ids are no list of numbers"),
+        (said("4", tokens="53"), "its token_ids are no list of numbers"),
         (302, "HTTP Error 302"),
     ],
 )
@@ -117,14 +117,6 @@ def test_a_key_goes_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="VLMGRAFT_API_KEY: holds characters") as caught:
         Endpoint("http://127.0.0.1:9/v1").serving()
     assert "sec" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "url", ["http://127.0.0.1:80o0/v1", "http://[::1", "http:///v1", "http://a b/v1", "ftp://a/v1", ""]
-)
-def test_an_address_that_is_none_is_refused(url: str) -> None:
-    with pytest.raises(InputError, match="must begin with http"):
-        Endpoint(url).serving()
 
 
 def test_an_address_is_checked() -> None:

@@ -9,13 +9,10 @@ from typing import Any
 import pytest
 
 import vlmgraft as vg
-from tests.chat_server import chat_server, said
 from tests.distillation.test_learn import recipe_of
 from vlmgraft.distillation import loading
-from vlmgraft.distillation.learn import check_inputs
-from vlmgraft.errors import InputError, RecipeError
+from vlmgraft.errors import RecipeError
 from vlmgraft.hf.models import load_vlm
-from vlmgraft.recipe.resolve import resolve
 from vlmgraft.storage.jsonl import write_rows
 
 
@@ -53,34 +50,3 @@ def test_every_donor_is_matched_on_its_own_questions(
             trio, image_calibration, [str(trio / "donor"), str(second)], **{**options, "questions": [*files, files[0]]}
         )
         vg.gates(changed, tmp_path / "factors", tmp_path / "other")
-
-
-def test_servers_are_asked_for_their_model_before_any_work(
-    trio: Path, second: Path, image_calibration: Path, tmp_path: Path
-) -> None:
-    write_rows(tmp_path / "sums.jsonl", [{"question": "sum 4 5"}] * 2)
-    options = {"inject": "donor", "questions": str(tmp_path / "sums.jsonl"), "inject_weight": 1.0}
-    models = [{"id": "vlm", "root": str(trio / "vlm")}, {"id": "donor", "root": str(trio / "donor")}]
-    with chat_server(lambda body: said(""), models) as url:
-        recipe = recipe_of(trio, image_calibration, donor_endpoint=url, **options)
-        recipe["method"]["calibration"]["endpoint"] = url
-        job = resolve(recipe)
-        found = loading.vlm_endpoint(job.recipe, job.method, job.vlm.path)
-        assert found is not None and found.serving().model == "vlm"
-        (found,) = loading.donor_endpoints(job.recipe, job.method, [job.alignment.donor.path])
-        assert found is not None and found.serving().model == "donor"
-        check_inputs(job, tmp_path / "gates")
-        donors = [str(trio / "donor"), str(second)]
-        with pytest.raises(RecipeError, match=r"donor_endpoint: 1 servers for 2 donors"):
-            check_inputs(
-                resolve(recipe_of(trio, image_calibration, donors, donor_endpoint=[url], **options)), tmp_path / "gates"
-            )
-    with pytest.raises(InputError, match="is the server up"):
-        vg.merge(recipe, tmp_path / "merged", workdir=tmp_path / "work")
-    assert not (tmp_path / "work" / "factors").exists(), "nothing was decomposed"
-    for wrong, message in (({"donor_endpoint": url}, "inject: donor only"), ({"calibration": {}}, "")):
-        changed = recipe_of(trio, image_calibration, **{k: v for k, v in wrong.items() if k != "calibration"})
-        if not message:
-            changed["method"]["calibration"]["endpoint"], message = "localhost:8000", "must begin with http"
-        with pytest.raises(InputError, match=message):
-            vg.load_recipe(changed)

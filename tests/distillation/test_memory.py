@@ -25,8 +25,9 @@ from vlmgraft.distillation.memory import (
 )
 from vlmgraft.hf.batches import Question, encode
 from vlmgraft.hf.models import load_config, load_processor
+from vlmgraft.methods.calibration import Calibration
 from vlmgraft.methods.curvature import Curvature
-from vlmgraft.methods.frism import Calibration, Frism
+from vlmgraft.methods.frism import Frism
 
 
 def kept(distiller: Distiller, backend: Any, checkpointing: bool) -> int:

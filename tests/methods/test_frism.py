@@ -16,8 +16,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from vlmgraft.errors import CheckpointError, RecipeError
 from vlmgraft.methods.base import TensorContext
+from vlmgraft.methods.calibration import Calibration
 from vlmgraft.methods.curvature import Curvature
-from vlmgraft.methods.frism import BudgetGuarantee, Calibration, Frism, GatedFold, fold
+from vlmgraft.methods.frism import BudgetGuarantee, Frism, GatedFold, fold
 from vlmgraft.spectral.factor_store import FactorStore
 from vlmgraft.spectral.factors import Factors, factorize
 from vlmgraft.spectral.gates import Gates, constant_gates

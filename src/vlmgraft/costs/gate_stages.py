@@ -74,8 +74,8 @@ def gated_stages(
     from vlmgraft.costs.device import device_of
     from vlmgraft.costs.fit import fitting
     from vlmgraft.costs.models import Model
-    from vlmgraft.distillation.loading import check_servers
     from vlmgraft.distillation.memory import host_memory_of
+    from vlmgraft.distillation.servers import check_servers
     from vlmgraft.hf.models import empty_vlm, load_config
     from vlmgraft.hf.modules import match_projections
     from vlmgraft.hf.placement import default_device, learning_dtype
@@ -86,12 +86,8 @@ def gated_stages(
         stored = {info.dtype for info in tensors}
         device = device_of(place, learning_dtype(place, sum(info.elements for info in tensors), stored))
     with faults.collected():
-        check_servers(
-            recipe,
-            method,
-            alignment.vlm.path,
-            [alignment.donor.path, *(Path(more.donor) for more in recipe.more_donors)],
-        )
+        donors_at = [alignment.donor.path, *(Path(more.donor) for more in recipe.more_donors)]
+        check_servers(recipe, method, alignment.vlm.path, donors_at)
     calibration, prompt = method.calibration, ASSUMED_PROMPT
     count = len(questions) or calibration.samples + calibration.held_out
     notes = [] if questions else [f"the questions were not read: {count} of {prompt} tokens each are assumed"]

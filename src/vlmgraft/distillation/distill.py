@@ -63,7 +63,6 @@ class Distiller:
     batch_tokens, packing, tokens: see `build_targets`. A model that is sharded over processes (`sharding.shard`) stays
     gated, with sharded factors, when gates were first needed; no more targets can be made then. offload: it was sharded
     so, and its factors are. endpoint: a server of the VLM that answers in its place.
-
     Raises DataError and AlignmentError before anything is computed when they do not fit.
     """
 

@@ -56,7 +56,7 @@ def check_inputs(job: Job, gates: Path) -> None:
     check_questions(job)
     if kept_gates(job, gates) is None:
         if not gates.with_name(gates.name + ".teacher").is_dir():  # else answers may be there
-            from vlmgraft.distillation.loading import check_servers
+            from vlmgraft.distillation.servers import check_servers
 
             donors = [alignment.donor.path for alignment in job.alignments]
             check_servers(job.recipe, job.method, job.vlm.path, donors)

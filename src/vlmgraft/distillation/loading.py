@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -11,20 +11,18 @@ from typing import Any
 
 import torch
 
-from vlmgraft.data.endpoint import Endpoint
 from vlmgraft.distillation.distill import Distiller
 from vlmgraft.distillation.distributed import agreed, group_of_one, process
 from vlmgraft.distillation.memory import offloads
+from vlmgraft.distillation.servers import donor_endpoints, vlm_endpoint
 from vlmgraft.distillation.sharding import shard
 from vlmgraft.distillation.targets import DONOR_BATCH, Targets, join_targets
 from vlmgraft.distillation.teacher import TeacherOutputs, teacher_outputs
-from vlmgraft.errors import InputError, RecipeError, VlmgraftError
 from vlmgraft.hf.models import empty_vlm, load_processor, load_text_model, load_vlm
 from vlmgraft.hf.placement import default_device, learning_dtype
 from vlmgraft.hf.sharded import text_shards, vlm_shards
 from vlmgraft.methods.curvature import Curvature
 from vlmgraft.methods.frism import Frism, GatedMethod
-from vlmgraft.recipe.model import Recipe
 from vlmgraft.recipe.resolve import Job
 from vlmgraft.spectral.factor_store import Store
 from vlmgraft.storage.progress import Progress
@@ -86,33 +84,6 @@ def _loaded(
         return whole(path, dtype, device)
     model = whole(path, dtype, "cpu") if alone else in_shards(path, dtype, device)
     return shard(model, device, offload=offload)
-
-
-def vlm_endpoint(recipe: Recipe, method: GatedMethod, path: Path) -> Endpoint | None:
-    """The server that answers in the VLM's place; not asked for its model yet."""
-    url = method.calibration.endpoint
-    return Endpoint(url, names=(recipe.vlm, str(path))) if url else None
-
-
-def donor_endpoints(recipe: Recipe, method: GatedMethod, paths: Sequence[Path]) -> list[Endpoint | None]:
-    """The server of every donor; raises RecipeError for another number of them."""
-    given = method.donor_endpoint if isinstance(method, Frism) else None
-    if given is None:
-        return [None] * len(paths)
-    urls = given if isinstance(given, list) else [given]
-    if len(urls) != len(paths):
-        raise RecipeError(f"method.donor_endpoint: {len(urls)} servers for {len(paths)} donors; give one per donor")
-    names = [recipe.donor, *(more.donor for more in recipe.more_donors)]
-    return [Endpoint(url, names=(name, str(path))) for url, name, path in zip(urls, names, paths, strict=True)]
-
-
-def check_servers(recipe: Recipe, method: GatedMethod, vlm: Path, donors: Sequence[Path]) -> None:
-    """Raise InputError where a server is not up, or does not have the recipe's model."""
-    for endpoint in (vlm_endpoint(recipe, method, vlm), *donor_endpoints(recipe, method, donors)):
-        try:
-            _ = endpoint and endpoint.serving()
-        except VlmgraftError as error:
-            raise InputError(str(error)) from error
 
 
 def _donor_outputs(

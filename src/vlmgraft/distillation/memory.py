@@ -21,7 +21,8 @@ from vlmgraft.distillation.projections import Backend, choose_backend
 from vlmgraft.hf.batches import Question, batches, encode
 from vlmgraft.hf.models import load_config, load_processor
 from vlmgraft.hf.modules import text_experts, text_linears, text_model
-from vlmgraft.methods.frism import Calibration, GatedMethod
+from vlmgraft.methods.calibration import Calibration
+from vlmgraft.methods.frism import GatedMethod
 from vlmgraft.storage.resources import free_memory
 
 if TYPE_CHECKING:

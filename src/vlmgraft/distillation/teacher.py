@@ -16,10 +16,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vlmgraft.data.endpoint import Endpoint, Reply
+from vlmgraft.data.endpoint import Endpoint
 from vlmgraft.data.questions import questions_digest
 from vlmgraft.distillation.cache import Unit, UnitCache, digest, teacher_digest
 from vlmgraft.distillation.distributed import process
+from vlmgraft.distillation.servers import Generate, check_own, served
 from vlmgraft.distillation.targets import FULL_VOCABULARY, TOP_K, Distribution, TargetBatch, Targets, moved
 from vlmgraft.errors import DataError
 from vlmgraft.hf.batches import (
@@ -42,9 +43,6 @@ Tokens = Literal["answer", "all"]
 Packing = Literal["shuffle", "length"]
 Side = tuple[Any, Any]
 
-OWN, LONG_ENOUGH = 0.5, 8
-"""The least share of tokens that the teacher would choose itself, in a batch of served answers, and in each of so many
-tokens; of its own answers it is nearly 1, ties between tokens apart."""
 _PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
 
@@ -115,7 +113,7 @@ def teacher_outputs(
     units = UnitCache(cache, key)
     image_tokens = placeholders(teacher[0]) | placeholders(student[0])
     features = ImageFeatures(teacher[0], image_tokens)
-    generate = _generation(teacher, max_new_tokens) if endpoint is None else _serving(teacher, max_new_tokens, endpoint)
+    generate = _generation(teacher, max_new_tokens) if endpoint is None else served(teacher, max_new_tokens, endpoint)
     answers, lengths = _answers(generate, questions, answering, units, features, progress)
     answers = [before_placeholders(image_tokens, answer) for answer in answers]
     _check_answers(teacher[0], questions, answers)
@@ -129,7 +127,7 @@ def teacher_outputs(
             batch = prompts.batch(index, replayed=own)
             target = batch.distribution(teacher[0])
         if endpoint is not None:
-            _check_own(prompts, index, target, endpoint, units)
+            check_own(prompts, index, target, endpoint, units)
         if own:
             fresh[index] = batch
         return {"log_p": target.log_p} | ({} if target.ids is None else {"ids": target.ids.int()})
@@ -201,63 +199,11 @@ class Prompts:
         return to_device(inputs, "cpu", self.side[0].dtype), self._counting(inputs, answered)
 
 
-Generate = Callable[[Sequence[Question]], tuple[list[list[int]], list[int]]]
-"""Questions → the answers' token ids, and the prompts' lengths in tokens."""
-
-
 def _generation(teacher: Side, max_new_tokens: int) -> Generate:
     """The teacher answers."""
-    together = (
-        {"synced_gpus": True} if is_sharded(teacher[0]) and process()[1] > 1 else {}
-    )  # a step more, as long as another process answers
+    # sharded, processes step together: a step more, as long as another one answers
+    together = {"synced_gpus": True} if is_sharded(teacher[0]) and process()[1] > 1 else {}
     return lambda questions: generate_batch(*teacher, questions, max_new_tokens, together)
-
-
-def _serving(teacher: Side, max_new_tokens: int, endpoint: Endpoint) -> Generate:
-    """A server answers; its texts are read by the teacher's tokenizer where it tells no token ids."""
-    tokenizer, rows = tokenizer_of(teacher[1]), len(teacher[0].get_input_embeddings().weight)
-    end, asked = tokenizer.eos_token_id, endpoint
-
-    def ids(reply: Reply) -> list[int]:
-        if reply.tokens is not None:
-            if not all(0 <= token < rows for token in reply.tokens):
-                raise DataError(f"{endpoint.url}: replied token ids that the model has not; serve the recipe's model")
-            return reply.tokens
-        read = tokenizer.encode(reply.text, add_special_tokens=False)
-        return read + [end] * (reply.ended and end is not None and read[-1:] != [end])
-
-    def generate(questions: Sequence[Question]) -> tuple[list[list[int]], list[int]]:
-        nonlocal asked
-        asked = asked.serving()  # not before an answer is missing
-        replies = asked.answer(questions, max_new_tokens)
-        lengths = [reply.prompt_tokens for reply in replies]
-        if not all(lengths):
-            lengths = encode(teacher[1], questions)["attention_mask"].sum(1).tolist()
-        return [ids(reply)[:max_new_tokens] for reply in replies], lengths
-
-    return generate
-
-
-def _check_own(prompts: Prompts, index: int, target: Distribution, endpoint: Endpoint, units: UnitCache) -> None:
-    """Raise DataError where answers of a batch, given by a server, are not what the teacher itself would choose, after
-    the answers were removed."""
-    ids, predicts, answered = prompts.answered(index)
-    rows = answered[predicts]  # of the distributions, those of answers
-    told, log_p = ids.roll(-1, dims=1)[answered], target.log_p[rows].cpu()
-    if target.ids is None:
-        chosen = log_p.argmax(-1)
-    else:
-        chosen = target.ids[rows].cpu().gather(1, log_p[:, :-1].argmax(-1)[:, None])[:, 0]
-    own, of_answer = (chosen == told).float(), answered.nonzero()[:, 0]
-    counts = torch.bincount(of_answer, minlength=len(ids))
-    shares = torch.bincount(of_answer, own, len(ids)) / counts.clamp_min(1)
-    shares = torch.cat([shares[counts >= LONG_ENOUGH], own.mean()[None]])
-    if float(shares.min()) < OWN:
-        units.remove()
-        raise DataError(
-            f"{endpoint.url}: only {float(shares.min()):.0%} of an answer's tokens are what the recipe's model would "
-            "choose; serve the same weights, with its chat template and without sampling"
-        )
 
 
 def _answers(

@@ -9,7 +9,7 @@ import resource
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,28 +126,11 @@ def merge_tensors(
     refuse_output(Path(out), [checkpoint.path for checkpoint in opened.values()])
     specs = written_specs(alignment, float32)
     key = _key(alignment, (method, clamp, allow_nonfinite, seed, float32), shard_size)
-    read = opened if method.reads_sources else {"vlm": alignment.vlm}
-
-    guessed = False
+    options: dict[str, Any] = {"clamp": clamp, "allow_nonfinite": allow_nonfinite, "seed": seed}
 
     def attempt(may_guess: bool, key: str) -> Receipt:
-        nonlocal guessed
-        with ExitStack() as stack:
-            inputs = Inputs(alignment, {name: stack.enter_context(Reader(one)) for name, one in read.items()})
-            writer = stack.enter_context(Writer(out, specs, shard_size, resume=key, anew=not resume))
-            pool = stack.enter_context(ThreadPoolExecutor(threads))
-            stack.enter_context(one_core_each())  # our threads share the work; torch's own would get in their way
-            for _ in range(threads):
-                inputs.lanes.put(Lane(read))
-            prepared = method.prepare(MergedPasses(inputs, pool, threads, may_guess))
-            guessed = prepared.guessed
-            merger = Merger(inputs, prepared, writer, clamp, allow_nonfinite, seed)
-            for name in merger.run(pool, threads):
-                if progress is not None:
-                    progress(len(writer.done), len(specs), name)
-            merged = [tensor.name for tensor in alignment.merged if inputs.info(tensor).elements]
-            if guessed and not prepared.bears_out([writer.done[name].get("tally") for name in merged]):
-                raise MisjudgedError(f"{out}: what {method.name} guessed is not so")
+        with Writer(out, specs, shard_size, resume=key, anew=not resume) as writer:
+            prepared = _merge(alignment, method, writer, threads, progress, may_guess, options)
             for checkpoint in opened.values():
                 checkpoint.refuse_changes()
             receipt = _receipt(alignment, prepared, writer, opened, fill)
@@ -158,12 +141,42 @@ def merge_tensors(
 
     exact = key + "-exact"
     if not (resume and partial_folder(Path(out), exact).exists()):
-        try:
+        with suppress(MisjudgedError):
             return attempt(True, key)
-        except (MisjudgedError, NumericalError):  # a wrong guess can overflow
-            if not guessed:
-                raise
     return attempt(False, exact)
+
+
+def _merge(
+    alignment: Alignment,
+    method: Method,
+    writer: Writer,
+    threads: int,
+    progress: Progress | None,
+    may_guess: bool,
+    options: Mapping[str, Any],
+) -> Method:
+    """Write all tensors; the method as it was prepared. options: of `Merger`. Raises MisjudgedError."""
+    with ExitStack() as stack:
+        read = alignment.opened if method.reads_sources else {"vlm": alignment.vlm}
+        inputs = Inputs(alignment, {name: stack.enter_context(Reader(one)) for name, one in read.items()})
+        pool = stack.enter_context(ThreadPoolExecutor(threads))
+        stack.enter_context(one_core_each())  # our threads share the work; torch's own would get in their way
+        for _ in range(threads):
+            inputs.lanes.put(Lane(read))
+        prepared = method.prepare(MergedPasses(inputs, pool, threads, may_guess))
+        merger = Merger(inputs, prepared, writer, **options)
+        try:
+            for name in merger.run(pool, threads):
+                if progress is not None:
+                    progress(len(writer.done), len(alignment.tensors), name)
+        except NumericalError as error:
+            if prepared.guessed:  # the right thresholds may not overflow
+                raise MisjudgedError(str(error)) from error
+            raise
+        merged = [tensor.name for tensor in alignment.merged if inputs.info(tensor).elements]
+        if prepared.guessed and not prepared.bears_out([writer.done[name].get("tally") for name in merged]):
+            raise MisjudgedError(f"{writer.out}: what {method.name} guessed is not so")
+    return prepared
 
 
 class MisjudgedError(VlmgraftError):

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from vlmgraft.errors import RecipeError
-from vlmgraft.methods.frism import DEFAULT_RANK, Calibration, GatedMethod
+from vlmgraft.methods.calibration import Calibration
+from vlmgraft.methods.frism import DEFAULT_RANK, GatedMethod
 
 
 @dataclass(frozen=True)

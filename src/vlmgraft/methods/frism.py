@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from vlmgraft.errors import CheckpointError, RecipeError
 from vlmgraft.methods.base import Method, TensorContext
+from vlmgraft.methods.calibration import Calibration
 from vlmgraft.spectral.rank import check_rank
 from vlmgraft.storage.urls import check_url
 
@@ -39,45 +40,6 @@ DEFAULT_RANK = 128
 
 WHOLE = 0.9995
 """A share of ‖τ‖² above this is not worth a note."""
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """The prompts that gates are learned on, and those on which the drift is measured."""
-
-    data: str
-    """Question file with images, relative to where the command runs, or a data set, with its split as NAME:SPLIT."""
-    samples: int = 512
-    """Questions that are learned from."""
-    held_out: int = 128
-    """Further questions, on which the drift is measured."""
-    max_new_tokens: int = 64
-    """Length of the VLM's answers, tokens."""
-    batch_size: int = 8
-    """Questions in a batch of the training."""
-    answer_batch_size: int = 32
-    """Questions that the VLM answers at once."""
-    batch_tokens: int = 16384
-    """Tokens of a batch of the training, images and padding included: longer prompts make smaller batches."""
-    max_pixels: int = 1_003_520
-    """Larger images are shrunk to so many pixels, 1,280 tokens of a Qwen2.5-VL."""
-    packing: Literal["length", "shuffle"] = "length"
-    """Batches of similar length (little padding), or shuffled."""
-    tokens: Literal["answer", "all"] = "answer"
-    """The drift is that of the answer, or of all text."""
-    columns: Mapping[str, str] = field(default_factory=dict)
-    """Our name of a column (question, image, …): the data's."""
-    endpoint: str | None = None
-    """Address of a server of the VLM (vLLM, SGLang) that answers the questions in its place, http://…/v1."""
-
-    def __post_init__(self) -> None:
-        for name in ("samples", "max_new_tokens", "batch_size", "answer_batch_size", "batch_tokens", "max_pixels"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"method.calibration.{name}: {getattr(self, name)} must be at least 1")
-        if self.held_out < 0:
-            raise RecipeError(f"method.calibration.held_out: {self.held_out} must not be negative")
-        if self.endpoint is not None:
-            check_url(self.endpoint, "method.calibration.endpoint")
 
 
 def check_budget(kl_budget: float, option: str = "kl_budget") -> None:

@@ -1,0 +1,102 @@
+"""Servers that answer in a teacher's place: which ones, whether they are there, and whether the answers are its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vlmgraft.data.endpoint import Endpoint, Reply
+from vlmgraft.data.questions import Question
+from vlmgraft.errors import DataError, InputError, RecipeError, VlmgraftError
+from vlmgraft.hf.batches import encode
+from vlmgraft.hf.modules import tokenizer_of
+from vlmgraft.methods.frism import Frism, GatedMethod
+
+if TYPE_CHECKING:
+    from vlmgraft.distillation.cache import UnitCache
+    from vlmgraft.distillation.targets import Distribution
+    from vlmgraft.distillation.teacher import Prompts
+    from vlmgraft.recipe.model import Recipe
+
+OWN, LONG_ENOUGH = 0.5, 8
+"""The least share of tokens that the teacher would choose itself, in a batch of served answers, and in each of so many
+tokens; of its own answers it is nearly 1, ties between tokens apart."""
+Generate = Callable[[Sequence[Question]], tuple[list[list[int]], list[int]]]
+"""Questions → the answers' token ids, and the prompts' lengths in tokens."""
+
+
+def vlm_endpoint(recipe: Recipe, method: GatedMethod, path: Path) -> Endpoint | None:
+    """The server that answers in the VLM's place; not asked for its model yet."""
+    url = method.calibration.endpoint
+    return Endpoint(url, names=(recipe.vlm, str(path))) if url else None
+
+
+def donor_endpoints(recipe: Recipe, method: GatedMethod, paths: Sequence[Path]) -> list[Endpoint | None]:
+    """The server of every donor; raises RecipeError for another number of them."""
+    given = method.donor_endpoint if isinstance(method, Frism) else None
+    if given is None:
+        return [None] * len(paths)
+    urls = given if isinstance(given, list) else [given]
+    if len(urls) != len(paths):
+        raise RecipeError(f"method.donor_endpoint: {len(urls)} servers for {len(paths)} donors; give one per donor")
+    names = [recipe.donor, *(more.donor for more in recipe.more_donors)]
+    return [Endpoint(url, names=(name, str(path))) for url, name, path in zip(urls, names, paths, strict=True)]
+
+
+def check_servers(recipe: Recipe, method: GatedMethod, vlm: Path, donors: Sequence[Path]) -> None:
+    """Raise InputError where a server is not up, or does not have the recipe's model."""
+    for endpoint in (vlm_endpoint(recipe, method, vlm), *donor_endpoints(recipe, method, donors)):
+        try:
+            _ = endpoint and endpoint.serving()
+        except VlmgraftError as error:
+            raise InputError(str(error)) from error
+
+
+def served(teacher: tuple[Any, Any], max_new_tokens: int, endpoint: Endpoint) -> Generate:
+    """A server answers; its texts are read by the teacher's tokenizer where it tells no token ids."""
+    tokenizer, rows = tokenizer_of(teacher[1]), len(teacher[0].get_input_embeddings().weight)
+    end, asked = tokenizer.eos_token_id, endpoint
+
+    def ids(reply: Reply) -> list[int]:
+        if reply.tokens is not None:
+            if not all(0 <= token < rows for token in reply.tokens):
+                raise DataError(f"{endpoint.url}: replied token ids that the model has not; serve the recipe's model")
+            return reply.tokens
+        read = tokenizer.encode(reply.text, add_special_tokens=False)
+        return read + [end] * (reply.ended and end is not None and read[-1:] != [end])
+
+    def generate(questions: Sequence[Question]) -> tuple[list[list[int]], list[int]]:
+        nonlocal asked
+        asked = asked.serving()  # not before an answer is missing
+        replies = asked.answer(questions, max_new_tokens)
+        lengths = [reply.prompt_tokens for reply in replies]
+        if not all(lengths):
+            lengths = encode(teacher[1], questions)["attention_mask"].sum(1).tolist()
+        return [ids(reply)[:max_new_tokens] for reply in replies], lengths
+
+    return generate
+
+
+def check_own(prompts: Prompts, index: int, target: Distribution, endpoint: Endpoint, units: UnitCache) -> None:
+    """Raise DataError where answers of a batch, given by a server, are not what the teacher itself would choose, after
+    the answers were removed."""
+    ids, predicts, answered = prompts.answered(index)
+    rows = answered[predicts]  # of the distributions, those of answers
+    told, log_p = ids.roll(-1, dims=1)[answered], target.log_p[rows].cpu()
+    if target.ids is None:
+        chosen = log_p.argmax(-1)
+    else:
+        chosen = target.ids[rows].cpu().gather(1, log_p[:, :-1].argmax(-1)[:, None])[:, 0]
+    own, of_answer = (chosen == told).float(), answered.nonzero()[:, 0]
+    counts = torch.bincount(of_answer, minlength=len(ids))
+    shares = torch.bincount(of_answer, own, len(ids)) / counts.clamp_min(1)
+    shares = torch.cat([shares[counts >= LONG_ENOUGH], own.mean()[None]])
+    if float(shares.min()) < OWN:
+        units.remove()
+        raise DataError(
+            f"{endpoint.url}: only {float(shares.min()):.0%} of an answer's tokens are what the recipe's model would "
+            "choose; serve the same weights, with its chat template and without sampling"
+        )
