@@ -10,7 +10,7 @@ from vlmgraft.storage.urls import check_url
 
 @pytest.mark.parametrize("url", ["http://a:80o0/v1", "http://[::1", "http:///v1", "http://a b/v1", "ftp://a/v1", ""])
 def test_an_address_that_is_none_is_refused(url: str) -> None:
-    with pytest.raises(InputError, match="method.x: a server's address must begin with http"):
+    with pytest.raises(InputError, match=r"method\.x: a server's address must begin with http"):
         check_url(url, "method.x")
 
 

@@ -99,9 +99,8 @@ def teacher_outputs(
     the meta device. answer_batch_size: of the answering, else `batch_size`. batch_tokens: at most so many in a batch,
     padding included. packing: "shuffle" mixes questions in a batch, "length" puts similar lengths together (less
     padding, less mixing). tokens: which positions count: those of the answer, or of all text, prompt included. cache: a
-    folder that keeps the teacher's answers and distributions. endpoint: a server of the same model that gives the
-    answers; at least half of the tokens must be the teacher's own choice. Raises DataError when there is
-    nothing to learn from, or the answers are another model's.
+    folder that keeps the teacher's answers and distributions. endpoint: a server of the same model that answers. Raises
+    DataError when there is nothing to learn from, or the answers are another model's.
     """
     if not questions:
         raise DataError("no questions to learn from: give at least one")
