@@ -20,6 +20,7 @@ from vlmgraft.data.questions import (
     open_images,
     questions_digest,
 )
+from vlmgraft.data.traces import load_traces
 from vlmgraft.errors import DataError
 
 
@@ -154,8 +155,9 @@ def test_the_first_turn_of_a_chat_is_asked(tmp_path: Path, picture: Path) -> Non
     path.write_text(json.dumps([{"image": ["p.png"] * 3, "conversations": several}]))
     (question,) = load_questions(path)
     assert len(question.images) == 2, "the third is shown later"
-    image, texts = {"type": "image"}, [{"type": "text", "text": text} for text in ("First\n", "or second?")]
-    assert question.parts == [image, texts[0], image, texts[1]]
+    path.write_text(json.dumps([{"image": ["p.png"] * 2, "conversations": [first, *llava[1:]]}]))
+    assert question.parts == load_traces(path).traces[0].prompt[0]["content"], "as it is learned"
+    assert [part.get("text") for part in question.parts] == [None, "First ", None, " or second?"]
     path.write_text(json.dumps([{"conversations": llava[1:]}]))
     with pytest.raises(DataError, match="row 1: has no user turn"):
         load_questions(path)

@@ -145,9 +145,9 @@ def first_asked(row: Row, images: list[Any], where: str) -> tuple[str, list[Any]
     turns = [turn["content"] for turn in _turns(row, where) if turn["role"] == "user"]
     if not turns:
         raise _bad(where, "has no user turn")
-    pieces = [MARK if part["type"] == "image" else part["text"].strip() for part in turns[0]]
-    behind = list(dropwhile(MARK.__eq__, pieces))
-    text = "\n".join(pieces if MARK in behind else behind)  # in front they need no places
+    pieces = [MARK if part["type"] == "image" else part["text"] for part in turns[0]]
+    behind = list(dropwhile(MARK.__eq__, pieces))  # what is in front needs no places
+    text = "".join(pieces) if MARK in behind else "\n".join(map(str.strip, behind))
     held = [part["image"] for part in turns[0] if part.get("image") is not None]
     places = [sum(part["type"] == "image" for part in turn) for turn in turns]
     return text, held or (images[: places[0]] if any(places) else images)
