@@ -93,6 +93,7 @@ def gated_model(job: Job, patch: Patch) -> list[str]:
 
     patch.setattr("huggingface_hub.snapshot_download", refuse)
     patch.setattr("huggingface_hub.HfApi.model_info", refuse)
+    patch.setattr("huggingface_hub.get_hf_file_metadata", refuse)  # what is asked first, when not offline
     job.recipe["donor"] = "meta-llama/Llama-3.1-8B"
     return ["gated", "meta-llama/Llama-3.1-8B", "accept its terms", "hf auth login"]
 
