@@ -26,7 +26,8 @@ import torch
 from vlmgraft.checkpoint.header import TensorSpec, plan_shards
 
 KEYS = small.KEYS[:3]
-METHODS = ("task_arithmetic", "linear")
+METHODS = ("task_arithmetic", "task_arithmetic, torch", "linear")
+"""Of benchmarks/merge.py; "torch": not compiled."""
 
 
 def specs(layers: int, hidden: int, inner: int, kv: int, words: int, *, vlm: bool) -> list[TensorSpec]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,32 @@ def test_the_library_reads_what_we_save(
     assert all(found[name].dtype == one.dtype and found[name].equal(one) for name, one in tensors.items())
     for name, info in read_header(path).items():
         assert info.begin % tensors[name].element_size() == 0, "aligned"
+
+
+def test_finished_tensors_are_flushed_while_others_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[int] = []
+    monkeypatch.setattr("vlmgraft.checkpoint.writer.FLUSH", 40)
+    monkeypatch.setattr("os.fsync", lambda handle: flushed.append(handle))
+    with Writer(tmp_path / "out", SPECS, 10**6) as writer:
+        for name, tensor in WEIGHTS.items():
+            writer.write(name, tensor)
+            writer.finish(name, {})
+        writer._flusher.shutdown()
+        assert len(flushed) == 1  # after 30 + 28 bytes; 32 more are below the bound
+    assert len(flushed) > 1
+
+
+def test_a_flush_that_fails_publishes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(handle: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("vlmgraft.checkpoint.writer.FLUSH", 1)
+    monkeypatch.setattr("os.fsync", fails)
+    with (
+        pytest.raises(OutputError, match=r"model\.safetensors.*Input/output"),
+        Writer(tmp_path / "out", SPECS, 10**6) as w,
+    ):
+        for name, tensor in WEIGHTS.items():
+            w.write(name, tensor)
+            w.finish(name, {})
+    assert not list(tmp_path.iterdir())

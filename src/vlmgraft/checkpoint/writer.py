@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +31,8 @@ from vlmgraft.storage.publish import Publication
 from vlmgraft.storage.resources import cannot_write
 
 JOURNAL = ".journal.jsonl"
+FLUSH = 1 << 28
+"""Bytes of finished tensors after which they are flushed to the disk, beside the work that goes on."""
 
 
 class Writer:
@@ -61,6 +65,9 @@ class Writer:
         self._digests: dict[str, dict[int, bytes]] = {}
         self._resume = resume
         self._handles = Handles(os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        self._flusher = ThreadPoolExecutor(1)
+        self._flushes: list[Future[None]] = []
+        self._dirty: Counter[str] = Counter()
         self._layout: dict[str, tuple[str, int, TensorSpec]] = {}
         for shard in self.shards:
             begin = len(shard.header)
@@ -74,6 +81,7 @@ class Writer:
         with ExitStack() as stack:
             stack.enter_context(self._publication)
             stack.callback(self._handles.close)
+            stack.callback(self._flusher.shutdown, cancel_futures=True)
             self._load_journal()
             for shard in self.shards:
                 self._allocate(shard)
@@ -140,6 +148,19 @@ class Writer:
         self.done[name] = dict(facts)
         if self._resume is not None:
             append_row(self.folder / JOURNAL, {"name": name, **facts})
+        shard, _, spec = self._layout[name]
+        self._dirty[shard] += spec.nbytes
+        if self._dirty[shard] >= FLUSH:
+            self._flushes.append(self._flusher.submit(self._flush, shard))
+            self._dirty[shard] = 0
+
+    def _flush(self, shard: str) -> None:
+        """Wait until the disk has what was written of a shard; raises OutputError."""
+        try:
+            with self._handles.of(self.folder / shard) as handle:
+                os.fsync(handle)
+        except OSError as error:
+            raise cannot_write(self.folder / shard, error) from None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -150,9 +171,10 @@ class Writer:
         """After a clean exit: the index, the tensors on disk, and only then the journal is removed."""
         if kind is None:
             self._write_index()
+            for flush in self._flushes:
+                flush.result()
             for shard in self.shards:
-                with self._handles.of(self.folder / shard.name) as handle:
-                    os.fsync(handle)
+                self._flush(shard.name)
             (self.folder / JOURNAL).unlink(missing_ok=True)
 
     def _write_index(self) -> None:

@@ -23,7 +23,7 @@ from vlmgraft.alignment import AlignedTensor
 from vlmgraft.checkpoint.handles import TORCH_DTYPES, as_bytes
 from vlmgraft.checkpoint.writer import Writer
 from vlmgraft.errors import NumericalError, WeightsError
-from vlmgraft.merging.pieces import AHEAD, Inputs, Lane, Pieces, chunks_of, squared_norm
+from vlmgraft.merging.pieces import AHEAD, WIDE, Inputs, Lane, Pieces, chunks_of, squared_norm
 from vlmgraft.merging.plan import CHUNK, streamed
 from vlmgraft.merging.rounding import ChunkFacts, inner, round_stochastically, survival
 from vlmgraft.methods.base import Method, TensorContext
@@ -50,6 +50,7 @@ class Merger:
 
     clamp: values beyond the VLM's dtype become its largest, and are counted; else they are refused. allow_nonfinite:
     the same of values in copied tensors that are NaN or infinite. seed: of stochastic rounding; None: to nearest even.
+    compiled: take `compiled.py`'s pass where it can be taken; the weights are the same.
     """
 
     inputs: Inputs
@@ -58,6 +59,7 @@ class Merger:
     clamp: bool = False
     allow_nonfinite: bool = False
     seed: int | None = None
+    compiled: bool = False
 
     def run(self, pool: ThreadPoolExecutor, threads: int) -> Iterator[str]:
         """Copy and merge everything that is not done yet; gives the name of each tensor once it is written."""
@@ -128,11 +130,48 @@ class Merger:
                 return task, [ChunkFacts(nonfinite=self._copy(task, lane))]
             if self.method.whole_tensors:
                 return task, self._matrix(task.tensor, lane)
-            pieces = chunks_of(self.inputs, task.tensor, task.start, task.stop, lane)
             with reused():
-                return task, [self._chunk(task.tensor, context, raw, chunk, lane) for context, raw, chunk in pieces]
+                return task, list(self._chunks(task, lane))
         finally:
             self.inputs.lanes.put(lane)
+
+    def _chunks(self, task: Task, lane: Lane) -> Iterator[ChunkFacts]:
+        """Merge a range chunk by chunk: in the compiled pass where it can, else in torch."""
+        tensor, fast = task.tensor, self.compiled and self._in_bfloat16(task.tensor)
+        step = WIDE * CHUNK if fast else task.stop - task.start
+        for start in range(task.start, task.stop, step):
+            stop = min(start + step, task.stop)
+            if fast and (facts := self._fused(tensor, start, stop - start, lane)) is not None:
+                yield facts
+                continue
+            for context, raw, pieces in chunks_of(self.inputs, tensor, start, stop, lane):
+                yield self._chunk(tensor, context, raw, pieces, lane)
+
+    def _in_bfloat16(self, tensor: AlignedTensor) -> bool:
+        """Whether all that is read and written of a tensor is bfloat16 in one order, and rounded to nearest."""
+        sources = self.inputs.sources(tensor)
+        if self.seed is not None or any(source.layout.kind != "whole" for source in sources.values()):
+            return False
+        dtypes = {self.inputs.readers[key].info(source.names[0]).dtype for key, source in sources.items()}
+        return dtypes | {self.inputs.info(tensor).dtype, self.writer.spec(tensor.name).dtype} == {"BF16"}
+
+    def _fused(self, tensor: AlignedTensor, start: int, count: int, lane: Lane) -> ChunkFacts | None:
+        """Merge one chunk in the compiled pass and write it; None, and nothing written, where torch must decide."""
+        from vlmgraft.merging.compiled import is_torch, merge_chunk
+
+        fused = self.method.fused(self.inputs.context(tensor, start))
+        names = {key: source.names[0] for key, source in self.inputs.sources(tensor).items()}
+        if fused is None or (fused.form == "ties") != ("vlm_base" in names) or not is_torch(fused.form):
+            return None
+        raw = {key: lane.views[key][: 2 * count] for key in ("vlm", *names)}
+        for key, view in raw.items():
+            reader = self.inputs.readers[key]
+            reader.read_bytes(reader.info(names.get(key, tensor.name)), 2 * start, view)
+        out = lane.views["out"][: 2 * count]
+        facts = merge_chunk(fused, raw, out)
+        if facts is not None:
+            self.writer.write_bytes(tensor.name, 2 * start, out)
+        return facts
 
     def _copy(self, task: Task, lane: Lane) -> int:
         """Copy a range; how many of its values are NaN or infinite."""
@@ -238,11 +277,13 @@ def count_nonfinite(raw: Tensor, dtype: torch.dtype) -> int:
     dtype = torch.float32 if dtype.is_complex else dtype
     if not dtype.is_floating_point:
         return 0
-    values = raw.view(dtype) if dtype.itemsize > 1 else raw.view(dtype).float()
-    norm = torch.linalg.vector_norm(values, dtype=torch.float32 if dtype.itemsize < 4 else None)
-    if math.isfinite(norm):  # only where every value is: one reduction, of which the copy shows nothing
-        return 0
-    return int((~torch.isfinite(values)).sum())
+    total = 0
+    for part in raw.view(dtype).split(1 << 16):  # torch reduces bfloat16 by way of a copy in float32
+        values = part if dtype.itemsize > 1 else part.float()
+        norm = torch.linalg.vector_norm(values, dtype=torch.float32 if dtype.itemsize < 4 else None)
+        if not math.isfinite(norm):
+            total += int((~torch.isfinite(values)).sum())
+    return total
 
 
 def _split(pieces: Any) -> Iterator[tuple[Tensor, ...]]:

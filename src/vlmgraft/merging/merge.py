@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +44,10 @@ if TYPE_CHECKING:
 FAR = 0.5
 """‖τ‖ / ‖W_vlm‖ from which a merge warns. Measured pairs have 0.007 (a trio of 135 M) and 0.09, at most 0.12 in a layer
 (the lab); two unrelated matrices of one norm are 1.41 apart. Half is four times the one and a third of the other."""
+
+
+WORTH_COMPILING = 1 << 27
+"""Merged elements: a second of torch's arithmetic on two cores."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +170,7 @@ def _merge(
         for _ in range(threads):
             inputs.lanes.put(Lane(read))
         prepared = method.prepare(MergedPasses(inputs, pool, threads, may_guess))
-        merger = Merger(inputs, prepared, writer, **options)
+        merger = Merger(inputs, prepared, writer, **options, compiled=bool(_numba(alignment)))
         try:
             for name in merger.run(pool, threads):
                 if progress is not None:
@@ -177,6 +183,14 @@ def _merge(
         if prepared.guessed and not prepared.bears_out([writer.done[name].get("tally") for name in merged]):
             raise MisjudgedError(f"{writer.out}: what {method.name} guessed is not so")
     return prepared
+
+
+def _numba(alignment: Alignment) -> dict[str, str]:
+    """numba's version where a merge is large enough to load the compiled pass (half a second); {} without numba."""
+    elements = sum(alignment.vlm.tensors[tensor.name].elements for tensor in alignment.merged)
+    if elements < WORTH_COMPILING or find_spec("numba") is None:
+        return {}
+    return {"numba": version("numba")}
 
 
 class MisjudgedError(VlmgraftError):
@@ -209,7 +223,7 @@ def _receipt(
         method.name,
         rows,
         (*alignment.notes, *method.notes(), *far, *_warning(kept), *_values_noted(rows)),
-        {"vlmgraft": __version__, "torch": torch.__version__},
+        {"vlmgraft": __version__, "torch": torch.__version__, **_numba(alignment)},
         0.0,
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         writer.files(),

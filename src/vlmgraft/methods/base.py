@@ -14,7 +14,7 @@ import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 from vlmgraft.alignment.view import GROUPS
 from vlmgraft.errors import RecipeError
@@ -46,6 +46,24 @@ class TensorContext:
     layer: int | None = None
     group: str = "other"
     start: int = 0
+
+
+@dataclass(frozen=True)
+class Fused:
+    """What a method does to one element, for a pass that is compiled (`merging/compiled.py`); `apply` is its twin.
+
+    add          vlm + λ·(donor − donor_base)        numbers: λ
+    lerp         donor + a·(vlm − donor)             a
+    sum          a·vlm + b·donor                     a, b
+    ties         as `ties.py`, by the mean of what agrees with an unweighted election: both thresholds, both weights, λ
+
+    tally: of `ties`, called with the elements and, of each task vector, its magnitudes above the threshold and at or
+    above it.
+    """
+
+    form: Literal["add", "lerp", "sum", "ties"]
+    numbers: tuple[float, ...]
+    tally: Callable[[int, tuple[int, int], tuple[int, int]], None] | None = None
 
 
 class Passes(Protocol):
@@ -135,6 +153,10 @@ class Method:
         very object, so that its bits survive. Called from several threads.
         """
         raise NotImplementedError(f"{self.name}: a merge streams what `prepare` gives back")
+
+    def fused(self, context: TensorContext) -> Fused | None:
+        """`apply` of a chunk as one of the forms that are compiled; None: it is none of them, or gives the VLM back."""
+        return None
 
 
 def number_for(value: Number, context: TensorContext, option: str) -> float:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from vlmgraft.alignment.select import select_layers
 from vlmgraft.errors import AlignmentError, RecipeError
-from vlmgraft.methods.base import Method, Number, TensorContext, check_range, number_for
+from vlmgraft.methods.base import Fused, Method, Number, TensorContext, check_range, number_for
 from vlmgraft.methods.scratch import scratch
 
 if TYPE_CHECKING:
@@ -60,6 +60,14 @@ class Linear(Method):
         if total != 1:
             return torch.mul(tensors["vlm"], weight, out=merged).add_(tensors["donor"], alpha=total - weight)
         return torch.lerp(tensors["donor"], tensors["vlm"], weight, out=merged)
+
+    def fused(self, context: TensorContext) -> Fused | None:
+        """The same for the compiled pass."""
+        weight = number_for(self.vlm_weight, context, "vlm_weight")
+        total = number_for(self.weight_sum, context, "weight_sum")
+        if weight == total == 1:
+            return None
+        return Fused("lerp", (weight,)) if total == 1 else Fused("sum", (weight, total - weight))
 
 
 @dataclass(frozen=True)
@@ -103,3 +111,7 @@ class LayerSwap(Method):
         if context.layer in self.kept:
             return tensors["vlm"]
         return Linear(self.vlm_weight).apply(tensors, context)
+
+    def fused(self, context: TensorContext) -> Fused | None:
+        """The same for the compiled pass."""
+        return None if context.layer in self.kept else Linear(self.vlm_weight).fused(context)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from vlmgraft.methods.base import Method, Number, TensorContext, check_range, number_for
+from vlmgraft.methods.base import Fused, Method, Number, TensorContext, check_range, number_for
 from vlmgraft.methods.scratch import scratch
 
 if TYPE_CHECKING:
@@ -36,3 +36,8 @@ class TaskArithmetic(Method):
         (merged,) = scratch(tensors["vlm"], "merged")
         torch.sub(tensors["donor"], tensors["donor_base"], out=merged)
         return torch.add(tensors["vlm"], merged, alpha=scale, out=merged)
+
+    def fused(self, context: TensorContext) -> Fused | None:
+        """The same for the compiled pass."""
+        scale = number_for(self.scale, context, "scale")
+        return Fused("add", (scale,)) if scale else None

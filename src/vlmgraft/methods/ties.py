@@ -28,10 +28,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from vlmgraft.errors import RecipeError
-from vlmgraft.methods.base import Method, TensorContext
+from vlmgraft.methods.base import Fused, Method, TensorContext, number_for
 from vlmgraft.methods.task_vectors import SignMethod, task_vectors
 
 if TYPE_CHECKING:
@@ -101,6 +102,21 @@ class TrimmedTies(Method):
             tallies = {source: Tally.of(tau, least[source]) for source, tau in vectors.items()}
             self.counted[context.name, context.start] = tallies
         return self.recipe.merge(vectors["vlm"], vectors["donor"], tensors["vlm_base"], context)
+
+    def fused(self, context: TensorContext) -> Fused | None:
+        """The same for the compiled pass, with the paper's election and mean."""
+        recipe, least = self.recipe, self.thresholds[self.recipe.unit(context)]
+        if recipe.election != "unweighted" or recipe.combine != "mean":
+            return None
+        weights = [number_for(weight, context, f"weights[{number}]") for number, weight in enumerate(recipe.weights)]
+        numbers = (least["vlm"], least["donor"], *weights, number_for(recipe.scale, context, "scale"))
+        return Fused("ties", numbers, None if self.counted is None else partial(self._count, context))
+
+    def _count(self, context: TensorContext, elements: int, vlm: tuple[int, int], donor: tuple[int, int]) -> None:
+        from vlmgraft.methods.trim import Tally
+
+        assert self.counted is not None
+        self.counted[context.name, context.start] = {"vlm": Tally(*vlm, elements), "donor": Tally(*donor, elements)}
 
     @property
     def guessed(self) -> bool:
