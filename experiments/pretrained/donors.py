@@ -94,8 +94,8 @@ def warm_up(trio: Trio, model: Any, tokenizer: Any, parameters: list[nn.Paramete
 
 
 def reinforce(trio: Trio, model: Any, tokenizer: Any) -> None:
-    """TRL's GRPO in place: eight samples per prompt, reward 1 for the right last number, no KL term. The trainer's own
-    checkpoints under `grpo` are gone on with."""
+    """TRL's GRPO in place: two prompts a step, eight samples of each, reward 1 for the right last number, no KL. The
+    trainer's own checkpoints under `grpo` are gone on with."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -112,7 +112,7 @@ def reinforce(trio: Trio, model: Any, tokenizer: Any) -> None:
     settings = GRPOConfig(
         output_dir=str(folder),
         max_steps=trio.sizes.grpo_steps,
-        per_device_train_batch_size=32,
+        per_device_train_batch_size=16,
         num_generations=8,
         max_completion_length=SAMPLE_TOKENS,
         learning_rate=5e-6,

@@ -40,7 +40,7 @@ class Sizes:
     replayed_sums: int = 250
     general: int = len(scenes.GENERAL_PROMPTS)
     grpo_steps: int = 100
-    distil_steps: int = 100
+    distil_steps: int = 60
     asked: int = 200
     exam: int = 150
     calibration: int = 256

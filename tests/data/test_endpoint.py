@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -51,6 +54,22 @@ def test_answers_come_back_in_order() -> None:
     with chat_server(lambda body: said(body["messages"][0]["content"][::-1])) as url:
         replies = Endpoint(url, "m").answer([Question(f"{number}x") for number in range(9)], 5)
     assert [reply.text for reply in replies] == [f"x{number}" for number in range(9)]
+
+
+def test_an_interruption_waits_for_no_reply() -> None:
+    """A server that accepts and says nothing: the process ends long before the request does."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        script = (
+            "from vlmgraft.data.endpoint import Endpoint\nfrom vlmgraft.data.questions import Question\n"
+            f"Endpoint('http://127.0.0.1:{server.getsockname()[1]}', 'm').answer([Question('?')] * 3, 5)"
+        )
+        asking = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+        server.settimeout(120)
+        connections = [server.accept() for _ in range(3)]
+        asking.send_signal(signal.SIGINT)
+        assert "KeyboardInterrupt" in asking.communicate(timeout=60)[1]
+        for connection, _ in connections:
+            connection.close()
 
 
 def test_the_model_is_found_among_several() -> None:

@@ -10,11 +10,12 @@ import base64
 import io
 import json
 import os
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, replace
 from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
@@ -86,12 +87,23 @@ class Endpoint:
         return replace(self, model=(wanted or found)[0]["id"])
 
     def answer(self, questions: Sequence[Question], max_new_tokens: int) -> list[Reply]:
-        """Greedy answers, all questions at once; raises VlmgraftError naming the server, once one of them failed."""
-        pool = ThreadPoolExecutor(max(1, len(questions)))
-        try:
-            return list(pool.map(lambda question: self._answer(question, max_new_tokens), questions))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        """Greedy answers, all questions at once; raises VlmgraftError naming the server, once one of them failed.
+
+        Who stops waiting, by ^C or for an error, leaves the other requests to threads that end with the process.
+        """
+        replies: list[Future[Reply]] = [Future() for _ in questions]
+
+        def ask(reply: Future[Reply], question: Question) -> None:
+            try:
+                reply.set_result(self._answer(question, max_new_tokens))
+            except BaseException as error:  # noqa: BLE001  (raised again where it is waited for)
+                reply.set_exception(error)
+
+        for given in zip(replies, questions, strict=True):
+            threading.Thread(target=ask, args=given, daemon=True).start()
+        for reply in as_completed(replies):
+            reply.result()
+        return [reply.result() for reply in replies]
 
     def _answer(self, question: Question, limit: int) -> Reply:
         asked = {"temperature": 0, "max_tokens": limit, "return_token_ids": True, "skip_special_tokens": False}

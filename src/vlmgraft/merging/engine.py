@@ -157,11 +157,13 @@ class Merger:
 
     def _fused(self, tensor: AlignedTensor, start: int, count: int, lane: Lane) -> ChunkFacts | None:
         """Merge one chunk in the compiled pass and write it; None, and nothing written, where torch must decide."""
-        from vlmgraft.merging.compiled import is_torch, merge_chunk
-
         fused = self.method.fused(self.inputs.context(tensor, start))
         names = {key: source.names[0] for key, source in self.inputs.sources(tensor).items()}
-        if fused is None or (fused.form == "ties") != ("vlm_base" in names) or not is_torch(fused.form):
+        if fused is None or (fused.form == "ties") != ("vlm_base" in names):
+            return None
+        from vlmgraft.merging.compiled import is_torch, merge_chunk
+
+        if not is_torch(fused.form):
             return None
         raw = {key: lane.views[key][: 2 * count] for key in ("vlm", *names)}
         for key, view in raw.items():
