@@ -23,6 +23,7 @@ from vlmgraft.errors import NumericalError, VlmgraftError, WeightsError
 from vlmgraft.merging import merge as merge_module
 from vlmgraft.merging import merge_tensors
 from vlmgraft.methods.base import Method, TensorContext
+from vlmgraft.methods.dare import DareLinear
 from vlmgraft.methods.linear import LayerSwap, Linear
 from vlmgraft.methods.task_arithmetic import TaskArithmetic
 from vlmgraft.methods.ties import Ties, TrimmedTies
@@ -248,6 +249,11 @@ def test_the_probe_tells_a_wrong_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled.is_torch.cache_clear()
     assert not compiled.is_torch("lerp")
     compiled.is_torch.cache_clear()
+
+
+def test_a_method_without_a_form_is_not_asked(tmp_path: Path) -> None:
+    _, receipt = merged(trio(tmp_path), DareLinear(0.5), tmp_path / "out", 0)
+    assert "numba" not in receipt["versions"]
 
 
 def test_without_numba_torch_merges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunks: list[str]) -> None:

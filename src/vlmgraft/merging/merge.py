@@ -170,7 +170,7 @@ def _merge(
         for _ in range(threads):
             inputs.lanes.put(Lane(read))
         prepared = method.prepare(MergedPasses(inputs, pool, threads, may_guess))
-        merger = Merger(inputs, prepared, writer, **options, compiled=bool(_numba(alignment)))
+        merger = Merger(inputs, prepared, writer, **options, compiled=bool(_numba(alignment, prepared)))
         try:
             for name in merger.run(pool, threads):
                 if progress is not None:
@@ -185,10 +185,10 @@ def _merge(
     return prepared
 
 
-def _numba(alignment: Alignment) -> dict[str, str]:
-    """numba's version where a merge is large enough to load the compiled pass (half a second); {} without numba."""
+def _numba(alignment: Alignment, method: Method) -> dict[str, str]:
+    """numba's version where it is installed, and a merge large enough to load the compiled pass (half a second)."""
     elements = sum(alignment.vlm.tensors[tensor.name].elements for tensor in alignment.merged)
-    if elements < WORTH_COMPILING or find_spec("numba") is None:
+    if elements < WORTH_COMPILING or type(method).fused is Method.fused or find_spec("numba") is None:
         return {}
     return {"numba": version("numba")}
 
@@ -223,7 +223,7 @@ def _receipt(
         method.name,
         rows,
         (*alignment.notes, *method.notes(), *far, *_warning(kept), *_values_noted(rows)),
-        {"vlmgraft": __version__, "torch": torch.__version__, **_numba(alignment)},
+        {"vlmgraft": __version__, "torch": torch.__version__, **_numba(alignment, method)},
         0.0,
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         writer.files(),
