@@ -17,5 +17,5 @@ def test_quick_writes_its_results(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--quick", "--folder", str(tmp_path), "--out", str(tmp_path / "r")]
     subprocess.run(command, check=True, capture_output=True, timeout=240)
     found = json.loads((tmp_path / "r.json").read_text())
-    assert [row["case"] for row in found["rows"]] == ["cp", "task_arithmetic", "linear"]
+    assert [row["case"] for row in found["rows"]] == ["cp", "task_arithmetic", "task_arithmetic, torch", "linear"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.json", "r.md"]

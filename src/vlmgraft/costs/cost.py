@@ -238,11 +238,11 @@ def stages(model: Model, work: Work, device: Device = H100, *, rate: float = ASS
             operations / (device.double * device.eigen) / work.gpus + (2 * merged + stored) / rate,
         ),
         Stage(
-            "teacher", answered + again, weights, cached, _answering_memory(model, work),
-            (answer_seconds + again / products) / work.gpus + features / rate + copying[0],
+            "teacher", answered + again, weights + merged, cached, _answering_memory(model, work),
+            (answer_seconds + again / products) / work.gpus + (weights + merged + features) / rate + copying[0],
         ),
         Stage(
-            "gates", learning, weights + 2 * factors, 4.0 * gates, training_memory(model, work),
+            "gates", learning, 2 * factors, 4.0 * gates, training_memory(model, work),
             learning / work.gpus / products + copying[1],
         ),
         Stage("fold", folding, weights + 4 * factors, weights, 64.0 * whole, (2 * weights + 4 * factors) / rate),
