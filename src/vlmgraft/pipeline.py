@@ -66,9 +66,10 @@ def merge(
 
     A FRISM recipe decomposes, learns and folds in one go; `workdir` (default: a hidden folder beside `out`, removed
     after success) keeps factors and gates, and what it already holds for the same inputs is not computed again. The
-    gates with their log are in `out`/gates too. threads: of the streaming; default: as many as this process has cores,
-    up to eight, and two for whole tensors. resume: go on with what an interruption left; an `out` that the same recipe
-    finished is left as it is. progress: by default a line in the log of `vlmgraft` every 30 seconds.
+    gates with their log are in `out`/gates too. threads: of the streaming; default: as many as this process has
+    cores, up to eight, and of whole tensors as many as fit into half of the free memory. resume: go on with what an
+    interruption left; an `out` that the same recipe finished is left as it is. progress: by default a line in the
+    log of `vlmgraft` every 30 seconds.
 
     Raises:
         RecipeError, CheckpointError, AlignmentError, OutputError: before anything is written; the last also where the
@@ -92,8 +93,16 @@ def merge(
     progress = progress or LogProgress()
     with _working(job, out, work, keep=workdir is not None):
         method = _learned(job, work, progress) if isinstance(job.recipe.method, GatedMethod) else job.recipe.method
-        streaming = 2 if method.whole_tensors else min(MOST_THREADS, usable_cores())
-        return _folded(job, method, out, threads or streaming, resume, progress)
+        return _folded(job, method, out, threads or _threads(job, method), resume, progress)
+
+
+def _threads(job: Job, method: Method) -> int:
+    """One per core: to stream chunks at most `MOST_THREADS`, of whole tensors as many as memory has room for."""
+    if not method.whole_tensors:
+        return min(MOST_THREADS, usable_cores())
+    from vlmgraft.spectral.threads import workers_for  # torch
+
+    return workers_for(max((job.vlm.tensors[tensor.name].elements for tensor in job.alignment.merged), default=1))
 
 
 def decompose(

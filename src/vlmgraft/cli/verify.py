@@ -22,6 +22,8 @@ class Verify(Command):
         typer.Option("--source", help="check a checkpoint that it was made from, too: donor=FOLDER, repeated"),
     ] = None
 
+    threads: Annotated[int, typer.Option(help="that read at once", min=1)] = 2
+
     def run(self) -> None:
         from vlmgraft.checkpoint.verify import verify
         from vlmgraft.errors import CheckpointError
@@ -30,7 +32,7 @@ class Verify(Command):
         if "" in sources.values():
             raise CheckpointError("--source: write a name of the receipt and a checkpoint, such as donor=FOLDER")
         with self.progress() as progress:
-            result = verify(self.folder, sources=sources, progress=progress)
+            result = verify(self.folder, sources=sources, threads=self.threads, progress=progress)
         self.show(result, lambda: self._print(result))
         if not result.unchanged:
             raise typer.Exit(1)
