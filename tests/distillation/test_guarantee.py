@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import vlmgraft as vg
+from vlmgraft.distillation import targets as targets_module
 from vlmgraft.distillation.distill import Distiller
 from vlmgraft.distillation.guarantee import check_guarantee
 from vlmgraft.distillation.risk_control import SCALINGS, conformal_bound
@@ -44,6 +45,27 @@ def test_drift_per_prompt_is_the_mean_over_its_tokens(distiller: Distiller, open
     assert found.tolist() == pytest.approx(means, rel=1e-6) and len(means) == targets.questions == 12
     weighted = sum(mean * count for mean, count in zip(means, counts, strict=True)) / sum(counts)
     assert weighted == pytest.approx(distiller.keep_kl(open_gates), rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:kl_budget is measured")
+@pytest.mark.parametrize("rows", [512, 5])
+def test_of_cut_distributions_the_certified_drift_is_that_of_the_whole_vocabulary(
+    distiller: Distiller, open_gates: Gates, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    """A bound on lower bounds would certify nothing. Against targets kept whole; also in pieces of the head."""
+    options = {"max_new_tokens": 4, "batch_size": 4}
+    whole = Distiller(distiller.model, distiller.processor, distiller.factors, distiller.questions[:8], **options)
+    monkeypatch.setattr(targets_module, "FULL_VOCABULARY", 8)
+    monkeypatch.setattr(targets_module, "HEAD_ROWS", rows)
+    monkeypatch.setattr(targets_module.Distribution.of.__func__, "__defaults__", (8,))
+    cut = Distiller(distiller.model, distiller.processor, distiller.factors, distiller.questions[:8], **options)
+    assert whole.targets.whole and not cut.targets.whole
+    measured: list[Any] = []
+    cut.certify(open_gates, cut.targets, 9.0, 9.0, lambda drifts, cap: measured.append(drifts) or 0.0)  # type: ignore[func-returns-value]
+    with whole.applied(open_gates) as model:
+        wanted, lower = whole.targets.prompt_kl(model), cut.targets.prompt_kl(model)
+    assert measured[-1].tolist() == pytest.approx(wanted.tolist(), rel=1e-4)
+    assert bool((lower.numpy() < measured[-1]).all())
 
 
 def test_gates_are_scaled_to_the_last_bound_within_the_budget(distiller: Distiller, open_gates: Gates) -> None:

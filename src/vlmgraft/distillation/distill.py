@@ -172,11 +172,14 @@ class Distiller:
         self,
         what: Gates | Mapping[str, Tensor] | nn.Module | None,
         held_out: Sequence[Question] | Targets | None = None,
+        *,
+        upper: bool = False,
     ) -> float:
         """KL(P_vlm ‖ P) in nats per answer token, for gates, other weights, another model, or (None) the VLM.
 
         held_out: questions or cached targets; default: the distiller's own held-out set. Another model must read the
-        VLM's processor; its own embeddings and vision tower are used.
+        VLM's processor; its own embeddings and vision tower are used. upper: of gates or weights, an upper bound, where
+        the teacher's distributions are not kept whole and the KL is a lower one.
         """
         targets = self._held_out(held_out)
         if what is None:
@@ -184,7 +187,7 @@ class Distiller:
         if isinstance(what, nn.Module):
             return targets.mean_kl(what, replayed=False)
         with self.applied(what) as model:
-            return targets.mean_kl(model)
+            return targets.mean_kl(model, upper=upper)
 
     @contextmanager
     def measuring(
@@ -250,11 +253,15 @@ class Distiller:
         prompts: of which neither the gates nor the control of α have seen any. See `guarantee.certify`.
         """
         full = {name: gates.spectrum(name, self.factors[name].s) for name in self.factors}
+        own: dict[int, Tensor] = {}
         with self.gated() as layers, torch.no_grad():
+            if not prompts.whole:
+                layers.set({name: 0 * spectrum for name, spectrum in full.items()})
+                prompts.prompt_kl(self.model, own)  # the teacher's
 
             def drifts(t: float) -> ArrayLike:
                 layers.set({name: t * spectrum for name, spectrum in full.items()})
-                return prompts.prompt_kl(self.model).numpy()
+                return prompts.prompt_kl(self.model, own).numpy()
 
             certified = certify(drifts, SCALINGS, budget, cap, bound)
         return replace(gates, scale=gates.scale * certified.t), certified

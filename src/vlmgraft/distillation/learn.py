@@ -210,8 +210,13 @@ def _learn(job: Job, store: Store, out: Path, progress: Progress | None) -> Gate
         unseen = job.asked.unseen
         prompts = distiller.teacher_targets(unseen) if unseen else None
         learned = learned_gates(distiller, method, donor, started=started, state=state)
-        if "held_out_kl" not in learned.settings and distiller.held_out_targets is not None:
-            learned = replace(learned, settings={**learned.settings, "held_out_kl": distiller.keep_kl(learned)})
+        if distiller.held_out_targets is not None:
+            settings = dict(learned.settings)
+            if "held_out_kl" not in settings:
+                settings["held_out_kl"] = distiller.keep_kl(learned)
+            if "held_out_kl_upper" not in settings and not distiller.held_out_targets.whole:
+                settings["held_out_kl_upper"] = distiller.keep_kl(learned, upper=True)
+            learned = replace(learned, settings=settings)
         if prompts is None or not isinstance(method, Frism):
             return learned
         return within_budget(method, distiller, learned, prompts)

@@ -128,7 +128,7 @@ class TargetBatch:
         def piece(rows: Tensor, start: int) -> Tensor:
             return target.rows(start, start + len(rows)).kl(head_logits(model, rows))
 
-        pieces = self._hidden(model).split(HEAD_ROWS)
+        pieces = self.hidden(model).split(HEAD_ROWS)
         kept = [checkpoint(piece, rows, at * HEAD_ROWS, use_reentrant=False) for at, rows in enumerate(pieces)]
         return torch.cat(kept)
 
@@ -137,20 +137,28 @@ class TargetBatch:
         target = self.target.to(model.device)
         if self.captured is None:
             return target.kl_upper(self.logits(model))
-        pieces = self._hidden(model).split(HEAD_ROWS)
+        pieces = self.hidden(model).split(HEAD_ROWS)
         bounds = [target.rows(at * HEAD_ROWS, at * HEAD_ROWS + len(rows)).kl_upper(head_logits(model, rows))
                   for at, rows in enumerate(pieces)]  # fmt: skip
         return torch.cat(bounds)
+
+    def kl_whole(self, model: Any, own: Float[Tensor, "N hidden"]) -> Float[Tensor, " N"]:
+        """KL(teacher ‖ model) over the whole vocabulary, of a captured batch; own: `hidden` of the teacher."""
+        pieces = zip(own.to(model.device).split(HEAD_ROWS), self.hidden(model).split(HEAD_ROWS), strict=True)
+        return torch.cat([
+            Distribution(head_logits(model, before).float().log_softmax(-1), None).kl(head_logits(model, after))
+            for before, after in pieces
+        ])  # fmt: skip
 
     def distribution(self, model: Any) -> Distribution:
         """The model's own distributions at the tokens that count: the target, when it is the teacher."""
         if self.captured is None or int(self.predicts.sum()) <= HEAD_ROWS:
             return Distribution.of(self.logits(model))
-        parts = [Distribution.of(head_logits(model, rows)) for rows in self._hidden(model).split(HEAD_ROWS)]
+        parts = [Distribution.of(head_logits(model, rows)) for rows in self.hidden(model).split(HEAD_ROWS)]
         ids = [part.ids for part in parts if part.ids is not None]
         return Distribution(torch.cat([part.log_p for part in parts]), torch.cat(ids) if ids else None)
 
-    def _hidden(self, model: Any) -> Float[Tensor, "N hidden"]:
+    def hidden(self, model: Any) -> Float[Tensor, "N hidden"]:
         """Hidden states at the tokens that count, of a captured batch."""
         assert self.captured is not None
         return replay_hidden(model, moved(self.captured, model.device))[self.predicts.to(model.device)]
@@ -222,17 +230,27 @@ class Targets:
         return float(sums[0] / sums[1])
 
     @torch.no_grad()
-    def prompt_kl(self, model: Any) -> Float[Tensor, " questions"]:
+    def prompt_kl(self, model: Any, own: dict[int, Tensor] | None = None) -> Float[Tensor, " questions"]:
         """KL(teacher ‖ model) of every prompt, averaged over its tokens that count; float64, in the order of batches.
 
-        With a rest bucket (vocabularies above 4,096 tokens) these are lower bounds of the whole KL.
+        With a rest bucket (vocabularies above 4,096 tokens) these are lower bounds of the whole KL, unless `own` is
+        given: the teacher's hidden states by batch, which a first call with the teacher as the model fills in. Then
+        they are exact, or, of batches that are not captured, upper bounds.
 
         Under torch.distributed the batches are shared out, and every process gets all of them.
         """
         means = torch.zeros(self.questions, dtype=torch.float64)
         starts = accumulate((len(batch.predicts) for batch in self.batches), initial=0)
         for (start, batch), weight in shared(list(zip(starts, self.batches, strict=False))):
-            kl, rows = batch.kl(model).double().cpu(), batch.predicts.cpu().nonzero()[:, 0]
+            if own is None or batch.target.ids is None:
+                kl = batch.kl(model)
+            elif batch.captured is None:
+                kl = batch.kl_upper(model)
+            else:
+                if start not in own:
+                    own[start] = batch.hidden(model).cpu()
+                kl = batch.kl_whole(model, own[start])
+            kl, rows = kl.double().cpu(), batch.predicts.cpu().nonzero()[:, 0]
             count = len(batch.predicts)
             sums, tokens = torch.zeros(count, dtype=kl.dtype).index_add(0, rows, kl), rows.bincount(minlength=count)
             means[start : start + count] += weight * sums / tokens.clamp(min=1)

@@ -247,8 +247,12 @@ class GatedFold(Method):
 
     @property
     def divergence(self) -> dict[str, float]:
-        """KL from the VLM's own answers in nats per token, by the prompts that it was measured on."""
-        measured = {"KL from the VLM on held-out prompts": self.gates.settings.get("held_out_kl")}
+        """KL from the VLM's own answers in nats per token, by the prompts it was measured on; from both sides where
+        only the likeliest tokens of a large vocabulary were compared."""
+        settings = self.gates.settings
+        measured = {"KL from the VLM on held-out prompts": settings.get("held_out_kl")}
+        if (upper := settings.get("held_out_kl_upper")) is not None:
+            measured["the same, at most (beyond the 64 likeliest tokens it is bounded)"] = upper
         if self.gates.log:
             measured["KL from the VLM on the prompts of training"] = self.gates.log[-1].get("kl")
         return {name: float(kl) for name, kl in measured.items() if kl is not None}
