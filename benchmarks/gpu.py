@@ -4,10 +4,10 @@
     python benchmarks/gpu.py --quick --out x.json # seconds on the CPU: does it run?
 
 First the device's results are held against a CPU twin in float64 at small shapes; where one is off the command fails.
-Then, at the true shapes: decompositions against torch's own SVD, answers, gate steps in both forms against a plain
-forward and backward pass, folds on the device and on the CPU, a training step with DRIFT's prior against one without,
-and a streamed merge against `cp`. Every row has seconds, the ratio to what it is measured against, and on a GPU the
-peak of its memory. Rows go to benchmarks/results/gpu-NAME.json. After `--minutes` no further stage begins; a stage
+Then, at the true shapes: decompositions against torch's own SVD, answers against reading their prompts, gate steps in
+both forms against a plain forward and backward pass, folds on the device and on the CPU, a training step with DRIFT's
+prior against one without, and a streamed merge against `cp`. Every row has seconds, the ratio to what it is measured
+against, and on a GPU the peak of its memory (of a merge the host's). Rows go to benchmarks/results/gpu-NAME.json. After `--minutes` no further stage begins; a stage
 that was left out is named.
 """
 
@@ -186,7 +186,10 @@ def steps(bench: Bench) -> None:
     prompt = torch.randint(8, sizes["words"], (sizes["answered"], sizes["prompt"]), device=bench.device)
     options = {"max_new_tokens": sizes["answer"], "do_sample": False, "pad_token_id": 0}
     answer = partial(model.generate, input_ids=prompt, attention_mask=torch.ones_like(prompt), **options)
-    bench.time(f"answer {sizes['answered']} prompts of {sizes['prompt']} tokens", answer, tokens=sizes["answer"])
+    what = f"{sizes['answered']} prompts of {sizes['prompt']} tokens"
+    with torch.no_grad():
+        read = bench.time(f"read {what}", lambda: model(input_ids=prompt, logits_to_keep=1))
+    bench.time(f"answer {what}", answer, read, tokens=sizes["answer"])
     length = sizes["prompt"] + sizes["answer"]
     ids = torch.randint(8, sizes["words"], (sizes["batch"], length), device=bench.device)
     captured = {"inputs_embeds": model.get_input_embeddings()(ids).detach(), "use_cache": False}
@@ -223,13 +226,16 @@ def folds(bench: Bench) -> None:
 
 def tuning(bench: Bench) -> None:
     """A step of fine-tuning with DRIFT's prior against one without."""
-    sizes = bench.sizes
+    sizes, cuda = bench.sizes, bench.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(bench.device)
     rows = drift_benchmark.measure(
         sizes["hidden"], sizes["drift_layers"], sizes["batch"], min(sizes["prompt"], 256), sizes["drift_steps"],
         bench.device.type, "device",
     )  # fmt: skip
+    memory = torch.cuda.max_memory_allocated(bench.device) if cuda else None  # of all of them
     for row in rows:
-        bench.add(f"DRIFT step, {row['modules']}", row["step"] * (1 + row["added"]), row["step"], None)
+        bench.add(f"DRIFT step, {row['modules']}", row["step"] * (1 + row["added"]), row["step"], memory)
 
 
 def merging(bench: Bench) -> None:
@@ -239,9 +245,9 @@ def merging(bench: Bench) -> None:
         rows = merge_benchmark.compare(
             Path(folder) / "merge", gigabytes, ["cp", "task_arithmetic"], bench.sizes["repeats"], 2
         )
-    seconds = {row["case"]: row["seconds"] for row in rows}
-    bench.add("cp of a checkpoint", seconds["cp"], None, None, bytes=rows[0]["bytes"])
-    bench.add("merge, task arithmetic", seconds["task_arithmetic"], seconds["cp"], None)
+    cp, merged = ({row["case"]: row for row in rows}[case] for case in ("cp", "task_arithmetic"))
+    bench.add("cp of a checkpoint", cp["seconds"], None, None, bytes=cp["bytes"])
+    bench.add("merge, task arithmetic", merged["seconds"], cp["seconds"], None, host_memory=merged["memory"])
 
 
 STAGES: dict[str, Callable[[Bench], None]] = {

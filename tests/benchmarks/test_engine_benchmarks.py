@@ -51,7 +51,7 @@ def test_the_card_benchmark_checks_itself_and_runs_everywhere(tmp_path: Path, mo
     runpy.run_path(str(BENCHMARKS / "gpu.py"), run_name="__main__")
     written = json.loads(out.read_text())
     rows = {row["what"]: row for row in written["rows"]}
-    assert written["left_out"] == [] and len(rows) == len(written["rows"]) == 20
+    assert written["left_out"] == [] and len(rows) == len(written["rows"]) == 21
     assert all(row["seconds"] > 0 for row in rows.values())
     step, plain = rows["gate step, factored, rank 8"], rows["plain forward and backward"]
     assert step["ratio"] == pytest.approx(step["seconds"] / plain["seconds"])
