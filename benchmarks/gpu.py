@@ -7,8 +7,8 @@ First the device's results are held against a CPU twin in float64 at small shape
 Then, at the true shapes: decompositions against torch's own SVD, answers against reading their prompts, gate steps in
 both forms against a plain forward and backward pass, folds on the device and on the CPU, a training step with DRIFT's
 prior against one without, and a streamed merge against `cp`. Every row has seconds, the ratio to what it is measured
-against, and on a GPU the peak of its memory (of a merge the host's). Rows go to benchmarks/results/gpu-NAME.json. After `--minutes` no further stage begins; a stage
-that was left out is named.
+against, and on a GPU the peak of its memory (of a merge the host's). Rows go to benchmarks/results/gpu-NAME.json.
+After `--minutes` no further stage begins; a stage that was left out is named.
 """
 
 from __future__ import annotations
