@@ -81,9 +81,9 @@ else:
     arguments = Space(output_dir=out, deepspeed=None, fsdp=None)
     callback.on_train_begin(arguments, state, None, model=model, optimizer=optimiser)
     gc.collect()
-    tensors = [value for value in gc.get_objects() if isinstance(value, torch.Tensor) and value.dtype == dtype]
-    stores = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() // 2 for value in tensors
-        if value.device.type != "meta"}
+    tensors = [value for value in gc.get_objects() if type(value) is torch.Tensor and value.dtype == dtype]
+    stores = [value.untyped_storage() for value in tensors if value.device.type != "meta"]
+    stores = {store.data_ptr(): store.nbytes() // dtype.itemsize for store in stores}
     mine = sum(target.parameter.to_local().numel() for target in callback.bound.targets)
     whole = sum(delta.value.numel() for delta in prior.deltas.values())
     (out / f"{how}.{rank}.held").write_text(f"{sum(stores.values())} {mine} {whole}")
