@@ -18,12 +18,24 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from vlmgraft.checkpoint.hub import cached_folder, is_hub_id
 from vlmgraft.checkpoint.packed import without_quantisation
 from vlmgraft.errors import InputError, OutputError, RecipeError
 from vlmgraft.export.card import REPLAY, copy_side_files, declare_dtype, write_model_card
 from vlmgraft.methods.frism import MEMORY_REMEDY, GatedFold, GatedMethod
 from vlmgraft.recipe.model import dump_recipe
-from vlmgraft.recipe.resolve import Job, Plan, RecipeSource, inspect, pair, pairs, plan, read_recipe, resolve
+from vlmgraft.recipe.resolve import (
+    Job,
+    Plan,
+    RecipeSource,
+    gated_method,
+    inspect,
+    pair,
+    pairs,
+    plan,
+    read_recipe,
+    resolve,
+)
 from vlmgraft.recipe.source import read_mapping
 from vlmgraft.storage.jsonl import write_json, write_text
 from vlmgraft.storage.locks import at_work, locked
@@ -116,10 +128,28 @@ def decompose(
     """SVD of the donor's task vector into a factor store at `out`, one file per matrix; further donors' beside it."""
     from vlmgraft.distillation.learn import factors_for
 
-    job = resolve(recipe, overrides, questions=False)
+    loaded = read_recipe(recipe, overrides)
+    gated_method(loaded)
+    if not resume and rank_and_world()[0] == 0:  # no other process writes there before this one has joined it
+        _refuse_store(Path(out), loaded.models)
+    job = resolve(loaded, questions=False)
     lower = "write a smaller method.rank, or run it where there is more memory"
     with at_work(out, "decomposing", lower, job.folders):
         return factors_for(job, Path(out), resume=resume, progress=progress or LogProgress())
+
+
+def _refuse_store(out: Path, models: Sequence[str]) -> None:
+    """Raise OutputError, before anything is downloaded, where `out` is there and cannot be known to be of this job."""
+    from vlmgraft.spectral.factor_store import is_store_file
+
+    refuse_output(out, models, ours=is_store_file)
+    if out.is_dir() and any(out.iterdir()):
+        for model in models:
+            if is_hub_id(model) and cached_folder(model) is None:
+                raise OutputError(
+                    f"{out}: exists, and {model}, of which its factors would have to be, is not downloaded; resume to "
+                    "redo what differs, or choose another folder"
+                )
 
 
 def gates(

@@ -18,9 +18,17 @@ import pytest
 from safetensors import safe_open
 
 COMMIT = "0" * 39 + "1"
-MODELS = {"vlm": "vlm", "donor": "donor", "base": "base", "gated": "donor", "busy": "vlm", "damaged": "donor",
-          "pickled": "base"}  # fmt: skip
+MODELS = {"vlm": "vlm", "donor": "donor", "base": "base", "gated": "donor", "terms": "donor", "busy": "vlm",
+          "damaged": "donor", "pickled": "base", "limited": "base", "dropped": "base", "cut": "base"}  # fmt: skip
 """Models on the hub, and which of the trio's folders each shows."""
+REFUSED = {"gated": (403, "GatedRepo", ""), "terms": (401, "GatedRepo", "")}
+"""Models whose listing is public and whose files are not: to a login without the terms accepted, and to none."""
+HIDDEN = {
+    "private": (401, "", "Invalid username or password."),
+    "revoked": (401, "", "Invalid credentials in Authorization header"),
+}
+"""What the hub says of every model that it does not show to a user who is not logged in, there or not; and to a token
+that was withdrawn."""
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -43,6 +51,9 @@ class Hub(BaseHTTPRequestHandler):
         owner, name, *rest = parts[2:] if api else parts
         revision = rest[1] if len(rest) > 1 else "main"
         self.server.asked[f"{name} {'/'.join(rest)} {self.command}"] += 1
+        if name in HIDDEN:
+            self.refuse(*HIDDEN[name])
+            return
         if owner != "lab" or name not in MODELS:
             self.refuse(404, "RepoNotFound")
             return
@@ -57,12 +68,16 @@ class Hub(BaseHTTPRequestHandler):
             listing = tree if rest and rest[0] == "tree" else {"id": f"lab/{name}", "sha": COMMIT, "siblings": siblings}
             self.send(json.dumps(listing).encode(), body)
             return
-        if name == "gated":
-            self.refuse(403, "GatedRepo")
+        if name in REFUSED:
+            self.refuse(*REFUSED[name])
             return
-        if name == "busy" and self.server.asked[self.path] < 1:
-            self.server.asked[self.path] += 1
-            self.refuse(503, "Busy")
+        self.server.asked[self.path] += 1
+        first = self.server.asked[self.path] == 1
+        if name in ("busy", "limited") and first:
+            self.refuse(503 if name == "busy" else 429, "Busy")
+            return
+        if name == "dropped" and first:
+            self.close_connection = True  # no answer at all
             return
         path = folder / rest[2]
         if path not in files:
@@ -71,15 +86,20 @@ class Hub(BaseHTTPRequestHandler):
         data = path.read_bytes()
         if name == "damaged" and path.suffix == ".safetensors":
             data = data[:8] + b"{not JSON" + data[17:]
-        self.send(data, body)
+        cut = name == "cut" and path.suffix == ".safetensors" and body and self.server.asked[f"{self.path} cut"] == 0
+        self.server.asked[f"{self.path} cut"] += cut
+        self.send(data, body, cut=cut)
 
-    def refuse(self, status: int, code: str) -> None:
+    def refuse(self, status: int, code: str, message: str = "") -> None:
         self.send_response(status)
-        self.send_header("X-Error-Code", code)
+        for header, value in (("X-Error-Code", code), ("X-Error-Message", message)):
+            if value:
+                self.send_header(header, value)
         self.send_header("Content-Length", "0")
         self.end_headers()
 
-    def send(self, data: bytes, body: bool) -> None:
+    def send(self, data: bytes, body: bool, *, cut: bool = False) -> None:
+        """Answer with the data, or the range asked for; cut: the connection ends in the middle of it."""
         first, last, status = 0, len(data) - 1, 200
         if wanted := self.headers.get("Range"):
             begin, end = wanted.removeprefix("bytes=").split("-")
@@ -93,7 +113,8 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
         if body:
             self.server.asked["bytes"] += len(part)
-            self.wfile.write(part)
+            self.wfile.write(part[: len(part) // 2] if cut else part)
+            self.close_connection = self.close_connection or cut
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +143,15 @@ def asked_and_told(
     ("case", "sentence"),
     [
         ("output", "exists"),
-        ("gated", "lab/gated: gated; accept its terms"),
-        ("missing", "lab/missing: no such folder, and no such model on the hub"),
+        ("output of tune", "there: exists"),
+        ("output of decompose", "there: exists, and lab/unasked, of which"),
+        ("gated", "lab/gated: gated; accept its terms on the hub and log in with `hf auth login`"),
+        ("gated in tune", "lab/gated: gated; accept its terms"),
+        ("gated in decompose", "lab/gated: gated; accept its terms"),
+        ("gated, not logged in", "lab/terms: gated; accept its terms"),
+        ("missing", "lab/missing: no such folder, and no such model on the hub: it does not exist, or is private; for"),
+        ("private", "lab/private: no such folder, and no such model on the hub: it does not exist, or is private; for"),
+        ("revoked", "lab/revoked: the hub refuses your login"),
         ("revision", "lab/base@v9: the model exists, this revision does not"),
         ("pickled", "lab/pickled: has no safetensors"),
         ("damaged", "lab/damaged: the header of its weights is damaged"),
@@ -140,11 +168,23 @@ def test_each_refusal_has_its_own_sentence(
 def test_all_sources_are_asked_for_before_the_first_is_downloaded(
     asked_and_told: tuple[Counter[str], dict[str, str]],
 ) -> None:
-    """The VLM `lab/vlm` stands in four recipes that are refused: none of its weights are ever got in full."""
+    """The VLM `lab/vlm` stands in recipes of merge, tune and decompose that are refused: none of its weights are ever
+    got in full. Where `--out` is there, the hub is not asked at all."""
     asked, _ = asked_and_told
-    assert asked["vlm resolve/main/config.json HEAD"] >= 3
+    assert asked["vlm resolve/main/config.json HEAD"] >= 8
     assert not [key for key in asked if key.startswith("vlm ") and f"resolve/{COMMIT}/model.safetensors GET" in key]
-    assert asked["gated resolve/main/config.json HEAD"] == 1
+    assert asked["gated resolve/main/config.json HEAD"] == 3
+    assert not [key for key in asked if key.startswith("unasked ")]
+
+
+def test_what_fails_once_is_asked_for_again(asked_and_told: tuple[Counter[str], dict[str, str]]) -> None:
+    """`lab/limited` answers every file's first request with 429, `lab/dropped` hangs up on it, and `lab/cut` hangs up
+    in the middle of the weights."""
+    asked, told = asked_and_told
+    for name in ("limited", "dropped", "cut"):
+        assert told[name] == told["same bytes"], told[name]
+    assert asked[f"/lab/cut/resolve/{COMMIT}/model.safetensors cut"] == 1
+    assert asked["/lab/limited/resolve/main/config.json"] > 1 and asked["/lab/dropped/resolve/main/config.json"] > 1
 
 
 def test_what_is_there_is_planned_merged_and_found_again_offline(

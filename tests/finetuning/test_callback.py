@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -181,6 +182,18 @@ def test_a_gradient_of_nan_ends_the_training_by_name(trio: Path, tmp_path: Path,
     callback.remove()
     assert all(value.equal(before[name]) for name, value in model.named_parameters())
     assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("arguments", "accelerate"), [("zero2.json", "NO"), (None, "DEEPSPEED")])
+def test_deepspeed_is_refused_when_training_begins(
+    arguments: str | None, accelerate: str, prior_of: Any, tmp_path: Path
+) -> None:
+    state = SimpleNamespace(distributed_type=f"DistributedType.{accelerate}")
+    args = SimpleNamespace(output_dir=tmp_path, deepspeed=arguments, fsdp=None)
+    with pytest.raises(RecipeError, match="deepspeed: ZeRO-2"):
+        DriftCallback(prior_of()).on_train_begin(
+            args, None, None, model=None, optimizer=SimpleNamespace(accelerator_state=state)
+        )
 
 
 def test_what_cannot_be_pushed_is_refused_at_once(trio: Path, tmp_path: Path, rows: Any, prior_of: Any) -> None:

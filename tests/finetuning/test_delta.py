@@ -69,6 +69,24 @@ def test_a_prior_behind_gates(trio: Path, tmp_path: Path) -> None:
         filtered_prior(alignment, factors, shut)
 
 
+def test_a_prior_of_several_processes_derives_its_values_again(trio: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps norms, verdicts and digests; Δ is the same bit for bit, with and without gates."""
+    alignment = aligned(trio, modules=["*.q_proj.weight"])
+    matrix = make_prior(alignment, minus="base", dtype=torch.float32).deltas[Q0].value
+    factors = {Q0: factorize(matrix, Q0, "layers.0.self_attn.q_proj.weight")}
+    gates = constant_gates({Q0: len(factors[Q0].s)}, 0.0, scale=3.0)
+    for make in (lambda: make_prior(alignment), lambda: filtered_prior(alignment, factors, gates)):
+        monkeypatch.setenv("WORLD_SIZE", "1")
+        alone = make()
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        shared = make()
+        assert shared.verdicts == alone.verdicts and shared.sources == alone.sources
+        with shared.values() as value_of, alone.values() as kept:
+            for name, delta in alone.deltas.items():
+                assert shared.deltas[name].value.is_meta and shared.deltas[name].norm == delta.norm
+                assert value_of(name).equal(delta.value) and kept(name) is delta.value
+
+
 def test_gates_of_other_factors_are_refused(trio: Path, tmp_path: Path) -> None:
     store = FactorStore(tmp_path)
     store.save(factorize(torch.ones(4, 3), Q0, "role"), "digest")

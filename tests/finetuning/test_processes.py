@@ -1,4 +1,4 @@
-"""Two gloo processes, replicated or sharded, make the steps of one."""
+"""Two gloo processes, replicated or sharded, make the steps of one, and hold no more of Δ than they push."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import pytest
 from safetensors.torch import load_file
 
 SCRIPT = """
+import gc
 import sys
+from dataclasses import replace
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
@@ -29,7 +31,12 @@ from vlmgraft.storage.torchrun import leave_group
 how, trio, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 torch.set_num_threads(1)
 alignment = align(open_checkpoint(trio / "vlm"), open_checkpoint(trio / "donor"), modules=["attention", "norm"])
-prior = make_prior(alignment, PushRule("adaptive", 1.0), dtype=torch.float32)
+dtype = torch.bfloat16 if how in ("rows", "whole") else torch.float32  # bfloat16: of no other tensor in this process
+prior = make_prior(alignment, PushRule("adaptive", 1.0), dtype=dtype)
+if how == "whole":  # as if one process had made it: all values are kept
+    with prior.values() as value_of:
+        deltas = {name: replace(delta, value=value_of(name)) for name, delta in prior.deltas.items()}
+    prior = replace(prior, deltas=deltas, opened=None)
 ids = torch.randint(10, 60, (16, 6), generator=torch.Generator().manual_seed(0)).tolist()
 rows = [{"input_ids": row, "labels": row, "attention_mask": [1] * 6} for row in ids]
 collate = lambda rows: {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
@@ -73,6 +80,13 @@ else:
     state = Space(global_step=0, max_steps=2, is_world_process_zero=rank == 0)
     arguments = Space(output_dir=out, deepspeed=None, fsdp=None)
     callback.on_train_begin(arguments, state, None, model=model, optimizer=optimiser)
+    gc.collect()
+    tensors = [value for value in gc.get_objects() if type(value) is torch.Tensor and value.dtype == dtype]
+    stores = [value.untyped_storage() for value in tensors if value.device.type != "meta"]
+    stores = {store.data_ptr(): store.nbytes() // dtype.itemsize for store in stores}
+    mine = sum(target.parameter.to_local().numel() for target in callback.bound.targets)
+    whole = sum(delta.value.numel() for delta in prior.deltas.values())
+    (out / f"{how}.{rank}.held").write_text(f"{sum(stores.values())} {mine} {whole}")
     for step in range(2):
         state.global_step = step
         callback.on_step_begin(arguments, state, None)
@@ -120,3 +134,21 @@ def test_ddp_and_fsdp2_push_like_one_process(script: Path, trio: Path) -> None:
         ):  # cosines, strengths and ways of whole parameters, not of shards
             assert one[0] == other[0]
             assert [float(x) for x in one[1:]] == pytest.approx([float(x) for x in other[1:]], abs=2e-4), (how, one[0])
+
+
+@pytest.mark.slow
+def test_a_process_holds_its_rows_of_delta_and_steps_as_with_all_of_it(script: Path, trio: Path) -> None:
+    """Bfloat16 values that are alive after binding, counted; the weights are the same bit for bit."""
+    rows, said = ran(script, trio, "rows", 2)
+    whole, also = ran(script, trio, "whole", 2)
+    assert said == also and rows.keys() == whole.keys()
+    assert all(value.equal(whole[name]) for name, value in rows.items())  # type: ignore[attr-defined]
+
+    def counted(how: str, rank: int) -> list[int]:
+        return [int(number) for number in (script.parent / f"{how}.{rank}.held").read_text().split()]
+
+    assert sum(counted("rows", rank)[1] for rank in range(2)) == counted("rows", 0)[2]
+    for rank in range(2):
+        held, mine, every = counted("rows", rank)
+        assert held == mine < 0.6 * every
+        assert counted("whole", rank) == [mine + every, mine, every], "the count sees what is kept"

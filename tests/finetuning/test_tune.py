@@ -233,6 +233,22 @@ def test_the_output_is_no_input_and_a_donor_must_fit(recipe: Any, trio: Path, tm
         vg.tune({**recipe, "donor": str(trio / "vlm")}, tmp_path / "other")
 
 
+@pytest.mark.parametrize("how", ["accelerate", "arguments"])
+def test_deepspeed_is_refused_before_anything_is_loaded(
+    how: str, recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `accelerate launch --use_deepspeed` says it in the environment, and as a field of the trainer."""
+    opened: list[object] = []
+    monkeypatch.setattr(tune, "open_checkpoint", opened.append)
+    if how == "accelerate":
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    else:
+        recipe["train"]["deepspeed"] = {"zero_optimization": {"stage": 2}}
+    with pytest.raises(RecipeError, match="deepspeed: ZeRO-2 and ZeRO-3 keep gradients to themselves"):
+        vg.tune(recipe, tmp_path / "out")
+    assert not opened and not list(tmp_path.iterdir())
+
+
 def test_overrides_of_a_validated_recipe_are_not_lost_in_silence(recipe: Any, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"prior\.strength=2: the recipe is validated already"):
         vg.tune(load_tune_recipe(recipe), tmp_path / "out", overrides=["prior.strength=2"])

@@ -162,7 +162,8 @@ def explained(source: str) -> Iterator[None]:
         raise CheckpointError(f"{source}: the model exists, this revision does not") from None
     except errors.RepositoryNotFoundError:
         raise CheckpointError(
-            f"{source}: no such folder, and no such model on the hub (or it is private: log in)"
+            f"{source}: no such folder, and no such model on the hub: it does not exist, or is private; for a private "
+            "one log in with `hf auth login`"
         ) from None
     except errors.NotASafetensorsRepoError:
         raise NoSafetensorsError(_no_safetensors(source)) from None
@@ -171,7 +172,12 @@ def explained(source: str) -> Iterator[None]:
     except errors.HFValidationError as error:
         raise CheckpointError(f"{source}: no such folder, and not a hub id ({error})") from None
     except (OSError, *errors.HfHubHTTPError.__bases__) as error:  # the HTTP client's own base, whichever it is
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        first = next(filter(None, str(error).splitlines()), type(error).__name__)
+        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+            raise CheckpointError(
+                f"{source}: the hub refuses your login ({first}); log in again with `hf auth login`, by a token that "
+                "may read this model"
+            ) from None
         raise UnreachableError(
             f"{source}: no such folder, and it cannot be downloaded ({first}); give a folder that exists"
         ) from None

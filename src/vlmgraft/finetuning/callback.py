@@ -8,6 +8,7 @@ before clipping, whether the trainer clips or not.
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -136,14 +137,19 @@ def _at_the_end(run: Callable[[], None], behind: int) -> None:
     engine.queue_callback((lambda: _at_the_end(run, behind - 1)) if behind else run)
 
 
-def _refuse(args: Any, distributed: str) -> None:
-    """Refuse trainings in which the push could not be right; distributed: how accelerate runs this one, which its own
-    config may have set to DeepSpeed without the trainer's arguments naming it."""
-    if args.deepspeed or distributed.endswith("DEEPSPEED"):
+def refuse_deepspeed(configured: object) -> None:
+    """Raise RecipeError where the trainer's arguments configure DeepSpeed, or `accelerate launch` has chosen it."""
+    if configured or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").strip().lower() in ("1", "true", "yes", "on"):
         raise RecipeError(
             "deepspeed: ZeRO-2 and ZeRO-3 keep gradients to themselves, in parts, so that they cannot be pushed; use "
             "DDP or FSDP2"
         )
+
+
+def _refuse(args: Any, distributed: str) -> None:
+    """Refuse trainings in which the push could not be right; distributed: how accelerate runs this one, which its own
+    config may have set to DeepSpeed without the trainer's arguments naming it."""
+    refuse_deepspeed(args.deepspeed or distributed.endswith("DEEPSPEED"))
     checkpointing = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")  # today's name, and the older
     if any((getattr(args, name, None) or {}).get("use_reentrant") for name in checkpointing):
         raise RecipeError(

@@ -1,15 +1,18 @@
 """Δ of DRIFT's prior, streamed from checkpoint folders: donor − VLM, donor − base, or a task vector behind gates.
 
-One tensor of each checkpoint is in memory at a time; what stays is Δ itself, in bfloat16 unless asked otherwise.
+One tensor of each checkpoint is in memory at a time; what stays is Δ itself, in bfloat16 unless asked otherwise. Where
+several processes train, Δ does not stay either: it is measured and proved here, and derived again, tensor by tensor,
+when the prior is bound to parameters, of which a process may hold a part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,10 +27,19 @@ from vlmgraft.spectral.factor_store import FactorStore, check_gates, sources_of_
 from vlmgraft.spectral.factors import Factors
 from vlmgraft.spectral.gate_store import load_gates
 from vlmgraft.spectral.gates import Gates
+from vlmgraft.storage.torchrun import rank_and_world
 
 Minus = Literal["vlm", "base"]
 ALIKE: Mapping[str, float] = {}
 """Every tensor takes the whole strength."""
+
+
+class _Source(NamedTuple):
+    """Where Δ comes from. derive: from a tensor and the VLM's values of it, None for a tensor that has none. digests:
+    by checkpoint and tensor, of what was read so far."""
+
+    derive: Callable[[AlignedTensor, Tensor], Tensor | None]
+    digests: Callable[[], Mapping[str, Mapping[str, str]]]
 
 
 def load_prior(
@@ -78,16 +90,7 @@ def make_prior(
     """
     if minus == "base" and alignment.donor_base is None:
         raise AlignmentError("donor_base: missing; with delta: base the prior is the donor minus its base")
-    with ExitStack() as stack:
-        keys = ("donor", "donor_base") if minus == "base" else ("donor",)
-        readers = {key: stack.enter_context(Reader(getattr(alignment, key))) for key in keys}
-
-        def load(tensor: AlignedTensor, weight: Tensor) -> Tensor:
-            return _difference(alignment, tensor, weight, readers, minus)
-
-        prior = _collect(alignment, load, rule, shares, store, dtype)
-        read = {key: reader.digests() for key, reader in readers.items()}
-        return replace(prior, sources={**prior.sources, **read})
+    return _collect(alignment, partial(_differences, alignment, minus), rule, shares, store, dtype)
 
 
 def filtered_prior(
@@ -111,40 +114,41 @@ def filtered_prior(
     check_gates(gates, factors)
     logits = gates.logits
 
-    def load(tensor: AlignedTensor, _: Tensor) -> Tensor | None:
+    def derive(tensor: AlignedTensor, _: Tensor) -> Tensor | None:
         if tensor.name not in logits or tensor.name not in factors:
             return None
         factor = factors[tensor.name]
         return factor.update(factor.s * gates.open(tensor.name))
 
-    prior = _collect(alignment, load, rule, shares, store, dtype)
-    return replace(prior, sources={**sources_of_factors(factors), **prior.sources})
+    source = _Source(derive, partial(sources_of_factors, factors))
+    return _collect(alignment, lambda: nullcontext(source), rule, shares, store, dtype)
 
 
 def _collect(
     alignment: Alignment,
-    load: Callable[[AlignedTensor, Tensor], Tensor | None],
+    opened: Callable[[], AbstractContextManager[_Source]],
     rule: PushRule | None,
     shares: Mapping[str, float],
     store: Storage,
     dtype: torch.dtype,
 ) -> Prior:
-    """Every Δ with its norm, and every tensor's verdict. load: Δ from the tensor and the VLM's own values."""
+    """Every Δ with its norm, and every tensor's verdict; the values stay where one process trains."""
+    alone = rank_and_world()[1] == 1
     deltas: dict[str, Delta] = {}
     verdicts = []
-    with Reader(alignment.vlm) as vlm:
+    with opened() as source, Reader(alignment.vlm) as vlm:
         for tensor in alignment.tensors:
             if tensor.verdict != "merged":
                 verdicts.append(PushVerdict(tensor.name, tensor.verdict, tensor.reason))
                 continue
             weight = vlm.tensor(tensor.name)
-            value = load(tensor, weight)
+            value = source.derive(tensor, weight)
             if value is None:
                 verdicts.append(PushVerdict(tensor.name, "kept", "it has no gates: only gated matrices are pushed"))
                 continue
             delta = _measured(tensor, value.to(dtype), weight.float(), shares)
             if delta.norm > 0:
-                deltas[tensor.name] = delta
+                deltas[tensor.name] = delta if alone else replace(delta, value=delta.value.to("meta"))
                 verdicts.append(PushVerdict(tensor.name, "pushed", tensor.reason))
             else:
                 verdicts.append(PushVerdict(tensor.name, "zero", "the donor's tensor is the same: Δ is zero"))
@@ -153,7 +157,37 @@ def _collect(
             f"{alignment.donor.path}: Δ is zero for every selected tensor, or none has gates: nothing to push towards; "
             "check that donor and vlm (or donor_base) are what you mean, and `modules`"
         )
-    return Prior(rule or PushRule(), deltas, tuple(verdicts), store, {"vlm": vlm.digests()})
+    sources = {**source.digests(), "vlm": vlm.digests()}
+    again = None if alone else partial(_values, alignment, opened, dtype)
+    return Prior(rule or PushRule(), deltas, tuple(verdicts), store, sources, again)
+
+
+@contextmanager
+def _values(
+    alignment: Alignment, opened: Callable[[], AbstractContextManager[_Source]], dtype: torch.dtype
+) -> Iterator[Callable[[str], Tensor]]:
+    """Δ by tensor name, derived when it is asked for; raises CheckpointError where a file was changed since."""
+    tensors = {tensor.name: tensor for tensor in alignment.merged}
+    with opened() as source, Reader(alignment.vlm) as vlm:
+
+        def value_of(name: str) -> Tensor:
+            value = source.derive(tensors[name], vlm.tensor(name))
+            assert value is not None, name
+            return value.to(dtype)
+
+        yield value_of
+
+
+@contextmanager
+def _differences(alignment: Alignment, minus: Minus) -> Iterator[_Source]:
+    """Donor and base, opened."""
+    with ExitStack() as stack:
+        keys = ("donor", "donor_base") if minus == "base" else ("donor",)
+        readers = {key: stack.enter_context(Reader(getattr(alignment, key))) for key in keys}
+        yield _Source(
+            lambda tensor, weight: _difference(alignment, tensor, weight, readers, minus),
+            lambda: {key: reader.digests() for key, reader in readers.items()},
+        )
 
 
 def _measured(tensor: AlignedTensor, value: Tensor, weight: Tensor, shares: Mapping[str, float]) -> Delta:

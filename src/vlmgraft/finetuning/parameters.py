@@ -27,9 +27,17 @@ class Dense:
 
     groups: process groups over which sums are added up. whole_norm: ‖Δ‖ of the whole tensor. base: ⟨W, Δ⟩ at the VLM.
     copied: bytes of Δ that a push brings over from the CPU. part: where Δ is of one expert's matrix in the parameter.
+    value: the whole Δ, where `delta` does not keep it; of a sharded parameter only this process's part stays.
     """
 
-    def __init__(self, delta: Delta, parameter: nn.Parameter, store: Storage, part: ExpertSlice | None = None) -> None:
+    def __init__(
+        self,
+        delta: Delta,
+        parameter: nn.Parameter,
+        store: Storage,
+        part: ExpertSlice | None = None,
+        value: Tensor | None = None,
+    ) -> None:
         self.delta, self.parameter, self.part = delta, parameter, part
         self.groups = _groups(parameter, delta.name)
         if part is not None and isinstance(parameter, DTensor):
@@ -37,7 +45,7 @@ class Dense:
                 f"{delta.name}: one of the experts that the model fuses, which are not pushed where they are sharded; "
                 "leave experts out of prior.modules, or train in one process"
             )
-        self.direction = _placed(_shard(delta.value, parameter), parameter, store)
+        self.direction = _placed(_shard(delta.value if value is None else value, parameter), parameter, store)
         self.whole_norm = delta.norm
         self.base = delta.start
         self.copied = _copied(self.direction, parameter)
@@ -79,7 +87,7 @@ class LowRank:
     whole_norm = 0.0  # not known before A and B are
     base = 0.0
 
-    def __init__(self, delta: Delta, layer: Any, store: Storage) -> None:
+    def __init__(self, delta: Delta, layer: Any, store: Storage, value: Tensor | None = None) -> None:
         adapter = _only_adapter(layer, delta.name)
         self.delta, self.scaling = delta, float(layer.scaling[adapter])
         self.A, self.B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
@@ -88,7 +96,7 @@ class LowRank:
                 f"{delta.name}: a sharded LoRA adapter is not pushed, since Δ would have to be gathered at every step; "
                 "train the adapter under DDP, or all weights under FSDP2"
             )
-        self.direction = _placed(delta.value, self.A, store)
+        self.direction = _placed(delta.value if value is None else value, self.A, store)
         self.copied = _copied(self.direction, self.A)
 
     def parameters(self) -> list[nn.Parameter]:

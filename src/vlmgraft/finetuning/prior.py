@@ -13,7 +13,8 @@ norm in absolute mode, the paper does not: `rescale`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -67,10 +68,11 @@ class PushVerdict:
 
 @dataclass(frozen=True)
 class Delta:
-    """Δ of one tensor, on the CPU. name: the VLM's, on disk. role: inside the text model.
+    """Δ of one tensor. name: the VLM's, on disk. role: inside the text model.
 
-    norm: ‖Δ‖ as stored. start: ⟨W_vlm, Δ⟩, from which the distance covered towards the donor is measured.
-    size: ‖W_vlm‖. share: of the rule's strength, for this tensor.
+    value: Δ, on the CPU; a meta tensor in a prior that reads its values when it is bound. norm: ‖Δ‖ as stored. start:
+    ⟨W_vlm, Δ⟩, from which the distance covered towards the donor is measured. size: ‖W_vlm‖. share: of the rule's
+    strength, for this tensor.
     """
 
     name: str
@@ -89,7 +91,8 @@ class Prior:
 
     store: where Δ lies while training. `device` takes its size (2 bytes an element) of the accelerator's memory, `cpu`
     keeps it in pinned memory and copies it over at every step. sources: checkpoint → tensor → digest of what Δ was made
-    from, as it was read.
+    from, as it was read. opened: in a prior that keeps no values, such as one made under torchrun: opens the sources
+    and gives a function from a tensor's name to its Δ, which is derived again.
     """
 
     rule: PushRule
@@ -97,6 +100,11 @@ class Prior:
     verdicts: tuple[PushVerdict, ...]
     store: Storage = "device"
     sources: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    opened: Callable[[], AbstractContextManager[Callable[[str], Tensor]]] | None = None
+
+    def values(self) -> AbstractContextManager[Callable[[str], Tensor]]:
+        """Inside, the whole Δ of a tensor by its name: what is kept, or derived again one at a time."""
+        return self.opened() if self.opened else nullcontext(lambda name: self.deltas[name].value)
 
 
 def cosine(dot: Tensor, grad_norm: Tensor, delta_norm: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ For a hand-written loop:
     bound.push(progress=step / steps)      # once per optimiser step, before clipping
     optimizer.step()
 
-Norms and cosines are of the whole parameter: under FSDP2 every process holds its shard of Δ, and the sums of squares
-and products are added up over the mesh before any gradient is touched. The code released with the paper hooks every
+Norms and cosines are of the whole parameter: under FSDP2 every process holds its shard of Δ alone (a prior made under
+torchrun keeps no values, see `Prior.opened`), and the sums of squares and products are added up over the mesh before
+any gradient is touched. The code released with the paper hooks every
 backward pass instead, before gradients are accumulated: `hook_backward`; without accumulation both are the same.
 """
 
@@ -142,21 +143,26 @@ def bind_prior(prior: Prior, model: Any) -> Bound:
     targets: list[Target] = []
     verdicts = {verdict.name: verdict for verdict in prior.verdicts}
     taken: dict[object, str] = {}
-    for delta in prior.deltas.values():
-        role, parameter, part = places.of(delta.name, delta.role, tuple(delta.value.shape))
-        key = (id(parameter), part and (part.expert, part.part))
-        if key in taken:
-            why = f"it shares its parameter with {taken[key]}, which is pushed"
-            verdicts[delta.name] = PushVerdict(delta.name, "kept", why)
-        elif parameter.requires_grad:
-            targets.append(Dense(delta, parameter, prior.store, part))
-        elif role in adapters:
-            if prior.rule.rescale:
-                raise RecipeError(f"prior.rescale: {delta.name} is trained by an adapter, which has no norm of its own")
-            targets.append(LowRank(delta, adapters[role], prior.store))
-        else:
-            verdicts[delta.name] = PushVerdict(delta.name, "kept", "it is frozen: neither it nor an adapter is trained")
-        taken[key] = delta.name
+    with prior.values() as value_of:
+        for delta in prior.deltas.values():
+            role, parameter, part = places.of(delta.name, delta.role, tuple(delta.value.shape))
+            key = (id(parameter), part and (part.expert, part.part))
+            if key in taken:
+                why = f"it shares its parameter with {taken[key]}, which is pushed"
+                verdicts[delta.name] = PushVerdict(delta.name, "kept", why)
+            elif parameter.requires_grad:
+                targets.append(Dense(delta, parameter, prior.store, part, value_of(delta.name)))
+            elif role in adapters:
+                if prior.rule.rescale:
+                    raise RecipeError(
+                        f"prior.rescale: {delta.name} is trained by an adapter, which has no norm of its own"
+                    )
+                targets.append(LowRank(delta, adapters[role], prior.store, value_of(delta.name)))
+            else:
+                verdicts[delta.name] = PushVerdict(
+                    delta.name, "kept", "it is frozen: neither it nor an adapter is trained"
+                )
+            taken[key] = delta.name
     if not targets:
         raise AlignmentError(
             f"{type(model).__name__}: none of the {len(prior.deltas)} tensors of the prior is trained; unfreeze them, "

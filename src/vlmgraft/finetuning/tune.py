@@ -18,10 +18,11 @@ import torch
 
 from vlmgraft.alignment import Alignment, align
 from vlmgraft.checkpoint.files import INDEX
+from vlmgraft.checkpoint.hub import check_access
 from vlmgraft.checkpoint.index import Checkpoint, open_checkpoint
 from vlmgraft.data.traces import load_traces
 from vlmgraft.errors import OutputError, RecipeError
-from vlmgraft.finetuning.callback import LOG, DriftCallback
+from vlmgraft.finetuning.callback import LOG, DriftCallback, refuse_deepspeed
 from vlmgraft.finetuning.delta import filtered_prior, make_prior, shares_of
 from vlmgraft.finetuning.output import RECIPE, Tuned, finished, publish
 from vlmgraft.finetuning.prior import Prior, PushRule
@@ -67,6 +68,7 @@ def tune(
         NumericalError: a gradient became NaN or infinite (names the tensor); nothing is published.
     """
     recipe, out = load_tune_recipe(recipe, overrides), Path(out)
+    _refuse_early(recipe, out, resume)
     vlm = open_checkpoint(recipe.vlm)
     sources = (vlm.path, recipe.donor, recipe.donor_base, recipe.prior.gates, recipe.prior.factors)
     with at_work(out, "fine-tuning", LOWER, [source for source in sources if source is not None]):
@@ -76,6 +78,17 @@ def tune(
             return tuned
         refuse_output(out, [vlm.path])
         return _tune(recipe, vlm, out, resume, progress)
+
+
+def _refuse_early(recipe: TuneRecipe, out: Path, resume: bool) -> None:
+    """Raise what a recipe and the hub's first answers tell, before anything is downloaded."""
+    models = [recipe.vlm]
+    if recipe.prior.mode != "none":
+        refuse_deepspeed(recipe.train.get("deepspeed"))
+        models += [model for model in (recipe.donor, recipe.donor_base) if model]
+    if not resume:
+        refuse_output(out, models)
+    check_access(models)
 
 
 def _tune(recipe: TuneRecipe, vlm: Checkpoint, out: Path, resume: bool, progress: Progress | None) -> Tuned:
