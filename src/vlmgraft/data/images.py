@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
+from PIL import ImageFile as PillowFile
 
 from vlmgraft.checkpoint.files import open_regular
 from vlmgraft.errors import CheckpointError, DataError
@@ -193,7 +194,7 @@ def check_picture(source: Path | bytes, name: str) -> None:
 
 
 @contextmanager
-def _opened(source: Path | bytes | bytearray) -> Iterator[Image.Image]:
+def _opened(source: Path | bytes | bytearray) -> Iterator[PillowFile.ImageFile]:
     with open_regular(source) if isinstance(source, Path) else io.BytesIO(source) as file:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
