@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import ImageFile as PillowFile
 from safetensors.torch import load_file, save_file
 
 import vlmgraft as vg
@@ -68,6 +69,26 @@ def test_everything_is_read_once_and_nothing_again_when_it_is_ready(
     second = opens_of(lambda: vg.merge(recipe, tmp_path / "second", workdir=work), models)
     assert second["donor"] == second["base"] == 1 and second["vlm"] == 2  # headers, and the VLM for the fold
     assert second["calibration.jsonl"] == 1 and second["0.png"] == 1
+    assert (tmp_path / "first" / WEIGHTS).read_bytes() == (tmp_path / "second" / WEIGHTS).read_bytes()
+
+
+def test_an_image_is_decoded_once_and_not_again_when_its_answer_is_there(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded, load = Counter[bytes](), PillowFile.ImageFile.load
+
+    def counted(image: PillowFile.ImageFile) -> Any:
+        first, loaded = bool(image.tile), load(image)
+        decoded.update([image.tobytes()] if first else [])
+        return loaded
+
+    monkeypatch.setattr(PillowFile.ImageFile, "load", counted)
+    work = tmp_path / "work"
+    vg.merge(recipe, tmp_path / "first", workdir=work)
+    assert len(decoded) == decoded.total() == 24
+    shutil.rmtree(work / "gates")
+    vg.merge(recipe, tmp_path / "second", workdir=work)
+    assert decoded.total() == 24
     assert (tmp_path / "first" / WEIGHTS).read_bytes() == (tmp_path / "second" / WEIGHTS).read_bytes()
 
 

@@ -5,12 +5,21 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tests.recipe_place import Place
-from vlmgraft.costs import device, dry_run, gate_stages, models
+from vlmgraft import merge
+from vlmgraft.costs import device, dry_run, fit, gate_stages, models
+from vlmgraft.distillation import memory
+from vlmgraft.errors import RecipeError
+from vlmgraft.hf.batches import prompt_lengths
+from vlmgraft.hf.models import load_processor
+from vlmgraft.recipe.resolve import calibration_questions, read_recipe
+from vlmgraft.spectral import decompose
 
 
 def test_a_dry_run_has_a_line_for_every_stage_and_says_what_is_there(trio: Path, tmp_path: Path, vlmgraft: Any) -> None:
@@ -103,6 +112,48 @@ def test_a_dry_run_tells_a_fault_before_what_takes_longer(
     assert rehearsed.notes[0] == "the questions were not read: 132 of 1000 tokens each are assumed"
 
 
+def test_a_dry_run_reckons_with_the_longest_prompt_as_the_run_does(
+    trio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The longest is the third of four; both decide about layers in the host's memory by it."""
+    place, works, steps = Place(tmp_path, trio, "frism"), list[Any](), list[dict[str, Any]]()
+    rows = [
+        {"question": f"read {'glyphs ' * (9 if number == 2 else 1)}now", "image": "grey.png"} for number in range(4)
+    ]
+    (place.folder / "calibration.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    fitting = fit.fitting
+    monkeypatch.setattr(fit, "fitting", lambda model, work, *more: (works.append(work), fitting(model, work, *more))[1])
+    rehearsed = dry_run.dry_run(place.write(), place.out)
+    method, questions = read_recipe(place.write()).method, calibration_questions(read_recipe(place.write()).method)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=1e12))
+    monkeypatch.setattr(memory, "way_that_fits", lambda *_, **work: steps.append(work))
+    memory.offloads(method, trio / "vlm", questions, torch.device("cuda"), torch.bfloat16)
+    (work,), (step,), lengths = works, steps, prompt_lengths(load_processor(trio / "vlm"), questions)
+    assert work.prompt == max(lengths) == lengths[2] > lengths[0]
+    assert step["tokens"] == work.batch * (work.prompt + work.answer)
+    parts = re.search(r"\(weights [\d.]+, factors .*, activations [\d.]+, logits [\d.]+\)", "".join(rehearsed.notes))
+    assert parts is not None
+    assert any(re.search(r"of host memory \([\d.]+ GB free\).* of disk \([\d.]+ GB free in", note)
+               for note in rehearsed.notes)  # fmt: skip
+
+
+@pytest.mark.parametrize("place_of", ["disk", "memory"])
+def test_features_that_do_not_fit_are_refused_before_work(
+    place_of: str, trio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vlmgraft: Any
+) -> None:
+    place = Place(tmp_path, trio, "frism")
+    monkeypatch.setattr(decompose, "decompose", lambda *_, **__: pytest.fail("work was begun"))
+    if place_of == "disk":
+        monkeypatch.setattr(memory, "disk_of", lambda folder: (folder.parent, 1000))
+        parts = ["gates.teacher: image features and answers take", "its disk has 0.00 GB free", "max_pixels"]
+    else:
+        monkeypatch.setattr(memory, "free_memory", lambda: 1000)
+        parts = ["what the text model reads of all questions takes", "0.00 GB are free", "max_pixels, samples"]
+    place.refused(vlmgraft, [], parts)
+    with pytest.raises(RecipeError, match=parts[0]):
+        merge(place.write(), place.out)
+
+
 @pytest.mark.filterwarnings("ignore:kl_budget is measured on 2")
 def test_a_dry_run_asks_for_as_many_questions_as_the_merge(trio: Path, tmp_path: Path, vlmgraft: Any) -> None:
     place = Place(tmp_path, trio, "frism")
@@ -122,7 +173,7 @@ def test_a_dry_run_of_32b_on_one_card_puts_layers_into_the_hosts_memory(
     monkeypatch.setattr(models.Model, "of", lambda name, config: model)
     monkeypatch.setattr(device, "device_of", lambda *_: device.H100)
     monkeypatch.setattr(gate_stages, "free_memory", lambda: int(host))
-    monkeypatch.setattr(gate_stages, "_prompt_length", lambda *_: 2000)
+    monkeypatch.setattr(gate_stages, "_prompt_lengths", lambda *_: [2000] * 4)
     place = Place(tmp_path, trio, "frism")
     place.recipe["method"] |= {"rank": rank, "steps": 200}
     rehearsed = dry_run.dry_run(place.write())

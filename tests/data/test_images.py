@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from vlmgraft.data.images import FORMATS, open_picture, shrunk
+from vlmgraft.data.images import FORMATS, open_picture, read_image, shrunk
+from vlmgraft.errors import DataError
 
 
 @pytest.mark.parametrize("form", [*FORMATS, "MPO"])
@@ -41,3 +44,31 @@ def test_a_picture_is_turned_as_its_camera_says() -> None:
 ])  # fmt: skip
 def test_a_large_picture_shrinks_in_proportion(size: tuple[int, int], pixels: int, expected: tuple[int, int]) -> None:
     assert shrunk(Image.new("RGB", size, "red"), pixels).size == expected
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_the_size_is_known_before_a_picture_is_decoded(form: str, orientation: int, tmp_path: Path) -> None:
+    exif, path = Image.Exif(), tmp_path / "picture"
+    exif[0x0112] = orientation
+    Image.new("RGB", (40, 20)).save(path, form, **({} if form in ("GIF", "BMP", "PPM") else {"exif": exif}))
+    assert read_image(path, "picture", keep=False).size == open_picture(path, "picture").size
+
+
+def test_a_png_that_says_behind_its_pixels_how_it_is_turned_has_its_size_too(tmp_path: Path) -> None:
+    exif, data, path = Image.Exif(), io.BytesIO(), tmp_path / "late.png"
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 20)).save(data, "PNG")
+    whole, body = data.getvalue(), b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = (len(body) - 4).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
+    path.write_bytes(whole[:-12] + chunk + whole[-12:])
+    assert read_image(path, "picture", keep=False).size == open_picture(path, "picture").size == (20, 40)
+
+
+def test_a_jpeg_that_was_cut_off_is_refused_without_decoding_it(tmp_path: Path) -> None:
+    picture, path = Image.effect_noise((64, 64), 90), tmp_path / "cut.jpg"
+    picture.save(path)
+    assert read_image(path, "picture", keep=False).pixels == 64 * 64
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(DataError, match=r"picture: cannot be read, or is corrupt \(its end is missing\)"):
+        read_image(path, "picture", keep=False)

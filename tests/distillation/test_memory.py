@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,11 +11,13 @@ import pytest
 import torch
 
 from docs.tools.memory_table import table
+from vlmgraft.distillation import memory
 from vlmgraft.distillation.distill import Distiller
 from vlmgraft.distillation.gate_vector import GateVector
 from vlmgraft.distillation.gated_layers import checkpointed, gated
 from vlmgraft.distillation.memory import (
     GATE_BYTES,
+    Kept,
     Memory,
     Shapes,
     host_memory_of,
@@ -23,6 +26,7 @@ from vlmgraft.distillation.memory import (
     way_that_fits,
     ways_of,
 )
+from vlmgraft.errors import RecipeError
 from vlmgraft.hf.batches import Question, encode
 from vlmgraft.hf.models import load_config, load_processor
 from vlmgraft.methods.calibration import Calibration
@@ -160,6 +164,29 @@ def test_ways_that_a_recipe_allows() -> None:
     assert ways_of(never, True) == [(True, False)]
     assert ways_of(Frism(gradient_checkpointing=False, offload=True), False) == [(False, True)]
     assert ways_of(Curvature(gradient_checkpointing=False), True) == [(False, False), (False, True)]
+
+
+def test_bytes_that_are_kept_of_questions_by_hand() -> None:
+    """Of two prompts of 10 and 30 tokens with answers of 5: rows of 8 numbers, three times as many with two more of
+    Qwen3-VL's layers; distributions of 100 words whole, of 5,000 as 64 and a rest, with 64 ids."""
+    config: Any = SimpleNamespace(hidden_size=8, vocab_size=100, get_text_config=lambda decoder: config)
+    calibration = Calibration("none.jsonl", max_new_tokens=5)
+    assert Kept.of(config, calibration, [10, 30], 2) == Kept(40 * 16 + 10 * 400, 50 * 16 + 10 * 400)
+    config.vision_config = SimpleNamespace(deepstack_visual_indexes=[1, 2])
+    config.vocab_size = 5000
+    assert Kept.of(config, calibration, [10, 30], 2) == Kept(40 * 48 + 10 * 516, 50 * 48 + 10 * 516)
+    served = Kept.of(config, replace(calibration, endpoint="http://h/v1", tokens="all"), [10, 30], 2)
+    assert served == Kept(50 * 516, 50 * 48 + 50 * 516)
+
+
+def test_what_a_folder_holds_already_is_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "gates.teacher"
+    monkeypatch.setattr(memory, "disk_of", lambda folder: (folder.parent, 60))
+    with pytest.raises(RecipeError, match=r"gates.teacher: image features and answers take"):
+        Kept(100, 0).check(folder)
+    (folder / "key").mkdir(parents=True)
+    (folder / "key" / "answers-0000.safetensors").write_bytes(bytes(40))
+    assert "free in" in Kept(100, 0).check(folder)
 
 
 LONG, SHORT = Question("what is it?" * 9), Question("what?")

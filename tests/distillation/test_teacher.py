@@ -67,6 +67,11 @@ def test_answers_in_other_batches_are_the_same(distiller: Distiller) -> None:
     side = distiller.model, distiller.processor
     apart = build_targets(side, side, distiller.questions, max_new_tokens=6, batch_size=12, answer_batch_size=5)
     assert apart.answers == distiller.targets.answers and len(apart.batches) == len(distiller.targets.batches)
+    tokens = distiller.targets.batches[0].tokens() // len(distiller.targets.batches[0].ids)
+    few = build_targets(
+        side, side, distiller.questions, max_new_tokens=6, batch_size=12, answer_batch_tokens=3 * tokens
+    )
+    assert few.answers == distiller.targets.answers
     with pytest.raises(DataError, match="neither"):
         build_targets(side, side, distiller.questions, tokens="some")  # type: ignore[arg-type]
     with pytest.raises(DataError, match="at least one"):

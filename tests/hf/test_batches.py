@@ -11,8 +11,17 @@ import pytest
 import torch
 from PIL import Image
 
+from vlmgraft.data.questions import hold_images
 from vlmgraft.errors import DataError
-from vlmgraft.hf.batches import Question, append_answers, batches, encode, generate_batch, load_questions
+from vlmgraft.hf.batches import (
+    Question,
+    append_answers,
+    batches,
+    encode,
+    generate_batch,
+    load_questions,
+    prompt_lengths,
+)
 
 Draw = Callable[[int], Image.Image]
 Ask = Callable[..., list[Question]]
@@ -63,6 +72,26 @@ def test_batches_cover_every_question_once_and_keep_images_apart(random_image: D
     found = batches(questions, 4)
     assert sorted(i for batch in found for i in batch) == list(range(23))
     assert all(len(batch) <= 4 and len({bool(questions[i].images) for i in batch}) == 1 for batch in found)
+
+
+def test_batches_hold_to_a_number_of_tokens() -> None:
+    questions, lengths = [Question("a" * 9)] * 7, [10, 20, 90, 30, 10, 10, 10]
+    assert batches(questions, 4, lengths, 60) == [[0, 1], [2], [3, 4], [5, 6]]
+    assert batches(questions, 4, lengths) == batches(questions, 4) == [[0, 1, 2, 3], [4, 5, 6]]
+
+
+def test_without_pixels_a_prompt_is_the_same_and_no_image_is_decoded(
+    processor: Any, image_questions: Ask, random_image: Draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random_image(0).resize((90, 60)).save(tmp_path / "a.png")
+    (held,) = hold_images([Question("what?", (tmp_path / "a.png",), max_pixels=2000)])
+    questions = [*image_questions(3), held]
+    whole = encode(processor, questions)
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded") if self.format else None)
+    blank = encode(processor, questions, pixels=False)
+    assert blank.keys() == whole.keys() and not blank["pixel_values"].equal(whole["pixel_values"])
+    assert all(blank[key].equal(value) for key, value in whole.items() if key != "pixel_values")
+    assert prompt_lengths(processor, questions) == whole["attention_mask"].sum(1).tolist()
 
 
 def test_answers_are_appended_without_padding_between(processor: Any, image_questions: Ask) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from vlmgraft.costs.device import H100, Device
 from vlmgraft.costs.models import Model, kept
-from vlmgraft.distillation.memory import Rank, Shapes, memory_of
+from vlmgraft.distillation.memory import Memory, Rank, Shapes, memory_of
 from vlmgraft.distillation.projections import Backend, choose_backend
 from vlmgraft.distillation.targets import DONOR_BATCH, TOP_K
 from vlmgraft.distillation.trainer import WATCHED, Training
@@ -147,7 +147,7 @@ def decomposition_memory(out: int, inner: int) -> float:
     return 20.0 * long * short + (8 * 4 + 8) * short * short
 
 
-def training_memory(model: Model, work: Work, width: int = 2) -> float:
+def training_memory(model: Model, work: Work, width: int = 2) -> Memory:
     """Bytes of one GPU while gates are learned, `width` bytes per weight."""
     return memory_of(
         model.shapes,
@@ -158,7 +158,7 @@ def training_memory(model: Model, work: Work, width: int = 2) -> float:
         checkpointing=work.checkpointing,
         offload=work.offload,
         width=width,
-    ).total
+    )
 
 
 def _answering_memory(model: Model, work: Work) -> float:
@@ -242,7 +242,7 @@ def stages(model: Model, work: Work, device: Device = H100, *, rate: float = ASS
             (answer_seconds + again / products) / work.gpus + (weights + merged + features) / rate + copying[0],
         ),
         Stage(
-            "gates", learning, 2 * factors, 4.0 * gates, training_memory(model, work),
+            "gates", learning, 2 * factors, 4.0 * gates, training_memory(model, work).total,
             learning / work.gpus / products + copying[1],
         ),
         Stage("fold", folding, weights + 4 * factors, weights, 64.0 * whole, (2 * weights + 4 * factors) / rate),

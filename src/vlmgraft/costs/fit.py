@@ -8,7 +8,7 @@ from functools import partial
 from vlmgraft.costs.cost import Work, training_memory
 from vlmgraft.costs.device import Device
 from vlmgraft.costs.models import Model
-from vlmgraft.distillation.memory import ROOM, WAYS, Way, host_memory_of, ways_of
+from vlmgraft.distillation.memory import ROOM, WAYS, Memory, Way, host_memory_of, ways_of
 from vlmgraft.methods.frism import GatedMethod
 
 
@@ -29,13 +29,17 @@ def fitting(model: Model, work: Work, device: Device, method: GatedMethod) -> Fi
     """The first of the ways that the recipe allows (`ways_of`) in which the training fits; where none does, what to set
     or lower, in order: the recipe's ways, questions in a batch, directions per matrix."""
 
-    def needed(work: Work, way: Way) -> float:
+    def memory(work: Work, way: Way) -> Memory:
         return training_memory(model, replace(work, checkpointing=way[0], offload=way[1]), width=device.width)
+
+    def needed(work: Work, way: Way) -> float:
+        return memory(work, way).total
 
     room, ways = ROOM * device.memory, ways_of(method, device.is_gpu)
     chosen = next((way for way in ways if needed(work, way) <= room), ways[-1])
     host = host_memory_of(model.shapes, rank=work.rank, gpus=work.gpus, width=device.width) if chosen[1] else 0
     sizes = f"{needed(work, chosen) / 2**30:.1f} GiB of {device.memory / 2**30:.1f} on {device.name}"
+    sizes += f" ({memory(work, chosen)})"
     result = partial(Fit, checkpointing=chosen[0], offload=chosen[1], needed=needed(work, chosen), host=host)
     if needed(work, chosen) <= room:
         how = "with checkpointed layers" if chosen[0] else "without checkpointing"

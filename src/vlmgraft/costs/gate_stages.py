@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -74,7 +74,7 @@ def gated_stages(
     from vlmgraft.costs.device import device_of
     from vlmgraft.costs.fit import fitting
     from vlmgraft.costs.models import Model
-    from vlmgraft.distillation.memory import host_memory_of
+    from vlmgraft.distillation.memory import Kept, host_memory_of
     from vlmgraft.distillation.servers import check_servers
     from vlmgraft.hf.models import empty_vlm, load_config
     from vlmgraft.hf.modules import match_projections
@@ -88,30 +88,35 @@ def gated_stages(
     with faults.collected():
         donors_at = [alignment.donor.path, *(Path(more.donor) for more in recipe.more_donors)]
         check_servers(recipe, method, alignment.vlm.path, donors_at)
-    calibration, prompt = method.calibration, ASSUMED_PROMPT
+    calibration = method.calibration
     count = len(questions) or calibration.samples + calibration.held_out
-    notes = [] if questions else [f"the questions were not read: {count} of {prompt} tokens each are assumed"]
+    assumed = f"the questions were not read: {count} of {ASSUMED_PROMPT} tokens each are assumed"
+    notes, lengths = [] if questions else [assumed], [ASSUMED_PROMPT] * count
     folder = fetch(recipe.vlm, headers_only=True) if is_hub_id(recipe.vlm) else Path(recipe.vlm)
     with faults.collected():
         match_projections(empty_vlm(folder), [tensor.name for tensor in alignment.merged])
     with faults.collected():
-        prompt = _prompt_length(folder, questions[0], calibration.max_new_tokens) if questions else prompt
+        lengths = _prompt_lengths(folder, questions, calibration.max_new_tokens) if questions else lengths
     told = ASSUMED_TEXT
     with faults.collected():
-        told = _prompt_length(folder, text[0], method.donor_length) if text else told
-    model, load = Model.of(recipe.vlm, load_config(folder)), _load(method, count, prompt, len(text), told)
+        told = max(_prompt_lengths(folder, text, method.donor_length)) if text else told
+    config = load_config(folder)
+    model, load = Model.of(recipe.vlm, config), _load(method, lengths, len(text), told)
     fit = fitting(model, load, device, method)
     load = replace(load, checkpointing=fit.checkpointing, offload=fit.offload)
+    usual = replace(load, prompt=sum(lengths) // count)
     if not fit.fits and device.is_gpu:
         faults.add(fit.note)
     if fit.host > free_memory():
         faults.add(f"offloaded layers take {fit.host / 2**30:.1f} GiB of host memory, {free_memory() / 2**30:.1f} are "
                    "free: lower method.rank, or use more GPUs (torchrun) with method.offload: false")  # fmt: skip
-    kept_inputs = count * (prompt + load.answer) * model.shapes.hidden * device.width
-    notes += [fit.note, f"the text model's inputs take {kept_inputs / 1e9:.2f} GB of host memory, pixels none"]
+    notes += [fit.note]
+    with faults.collected():
+        notes += [Kept.of(config, calibration, lengths, device.width).check(work and work / "gates.teacher")]
     with faults.collected():
         notes += _held(alignment, method.rank)
-    reckoned = {stage.name: stage for stage in stages(model, load, device)}
+    both = zip(stages(model, usual, device), stages(model, load, device), strict=True)
+    reckoned = {stage.name: replace(stage, memory=longest.memory) for stage, longest in both}
     done = _done(work, len([tensor for tensor in alignment.merged if tensor.group in ("attention", "mlp")]))
     named = (("decompose", "decompose"), ("answer", "teacher"), ("learn", "gates"), ("fold", "fold"))
     host = {
@@ -122,13 +127,14 @@ def gated_stages(
     return lines, device.name, notes
 
 
-def _load(method: GatedMethod, count: int, prompt: int, matched: int, told: int) -> Work:
-    """The work that a method makes of `count` questions of `prompt` tokens, and `matched` text questions of `told`."""
+def _load(method: GatedMethod, lengths: Sequence[int], matched: int, told: int) -> Work:
+    """The work that a method makes of questions, all as the longest, and of `matched` text questions of `told`."""
     from vlmgraft.costs.cost import Work
     from vlmgraft.distillation.memory import largest_batch
     from vlmgraft.distillation.trainer import Training
 
     calibration, frism = method.calibration, method if isinstance(method, Frism) else None
+    count, prompt = len(lengths), max(lengths)
     held_out = min(calibration.held_out, max(0, count - calibration.samples))
     learned, length = count - held_out, prompt + calibration.max_new_tokens
     return Work(
@@ -137,8 +143,8 @@ def _load(method: GatedMethod, count: int, prompt: int, matched: int, told: int)
         held_out=held_out,
         prompt=prompt,
         answer=calibration.max_new_tokens,
-        batch=largest_batch(calibration, learned, length),
-        answered=min(calibration.answer_batch_size, count),
+        batch=largest_batch(calibration, count, prompt),
+        answered=max(1, min(calibration.answer_batch_size, count, calibration.answer_batch_tokens // length)),
         steps=frism.steps if frism else -(-learned // calibration.batch_size),
         budget=frism is not None and frism.kl_budget is not None,
         observe_every=Training(learning_rate=frism.learning_rate).observe_every if frism else 1,
@@ -174,15 +180,13 @@ def _held(alignment: Alignment, rank: Any) -> list[str]:
     return [f"rank {rank} holds about {kept:.1%} of ‖τ‖² (in layer {middle}); rank: full holds all"]
 
 
-def _prompt_length(folder: Path, question: Question, answer: int) -> int:
-    """Tokens of a question with its image, through the chat template and the processor; raises DataError where prompt
+def _prompt_lengths(folder: Path, questions: Sequence[Question], answer: int) -> list[int]:
+    """Tokens of questions with their images, through the chat template and the processor; raises DataError where prompt
     and answer are longer than the model reads, CheckpointError where there is no processor."""
-    from vlmgraft.hf.batches import check_lengths, encode
+    from vlmgraft.hf.batches import check_lengths
     from vlmgraft.hf.models import load_config, load_processor
 
-    processor = load_processor(folder)
-    check_lengths(load_config(folder), processor, [question], answer)
-    return int(encode(processor, [question])["input_ids"].shape[1])
+    return check_lengths(load_config(folder), load_processor(folder), questions, answer)
 
 
 def _done(work: Path | None, matrices: int) -> dict[str, str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
+from PIL import ImageFile as PillowFile
 
 from vlmgraft.checkpoint.files import open_regular
 from vlmgraft.errors import CheckpointError, DataError
@@ -23,8 +24,12 @@ from vlmgraft.errors import CheckpointError, DataError
 MAX_PIXELS = 61_000_000
 """A photograph of the largest common sensors. Pillow takes four bytes a pixel, and again as many to convert it:
 half a gigabyte."""
-ORIENTATION = 0x0112
-"""The key of EXIF data that says how a camera was held."""
+ORIENTATION, FIRST_TURNED = 0x0112, 5
+"""The key of EXIF data that says how a camera was held, and the first of the values (5 to 8) for which width and height
+are exchanged. Of a TIFF, Pillow has exchanged them already."""
+JPEG_END = b"\xff\xd9"
+LATE = {b"eXIf": "exif"} | {key.encode(): key for key in ("Raw profile type exif", "XML:com.adobe.xmp")}
+"""Where a PNG may say so, and what Pillow calls it; behind the pixels it is found only when they are decoded."""
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """What is decoded. Pillow knows more, some of which start other programs (EPS runs Ghostscript). MPO files are opened
 as JPEG; a name that Pillow cannot open by ends its search, so "MPO" must not stand here."""
@@ -79,17 +84,23 @@ def _base64(text: str) -> bytes | None:
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image file that was read and checked once. digest: SHA-256 of its bytes. pixels: its width times its height.
-    data: the bytes, where they are kept. fetch: gives them again, of a picture inside of a data set.
+    """An image file that was read and checked once. digest: SHA-256 of its bytes. size: width and height of what
+    `open_picture` gives. data: the bytes, where they are kept. fetch: gives them again, of a picture inside of a data
+    set.
 
     As a text it is its path.
     """
 
     path: Path
     digest: str
-    pixels: int = field(default=0, compare=False)
+    size: tuple[int, int] = field(default=(0, 0), compare=False)
     data: bytes | None = field(default=None, repr=False, compare=False)
     fetch: Callable[[], bytes] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def pixels(self) -> int:
+        """Width times height."""
+        return self.size[0] * self.size[1]
 
     def __str__(self) -> str:
         return str(self.path)
@@ -112,8 +123,8 @@ def read_image(path: Path, name: str, *, keep: bool) -> ImageFile:
     with _explained(name):
         with open_regular(path) as file:
             data = file.read(LARGEST_FILE + 1)
-        pixels = _verified(data)
-    return ImageFile(path, hashlib.sha256(data).hexdigest(), pixels, data if keep else None)
+        size = _verified(data)
+    return ImageFile(path, hashlib.sha256(data).hexdigest(), size, data if keep else None)
 
 
 def image_within(data: bytes, fetch: Callable[[], bytes], name: str) -> ImageFile:
@@ -122,18 +133,25 @@ def image_within(data: bytes, fetch: Callable[[], bytes], name: str) -> ImageFil
     fetch: gives the bytes again.
     """
     with _explained(name):
-        pixels = _verified(data)
-    return ImageFile(Path(name), hashlib.sha256(data).hexdigest(), pixels, fetch=fetch)
+        size = _verified(data)
+    return ImageFile(Path(name), hashlib.sha256(data).hexdigest(), size, fetch=fetch)
 
 
-def _verified(data: bytes) -> int:
-    """Pixels of a picture whose header and checksums are right."""
+def _verified(data: bytes) -> tuple[int, int]:
+    """Width and height, as `open_picture` gives it, of a picture whose header and checksums are right. It is not
+    decoded: of a JPEG, which has no checksums, the mark of its end is looked for."""
     if len(data) > LARGEST_FILE:
         raise Image.DecompressionBombError(f"more than {LARGEST_FILE:,} bytes")
     with _opened(data) as image:
-        pixels = image.width * image.height
+        if image.format == "JPEG" and image.fp is not None and data.find(JPEG_END, image.fp.tell()) < 0:
+            raise OSError("its end is missing")
+        late = image.format == "PNG" and any(key in data for key, name in LATE.items() if name not in image.info)
+        turned = image.format != "TIFF" and Image.Image.getexif(image).get(ORIENTATION, 1) >= FIRST_TURNED
         image.verify()
-    return pixels
+    if late:
+        with _opened(data) as image:
+            return upright_rgb(image).size
+    return (image.height, image.width) if turned else image.size
 
 
 def open_picture(source: Path | bytes | bytearray, name: str) -> Image.Image:
@@ -157,11 +175,16 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 def shrunk(image: Image.Image, pixels: int) -> Image.Image:
     """The picture, or where it has more than so many pixels one of its proportions that has not."""
-    if image.width * image.height <= pixels:
-        return image
-    factor = math.sqrt(pixels / (image.width * image.height))
-    size = max(1, math.floor(image.width * factor)), max(1, math.floor(image.height * factor))
-    return image.resize(size, Image.Resampling.LANCZOS)
+    size = shrunk_size(image.size, pixels)
+    return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
+
+
+def shrunk_size(size: tuple[int, int], pixels: int) -> tuple[int, int]:
+    """Width and height of what `shrunk` makes of a picture of this size."""
+    if size[0] * size[1] <= pixels:
+        return size
+    factor = math.sqrt(pixels / (size[0] * size[1]))
+    return max(1, math.floor(size[0] * factor)), max(1, math.floor(size[1] * factor))
 
 
 def check_picture(source: Path | bytes, name: str) -> None:
@@ -171,7 +194,7 @@ def check_picture(source: Path | bytes, name: str) -> None:
 
 
 @contextmanager
-def _opened(source: Path | bytes | bytearray) -> Iterator[Image.Image]:
+def _opened(source: Path | bytes | bytearray) -> Iterator[PillowFile.ImageFile]:
     with open_regular(source) if isinstance(source, Path) else io.BytesIO(source) as file:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)

@@ -26,6 +26,7 @@ from vlmgraft.data.images import (
     read_image,
     row_image,
     shrunk,
+    shrunk_size,
     upright_rgb,
 )
 from vlmgraft.data.lines import json_lines
@@ -225,6 +226,13 @@ def open_images(question: Question) -> list[Image.Image]:
         for image in question.images
     ]
     return opened if question.max_pixels is None else [shrunk(image, question.max_pixels) for image in opened]
+
+
+def blank_images(question: Question) -> list[Image.Image]:
+    """Black images of the sizes of those that `open_images` gives, of which none is decoded."""
+    read = [read_image(x, f"image {x}", keep=False) if isinstance(x, Path) else x for x in question.images]
+    sizes = [upright_rgb(image).size if isinstance(image, Image.Image) else image.size for image in read]
+    return [Image.new("RGB", shrunk_size(size, question.max_pixels or size[0] * size[1])) for size in sizes]
 
 
 def hold_images(questions: Sequence[Question], budget: int = HELD_BYTES) -> list[Question]:

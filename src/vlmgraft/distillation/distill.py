@@ -60,9 +60,9 @@ class Distiller:
     A store of factors is read into memory (with keep_factors False: from disk, a matrix at a time, when it is needed);
     its digest goes into the gates, so that they fold with these factors only. targets, held_out_targets: the teacher's
     answers and distributions on `questions` and `held_out`; cache: a folder that keeps them. answer_batch_size,
-    batch_tokens, packing, tokens: see `build_targets`. A model that is sharded over processes (`sharding.shard`) stays
-    gated, with sharded factors, when gates were first needed; no more targets can be made then. offload: it was sharded
-    so, and its factors are. endpoint: a server of the VLM that answers in its place.
+    answer_batch_tokens, batch_tokens, packing, tokens: see `build_targets`. A model that is sharded over processes
+    (`sharding.shard`) stays gated, with sharded factors, when gates were first needed; no more targets can be made
+    then. offload: it was sharded so, and its factors are. endpoint: a server of the VLM that answers in its place.
     Raises DataError and AlignmentError before anything is computed when they do not fit.
     """
 
@@ -74,6 +74,7 @@ class Distiller:
     max_new_tokens: int = 64
     batch_size: int = 48
     answer_batch_size: int | None = None
+    answer_batch_tokens: int | None = None
     batch_tokens: int | None = None
     packing: Packing = "shuffle"
     backend: Backend = "auto"
@@ -141,6 +142,7 @@ class Distiller:
             max_new_tokens=max_new_tokens or self.max_new_tokens,
             batch_size=batch_size,
             answer_batch_size=self.answer_batch_size,
+            answer_batch_tokens=self.answer_batch_tokens,
             batch_tokens=self.batch_tokens,
             packing=self.packing,
             tokens=self.tokens,

@@ -19,6 +19,7 @@ from vlmgraft.distillation.curvature import within_reach
 from vlmgraft.distillation.distributed import agreed, barrier, join_group, process
 from vlmgraft.distillation.learn import (
     check_factors,
+    check_kept,
     check_questions,
     kept_gates,
     learned_from,
@@ -73,7 +74,7 @@ def front(
         raise RecipeError("method: a front starts each point from its neighbour; use frism without method.start")
     if method.budget_guarantee is not None:
         raise RecipeError("method.budget_guarantee: a front has none; remove it, or learn one budget with `gates`")
-    check_questions(job)
+    check_kept(job, check_questions(job), out.with_name(out.name + ".teacher"))
     inputs, kept = [*job.folders, factors], [ROWS, "[0-9.]*"]
     with at_work(out, "learning gates", MEMORY_REMEDY, inputs, kept), locked(factors, shared=True):
         check_factors(job, Path(factors))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -21,14 +21,14 @@ from vlmgraft.distillation.curvature import FisherDiagonal, curvature_gates, cur
 from vlmgraft.distillation.distill import Distiller
 from vlmgraft.distillation.distributed import agreed, await_file, barrier, check_same, join_group, process
 from vlmgraft.distillation.guarantee import check_guarantee, within_budget
-from vlmgraft.distillation.memory import checkpoints
+from vlmgraft.distillation.memory import Kept, checkpoints
 from vlmgraft.distillation.targets import Targets
 from vlmgraft.distillation.trainer import Training
 from vlmgraft.errors import OutputError, RecipeError, WeightsError
 from vlmgraft.hf.batches import check_lengths
 from vlmgraft.hf.models import empty_vlm, load_config, load_processor
 from vlmgraft.hf.modules import match_projections
-from vlmgraft.hf.placement import default_device
+from vlmgraft.hf.placement import default_device, learning_dtype
 from vlmgraft.hf.sharded import check_sharding
 from vlmgraft.merging.pieces import squared_norm
 from vlmgraft.methods.curvature import Curvature
@@ -47,14 +47,15 @@ from vlmgraft.storage.torchrun import rank_and_world
 
 
 def check_inputs(job: Job, gates: Path) -> None:
-    """Before hours of work: questions and images fit in the models' contexts, servers are there, and the VLM's weights
-    are finite.
+    """Before hours of work: questions and images fit in the models' contexts, what is kept of them in memory and on the
+    disk, servers are there, and the VLM's weights are finite.
 
     Donor and base are checked while they are decomposed. Where `gates` holds what the job would learn, the VLM is not
-    read: the fold checks it. Raises DataError, WeightsError.
+    read: the fold checks it. Raises DataError, RecipeError, WeightsError.
     """
-    check_questions(job)
+    lengths = check_questions(job)
     if kept_gates(job, gates) is None:
+        check_kept(job, lengths, gates.with_name(gates.name + ".teacher"))
         if not gates.with_name(gates.name + ".teacher").is_dir():  # else answers may be there
             from vlmgraft.distillation.servers import check_servers
 
@@ -67,8 +68,16 @@ def check_inputs(job: Job, gates: Path) -> None:
                     raise WeightsError(f"{tensor.name} in {file} (vlm): holds NaN or infinity")
 
 
-def check_questions(job: Job) -> None:
-    """The part of `check_inputs` that reads no weights: modules that can be gated, and questions."""
+def check_kept(job: Job, lengths: Sequence[int], folder: Path) -> None:
+    """Raise RecipeError where what is kept of such prompts does not fit into memory, or on a folder's disk."""
+    tensors = job.vlm.tensors.values()
+    dtype = learning_dtype(default_device(), sum(info.elements for info in tensors), {info.dtype for info in tensors})
+    Kept.of(load_config(job.vlm.path), job.method.calibration, lengths, dtype.itemsize).check(folder)
+
+
+def check_questions(job: Job) -> list[int]:
+    """The part of `check_inputs` that reads no weights: modules that can be gated, and questions; the lengths of the
+    prompts that the VLM answers."""
     if job.vlm.packed:
         raise RecipeError(
             f"vlm {job.vlm.path}: its weights are quantised, and gates are learned in 16 bits: merge it once by "
@@ -83,13 +92,14 @@ def check_questions(job: Job) -> None:
         check_guarantee(job.method)
     longest = job.method.calibration.max_new_tokens
     config, processor = load_config(job.vlm.path), load_processor(job.vlm.path)
-    check_lengths(config, processor, [*learned, *held_out, *unseen], longest)
+    lengths = check_lengths(config, processor, [*learned, *held_out, *unseen], longest)
     longest = job.method.donor_length
     for alignment, questions in zip(job.alignments, donors, strict=False):
         if questions:
             check_lengths(config, processor, questions, longest)
             path = alignment.donor.path
             check_lengths(load_config(path), load_processor(path), questions, longest)
+    return lengths
 
 
 def factors_for(job: Job, out: Path, *, resume: bool, progress: Progress | None) -> Store:

@@ -21,13 +21,14 @@ from vlmgraft.distillation.teacher import TeacherOutputs, teacher_outputs
 from vlmgraft.hf.models import empty_vlm, load_processor, load_text_model, load_vlm
 from vlmgraft.hf.placement import default_device, learning_dtype
 from vlmgraft.hf.sharded import text_shards, vlm_shards
+from vlmgraft.methods.calibration import BATCHES
 from vlmgraft.methods.curvature import Curvature
 from vlmgraft.methods.frism import Frism, GatedMethod
 from vlmgraft.recipe.resolve import Job
 from vlmgraft.spectral.factor_store import Store
 from vlmgraft.storage.progress import Progress
 
-READ_ALIKE = ("max_new_tokens", "batch_size", "answer_batch_size", "batch_tokens", "packing", "tokens")
+READ_ALIKE = ("max_new_tokens", *BATCHES, "packing", "tokens")
 """Fields of `Calibration` that a `Distiller` has, too."""
 
 

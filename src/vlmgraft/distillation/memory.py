@@ -18,11 +18,14 @@ import torch
 
 from vlmgraft.distillation.distributed import agreed, process
 from vlmgraft.distillation.projections import Backend, choose_backend
-from vlmgraft.hf.batches import Question, batches, encode
+from vlmgraft.distillation.targets import FULL_VOCABULARY, TOP_K
+from vlmgraft.errors import RecipeError
+from vlmgraft.hf.batches import Question, prompt_lengths
 from vlmgraft.hf.models import load_config, load_processor
 from vlmgraft.hf.modules import text_experts, text_linears, text_model
 from vlmgraft.methods.calibration import Calibration
 from vlmgraft.methods.frism import GatedMethod
+from vlmgraft.storage.outputs import disk_of
 from vlmgraft.storage.resources import free_memory
 
 if TYPE_CHECKING:
@@ -106,6 +109,10 @@ class Memory:
         """All of it."""
         return sum(getattr(self, field.name) for field in fields(self))
 
+    def __str__(self) -> str:
+        parts = ((field.name, getattr(self, field.name) / 2**30) for field in fields(self))
+        return ", ".join(f"{name} {size:.1f}" for name, size in parts)
+
 
 def memory_of(
     shapes: Shapes,
@@ -186,9 +193,58 @@ def way_that_fits(ways: Iterable[Way], shapes: Shapes, memory: float, **work: An
     return None
 
 
-def largest_batch(calibration: Calibration, learned: int, length: int) -> int:
-    """Questions in a batch of the training, of prompts and answers of `length` tokens."""
-    return max(1, min(calibration.batch_size, learned, calibration.batch_tokens // length))
+def largest_batch(calibration: Calibration, questions: int, longest: int) -> int:
+    """Questions in a batch of the training, of so many in all, where the longest prompt has `longest` tokens."""
+    fitting = calibration.batch_tokens // (longest + calibration.max_new_tokens)
+    return max(1, min(calibration.batch_size, calibration.samples, questions, fitting))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that learning keeps of its questions: `disk`, the features of images beside the teacher's distributions;
+    `host`, in this machine's memory, the distributions and what the text model reads."""
+
+    disk: int
+    host: int
+
+    @classmethod
+    def of(cls, config: Any, calibration: Calibration, lengths: Sequence[int], width: int) -> Kept:
+        """At most: of prompts of `lengths` tokens, all of images, and answers of full length; without padding."""
+        text = config.get_text_config(decoder=True)
+        deeper = getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None) or ()
+        row = width * text.hidden_size * (1 + len(deeper))
+        answered = len(lengths) * calibration.max_new_tokens
+        counting = answered + (sum(lengths) if calibration.tokens == "all" else 0)
+        targets = counting * (4 * text.vocab_size if text.vocab_size <= FULL_VOCABULARY else 4 * (2 * TOP_K + 1))
+        features = 0 if calibration.endpoint else row * sum(lengths)
+        return cls(features + targets, targets + row * (sum(lengths) + answered))
+
+    def check(self, folder: Path | None) -> str:
+        """What is kept and what is free, in words; raises RecipeError where it does not fit into memory, or on the disk
+        of `folder`, where what it holds already is not written again."""
+        fewer = "lower method.calibration.max_pixels, samples or held_out"
+        free = free_memory()
+        if self.host > free:
+            raise RecipeError(
+                f"what the text model reads of all questions takes {_gb(self.host)} of this machine's memory, "
+                f"{_gb(free)} are free: {fewer}"
+            )
+        note = f"the text model's inputs take {_gb(self.host)} of host memory ({_gb(free)} free), pixels none; "
+        note += f"image features and answers take {_gb(self.disk)} of disk"
+        if folder is None:
+            return note
+        there = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+        disk, room = disk_of(folder)
+        if self.disk - there > room:
+            raise RecipeError(
+                f"{folder}: image features and answers take {_gb(self.disk)}, its disk has {_gb(room)} free: {fewer}, "
+                "make room, or choose a folder on another disk"
+            )
+        return f"{note} ({_gb(room)} free in {disk})"
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"
 
 
 def offloads(
@@ -200,8 +256,8 @@ def offloads(
     if len({offload for _, offload in ways}) == 1:
         return ways[0][1]
     calibration, config = method.calibration, load_config(path)
-    longest = encode(load_processor(path), [questions[batches(questions, 1)[0][0]]])["input_ids"].shape[1]
-    batch = largest_batch(calibration, len(questions), longest + calibration.max_new_tokens)
+    longest = max(prompt_lengths(load_processor(path), questions))
+    batch = largest_batch(calibration, len(questions), longest)
     way = way_that_fits(
         ways,
         Shapes.of(config),

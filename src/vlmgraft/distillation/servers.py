@@ -11,7 +11,7 @@ import torch
 from vlmgraft.data.endpoint import Endpoint, Reply
 from vlmgraft.data.questions import Question
 from vlmgraft.errors import DataError, InputError, RecipeError, VlmgraftError
-from vlmgraft.hf.batches import encode
+from vlmgraft.hf.batches import prompt_lengths
 from vlmgraft.hf.modules import tokenizer_of
 from vlmgraft.methods.frism import Frism, GatedMethod
 
@@ -74,7 +74,7 @@ def served(teacher: tuple[Any, Any], max_new_tokens: int, endpoint: Endpoint) ->
         replies = asked.answer(questions, max_new_tokens)
         lengths = [reply.prompt_tokens for reply in replies]
         if not all(lengths):
-            lengths = encode(teacher[1], questions)["attention_mask"].sum(1).tolist()
+            lengths = prompt_lengths(teacher[1], questions)
         return [ids(reply)[:max_new_tokens] for reply in replies], lengths
 
     return generate

@@ -2,13 +2,14 @@
 
 Both are kept in a `UnitCache`, a batch at a time, so that an interruption costs one batch and a second run nothing.
 The student's inputs are made anew: they are what the processor and the frozen vision tower give. Of a model
-that teaches itself the tower runs once for each image, while it answers: its features are kept with the answers.
+that teaches itself an image is decoded, and the tower runs, once, while it answers: its features are kept with the
+answers, and what else the processor makes of an image follows from its size.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,13 +30,15 @@ from vlmgraft.hf.batches import (
     Question,
     append_answers,
     batches,
+    cut,
     encode,
     generate_batch,
+    prompt_lengths,
     text_positions,
     to_device,
 )
 from vlmgraft.hf.capture import Captured, capture_text_inputs, replay_is_exact
-from vlmgraft.hf.features import ImageFeatures
+from vlmgraft.hf.features import ImageFeatures, without_pixels
 from vlmgraft.hf.modules import is_sharded, tokenizer_of
 from vlmgraft.storage.resources import out_of_memory
 
@@ -85,6 +88,7 @@ def teacher_outputs(
     max_new_tokens: int = 64,
     batch_size: int = 48,
     answer_batch_size: int | None = None,
+    answer_batch_tokens: int | None = None,
     batch_tokens: int | None = None,
     packing: Packing = "shuffle",
     tokens: Tokens = "answer",
@@ -96,24 +100,30 @@ def teacher_outputs(
     """The teacher's greedy answers and its distributions on them.
 
     student: who will read them; of another model than the teacher, its config is looked at and no weight: it may be on
-    the meta device. answer_batch_size: of the answering, else `batch_size`. batch_tokens: at most so many in a batch,
-    padding included. packing: "shuffle" mixes questions in a batch, "length" puts similar lengths together (less
-    padding, less mixing). tokens: which positions count: those of the answer, or of all text, prompt included. cache: a
-    folder that keeps the teacher's answers and distributions. endpoint: a server of the same model that answers. Raises
-    DataError when there is nothing to learn from, or the answers are another model's.
+    the meta device. answer_batch_size: of the answering, else `batch_size`. answer_batch_tokens, batch_tokens: at most
+    so many in a batch, padding included, of the answering and of the training. packing: "shuffle" mixes questions in a
+    batch, "length" puts similar lengths together (less padding, less mixing). tokens: which positions count: those of
+    the answer, or of all text, prompt included. cache: a folder that keeps the teacher's answers and distributions.
+    endpoint: a server of the same model that answers. Raises DataError when there is nothing to learn from, or the
+    answers are another model's.
     """
     if not questions:
         raise DataError("no questions to learn from: give at least one")
     if tokens not in ("answer", "all"):
         raise DataError(f'tokens: {tokens!r} is neither "answer" nor "all"')
     answering = answer_batch_size or batch_size
-    key = digest(teacher_digest(*teacher), questions_digest(questions), max_new_tokens, answering) if cache else ""
+    limit = answer_batch_tokens if endpoint is None else None
+    asked = answer_groups(teacher[1], questions, answering, limit, max_new_tokens)
+    depends = [questions_digest(questions), max_new_tokens, answering] if cache else []
+    if asked != answer_groups(teacher[1], questions, answering):
+        depends.append(limit)
+    key = digest(teacher_digest(*teacher), *depends) if cache else ""
     key += "-served" if cache and endpoint else ""
     units = UnitCache(cache, key)
     image_tokens = placeholders(teacher[0]) | placeholders(student[0])
     features = ImageFeatures(teacher[0], image_tokens)
     generate = _generation(teacher, max_new_tokens) if endpoint is None else served(teacher, max_new_tokens, endpoint)
-    answers, lengths = _answers(generate, questions, answering, units, features, progress)
+    answers, lengths = _answers(generate, questions, asked, units, features, progress)
     answers = [before_placeholders(image_tokens, answer) for answer in answers]
     _check_answers(teacher[0], questions, answers)
     lengths = [prompt + len(answer) for prompt, answer in zip(lengths, answers, strict=True)]
@@ -159,42 +169,50 @@ class Prompts:
 
     def batch(self, index: int, *, replayed: bool = True) -> TargetBatch:
         """Batch `index` without a target, on the CPU; with the text model's inputs captured, if replay is exact."""
-        model = self.side[0]
+        nothing = Distribution(torch.empty(0), None)
+        if replayed and self.exact is not False:
+            captured, ids, predicts = self._captured(index)
+            if captured is not None:
+                return TargetBatch(ids, lambda: self._inputs(index)[0], captured, predicts, nothing)
         inputs, predicts = self._inputs(index)
-        captured = None
-        if replayed:
-            captured = self._captured(self.groups[index], moved(inputs, model.device), predicts)
-        read: Callable[[], Batch] = (lambda: self._inputs(index)[0]) if captured is not None else (lambda: inputs)
-        return TargetBatch(inputs["input_ids"], read, captured, predicts, Distribution(torch.empty(0), None))
+        return TargetBatch(inputs["input_ids"], lambda: inputs, None, predicts, nothing)
 
-    def _captured(self, numbers: Sequence[int], inputs: Batch, predicts: Tensor) -> Captured | None:
-        """What the text model is given, on the CPU; None where its replay is not exact, found out with the first."""
-        model, captured, agreed = self.side[0], Captured(), False
+    def _captured(self, index: int) -> tuple[Captured | None, Tensor, Tensor]:
+        """What the text model is given, on the CPU, or None where its replay is not exact, found out with the first;
+        token ids, and which positions count."""
+        model, numbers = self.side[0], self.groups[index]
         features = self.features or ImageFeatures(model, self.placeholders)
-        while self.exact is not False and not agreed:
+        while True:
+            read, predicts = self._inputs(index, pixels=not features.rows)
+            if features.rows:
+                kept = features.stand_for(numbers, read)
+                read = without_pixels(read) if kept else self._inputs(index)[0]
+            inputs = moved(read, model.device)
             with features.recalled(numbers):
                 captured = capture_text_inputs(model, inputs)
-                if self.exact is None:
+                agreed = features.agree(numbers, inputs["input_ids"], captured)
+                if agreed and self.exact is None:
                     self.exact = replay_is_exact(model, inputs, predicts.to(model.device))
-            agreed = features.agree(numbers, inputs["input_ids"], captured)
-        return moved(captured, "cpu") if self.exact else None
+            if agreed:
+                return moved(captured, "cpu") if self.exact else None, read["input_ids"], predicts
 
     def answered(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """Token ids, which positions count, and which of them predict the answer's tokens, [batch, length] each."""
-        inputs, answered = self._appended(index)
+        inputs, answered = self._appended(index, pixels=False)
         return inputs["input_ids"], self._counting(inputs, answered), answered
 
-    def _appended(self, index: int) -> tuple[Batch, Tensor]:
+    def _appended(self, index: int, pixels: bool) -> tuple[Batch, Tensor]:
         processor, chosen = self.side[1], [self.questions[i] for i in self.groups[index]]
         replies = [self.answers[i] for i in self.groups[index]]
-        return append_answers(encode(processor, chosen), replies, tokenizer_of(processor).pad_token_id or 0)
+        prompts = encode(processor, chosen, pixels=pixels)
+        return append_answers(prompts, replies, tokenizer_of(processor).pad_token_id or 0)
 
     def _counting(self, inputs: Batch, answered: Tensor) -> Tensor:
         return text_positions(inputs, self.placeholders) if self.tokens == "all" else answered
 
-    def _inputs(self, index: int) -> tuple[Batch, Tensor]:
-        """What the model reads, on the CPU, and which positions count."""
-        inputs, answered = self._appended(index)
+    def _inputs(self, index: int, *, pixels: bool = True) -> tuple[Batch, Tensor]:
+        """What the model reads, on the CPU, and which positions count; pixels: as of `encode`."""
+        inputs, answered = self._appended(index, pixels)
         return to_device(inputs, "cpu", self.side[0].dtype), self._counting(inputs, answered)
 
 
@@ -208,13 +226,13 @@ def _generation(teacher: Side, max_new_tokens: int) -> Generate:
 def _answers(
     generate: Generate,
     questions: Sequence[Question],
-    batch_size: int,
+    groups: Sequence[Sequence[int]],
     cache: UnitCache,
     features: ImageFeatures,
     progress: Progress | None,
 ) -> tuple[list[list[int]], list[int]]:
-    """The greedy answers as token ids and the prompts' lengths in tokens, in the order of the questions."""
-    groups = batches(questions, batch_size)
+    """The greedy answers as token ids and the prompts' lengths in tokens, in the order of the questions. groups: the
+    questions that are answered at once."""
 
     def answer(index: int) -> Unit:
         with features.recorded() as images:
@@ -239,6 +257,16 @@ def _answers(
         if progress is not None:
             progress(done, len(questions), "answers")
     return answers, lengths
+
+
+def answer_groups(
+    processor: Any, questions: Sequence[Question], batch_size: int, batch_tokens: int | None = None, answer: int = 0
+) -> list[list[int]]:
+    """Questions that are answered at once: so many at most, and of tokens, with padding and `answer` each."""
+    if not batch_tokens:
+        return batches(questions, batch_size)
+    lengths = [length + answer for length in prompt_lengths(processor, questions)]
+    return batches(questions, batch_size, lengths, batch_tokens)
 
 
 def _check_answers(model: Any, questions: Sequence[Question], answers: Sequence[Sequence[int]]) -> None:
@@ -284,17 +312,4 @@ def pack(
     elif packing != "shuffle":
         raise DataError(f'packing: {packing!r} is neither "shuffle" nor "length"')
     groups = ([i for i in order if questions[i].images], [i for i in order if not questions[i].images])
-    return [batch for group in groups for batch in _cut(group, lengths, batch_size, batch_tokens or sum(lengths))]
-
-
-def _cut(order: Sequence[int], lengths: Sequence[int], batch_size: int, batch_tokens: int) -> Iterator[list[int]]:
-    """Consecutive batches that hold to both limits."""
-    batch: list[int] = []
-    for index in order:
-        longest = max(lengths[i] for i in (*batch, index))
-        if batch and (len(batch) == batch_size or longest * (len(batch) + 1) > batch_tokens):
-            yield batch
-            batch = []
-        batch = [*batch, index]
-    if batch:
-        yield batch
+    return [batch for group in groups for batch in cut(group, lengths, batch_size, batch_tokens or sum(lengths))]

@@ -5,12 +5,12 @@ Works with a VLM and its processor, and with a text LLM and its tokenizer (quest
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from vlmgraft.data.questions import Question, load_questions, open_images
+from vlmgraft.data.questions import Question, blank_images, load_questions, open_images
 from vlmgraft.errors import DataError
 from vlmgraft.hf.modules import tokenizer_of
 from vlmgraft.hf.templates import prompt_text
@@ -24,9 +24,11 @@ __all__ = [
     "append_answers",
     "batches",
     "check_lengths",
+    "cut",
     "encode",
     "generate_batch",
     "load_questions",
+    "prompt_lengths",
     "text_positions",
     "to_device",
 ]
@@ -36,14 +38,16 @@ PIXELS_PER_CHARACTER = 200
 """A token is four letters of text or, at Qwen2.5-VL's 28 × 28, 784 pixels."""
 
 
-def encode(processor: Any, questions: Sequence[Question]) -> Batch:
+def encode(processor: Any, questions: Sequence[Question], *, pixels: bool = True) -> Batch:
     """Prompts through the chat template as one left-padded batch: input_ids, attention_mask, and the image tensors.
 
-    All questions of a batch have images, or none has: `batches` sees to it. Raises DataError, CheckpointError.
+    pixels: False decodes no image: black ones of the same sizes take their place, so that everything but the image
+    tensors is the same. All questions of a batch have images, or none has: `batches` sees to it. Raises DataError,
+    CheckpointError.
     """
     tokenizer = tokenizer_of(processor)
     texts = [prompt_text(processor, question) for question in questions]
-    images = [open_images(question) for question in questions]
+    images = [open_images(question) if pixels else blank_images(question) for question in questions]
     if any(images) and processor is tokenizer:
         raise DataError(
             f"{questions[0].name}: has an image, but the model reads text only: {tokenizer.name_or_path} has no "
@@ -74,9 +78,14 @@ def _processed(processor: Any, questions: Sequence[Question], texts: list[str], 
         ) from error
 
 
-def batches(questions: Sequence[Question], batch_size: int) -> list[list[int]]:
+def batches(
+    questions: Sequence[Question], batch_size: int, lengths: Sequence[int] = (), batch_tokens: int | None = None
+) -> list[list[int]]:
     """Indices in batches of similar length, longest first (what does not fit in memory fails at once), images and
-    plain text apart. Images count by their pixels, so that small and large ones do not share a batch."""
+    plain text apart. Images count by their pixels, so that small and large ones do not share a batch.
+
+    lengths: tokens of each question, where a batch holds at most `batch_tokens`, padding included.
+    """
 
     def cost(index: int) -> int:
         question = questions[index]
@@ -84,7 +93,21 @@ def batches(questions: Sequence[Question], batch_size: int) -> list[list[int]]:
 
     order = sorted(range(len(questions)), key=lambda index: (-cost(index), index))
     groups = ([i for i in order if questions[i].images], [i for i in order if not questions[i].images])
-    return [group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)]
+    lengths = lengths if batch_tokens else [0] * len(questions)
+    return [batch for group in groups for batch in cut(group, lengths, batch_size, batch_tokens or 0)]
+
+
+def cut(order: Sequence[int], lengths: Sequence[int], batch_size: int, batch_tokens: int) -> Iterator[list[int]]:
+    """Consecutive batches of at most so many questions and tokens, padding included; a longer question is alone."""
+    batch: list[int] = []
+    for index in order:
+        longest = max(lengths[i] for i in (*batch, index))
+        if batch and (len(batch) == batch_size or longest * (len(batch) + 1) > batch_tokens):
+            yield batch
+            batch = []
+        batch = [*batch, index]
+    if batch:
+        yield batch
 
 
 def append_answers(batch: Mapping[str, Any], answers: Sequence[Sequence[int]], pad: int) -> tuple[Batch, torch.Tensor]:
@@ -140,7 +163,8 @@ def generate_batch(
     ends = {ends} if isinstance(ends, int) else set(ends or [])
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
     encoded = encode(processor, questions)
-    _check_length(model.config, encoded, questions, max_new_tokens)
+    lengths = encoded["attention_mask"].sum(1).tolist()
+    _check_length(model.config, lengths, questions, max_new_tokens)
     batch = to_device(encoded, model.device, model.dtype)
     greedy: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     with out_of_memory(f"answering {len(questions)} questions at once", "lower batch_size or max_new_tokens"):
@@ -151,7 +175,7 @@ def generate_batch(
     for row in output[:, batch["input_ids"].shape[1] :].tolist():
         stop = next((index + 1 for index, token in enumerate(row) if token in ends), len(row))
         answers.append(row[:stop])
-    return answers, encoded["attention_mask"].sum(1).tolist()
+    return answers, lengths
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
@@ -164,19 +188,30 @@ def to_device(batch: Mapping[str, Any], device: torch.device | str, dtype: torch
     }
 
 
-def check_lengths(config: Any, processor: Any, questions: Sequence[Question], max_new_tokens: int) -> None:
-    """Every prompt, images included, and its answer fit in the model's context; raises DataError naming the question.
+def prompt_lengths(processor: Any, questions: Sequence[Question]) -> list[int]:
+    """Tokens of every prompt, those of its images included, which are not decoded."""
+    lengths = [0] * len(questions)
+    for indices in batches(questions, 8):
+        mask = encode(processor, [questions[i] for i in indices], pixels=False)["attention_mask"]
+        for index, length in zip(indices, mask.sum(1).tolist(), strict=True):
+            lengths[index] = length
+    return lengths
+
+
+def check_lengths(config: Any, processor: Any, questions: Sequence[Question], max_new_tokens: int) -> list[int]:
+    """The prompts' lengths; raises DataError naming a question that does not fit, with its images and an answer, in the
+    model's context.
 
     Needs the config and the processor only, so it can run before any weight is read.
     """
-    for indices in batches(questions, 8):
-        chosen = [questions[i] for i in indices]
-        _check_length(config, encode(processor, chosen), chosen, max_new_tokens)
+    lengths = prompt_lengths(processor, questions)
+    _check_length(config, lengths, questions, max_new_tokens)
+    return lengths
 
 
-def _check_length(config: Any, batch: Mapping[str, Any], questions: Sequence[Question], max_new_tokens: int) -> None:
+def _check_length(config: Any, lengths: Sequence[int], questions: Sequence[Question], max_new_tokens: int) -> None:
     limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    for question, length in zip(questions, batch["attention_mask"].sum(1).tolist(), strict=True):
+    for question, length in zip(questions, lengths, strict=True):
         if limit is not None and length + max_new_tokens > limit:
             raise DataError(
                 f"{question.name}: prompt and answer need {length + max_new_tokens} tokens, the "

@@ -83,8 +83,13 @@ class ImageFeatures:
             return
         counts, self.lists = found[COUNTS].tolist(), (bool(found[LISTS][0]), bool(found[LISTS][1]))
         names = sorted(name for name in found if name.startswith(PART))
-        parts = [found[name].cpu().split(counts) for name in names]
+        parts = [[row.clone() for row in found[name].cpu().split(counts)] for name in names]  # freed one by one
         self.rows.update(zip(numbers, zip(*parts, strict=True), strict=True))
+
+    def stand_for(self, numbers: Sequence[int], inputs: Mapping[str, Any]) -> bool:
+        """Whether features are kept of all these questions' images, as many as `inputs` have placeholders."""
+        counts = torch.isin(inputs["input_ids"], self.placeholders).sum(1).tolist()
+        return counts == [len(self.rows[number][0]) for number in numbers if number in self.rows]
 
     @contextmanager
     def recalled(self, numbers: Sequence[int]) -> Iterator[None]:
@@ -101,10 +106,12 @@ class ImageFeatures:
             yield
 
     def agree(self, numbers: Sequence[int], ids: Tensor, given: Mapping[str, Any]) -> bool:
-        """Whether the text model was given, in this batch, what is kept of its questions; what does not agree is
-        forgotten, and nothing is kept any more. Kept features are freed in any case."""
+        """Whether the text model was given, in this batch, what is kept of its questions, and nothing of pixels that
+        are NaN (`without_pixels`); what does not agree is forgotten, and nothing is kept any more. Kept features are
+        freed in any case."""
         known = [self.rows.pop(number) for number in numbers if number in self.rows]
         same = len(known) < len(numbers) or [*map(_bits, self._rows(ids, given))] == [*map(_bits, known)]
+        same = same and not (known and given["inputs_embeds"].isnan().any())
         if not same:
             self.rows.clear()
             self.encoder = None
@@ -152,6 +159,14 @@ class ImageFeatures:
         output: Any = BaseModelOutputWithPooling(pooler_output=(pooled,) if lists else pooled)
         output.deepstack_features = [(part,) if deep_lists else part for part in deeper]
         return output
+
+
+def without_pixels(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs of which features stand in the images' place: NaN instead of pixels shows whatever else reads them."""
+    return {
+        key: torch.full_like(value, torch.nan) if isinstance(value, Tensor) and value.is_floating_point() else value
+        for key, value in inputs.items()
+    }
 
 
 def _bits(rows: Rows) -> list[bytes]:

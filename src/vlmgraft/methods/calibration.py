@@ -9,6 +9,9 @@ from typing import Literal
 from vlmgraft.errors import RecipeError
 from vlmgraft.storage.urls import check_url
 
+BATCHES = ("batch_size", "batch_tokens", "answer_batch_size", "answer_batch_tokens")
+"""The limits of a batch, of the training and of the answering."""
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -26,6 +29,8 @@ class Calibration:
     """Questions in a batch of the training."""
     answer_batch_size: int = 32
     """Questions that the VLM answers at once."""
+    answer_batch_tokens: int = 65536
+    """Tokens of a batch that the VLM answers, images, padding and answers included."""
     batch_tokens: int = 16384
     """Tokens of a batch of the training, images and padding included: longer prompts make smaller batches."""
     max_pixels: int = 1_003_520
@@ -40,7 +45,7 @@ class Calibration:
     """Address of a server of the VLM (vLLM, SGLang) that answers the questions in its place, http://…/v1."""
 
     def __post_init__(self) -> None:
-        for name in ("samples", "max_new_tokens", "batch_size", "answer_batch_size", "batch_tokens", "max_pixels"):
+        for name in ("samples", "max_new_tokens", *BATCHES, "max_pixels"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"method.calibration.{name}: {getattr(self, name)} must be at least 1")
         if self.held_out < 0:

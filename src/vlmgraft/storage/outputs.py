@@ -83,10 +83,15 @@ def refuse_file(out: Path, ours: Callable[[bytes], bool], inputs: Iterable[str |
                 raise OutputError(f"{out}: exists, and this command did not write it; name another file or remove it")
 
 
+def disk_of(out: Path) -> tuple[Path, int]:
+    """The folder that exists and will hold `out`, and bytes that are free on its disk."""
+    folder = next(folder for folder in out.resolve().parents if folder.exists())
+    return folder, shutil.disk_usage(folder).free
+
+
 def free_space(out: Path, nbytes: int) -> None:
     """Raise OutputError where the disk that `out` will lie on has less than `nbytes` free."""
-    folder = next(folder for folder in out.resolve().parents if folder.exists())
-    free = shutil.disk_usage(folder).free
+    _, free = disk_of(out)
     if free < nbytes:
         raise OutputError(
             f"{out}: {nbytes / 1e9:.2f} GB will be written, and its disk has {free / 1e9:.2f} GB free; make room, or "
