@@ -106,6 +106,7 @@ for name in ("replicated", "offloaded", "sharded"):
                           shared._image_questions(12, first=1000), max_new_tokens=6, batch_size=12, cache=cache,
                           offload=name == "offloaded")
     fisher = estimate_curvature(distiller).h
+    facts["estimated"] = held(distiller.model)
     gates = distiller.learn(**options)
     facts |= {"drift": distiller.keep_kl(gates), "held": held(distiller.model)}
     facts["answers"] = [distiller.targets.answers, distiller.held_out_targets.answers]
@@ -193,6 +194,7 @@ def test_two_processes_learn_the_gates_of_one(distiller: Distiller, tmp_path: Pa
     assert facts["replicated"]["held"] == whole
     assert facts["sharded"]["loaded"] <= whole - inside + 0.51 * inside, "half of the layers"
     assert facts["sharded"]["held"] <= whole - inside + 0.51 * (inside + factors), "half of layers and factors each"
+    assert facts["sharded"]["estimated"] == facts["sharded"]["held"], "the curvature takes the same rows"
 
 
 def test_alone_everybody_agrees(tmp_path: Path) -> None:

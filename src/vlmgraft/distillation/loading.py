@@ -62,7 +62,7 @@ def distiller_for(
             held_out,
             progress=progress,
             cache=cache,
-            keep_factors=isinstance(method, Curvature) or method.start == "curvature",
+            keep_factors=process()[1] == 1 and (isinstance(method, Curvature) or method.start == "curvature"),
             offload=offload,
             endpoint=vlm_endpoint(job.recipe, method, job.vlm.path),
             **reading_of(method),
