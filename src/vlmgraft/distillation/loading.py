@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vlmgraft.distillation.distill import Distiller
-from vlmgraft.distillation.distributed import agreed, group_of_one, process
+from vlmgraft.distillation.distributed import group_of_one
 from vlmgraft.distillation.memory import offloads
 from vlmgraft.distillation.servers import donor_endpoints, vlm_endpoint
 from vlmgraft.distillation.sharding import shard
@@ -26,6 +26,7 @@ from vlmgraft.methods.frism import Frism, GatedMethod
 from vlmgraft.recipe.resolve import Job
 from vlmgraft.spectral.factor_store import Store
 from vlmgraft.storage.progress import Progress
+from vlmgraft.storage.torchrun import agreed, process
 
 READ_ALIKE = ("max_new_tokens", "batch_size", "answer_batch_size", "batch_tokens", "packing", "tokens")
 """Fields of `Calibration` that a `Distiller` has, too."""

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from vlmgraft.distillation.distributed import agreed, process
 from vlmgraft.distillation.projections import Backend, choose_backend
 from vlmgraft.hf.batches import Question, batches, encode
 from vlmgraft.hf.models import load_config, load_processor
@@ -24,6 +23,7 @@ from vlmgraft.hf.modules import text_experts, text_linears, text_model
 from vlmgraft.methods.calibration import Calibration
 from vlmgraft.methods.frism import GatedMethod
 from vlmgraft.storage.resources import free_memory
+from vlmgraft.storage.torchrun import agreed, process
 
 if TYPE_CHECKING:
     from vlmgraft.distillation.distill import Distiller
