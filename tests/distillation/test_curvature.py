@@ -103,9 +103,8 @@ def test_checkpointed_layers_give_the_same_bits(
 
 def predicted_gates(fisher: FisherDiagonal, factors: Mapping[str, Factors], scale: float, budget: float) -> Gates:
     """Hard gates whose KL, as the diagonal predicts it (`predicted_kl`), is the largest one within the budget."""
-    ascending, index = torch.cat([value.flatten() for value in fisher.thresholds(spectra(factors)).values()]).sort(
-        stable=True
-    )
+    thresholds = fisher.thresholds(spectra(factors))
+    ascending, index = torch.cat([value.flatten() for value in thresholds.values()]).sort(stable=True)
     kl = 0.5 * scale**2 * torch.cat([h.flatten() for h in fisher.h.values()]).double()[index].cumsum(0)
     count = int((kl <= budget).sum())
     cut, predicted = (float(ascending[count - 1]), float(kl[count - 1])) if count else (-1.0, 0.0)
