@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from vlmgraft.distillation import curvature as module
+from vlmgraft.distillation import gated_layers
 from vlmgraft.distillation.curvature import (
     FisherDiagonal,
     curvature_gates,
@@ -47,6 +49,39 @@ def test_the_estimate_is_the_squared_gradient_of_every_question(
         assert torch.allclose(found.h[name], expected, rtol=1e-2, atol=1e-4 * float(expected.max()))
 
 
+@pytest.mark.parametrize("of_model", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("of_factors", [torch.float32, torch.bfloat16])
+def test_factors_are_put_in_place_once_and_none_is_rounded(
+    distiller: Distiller, of_model: torch.dtype, of_factors: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """U and Vh go to the layers once for 2 × 3 batches; the scores are those of the factors as they were given, also
+    where they are finer than the model, whose layers round them."""
+    factors = {name: matrix.to(dtype=of_factors) for name, matrix in distiller.factors.items()}
+    placed, used = list[torch.Tensor](), dict[str, set[int]]()
+    freeze, real = gated_layers._frozen, module.question_scores
+
+    def frozen(factor: torch.Tensor, like: torch.Tensor) -> Any:
+        placed.append(freeze(factor, like))
+        return placed[-1]
+
+    def scores(x: torch.Tensor, delta: torch.Tensor, U: torch.Tensor, s: torch.Tensor, Vh: torch.Tensor) -> Any:
+        (given,) = (matrix for matrix in factors.values() if matrix.s.equal(s))
+        used.setdefault(given.name, set()).update((U.data_ptr(), Vh.data_ptr()))
+        twin = (x.float() @ given.Vh.float().mT) * (delta.float() @ given.U.float())
+        found = real(x, delta, U, s, Vh)
+        assert found.equal(twin.sum(1) * given.s)
+        return found
+
+    model = copy.deepcopy(distiller.model).to(of_model)
+    few = Distiller(model, distiller.processor, factors, distiller.questions[:6], max_new_tokens=4, batch_size=2)
+    monkeypatch.setattr(gated_layers, "_frozen", frozen)
+    monkeypatch.setattr(module, "question_scores", scores)
+    estimate_curvature(few, draws=2)
+    assert len(few.targets.batches) >= 3 and len(placed) == 2 * len(factors) == 2 * len(used)
+    if (of_model, of_factors) != (torch.bfloat16, torch.float32):
+        assert set[int]().union(*used.values()) == {matrix.data_ptr() for matrix in placed}, "no copy of them is made"
+
+
 @pytest.mark.parametrize("scores", ["tapped_scores", "question_gradients"])
 def test_checkpointed_layers_give_the_same_bits(
     distiller: Distiller, monkeypatch: pytest.MonkeyPatch, scores: str
@@ -68,19 +103,22 @@ def test_checkpointed_layers_give_the_same_bits(
 
 def predicted_gates(fisher: FisherDiagonal, factors: Mapping[str, Factors], scale: float, budget: float) -> Gates:
     """Hard gates whose KL, as the diagonal predicts it (`predicted_kl`), is the largest one within the budget."""
-    ascending, index = torch.cat([value.flatten() for value in fisher.thresholds(factors).values()]).sort(stable=True)
+    thresholds = fisher.thresholds(spectra(factors))
+    ascending, index = torch.cat([value.flatten() for value in thresholds.values()]).sort(stable=True)
     kl = 0.5 * scale**2 * torch.cat([h.flatten() for h in fisher.h.values()]).double()[index].cumsum(0)
     count = int((kl <= budget).sum())
     cut, predicted = (float(ascending[count - 1]), float(kl[count - 1])) if count else (-1.0, 0.0)
-    return fisher.cut(factors, scale, cut, {"predicted_kl": predicted})
+    return fisher.cut(spectra(factors), scale, cut, {"predicted_kl": predicted})
 
 
-def by_hand() -> tuple[FisherDiagonal, dict[str, Factors]]:
+def spectra(factors: Mapping[str, Factors]) -> dict[str, torch.Tensor]:
+    return {name: matrix.s for name, matrix in factors.items()}
+
+
+def by_hand() -> tuple[FisherDiagonal, dict[str, torch.Tensor]]:
     """h/s² is 1, 4, 9 in "a" and 1/2 in "b", whose s is 2; "b" also has a direction without energy."""
     h = {"a": torch.tensor([1.0, 4.0, 9.0]), "b": torch.tensor([2.0, 0.0])}
-    s = {"a": torch.ones(3), "b": torch.tensor([2.0, 0.0])}
-    parts = {name: (torch.eye(4)[:, : len(row)], row, torch.eye(len(row))) for name, row in s.items()}
-    return FisherDiagonal(h, 7), {name: Factors(name, name, *part, 0.0, 0.0) for name, part in parts.items()}
+    return FisherDiagonal(h, 7), {"a": torch.ones(3), "b": torch.tensor([2.0, 0.0])}
 
 
 @pytest.mark.parametrize(
@@ -91,7 +129,9 @@ def test_directions_open_in_the_order_of_h_per_energy(
     scale: float, budget: float, opened: tuple[list[int], list[int]], predicted: float
 ) -> None:
     """½λ²h summed in that order: 1, 1.5, 3.5 and 8 at λ = 1."""
-    fisher, factors = by_hand()
+    fisher, s = by_hand()
+    factors = {name: Factors(name, name, torch.eye(4)[:, : len(row)], row, torch.eye(len(row)), 0.0, 0.0)
+               for name, row in s.items()}  # fmt: skip
     gates = predicted_gates(fisher, factors, scale, budget)
     assert (gates.open("a").tolist(), gates.open("b").tolist()) == opened
     assert gates.settings["predicted_kl"] == pytest.approx(predicted) and gates.scale == scale
@@ -163,7 +203,7 @@ def test_a_score_is_the_sum_written_out() -> None:
     x, delta, U, s, Vh = (
         torch.randn(*shape, generator=generator) for shape in ((2, 3, 4), (2, 3, 5), (5, 2), (2,), (2, 4))
     )
-    scores = question_scores(x, delta, Factors("w", "w", U, s, Vh, 1.0, 0.0))
+    scores = question_scores(x, delta, U, s, Vh)
     for question in range(2):
         for i in range(2):
             expected = sum(

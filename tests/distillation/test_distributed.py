@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 from vlmgraft.distillation import distributed
 from vlmgraft.distillation.curvature import estimate_curvature
 from vlmgraft.distillation.distill import Distiller
-from vlmgraft.distillation.distributed import agreed, await_file, check_same
 from vlmgraft.spectral.gate_store import load_gates
+from vlmgraft.storage import torchrun
+from vlmgraft.storage.torchrun import agreed, await_file, check_same
 
 OPTIONS: dict[str, Any] = {"steps": 6, "inject_weight": 0.1, "batches_per_step": 2}
 SCRIPT = """
@@ -37,7 +38,8 @@ from safetensors.torch import save_file
 from transformers import modeling_utils
 from vlmgraft.distillation.curvature import estimate_curvature
 from vlmgraft.distillation.distill import Distiller
-from vlmgraft.distillation.distributed import agreed, barrier, check_same, join_group, process
+from vlmgraft.distillation.distributed import join_group
+from vlmgraft.storage.torchrun import agreed, barrier, check_same, process
 from vlmgraft.distillation.sharding import shard
 from vlmgraft.errors import VlmgraftError
 from vlmgraft.hf.modules import is_shard
@@ -106,6 +108,7 @@ for name in ("replicated", "offloaded", "sharded"):
                           shared._image_questions(12, first=1000), max_new_tokens=6, batch_size=12, cache=cache,
                           offload=name == "offloaded")
     fisher = estimate_curvature(distiller).h
+    facts["estimated"] = held(distiller.model)
     gates = distiller.learn(**options)
     facts |= {"drift": distiller.keep_kl(gates), "held": held(distiller.model)}
     facts["answers"] = [distiller.targets.answers, distiller.held_out_targets.answers]
@@ -193,6 +196,7 @@ def test_two_processes_learn_the_gates_of_one(distiller: Distiller, tmp_path: Pa
     assert facts["replicated"]["held"] == whole
     assert facts["sharded"]["loaded"] <= whole - inside + 0.51 * inside, "half of the layers"
     assert facts["sharded"]["held"] <= whole - inside + 0.51 * (inside + factors), "half of layers and factors each"
+    assert facts["sharded"]["estimated"] == facts["sharded"]["held"], "the curvature takes the same rows"
 
 
 def test_alone_everybody_agrees(tmp_path: Path) -> None:
@@ -257,8 +261,8 @@ def test_batches_are_shared_out_and_the_last_round_is_filled_with_work_that_does
 
 
 def test_a_process_alone_waits_for_nobody() -> None:
-    distributed.barrier()
-    assert distributed.process() == (0, 1) and list(distributed.shared("ab")) == [("a", 1.0), ("b", 1.0)]
+    torchrun.barrier()
+    assert torchrun.process() == (0, 1) and list(distributed.shared("ab")) == [("a", 1.0), ("b", 1.0)]
 
 
 @pytest.mark.parametrize(("device", "backend"), [("cpu", "gloo"), ("cuda:1", "cpu:gloo,cuda:nccl")])
@@ -281,7 +285,9 @@ def test_a_group_is_joined_where_torchrun_describes_one(
     group = ("init_process_group", backend, {"timeout": timedelta(hours=2)})
     assert calls == [*(["cuda:1"] if device != "cpu" else []), group, distributed.leave_group]
     monkeypatch.setattr(distributed, "process", lambda: (1, 2))
+    monkeypatch.setattr(torchrun, "process", lambda: (1, 2))
+    monkeypatch.setattr(torchrun, "_group", lambda: torch.distributed)
     calls.clear()
     distributed.join_group()
-    distributed.barrier()
+    torchrun.barrier()
     assert calls == [("barrier", {})], "it is a member already, and waits for the other"

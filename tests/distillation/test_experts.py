@@ -209,6 +209,14 @@ def test_curvature_sees_into_experts(mixture: dict[str, Any], tmp_path: Path) ->
     assert drift == pytest.approx(0.5 * 0.2**2 * float(found.h[name].max()), rel=0.5)
 
 
+def test_curvature_of_experts_that_files_keep_one_by_one(one_by_one: dict[str, Any], tmp_path: Path) -> None:
+    method = {"name": "curvature", "kl_budget": 0.02, "calibration": one_by_one["method"]["calibration"]}
+    vg.merge({**one_by_one, "method": method}, tmp_path / "merged", workdir=tmp_path / "work")
+    gates = load_gates(tmp_path / "work" / "gates")
+    assert sum(".experts." in name for name in gates.logits) == 2 * 3 * 3
+    assert 0 < gates.settings["energy"] < 1 and 0 < gates.settings["held_out_kl"] <= 0.02
+
+
 def test_experts_that_files_keep_one_by_one_have_gates(one_by_one: dict[str, Any], tmp_path: Path) -> None:
     """Every expert's gate, up and down have gates of their own, and the gated model is the folder that is written."""
     receipt = vg.merge(one_by_one, tmp_path / "merged", workdir=tmp_path / "work")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,10 +18,47 @@ from vlmgraft.errors import AlignmentError, NumericalError, OutputError
 from vlmgraft.spectral import decompose as decomposing
 from vlmgraft.spectral import task_vector as module
 from vlmgraft.spectral.decompose import decompose, share
+from vlmgraft.spectral.factor_store import FactorStore
 from vlmgraft.spectral.svd import matrix_cost
 from vlmgraft.spectral.task_vector import TaskVectors, task_vector
 
 LAYERS = [1]
+SCRIPT = """
+import os, signal, sys, time
+from pathlib import Path
+import torch
+from vlmgraft.alignment import align
+from vlmgraft.checkpoint.index import open_checkpoint
+from vlmgraft.errors import VlmgraftError
+from vlmgraft.spectral.decompose import decompose
+from vlmgraft.spectral.factor_store import FactorStore
+from vlmgraft.storage.torchrun import leave_group
+told, out, late, vlm, *donors, base = map(Path, sys.argv[1:8])
+options, rank = sys.argv[8:], int(os.environ["RANK"])
+torch.distributed.init_process_group("gloo")
+if rank == int(str(late)):  # as on a network file system
+    seen, listed = Path.is_file, Path.iterdir
+    def old(path):
+        return out not in path.parents or time.time() - path.stat().st_mtime > 1
+    Path.is_file = lambda path: seen(path) and old(path)
+    Path.iterdir = lambda folder: (path for path in listed(folder) if old(path))
+if "killed" in options and rank == 1:
+    save = FactorStore.save
+    def killed(*args, **more):
+        save(*args, **more)
+        os.kill(os.getpid(), signal.SIGKILL)
+    FactorStore.save = killed
+calls = []
+alignment = align(*map(open_checkpoint, (vlm, donors[rank], base)), layers=[1])
+try:
+    decompose(alignment, out, resume="resume" in options,
+              progress=lambda done, total, what: calls.append(what) if done < total else None)
+    assert FactorStore(out).complete
+except VlmgraftError as error:
+    calls.append(str(error))
+(told / str(rank)).write_text("\\n".join(calls))
+leave_group()
+"""
 
 
 def aligned(root: Path, donor: str = "donor", layers: list[int] = LAYERS) -> Alignment:
@@ -120,15 +160,53 @@ def test_changed_inputs_and_another_rank_are_noticed(folders: Path, tmp_path: Pa
         decompose(aligned(root), out, rank=4)
 
 
-def test_two_processes_share_the_matrices(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    alignment, calls = aligned(folders), ([], [])  # type: tuple[Alignment, tuple[list[str], list[str]]]
-    whole = decompose(alignment, tmp_path / "whole")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in (0, 1):
-        monkeypatch.setenv("RANK", str(rank))
-        store = decompose(alignment, tmp_path / "both", resume=True, progress=watch(calls[rank]))  # type: ignore[arg-type]
-    assert calls[0] and calls[1] and not set(calls[0]) & set(calls[1])
-    assert store.digest == whole.digest and all(store[name].U.equal(whole[name].U) for name in whole)
+def together(
+    folders: Path, out: Path, *options: str, late: int, donors: tuple[str, str] = ("donor", "donor")
+) -> tuple[int, list[list[str]]]:
+    """Two gloo processes decompose into `out`: the exit status, and what each did, or the error that it met. `late`
+    sees files and folders a while after they were written."""
+    told = out.with_name(f"told-{len(list(out.parent.iterdir()))}")
+    told.mkdir()
+    (script := told / "run.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    paths = [str(folders / name) for name in ("vlm", *donors, "base")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(told), str(out), str(late), *paths, *options], env=environment, timeout=300)
+    return done.returncode, [
+        (told / str(rank)).read_text().splitlines() if (told / str(rank)).is_file() else [] for rank in (0, 1)
+    ]
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_matrices_and_go_on_after_a_kill(folders: Path, tmp_path: Path) -> None:
+    """The first process sees the other's files late: it refuses or resumes for both, and waits for them at the end."""
+    whole, out = decompose(aligned(folders), tmp_path / "whole"), tmp_path / "both"
+    assert together(folders, out, "killed", late=0)[0] != 0
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
+    assert 1 <= len(kept) < 7 and not (out / "factors.json").exists()
+    status, told = together(folders, out, late=0)
+    assert status == 0 and all("resume to redo" in error for (error,) in told), "what one refuses, both do"
+    status, calls = together(folders, out, "resume", late=0)
+    assert status == 0 and len(calls[0] + calls[1]) == len({*calls[0], *calls[1]}) == 7 - len(kept)
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items()), "what was done is not done again"
+    assert all((out / path.name).read_bytes() == path.read_bytes() for path in whole.folder.glob("*.safetensors"))
+    assert FactorStore(out).digest == whole.digest
+
+
+@pytest.mark.slow
+def test_a_process_that_sees_files_late_or_other_weights(folders: Path, tmp_path: Path) -> None:
+    whole = decompose(aligned(folders), tmp_path / "whole")
+    status, calls = together(folders, tmp_path / "both", late=1)
+    assert status == 0 and calls[0] and calls[1] and sorted(calls[0] + calls[1]) == sorted(whole.names)
+    assert FactorStore(tmp_path / "both").digest == whole.digest
+    root = tmp_path / "trio"
+    shutil.copytree(folders, root)
+    shutil.copytree(root / "base", root / "other")
+    tensors = load_file(file := root / "other" / "model.safetensors")
+    save_file({name: tensor + 0.01 for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    status, told = together(root, tmp_path / "mixed", late=1, donors=("donor", "other"))
+    assert status == 0 and all("other weights" in error and ".safetensors" in error for (*_, error) in told)
+    assert not (tmp_path / "mixed" / "factors.json").exists()
 
 
 def test_shares_are_balanced_by_cost() -> None:

@@ -25,11 +25,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vlmgraft.checkpoint.writer import save_tensors
-from vlmgraft.distillation.distributed import agreed, await_file, barrier, process, shared
+from vlmgraft.distillation.distributed import shared
 from vlmgraft.errors import OutputError
 from vlmgraft.hf.modules import is_shard
 from vlmgraft.storage.files import make_folder, scratch_folder, sweep_files
 from vlmgraft.storage.resources import cannot_write
+from vlmgraft.storage.torchrun import agreed, await_file, barrier, process
 
 SAMPLES = 32
 SAMPLE_BYTES = 4096

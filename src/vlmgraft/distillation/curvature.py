@@ -30,10 +30,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vlmgraft.distillation.distributed import of_all, shared
-from vlmgraft.distillation.gated_layers import checkpointed, frozen
+from vlmgraft.distillation.gated_layers import GatedLinear, checkpointed
 from vlmgraft.distillation.targets import TargetBatch, Targets
 from vlmgraft.methods.frism import check_budget
-from vlmgraft.spectral.factors import Factors
 from vlmgraft.spectral.gates import Gates, injected_energy
 
 if TYPE_CHECKING:
@@ -55,17 +54,17 @@ class FisherDiagonal:
     h: Mapping[str, Float[Tensor, " r"]]
     tokens: int
 
-    def thresholds(self, factors: Mapping[str, Factors]) -> dict[str, Float[Tensor, " r"]]:
+    def thresholds(self, s: Mapping[str, Float[Tensor, " r"]]) -> dict[str, Float[Tensor, " r"]]:
         """h_i / s_i² per direction; infinite where s_i is zero, so that empty directions stay closed."""
         result = {}
         for name, h in self.h.items():
-            energy = factors[name].s.float().cpu().square()
+            energy = s[name].float().cpu().square()
             result[name] = torch.where(energy > 0, h / energy.clamp_min(1e-30), torch.inf)
         return result
 
     def cut(
         self,
-        factors: Mapping[str, Factors],
+        s: Mapping[str, Float[Tensor, " r"]],
         scale: float,
         cut: float,
         settings: Mapping[str, Any] | None = None,
@@ -74,14 +73,14 @@ class FisherDiagonal:
     ) -> Gates:
         """Directions with h/s² ≤ cut fully open and the others closed, or (soft) each open by 1 / (1 + h/(s² cut))."""
         logits = {}
-        for name, value in self.thresholds(factors).items():
+        for name, value in self.thresholds(s).items():
             if soft:
                 opened = (cut / value.clamp_min(1e-30)).log()
             else:
                 opened = torch.where((value <= cut) & value.isfinite(), torch.inf, -torch.inf)
             logits[name] = opened
         gates = Gates(logits, scale)
-        energy = injected_energy(gates, {name: factors[name].s.cpu() for name in logits})
+        energy = injected_energy(gates, {name: s[name].cpu() for name in logits})
         return replace(gates, settings={"inject": "curvature", "energy": energy, **(settings or {})})
 
 
@@ -93,9 +92,15 @@ def estimate_curvature(
     checkpointing: decoder layers are run again in the backward pass instead of keeping what they computed; the same h.
 
     Under torch.distributed the batches are shared out, and every process gets the whole h, the bits of one process's.
+
+    The forward passes are its own, not those that made the teacher's targets. Those run before factors join the layers,
+    without gradients, and not at all where the cache has their results, which belong to the teacher, whatever the
+    factors; whether layers must be checkpointed is known when all batches are. To share them would save one forward
+    pass of two forward and one backward, and only in a first run.
     """
     shapes = {name: factor.s.shape for name, factor in distiller.factors.items()}
-    scores = question_gradients if any(len(shape) == 2 for shape in shapes.values()) else tapped_scores
+    linear = all(isinstance(layer, nn.Linear | GatedLinear) for layer in distiller.linears.values())
+    scores = tapped_scores if linear else question_gradients
     batches = distiller.targets.batches * draws
     seeds = torch.randint(2**62, (len(batches),), generator=torch.Generator().manual_seed(seed)).tolist()
     h = torch.zeros(sum(shape.numel() for shape in shapes.values()), device=distiller.model.device)
@@ -128,21 +133,22 @@ def curvature_gates(
     """
     check_budget(kl_budget)
     curvature = estimate_curvature(distiller) if curvature is None else curvature
-    cuts = _cuts(curvature, distiller.factors, soft)
+    s = {name: factors.s for name, factors in distiller.factors.items()}  # which may be on disk: read once
+    cuts = _cuts(curvature, s, soft)
     low, high, best, reached = -1, len(cuts) - 1, 0.0 if soft else -1.0, 0.0
     with distiller.measuring(held_out) as measure:
         for _ in range(BISECTIONS):
             if low >= high:
                 break
             middle = (low + high + 1) // 2
-            gates = curvature.cut(distiller.factors, scale, float(cuts[middle]), soft=soft)
-            kl = measure({name: gates.spectrum(name, distiller.factors[name].s) for name in distiller.factors})
+            gates = curvature.cut(s, scale, float(cuts[middle]), soft=soft)
+            kl = measure({name: gates.spectrum(name, s[name]) for name in s})
             if kl <= kl_budget:
                 low, best, reached = middle, float(cuts[middle]), kl
             else:
                 high = middle - 1
     settings = {"kl_budget": kl_budget, "held_out_kl": reached, "cut": best}
-    return replace(curvature.cut(distiller.factors, scale, best, settings, soft=soft), factors=distiller.digest)
+    return replace(curvature.cut(s, scale, best, settings, soft=soft), factors=distiller.digest)
 
 
 def within_reach(gates: Gates, limit: float = REACH) -> Gates:
@@ -155,10 +161,10 @@ def curvature_start(distiller: Distiller, scale: float, kl_budget: float, *, cur
     return within_reach(curvature_gates(distiller, scale, kl_budget, curvature=curvature, soft=True), START_REACH)
 
 
-def _cuts(curvature: FisherDiagonal, factors: Mapping[str, Factors], soft: bool) -> Float[Tensor, " cuts"]:
+def _cuts(curvature: FisherDiagonal, s: Mapping[str, Tensor], soft: bool) -> Float[Tensor, " cuts"]:
     """Candidate cuts in ascending order: where a direction opens, or for soft gates a fine geometric grid from a
     thousandth of the smallest threshold to a thousand times the largest."""
-    values = torch.cat([value.flatten() for value in curvature.thresholds(factors).values()])
+    values = torch.cat([value.flatten() for value in curvature.thresholds(s).values()])
     positive = values[values.isfinite() & (values > 0)].unique()
     if not soft or not len(positive):
         return values[values.isfinite()].unique()
@@ -171,19 +177,30 @@ Scored = Callable[[TargetBatch, torch.Generator], Iterator[tuple[str, Tensor]]]
 
 @contextmanager
 def tapped_scores(distiller: Distiller, checkpointing: bool = False) -> Iterator[Scored]:
-    """Scores of linear layers, from their inputs and the gradients at their outputs: one backward pass per batch."""
+    """Scores of linear layers, from their inputs and the gradients at their outputs: one backward pass per batch.
 
-    def scored(batch: TargetBatch, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
-        scores: dict[str, Tensor] = {}
+    U and Vh are those of gated layers, put in place once: on the device, or, of a sharded or offloaded model, as its
+    weights are, each process its rows. Factors finer than the model's dtype, which layers round, are read every time.
+    """
+    with distiller.gated() as layers, checkpointed(distiller.model, checkpointing):
+        s, finer = dict[str, Tensor](), set[str]()
+        for name, factors in distiller.factors.items():
+            s[name] = factors.s.float().to(distiller.model.device)
+            if torch.promote_types(factors.U.dtype, distiller.model.dtype) != distiller.model.dtype:
+                finer.add(name)
 
-        def keep(name: str, x: Tensor, delta: Tensor) -> None:
-            scores[name] = question_scores(x, delta, distiller.factors[name])
+        def scored(batch: TargetBatch, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+            scores: dict[str, Tensor] = {}
 
-        with _taps(distiller, keep, checkpointing), checkpointed(distiller.model, checkpointing):
-            _losses(distiller.model, batch, generator).sum().backward()
-        yield from scores.items()
+            def keep(name: str, x: Tensor, delta: Tensor) -> None:
+                whole = distiller.factors[name] if name in finer else layers[name]
+                scores[name] = question_scores(x, delta, whole.U, s[name], whole.Vh)
 
-    yield scored
+            with _taps(layers, keep, checkpointing):
+                _losses(distiller.model, batch, generator).sum().backward()
+            yield from scores.items()
+
+        yield scored
 
 
 @contextmanager
@@ -217,12 +234,16 @@ def _losses(model: Any, batch: TargetBatch, generator: torch.Generator) -> Float
 
 
 def question_scores(
-    x: Float[Tensor, "batch length in"], delta: Float[Tensor, "batch length out"], factors: Factors
+    x: Float[Tensor, "batch length in"],
+    delta: Float[Tensor, "batch length out"],
+    U: Float[Tensor, "out r"],
+    s: Float[Tensor, " r"],
+    Vh: Float[Tensor, "r in"],
 ) -> Float[Tensor, "batch r"]:
     """Σ_t (δ_t · u_i)(x_t · v_i) s_i per question."""
-    inner = x.float() @ factors.Vh.to(x.device).float().mT
-    outer = delta.float() @ factors.U.to(x.device).float()
-    return (inner * outer).sum(1) * factors.s.to(x.device).float()
+    inner = x.float() @ Vh.to(x.device).float().mT
+    outer = delta.float() @ U.to(x.device).float()
+    return (inner * outer).sum(1) * s
 
 
 def draw_tokens(log_p: Float[Tensor, "N vocabulary"], generator: torch.Generator) -> Int[Tensor, " N"]:
@@ -231,9 +252,11 @@ def draw_tokens(log_p: Float[Tensor, "N vocabulary"], generator: torch.Generator
 
 
 @contextmanager
-def _taps(distiller: Distiller, keep: Callable[[str, Tensor, Tensor], None], checkpointing: bool) -> Iterator[None]:
-    """Inside the context `keep` is given every gated layer's name, input and gradient at its output, as soon as a
-    backward pass has both; hooks and flags are undone on exit. Of checkpointed layers the input is that of their second
+def _taps(
+    layers: Mapping[str, nn.Module], keep: Callable[[str, Tensor, Tensor], None], checkpointing: bool
+) -> Iterator[None]:
+    """Inside the context `keep` is given every layer's name, input and gradient at its output, as soon as a backward
+    pass has both; hooks are removed on exit. Of checkpointed layers the input is that of their second
     run, which comes in the backward pass, before or after the gradient."""
     inputs, gradients, skipped = dict[str, Tensor](), dict[str, Tensor](), set[str]()
 
@@ -257,8 +280,8 @@ def _taps(distiller: Distiller, keep: Callable[[str, Tensor, Tensor], None], che
             output.requires_grad_()  # nothing below needs a gradient: the graph starts here
         output.register_hook(arrive)
 
-    with frozen(distiller.model), ExitStack() as hooks:
-        for name, linear in distiller.linears.items():
-            hooks.callback(linear.register_forward_pre_hook(partial(enter, name)).remove)
-            hooks.callback(linear.register_forward_hook(partial(leave, name)).remove)
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.callback(layer.register_forward_pre_hook(partial(enter, name)).remove)
+            hooks.callback(layer.register_forward_hook(partial(leave, name)).remove)
         yield

@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import atexit
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
-from vlmgraft.errors import VlmgraftError
 from vlmgraft.hf.placement import default_device
-from vlmgraft.storage.torchrun import leave_group, rank_and_world
+from vlmgraft.storage.torchrun import leave_group, process, rank_and_world
 
 T = TypeVar("T")
 
 PATIENCE = timedelta(hours=2)
 """How long processes wait for each other: answers of the teacher differ in length."""
-
-
-def process() -> tuple[int, int]:
-    """This process's rank and the number of processes; (0, 1) without a process group."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
 
 
 def shared(items: Sequence[T]) -> Iterator[tuple[T, float]]:
@@ -52,55 +42,6 @@ def of_all(part: torch.Tensor) -> list[torch.Tensor]:
     parts = [torch.empty_like(part) for _ in range(process()[1])]
     torch.distributed.all_gather(parts, part)
     return parts
-
-
-def agreed(decide: Callable[[], T]) -> T:
-    """What the first process decides, in every process: on a network file system they may not see the same files.
-
-    A VlmgraftError that it raises is raised in every process.
-    """
-    rank, world = process()
-    if world == 1:
-        return decide()
-    decision: list[Any] = [None, None]  # the value, and what went wrong
-    failure: VlmgraftError | None = None
-    if rank == 0:
-        try:
-            decision[0] = decide()
-        except VlmgraftError as error:
-            failure, decision[1] = error, str(error)
-    torch.distributed.broadcast_object_list(decision)
-    if decision[1] is not None:
-        raise failure or VlmgraftError(f"the first process: {decision[1]}")
-    value: T = decision[0]
-    return value
-
-
-def check_same(what: str, digest: str) -> None:
-    """Raise VlmgraftError in every process unless all of them have the same digest."""
-    digests: list[Any] = [digest] * process()[1]
-    if len(digests) > 1:
-        torch.distributed.all_gather_object(digests, digest)
-    odd = [rank for rank, value in enumerate(digests) if value != digests[0]]
-    if odd:
-        raise VlmgraftError(
-            f"processes 0 and {odd[0]} differ in {what}: they see different files; name a folder that all of them share"
-        )
-
-
-def await_file(path: Path, seconds: float = 60.0) -> None:
-    """Wait until this process sees a file that another one wrote, as network file systems let one; then go on."""
-    end = time.monotonic() + seconds
-    while not path.is_file() and time.monotonic() < end:
-        time.sleep(0.2)
-        if path.parent.is_dir():
-            list(path.parent.iterdir())  # asks the server anew
-
-
-def barrier() -> None:
-    """Wait for all processes, if there are several."""
-    if process()[1] > 1:
-        torch.distributed.barrier()
 
 
 def join_group() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vlmgraft.distillation.budget import largest_within
 from vlmgraft.distillation.curvature import within_reach
-from vlmgraft.distillation.distributed import agreed, barrier, join_group, process
+from vlmgraft.distillation.distributed import join_group
 from vlmgraft.distillation.learn import (
     check_factors,
     check_kept,
@@ -35,6 +35,7 @@ from vlmgraft.spectral.gates import Gates, injected_energy
 from vlmgraft.storage.jsonl import read_rows, write_rows
 from vlmgraft.storage.locks import at_work, locked
 from vlmgraft.storage.progress import Progress
+from vlmgraft.storage.torchrun import agreed, barrier, process
 
 if TYPE_CHECKING:
     from vlmgraft.distillation.distill import Distiller

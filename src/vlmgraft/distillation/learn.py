@@ -9,17 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vlmgraft.alignment import Alignment
 from vlmgraft.checkpoint.reader import Reader
 from vlmgraft.distillation.curvature import FisherDiagonal, curvature_gates, curvature_start, estimate_curvature
 from vlmgraft.distillation.distill import Distiller
-from vlmgraft.distillation.distributed import agreed, await_file, barrier, check_same, join_group, process
+from vlmgraft.distillation.distributed import join_group
 from vlmgraft.distillation.guarantee import check_guarantee, within_budget
 from vlmgraft.distillation.memory import Kept, checkpoints
 from vlmgraft.distillation.targets import Targets
@@ -35,15 +34,15 @@ from vlmgraft.methods.curvature import Curvature
 from vlmgraft.methods.frism import Frism, GatedMethod
 from vlmgraft.recipe.resolve import Job
 from vlmgraft.spectral.decompose import check_store, decompose
-from vlmgraft.spectral.factor_store import MANIFEST, SUFFIX, FactorStore, Store, donor_folder, open_store
+from vlmgraft.spectral.factor_store import FactorStore, Store, donor_folder, open_store
 from vlmgraft.spectral.gate_store import load_gates, save_gates
 from vlmgraft.spectral.gates import Gates
-from vlmgraft.spectral.task_vector import TaskVectors, checkpoint_digest, file_stamp
+from vlmgraft.spectral.task_vector import checkpoint_digest, file_stamp
 from vlmgraft.spectral.threads import threads_for
 from vlmgraft.storage.files import make_folder, sweep_files
 from vlmgraft.storage.progress import Progress
 from vlmgraft.storage.publish import sweep_folders
-from vlmgraft.storage.torchrun import rank_and_world
+from vlmgraft.storage.torchrun import agreed, barrier, check_same, process, rank_and_world
 
 
 def check_inputs(job: Job, gates: Path) -> None:
@@ -110,24 +109,9 @@ def factors_for(job: Job, out: Path, *, resume: bool, progress: Progress | None)
     join_group()
     for number, alignment in enumerate(job.alignments):
         decompose(alignment, donor_folder(out, number), job.method.rank, progress=progress, **options)
-    barrier()  # every process has done its share
-    for number, alignment in enumerate(job.alignments):
-        folder = donor_folder(out, number)
-        if process() != (0, 1):
-            agreed(partial(_finished, alignment, folder, job, options))
-        await_file(folder / MANIFEST)
     store = open_store(out)
     check_same("the factors", store.digest)
     return store
-
-
-def _finished(alignment: Alignment, folder: Path, job: Job, options: Mapping[str, Any]) -> bool:
-    """See to the manifest of a store that several processes wrote: none of them may have seen all files at its end."""
-    for name in TaskVectors(alignment).names:
-        await_file(folder / f"{name}{SUFFIX}")
-    if not FactorStore(folder).complete:
-        decompose(alignment, folder, job.method.rank, **{**options, "resume": True})
-    return True
 
 
 def check_factors(job: Job, folder: Path) -> None:

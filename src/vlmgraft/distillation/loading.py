@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vlmgraft.distillation.distill import Distiller
-from vlmgraft.distillation.distributed import agreed, group_of_one, process
+from vlmgraft.distillation.distributed import group_of_one
 from vlmgraft.distillation.memory import offloads
 from vlmgraft.distillation.servers import donor_endpoints, vlm_endpoint
 from vlmgraft.distillation.sharding import shard
@@ -27,6 +27,7 @@ from vlmgraft.methods.frism import Frism, GatedMethod
 from vlmgraft.recipe.resolve import Job
 from vlmgraft.spectral.factor_store import Store
 from vlmgraft.storage.progress import Progress
+from vlmgraft.storage.torchrun import agreed, process
 
 READ_ALIKE = ("max_new_tokens", *BATCHES, "packing", "tokens")
 """Fields of `Calibration` that a `Distiller` has, too."""
@@ -63,7 +64,7 @@ def distiller_for(
             held_out,
             progress=progress,
             cache=cache,
-            keep_factors=isinstance(method, Curvature) or method.start == "curvature",
+            keep_factors=process()[1] == 1 and (isinstance(method, Curvature) or method.start == "curvature"),
             offload=offload,
             endpoint=vlm_endpoint(job.recipe, method, job.vlm.path),
             **reading_of(method),

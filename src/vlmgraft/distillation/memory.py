@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from vlmgraft.distillation.distributed import agreed, process
 from vlmgraft.distillation.projections import Backend, choose_backend
 from vlmgraft.distillation.targets import FULL_VOCABULARY, TOP_K
 from vlmgraft.errors import RecipeError
@@ -27,6 +26,7 @@ from vlmgraft.methods.calibration import Calibration
 from vlmgraft.methods.frism import GatedMethod
 from vlmgraft.storage.outputs import disk_of
 from vlmgraft.storage.resources import free_memory
+from vlmgraft.storage.torchrun import agreed, process
 
 if TYPE_CHECKING:
     from vlmgraft.distillation.distill import Distiller

@@ -21,9 +21,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from vlmgraft.distillation.distributed import of_all, process, shared
+from vlmgraft.distillation.distributed import of_all, shared
 from vlmgraft.hf.batches import Batch
 from vlmgraft.hf.capture import Captured, head_logits, plain, replay, replay_hidden
+from vlmgraft.storage.torchrun import process
 
 FULL_VOCABULARY = 4096
 TOP_K = 64

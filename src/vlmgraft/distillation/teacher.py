@@ -20,7 +20,6 @@ from torch import Tensor
 from vlmgraft.data.endpoint import Endpoint
 from vlmgraft.data.questions import questions_digest
 from vlmgraft.distillation.cache import Unit, UnitCache, digest, teacher_digest
-from vlmgraft.distillation.distributed import process
 from vlmgraft.distillation.servers import Generate, check_own, served
 from vlmgraft.distillation.targets import FULL_VOCABULARY, TOP_K, Distribution, TargetBatch, Targets, moved
 from vlmgraft.errors import DataError
@@ -41,6 +40,7 @@ from vlmgraft.hf.capture import Captured, capture_text_inputs, replay_is_exact
 from vlmgraft.hf.features import ImageFeatures, without_pixels
 from vlmgraft.hf.modules import is_sharded, tokenizer_of
 from vlmgraft.storage.resources import out_of_memory
+from vlmgraft.storage.torchrun import process
 
 Tokens = Literal["answer", "all"]
 Packing = Literal["shuffle", "length"]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vlmgraft.checkpoint.writer import save_tensors
 from vlmgraft.distillation.budget import BudgetControl, FixedWeight, Rotation, largest_within
-from vlmgraft.distillation.distributed import agreed, check_same, of_all, process, shared
+from vlmgraft.distillation.distributed import of_all, shared
 from vlmgraft.distillation.gate_vector import GateVector, Granularity
 from vlmgraft.distillation.gated_layers import GatedLayers
 from vlmgraft.distillation.targets import TargetBatch, Targets
@@ -28,6 +28,7 @@ from vlmgraft.hf.batches import Progress
 from vlmgraft.methods.frism import check_budget
 from vlmgraft.spectral.gates import histogram
 from vlmgraft.storage.files import make_folder
+from vlmgraft.storage.torchrun import agreed, check_same, process
 
 Inject = Literal["energy", "donor"]
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from vlmgraft.alignment import Alignment
 from vlmgraft.errors import CheckpointError, OutputError
-from vlmgraft.spectral.factor_store import FactorStore, is_store_file
+from vlmgraft.spectral.factor_store import MANIFEST, SUFFIX, FactorStore, is_store_file
 from vlmgraft.spectral.factors import Factors, factorize
 from vlmgraft.spectral.rank import Rank, check_rank
 from vlmgraft.spectral.svd import matrix_cost
@@ -20,7 +22,7 @@ from vlmgraft.spectral.task_vector import TaskVectors, zero_everywhere
 from vlmgraft.spectral.threads import in_turn, one_core_each, workers_for
 from vlmgraft.storage.outputs import refuse_output
 from vlmgraft.storage.progress import Progress
-from vlmgraft.storage.torchrun import rank_and_world
+from vlmgraft.storage.torchrun import agreed, await_file, barrier, process
 
 READ_AHEAD = 2
 """Task vectors that are read, by as many threads, while a GPU decomposes another; one more is written meanwhile."""
@@ -39,53 +41,98 @@ def decompose(
     """Decompose every merged matrix of the alignment into the store at `out`, and return the store.
 
     A store that already holds the factors of the same inputs is left alone. resume: go on with a store that an
-    interruption left, or whose inputs changed; matrices whose file fits are not computed again. Under `torchrun` every
-    process takes its share of the matrices (by cost), and the one that finds the store complete writes the manifest.
-    The bytes do not depend on the number of cores.
+    interruption left, or whose inputs changed; matrices whose file fits are not computed again. Under `torchrun` the
+    first process decides what is to be done, or refuses, for all; every process takes its share of the matrices (by
+    cost), and the first one, when it sees all files and they fit its own inputs, writes the manifest. The bytes do not
+    depend on the number of cores or processes.
 
     Raises OutputError when `out` holds something else and resume is False, AlignmentError when τ is zero everywhere,
     NumericalError naming a tensor that is not finite.
     """
     check_rank(rank)
     store = FactorStore(out)
-    inputs = [source.path for source in (alignment.vlm, alignment.donor, alignment.donor_base) if source is not None]
-    refuse_output(store.folder, inputs, ours=is_store_file)
     with TaskVectors(alignment) as taus:
-        stamp, digests = taus.stamp(), _digests_of_stored(taus, store, rank)
-        todo = [name for name in taus.names if not _fits(store, name, digests.get(name), train_copy)]
-        if todo and not resume and _holds_others(store, todo):
-            raise OutputError(
-                f"{out}: holds factors of other inputs or is unfinished: {len(todo)} of {len(taus.names)} matrices "
-                f"differ, first {todo[0]}; resume to redo what differs, or choose another folder"
-            )
+        work = _Work(taus, store, rank, train_copy, taus.stamp())
+        todo = agreed(partial(work.plan, resume))
         # shares are cut from all matrices, not from those still to do: every process then cuts them alike
         shared = _my_share(taus.names, [matrix_cost(taus.shape(name), rank) for name in taus.names])
         missing = set(todo)
         mine = [name for name in shared if name in missing]
-        read = _smallest_that_differs(taus) if missing == set(taus.names) else {}
-        if mine:
-            store.reopen()
-
         with one_core_each(), ThreadPoolExecutor(1) as writer:
             saving: Future[None] | None = None
-            for done, (name, factors) in enumerate(_made(taus, mine, rank, digests, device, read)):
+            for done, (name, factors) in enumerate(_made(taus, mine, rank, work.digests, device, work.read)):
                 if progress is not None:
                     progress(done, len(mine), name)
                 if saving is not None:
                     saving.result()
                 saving = writer.submit(
-                    store.save, factors, digests[name], train_copy=train_copy, sources=taus.digests(name)
+                    store.save, factors, work.digests[name], train_copy=train_copy, sources=taus.digests(name)
                 )
             if saving is not None:
                 saving.result()
         if progress is not None:
             progress(len(mine), len(mine), "factors")
-        store.sweep()
-        if not store.complete and _all_fit(taus, store, rank, digests, train_copy):
-            store.finish(taus.names, {"rank": rank if isinstance(rank, str | int) else dict(rank), "inputs": stamp})
-            if not any(matrix["energy"] > 0 for matrix in store.manifest["matrices"].values()):
-                raise zero_everywhere(alignment)
+        barrier()  # every process has done its share
+        agreed(work.finish)
+    await_file(store.folder / MANIFEST)
     return store
+
+
+@dataclass
+class _Work:
+    """What the first process decides about a store, before and after the matrices are decomposed.
+
+    stamp: of the inputs. digests: what this process found files to be of, or made them of. read: τ in memory, by name.
+    """
+
+    taus: TaskVectors
+    store: FactorStore
+    rank: Rank
+    train_copy: bool
+    stamp: str
+    digests: dict[str, str] = field(default_factory=dict)
+    read: dict[str, Tensor] = field(default_factory=dict)
+
+    def plan(self, resume: bool) -> list[str]:
+        """The matrices to decompose, for which the store is opened; OutputError where the folder is not to be written,
+        AlignmentError where all is to be done and every τ is zero."""
+        names, folder, alignment = self.taus.names, self.store.folder, self.taus.alignment
+        sources = (alignment.vlm, alignment.donor, alignment.donor_base)
+        refuse_output(folder, [source.path for source in sources if source is not None], ours=is_store_file)
+        self.digests = _digests_of_stored(self.taus, self.store, self.rank)
+        todo = [name for name in names if not _fits(self.store, name, self.digests.get(name), self.train_copy)]
+        if todo and not resume and folder.exists() and any(folder.iterdir()):
+            raise OutputError(
+                f"{folder}: holds factors of other inputs or is unfinished: {len(todo)} of {len(names)} matrices "
+                f"differ, first {todo[0]}; resume to redo what differs, or choose another folder"
+            )
+        if len(todo) == len(names):
+            self.read = _smallest_that_differs(self.taus)
+        if todo:
+            self.store.reopen()
+        return todo
+
+    def finish(self) -> None:
+        """Write the manifest, once all files are there, other processes' too, and fit what this process reads.
+
+        Raises OutputError naming a file that does not, AlignmentError when τ is zero everywhere.
+        """
+        self.store.sweep()
+        if self.store.complete:
+            return
+        for name in self.taus.names:
+            file = self.store.folder / f"{name}{SUFFIX}"
+            await_file(file)
+            digest = self.digests.get(name) or _digest(self.taus, name, self.rank)
+            if not _fits(self.store, name, digest, self.train_copy):
+                raise OutputError(
+                    f"{file}: is not seen by the first process, or was made from other weights than it reads; let all "
+                    "processes see the same models and the same folder, and resume"
+                )
+        settings = {"rank": self.rank if isinstance(self.rank, str | int) else dict(self.rank), "inputs": self.stamp}
+        self.store.finish(self.taus.names, settings)
+        if not any(matrix["energy"] > 0 for matrix in self.store.manifest["matrices"].values()):
+            raise zero_everywhere(self.taus.alignment)
 
 
 def _smallest_that_differs(taus: TaskVectors) -> dict[str, Tensor]:
@@ -157,8 +204,8 @@ def share(costs: Sequence[float], workers: int) -> list[list[int]]:
 
 
 def _my_share(names: list[str], costs: list[float]) -> list[str]:
-    """This process's matrices under torchrun (RANK of WORLD_SIZE), all of them otherwise, in disk order."""
-    worker, workers = rank_and_world()
+    """This process's matrices in a group of processes, all of them otherwise, in disk order."""
+    worker, workers = process()
     return [names[index] for index in sorted(share(costs, workers)[worker])]
 
 
@@ -181,24 +228,9 @@ def _digests_of_stored(taus: TaskVectors, store: FactorStore, rank: Rank) -> dic
     return digests
 
 
-def _all_fit(taus: TaskVectors, store: FactorStore, rank: Rank, digests: Mapping[str, str], train_copy: bool) -> bool:
-    """Whether every matrix has its file, those that other processes wrote included."""
-    return all(_fits(store, name, digests.get(name) or _digest(taus, name, rank), train_copy) for name in taus.names)
-
-
 def _fits(store: FactorStore, name: str, digest: str | None, train_copy: bool) -> bool:
     header = store.header(name)
     return header is not None and header["digest"] == digest and (header["train_copy"] == "yes" or not train_copy)
-
-
-def _holds_others(store: FactorStore, todo: Sequence[str]) -> bool:
-    """Whether the folder holds anything at all; under torchrun, files of matrices that do not fit: another process may
-    have begun with its share."""
-    if not store.folder.exists():
-        return False
-    if rank_and_world()[1] > 1:
-        return any(store.header(name) is not None for name in todo)
-    return any(store.folder.iterdir())
 
 
 def _rank_label(rank: Rank) -> str:

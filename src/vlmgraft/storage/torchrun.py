@@ -1,12 +1,18 @@
-"""What `torchrun` and `accelerate launch` say in the environment about the processes of one job, and leaving it."""
+"""The processes of one job: what `torchrun` and `accelerate launch` say of them in the environment, what they decide
+together about folders that all of them see, some later than others, and leaving the group."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
 
-from vlmgraft.errors import InputError
+from vlmgraft.errors import InputError, VlmgraftError
+
+T = TypeVar("T")
 
 SETTLING = 1.0
 """Seconds that gloo's threads have to end their work; milliseconds would do on an idle machine."""
@@ -32,16 +38,79 @@ def whole_number(name: str, default: int) -> int:
     return int(text)
 
 
+def _group() -> Any:
+    """torch.distributed, where this process is in a group; else None. torch is not loaded for that."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return None
+    return torch.distributed
+
+
+def process() -> tuple[int, int]:
+    """This process's rank and the number of processes; (0, 1) without a process group."""
+    group = _group()
+    return (0, 1) if group is None else (group.get_rank(), group.get_world_size())
+
+
+def agreed(decide: Callable[[], T]) -> T:
+    """What the first process decides, in every process: on a network file system they may not see the same files.
+
+    A VlmgraftError that it raises is raised in every process.
+    """
+    rank, world = process()
+    if world == 1:
+        return decide()
+    decision: list[Any] = [None, None]  # the value, and what went wrong
+    failure: VlmgraftError | None = None
+    if rank == 0:
+        try:
+            decision[0] = decide()
+        except VlmgraftError as error:
+            failure, decision[1] = error, str(error)
+    _group().broadcast_object_list(decision)
+    if decision[1] is not None:
+        raise failure or VlmgraftError(f"the first process: {decision[1]}")
+    value: T = decision[0]
+    return value
+
+
+def check_same(what: str, digest: str) -> None:
+    """Raise VlmgraftError in every process unless all of them have the same digest."""
+    digests: list[Any] = [digest] * process()[1]
+    if len(digests) > 1:
+        _group().all_gather_object(digests, digest)
+    odd = [rank for rank, value in enumerate(digests) if value != digests[0]]
+    if odd:
+        raise VlmgraftError(
+            f"processes 0 and {odd[0]} differ in {what}: they see different files; name a folder that all of them share"
+        )
+
+
+def await_file(path: Path, seconds: float = 60.0) -> None:
+    """Wait until this process sees a file that another one wrote, as network file systems let one; then go on."""
+    end = time.monotonic() + seconds
+    while not path.is_file() and time.monotonic() < end:
+        time.sleep(0.2)
+        if path.parent.is_dir():
+            list(path.parent.iterdir())  # asks the server anew
+
+
+def barrier() -> None:
+    """Wait for all processes, if there are several."""
+    if process()[1] > 1:
+        _group().barrier()
+
+
 def leave_group() -> None:
     """Leave torch's process group, if there is one, so that this process may end.
 
     Gloo's threads need the interpreter to free the tensors of the last calls, and `destroy_process_group` does not wait
     for them: a process that ends first is aborted (pytorch/pytorch issue 190489).
     """
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+    group = _group()
+    if group is None:
         return
-    gloo = "gloo" in torch.distributed.get_backend()
-    torch.distributed.destroy_process_group()
+    gloo = "gloo" in group.get_backend()
+    group.destroy_process_group()
     if gloo:
         time.sleep(SETTLING)
