@@ -14,6 +14,7 @@ from vlmgraft.analysis import gate_learner
 from vlmgraft.analysis.gate_learner import GateLearner, truncated
 from vlmgraft.errors import RecipeError
 from vlmgraft.lab.exam import draw_exam, save_questions
+from vlmgraft.methods.calibration import BATCHES
 from vlmgraft.recipe.model import Recipe, load_recipe
 from vlmgraft.spectral.factors import Factors, factorize
 
@@ -82,7 +83,7 @@ def test_questions_are_read_and_steps_taken_as_the_recipe_says(
     asked = recipe("frism", steps=3, batches_per_step=2, gradient_checkpointing=True, seed=5)
     assert GateLearner(None, None).gates_of(asked, alignment, factors)[0] == "gates"
     method = asked.method
-    for name in ("max_new_tokens", "batch_size", "answer_batch_size", "batch_tokens", "packing", "tokens"):
+    for name in ("max_new_tokens", *BATCHES, "packing", "tokens"):
         assert seen[name] == getattr(method.calibration, name)
     for name in ("inject", "kl_budget", "steps", "learning_rate", "batches_per_step", "seed", "granularity"):
         assert seen[name] == getattr(method, name)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from vlmgraft.errors import OutputError, VlmgraftError
-from vlmgraft.storage.resources import bounded, explained, out_of_memory
+from vlmgraft.storage.resources import bounded, explained, free_memory, out_of_memory
 
 
 @pytest.mark.parametrize(
@@ -64,3 +64,10 @@ def test_time_is_bounded_and_everything_is_as_before() -> None:
 def test_memory_is_bounded() -> None:
     with pytest.raises(MemoryError), bounded(60, 50_000_000):
         bytearray(200_000_000)
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").is_file(), reason="Linux tells it")
+def test_memory_of_cached_files_is_free() -> None:
+    told = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = 1024 * int(told["MemAvailable"].split()[0])
+    assert free_memory() == pytest.approx(available, rel=0.2)
