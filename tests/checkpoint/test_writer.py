@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 from pathlib import Path
 
 import pytest
@@ -111,17 +112,52 @@ def test_finished_tensors_are_flushed_while_others_are_written(tmp_path: Path, m
     assert len(flushed) > 1
 
 
-def test_a_flush_that_fails_publishes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_below_the_bound_are_flushed_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[int] = []
+    monkeypatch.setattr("vlmgraft.checkpoint.writer.FLUSH", 40)
+    monkeypatch.setattr("os.fsync", lambda handle: flushed.append(handle))
+    with Writer(tmp_path / "out", SPECS, 1) as writer:  # a shard for each tensor
+        for name, tensor in WEIGHTS.items():
+            writer.write(name, tensor)
+            writer.finish(name, {})
+        writer._flusher.shutdown()
+        assert len(flushed) == 2
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_flush_that_fails_publishes_nothing_and_nothing_is_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: bool
+) -> None:
+    """The system tells of a write that failed once; stopped: somebody stopped the work before it was heard of."""
+
+    heard = threading.Event()
+
     def fails(handle: int) -> None:
+        heard.wait(60)
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr("vlmgraft.checkpoint.writer.FLUSH", 1)
-    monkeypatch.setattr("os.fsync", fails)
-    with (
-        pytest.raises(OutputError, match=r"model\.safetensors.*Input/output"),
-        Writer(tmp_path / "out", SPECS, 10**6) as w,
-    ):
+    def write() -> None:
+        with Writer(tmp_path / "out", SPECS, 10**6, resume="key") as writer:
+            patch.setattr("os.fsync", fails)
+            for name, tensor in WEIGHTS.items():
+                writer.write(name, tensor)
+                writer.finish(name, {})
+                heard.set()
+                if stopped:
+                    writer._flusher.shutdown()
+                    raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vlmgraft.checkpoint.writer.FLUSH", 1)
+        if stopped:
+            with pytest.raises(KeyboardInterrupt):
+                write()
+        else:
+            with pytest.raises(OutputError, match=r"model\.safetensors.*Input/output"):
+                write()
+    assert not (tmp_path / "out").exists()
+    with Writer(tmp_path / "out", SPECS, 10**6, resume="key") as writer:
+        assert not writer.done
         for name, tensor in WEIGHTS.items():
-            w.write(name, tensor)
-            w.finish(name, {})
-    assert not list(tmp_path.iterdir())
+            writer.write(name, tensor)
+            writer.finish(name, {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -256,11 +257,42 @@ def test_a_method_without_a_form_is_not_asked(tmp_path: Path) -> None:
     assert "numba" not in receipt["versions"]
 
 
-def test_without_numba_torch_merges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunks: list[str]) -> None:
+@pytest.fixture
+def unknown() -> Iterator[None]:
+    """It is not yet known whether numba works, and is not afterwards."""
+    merge_module._compiled_by.cache_clear()
+    yield
+    merge_module._compiled_by.cache_clear()
+
+
+@pytest.mark.parametrize("error", [None, ImportError("needs NumPy 2.3 or less"), SystemError("built otherwise")])
+def test_without_a_numba_that_works_torch_merges(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    chunks: list[str],
+    caplog: pytest.LogCaptureFixture,
+    error: Exception | None,
+    unknown: None,
+) -> None:
+    def found(name: str) -> None:
+        if error:
+            raise error
+
     alignment = trio(tmp_path)
-    monkeypatch.setattr(merge_module, "find_spec", lambda name: None)
-    merged(alignment, Ties(0.3), tmp_path / "out", 0)
-    assert not chunks
+    monkeypatch.setattr(merge_module, "find_spec", found)
+    _, receipt = merged(alignment, Ties(0.3), tmp_path / "out", 0)
+    assert not chunks and "numba" not in receipt["versions"]
+    assert [record.message for record in caplog.records if "numba" in record.message] == (
+        [f"numba does not work here ({error!r}): merging in torch"] if error else []
+    )
+
+
+def test_a_zero_has_torchs_sign() -> None:
+    """Nothing elected, weights below zero, a base of -0.0: torch's result is +0.0."""
+    stored = {key: torch.tensor([-0.0, 0.0, 0.0]).bfloat16() for key in ALL}
+    for method in (TaskArithmetic(-0.5), TrimmedTies(Ties(weights=(-0.5, -1.3)), {"": {"vlm": 0.0, "donor": 0.0}})):
+        _, out, _, cast = both(method, stored)
+        assert torch.equal(out.view(torch.int16), cast.view(torch.int16))
 
 
 def test_a_home_that_cannot_be_written_costs_the_cache_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -67,7 +66,7 @@ class Writer:
         self._handles = Handles(os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         self._flusher = ThreadPoolExecutor(1)
         self._flushes: list[Future[None]] = []
-        self._dirty: Counter[str] = Counter()
+        self._dirty: dict[str, int] = {}
         self._layout: dict[str, tuple[str, int, TensorSpec]] = {}
         for shard in self.shards:
             begin = len(shard.header)
@@ -149,10 +148,13 @@ class Writer:
         if self._resume is not None:
             append_row(self.folder / JOURNAL, {"name": name, **facts})
         shard, _, spec = self._layout[name]
-        self._dirty[shard] += spec.nbytes
-        if self._dirty[shard] >= FLUSH:
-            self._flushes.append(self._flusher.submit(self._flush, shard))
-            self._dirty[shard] = 0
+        self._dirty[shard] = self._dirty.get(shard, 0) + spec.nbytes
+        if sum(self._dirty.values()) >= FLUSH:
+            self._flushes += [self._flusher.submit(self._flush, shard) for shard in self._dirty]
+            self._dirty = {}
+        for flush in self._flushes:
+            if flush.done():
+                flush.result()
 
     def _flush(self, shard: str) -> None:
         """Wait until the disk has what was written of a shard; raises OutputError."""
@@ -168,14 +170,23 @@ class Writer:
         self._stack.__exit__(kind, error, trace)
 
     def _complete(self, kind: type[BaseException] | None, *_: object) -> None:
-        """After a clean exit: the index, the tensors on disk, and only then the journal is removed."""
-        if kind is None:
-            self._write_index()
+        """After a clean exit: the index, the tensors on disk, and only then the journal is removed. So it is where the
+        disk failed: the system says so once, and nothing may be gone on with."""
+        journal = self.folder / JOURNAL
+        if kind is not None:
+            if any(flush.done() and flush.exception() for flush in self._flushes):
+                journal.unlink(missing_ok=True)
+            return
+        self._write_index()
+        try:
             for flush in self._flushes:
                 flush.result()
             for shard in self.shards:
                 self._flush(shard.name)
-            (self.folder / JOURNAL).unlink(missing_ok=True)
+        except OutputError:
+            journal.unlink(missing_ok=True)
+            raise
+        journal.unlink(missing_ok=True)
 
     def _write_index(self) -> None:
         if len(self.shards) > 1:

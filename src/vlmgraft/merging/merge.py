@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import resource
 import time
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -186,11 +187,27 @@ def _merge(
 
 
 def _numba(alignment: Alignment, method: Method) -> dict[str, str]:
-    """numba's version where it is installed, and a merge large enough to load the compiled pass (half a second)."""
-    elements = sum(alignment.vlm.tensors[tensor.name].elements for tensor in alignment.merged)
-    if elements < WORTH_COMPILING or type(method).fused is Method.fused or find_spec("numba") is None:
+    """numba's version where it works, and a merge is large enough to load the compiled pass (half a second)."""
+    merged = [alignment.vlm.tensors[tensor.name] for tensor in alignment.merged]
+    elements = sum(info.elements for info in merged if info.dtype == "BF16")
+    if elements < WORTH_COMPILING or type(method).fused is Method.fused:
         return {}
-    return {"numba": version("numba")}
+    return _compiled_by()
+
+
+@cache
+def _compiled_by() -> dict[str, str]:
+    """numba's version where it is installed and works; a line in the log where it does not: torch merges then."""
+    try:
+        if find_spec("numba") is None:
+            return {}
+        from vlmgraft.merging.compiled import FORMS, VERSION, is_torch
+
+        right = [is_torch(form) for form in FORMS]  # here, where whatever they raise is caught
+        return {"numba": VERSION} if any(right) else {}
+    except Exception as error:  # noqa: BLE001  (of whatever a library, its cache or a full disk may raise)
+        logging.getLogger("vlmgraft").warning("numba does not work here (%r): merging in torch", error)
+        return {}
 
 
 class MisjudgedError(VlmgraftError):
