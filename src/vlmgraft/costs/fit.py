@@ -38,8 +38,8 @@ def fitting(model: Model, work: Work, device: Device, method: GatedMethod) -> Fi
     room, ways = ROOM * device.memory, ways_of(method, device.is_gpu)
     chosen = next((way for way in ways if needed(work, way) <= room), ways[-1])
     host = host_memory_of(model.shapes, rank=work.rank, gpus=work.gpus, width=device.width) if chosen[1] else 0
-    sizes = f"{needed(work, chosen) / 2**30:.1f} GiB of {device.memory / 2**30:.1f} on {device.name}"
-    sizes += f" ({memory(work, chosen)})"
+    held = memory(work, chosen)
+    sizes = f"{held.total / 2**30:.1f} GiB ({held}) of {device.memory / 2**30:.1f} on {device.name}"
     result = partial(Fit, checkpointing=chosen[0], offload=chosen[1], needed=needed(work, chosen), host=host)
     if needed(work, chosen) <= room:
         how = "with checkpointed layers" if chosen[0] else "without checkpointing"
