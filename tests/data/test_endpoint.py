@@ -60,6 +60,8 @@ def test_an_interruption_waits_for_no_reply() -> None:
     """A server that accepts and says nothing: the process ends long before the request does."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         script = (
+            "import signal\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which a job in the background ignores
             "from vlmgraft.data.endpoint import Endpoint\nfrom vlmgraft.data.questions import Question\n"
             f"Endpoint('http://127.0.0.1:{server.getsockname()[1]}', 'm').answer([Question('?')] * 3, 5)"
         )
