@@ -179,10 +179,13 @@ def _inner(left: Any, right: Any) -> Any:
 
 @_compiled()
 def _merge_block(
-    form: Any, numbers: Any, vlm: Any, donor: Any, base: Any, vlm_base: Any, held: Any, facts: Any
-) -> None:
-    """held, float32 [4, elements]: becomes the VLM's weights, donor − base, and the merged weights."""
-    own, tau, merged, other = held[0], held[1], held[2], held[3]
+    form: Any, numbers: Any, vlm: Any, donor: Any, base: Any, vlm_base: Any, facts: Any,
+    own: Any, tau: Any, merged: Any, other: Any,
+) -> None:  # fmt: skip
+    """own, tau, merged: become the VLM's weights, donor − base and the merged weights, float32; other: scratch.
+
+    Each is an array of its own: over rows of a cut matrix, whose stride is not known, no vectors are used.
+    """
     _widen(vlm, own)
     _difference(donor, base, tau)
     facts[OWN] += _inner(own, own)
@@ -208,10 +211,11 @@ def _merge_chunk(form: Any, numbers: Any, vlm: Any, donor: Any, base: Any, vlm_b
     whole = np.empty((4, BLOCK), np.float32)
     for start in range(0, vlm.size, BLOCK):
         stop = min(start + BLOCK, vlm.size)
-        held, own = whole[:, : stop - start], vlm[start:stop]
-        _merge_block(form, numbers, own, donor[start:stop], base[start:stop], vlm_base[start:stop], held, facts)
-        merged, error = held[2], held[3]
-        facts[CHANGED] += _round(held[0], merged, own, out[start:stop], error)
+        own, tau = whole[0, : stop - start], whole[1, : stop - start]
+        merged, error = whole[2, : stop - start], whole[3, : stop - start]
+        bits = vlm[start:stop], donor[start:stop], base[start:stop], vlm_base[start:stop]
+        _merge_block(form, numbers, bits[0], bits[1], bits[2], bits[3], facts, own, tau, merged, error)
+        facts[CHANGED] += _round(own, merged, bits[0], out[start:stop], error)
         facts[ADDED] += _inner(merged, merged)
         facts[ERROR] += _inner(error, error)
         facts[ALONG] += _inner(error, merged)
@@ -268,7 +272,7 @@ def is_torch(form: str) -> bool:
         fused = method.fused(context)
         if fused is None or merge_chunk(fused, pieces, memoryview(out)) is None:
             return False
-        _merge_block(FORMS[form], np.array(fused.numbers, np.float32), *bits, held, facts)
+        _merge_block(FORMS[form], np.array(fused.numbers, np.float32), *bits, facts, *held)
         whole = np.array_equal(held[2].view(np.int32), twin.numpy().view(np.int32))
         if not whole or out != bytes(as_bytes(twin.bfloat16())):
             return False
