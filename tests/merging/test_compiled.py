@@ -171,8 +171,7 @@ METHODS: dict[str, tuple[Method, tuple[str, ...]]] = {
 def test_a_merge_has_torchs_bytes_and_facts(tmp_path: Path, name: str, chunks: list[str]) -> None:
     trio(tmp_path)
     method, keys = METHODS[name]
-    given = {key: open_checkpoint(tmp_path / key) if key in keys else None for key in ALL}
-    alignment = align(*given.values())  # type: ignore[arg-type]
+    alignment = align(*(open_checkpoint(tmp_path / key) for key in keys))
     fast, facts = merged(alignment, method, tmp_path / "fast", 0, threads=2)
     assert chunks
     slow, wanted = merged(alignment, method, tmp_path / "slow", sys.maxsize)

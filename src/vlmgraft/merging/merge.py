@@ -48,7 +48,7 @@ FAR = 0.5
 
 
 WORTH_COMPILING = 1 << 27
-"""Merged elements: a second of torch's arithmetic on two cores."""
+"""Merged elements in bfloat16 from which loading the pass, half a second, costs less than it saves on two cores."""
 
 
 @dataclass(frozen=True)
