@@ -174,14 +174,11 @@ class Distiller:
         self,
         what: Gates | Mapping[str, Tensor] | nn.Module | None,
         held_out: Sequence[Question] | Targets | None = None,
-        *,
-        upper: bool = False,
     ) -> float:
         """KL(P_vlm ‖ P) in nats per answer token, for gates, other weights, another model, or (None) the VLM.
 
         held_out: questions or cached targets; default: the distiller's own held-out set. Another model must read the
-        VLM's processor; its own embeddings and vision tower are used. upper: of gates or weights, an upper bound, where
-        the teacher's distributions are not kept whole and the KL is a lower one.
+        VLM's processor; its own embeddings and vision tower are used.
         """
         targets = self._held_out(held_out)
         if what is None:
@@ -189,7 +186,7 @@ class Distiller:
         if isinstance(what, nn.Module):
             return targets.mean_kl(what, replayed=False)
         with self.applied(what) as model:
-            return targets.mean_kl(model, upper=upper)
+            return targets.mean_kl(model)
 
     @contextmanager
     def measuring(

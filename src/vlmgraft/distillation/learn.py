@@ -204,16 +204,18 @@ def _learn(job: Job, store: Store, out: Path, progress: Progress | None) -> Gate
         unseen = job.asked.unseen
         prompts = distiller.teacher_targets(unseen) if unseen else None
         learned = learned_gates(distiller, method, donor, started=started, state=state)
-        if distiller.held_out_targets is not None:
-            settings = dict(learned.settings)
-            if "held_out_kl" not in settings:
-                settings["held_out_kl"] = distiller.keep_kl(learned)
-            if "held_out_kl_upper" not in settings and not distiller.held_out_targets.whole:
-                settings["held_out_kl_upper"] = distiller.keep_kl(learned, upper=True)
-            learned = replace(learned, settings=settings)
+        if (held_out := distiller.held_out_targets) is not None and not _measured(learned, held_out):
+            with distiller.applied(learned) as model:
+                lower, upper = held_out.mean_bounds(model)
+            bounds = {"held_out_kl": lower} | ({} if held_out.whole else {"held_out_kl_upper": upper})
+            learned = replace(learned, settings={**bounds, **learned.settings})
         if prompts is None or not isinstance(method, Frism):
             return learned
         return within_budget(method, distiller, learned, prompts)
+
+
+def _measured(gates: Gates, held_out: Targets) -> bool:
+    return "held_out_kl" in gates.settings and (held_out.whole or "held_out_kl_upper" in gates.settings)
 
 
 def learned_gates(

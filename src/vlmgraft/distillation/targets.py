@@ -63,7 +63,7 @@ class Distribution:
         return Distribution(self.log_p[start:stop], None if self.ids is None else self.ids[start:stop])
 
     def kl(self, logits: Float[Tensor, "N vocabulary"]) -> Float[Tensor, " N"]:
-        """KL(teacher ‖ student) per token in nats; with a rest bucket a lower bound of the whole one (`kl_upper`)."""
+        """KL(teacher ‖ student) per token in nats; with a rest bucket a lower bound of the whole one (`bounds`)."""
         log_q = logits.float().log_softmax(-1)
         if self.ids is not None:
             values = log_q.gather(-1, self.ids)
@@ -74,19 +74,20 @@ class Distribution:
             return F.kl_div(log_q[:, :shared].log_softmax(-1), log_p, reduction="none", log_target=True).sum(-1)
         return F.kl_div(log_q, self.log_p, reduction="none", log_target=True).sum(-1)
 
-    def kl_upper(self, logits: Float[Tensor, "N vocabulary"]) -> Float[Tensor, " N"]:
-        """An upper bound of the whole KL per token: equal to `kl` where every probability is kept.
+    def bounds(self, logits: Float[Tensor, "N vocabulary"]) -> Float[Tensor, "2 N"]:
+        """`kl`, and an upper bound of the whole KL, per token: the same where every probability is kept.
 
         Each token of the rest, with probability P in all, has at most the smallest kept probability p₆₄. So over
         the rest Σ p log p ≤ P log p₆₄, and −Σ p log q ≤ −P min log q.
         """
+        lower = self.kl(logits)
         if self.ids is None:
-            return self.kl(logits)
+            return torch.stack([lower, lower])
         log_q = logits.float().log_softmax(-1)
         log_p, log_rest = self.log_p[:, :-1], self.log_p[:, -1]
         kept = (log_p.exp() * (log_p - log_q.gather(-1, self.ids))).sum(-1)
         least = log_q.scatter(-1, self.ids, torch.inf).amin(-1)
-        return kept + log_rest.exp() * (log_p[:, -1] - least)
+        return torch.stack([lower, kept + log_rest.exp() * (log_p[:, -1] - least)])
 
 
 def _log_rest(values: Tensor) -> Tensor:
@@ -133,15 +134,15 @@ class TargetBatch:
         kept = [checkpoint(piece, rows, at * HEAD_ROWS, use_reentrant=False) for at, rows in enumerate(pieces)]
         return torch.cat(kept)
 
-    def kl_upper(self, model: Any) -> Float[Tensor, " N"]:
-        """Upper bound of `kl` over the whole vocabulary, per token that counts."""
+    def bounds(self, model: Any) -> Float[Tensor, "2 N"]:
+        """`kl`, and an upper bound of it over the whole vocabulary, per token that counts; without a gradient."""
         target = self.target.to(model.device)
         if self.captured is None:
-            return target.kl_upper(self.logits(model))
+            return target.bounds(self.logits(model))
         pieces = self.hidden(model).split(HEAD_ROWS)
-        bounds = [target.rows(at * HEAD_ROWS, at * HEAD_ROWS + len(rows)).kl_upper(head_logits(model, rows))
+        bounds = [target.rows(at * HEAD_ROWS, at * HEAD_ROWS + len(rows)).bounds(head_logits(model, rows))
                   for at, rows in enumerate(pieces)]  # fmt: skip
-        return torch.cat(bounds)
+        return torch.cat(bounds, dim=1)
 
     def kl_whole(self, model: Any, own: Float[Tensor, "N hidden"]) -> Float[Tensor, " N"]:
         """KL(teacher ‖ model) over the whole vocabulary, of a captured batch; own: `hidden` of the teacher."""
@@ -212,23 +213,36 @@ class Targets:
         return all(batch.target.ids is None for batch in self.batches)
 
     @torch.no_grad()
-    def mean_kl(self, model: Any, *, replayed: bool = True, upper: bool = False) -> float:
+    def mean_kl(self, model: Any, *, replayed: bool = True) -> float:
         """KL(teacher ‖ model) averaged over all tokens that count; `replayed=False` for a model with other embeddings.
 
-        upper: its upper bound, where distributions are not `whole`. Under torch.distributed the batches are shared out,
-        and every process gets the whole average.
+        Under torch.distributed the batches are shared out, and every process gets the whole average.
         """
-        sums = torch.zeros(2, dtype=torch.float64)
-        for batch, weight in shared(self.batches):
+
+        def kl(batch: TargetBatch) -> Tensor:
             if replayed:
-                kl = batch.kl_upper(model) if upper else batch.kl(model)
-            else:
-                logits = plain(model, moved(batch.inputs, model.device), batch.predicts.to(model.device))
-                kl = batch.target.to(model.device).kl(logits)
-            own = weight * torch.tensor([float(kl.double().sum()), len(kl)], dtype=torch.float64)
-            for part in of_all(own.to(model.device) if process()[1] > 1 else own):
-                sums += part.cpu()
-        return float(sums[0] / sums[1])
+                return batch.kl(model)[None]
+            logits = plain(model, moved(batch.inputs, model.device), batch.predicts.to(model.device))
+            return batch.target.to(model.device).kl(logits)[None]
+
+        return self._means(model, kl)[0]
+
+    @torch.no_grad()
+    def mean_bounds(self, model: Any) -> tuple[float, float]:
+        """`mean_kl`, and its upper bound where distributions are not `whole`, in one pass."""
+        lower, upper = self._means(model, lambda batch: batch.bounds(model))
+        return lower, upper
+
+    def _means(self, model: Any, figures: Callable[[TargetBatch], Tensor]) -> list[float]:
+        """Averages over all tokens of the rows of `figures` [rows, N] of every batch."""
+        total: Tensor | float = 0.0
+        for batch, weight in shared(self.batches):
+            rows = figures(batch).double()
+            own = weight * torch.cat([rows.sum(1), torch.full_like(rows[:1, 0], rows.shape[1])])
+            for part in of_all(own if process()[1] > 1 else own.cpu()):
+                total = total + part.cpu()
+        assert isinstance(total, Tensor)
+        return (total[:-1] / total[-1]).tolist()
 
     @torch.no_grad()
     def prompt_kl(self, model: Any, own: dict[int, Tensor] | None = None) -> Float[Tensor, " questions"]:
@@ -246,7 +260,7 @@ class Targets:
             if own is None or batch.target.ids is None:
                 kl = batch.kl(model)
             elif batch.captured is None:
-                kl = batch.kl_upper(model)
+                kl = batch.bounds(model)[1]
             else:
                 if start not in own:
                     own[start] = batch.hidden(model).cpu()

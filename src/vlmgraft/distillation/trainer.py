@@ -148,19 +148,21 @@ class GateTrainer:
         that donor matching leaves well below it stay as they are."""
         logits, limit = self.vector.logits, OPENING[self.training.inject]
         trained = logits.detach().clone()
+        uppers: dict[float, float] = {}
 
         def kl_at(shift: float) -> float:
             logits.copy_(trained + shift)
-            return self._measure(monitor)
+            if monitor.whole:
+                return self._measure(monitor)
+            self.layers.set(self.vector.spectra(self.training.scale)[0])
+            lower, uppers[shift] = monitor.mean_bounds(self.model)
+            return lower
 
         shift, self.held_out_kl = largest_within(kl_at, budget, CLOSING, limit)
         if shift == limit and self.training.inject == "donor":
             shift, self.held_out_kl = 0.0, kl_at(0.0)
         logits.copy_(trained + shift)
-        self.landing = shift
-        if not monitor.whole:
-            self.layers.set(self.vector.spectra(self.training.scale)[0])
-            self.held_out_upper = monitor.mean_kl(self.model, upper=True)
+        self.landing, self.held_out_upper = shift, uppers.get(shift)
 
     def _step(self, keep: Sequence[TargetBatch], donor: Sequence[TargetBatch]) -> dict[str, float]:
         """One gradient step over all batches of all processes; returns its figures."""
