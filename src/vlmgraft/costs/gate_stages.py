@@ -63,48 +63,21 @@ def gated_stages(
     recipe: Recipe, method: GatedMethod, alignment: Alignment, work: Path | None, faults: Faults
 ) -> tuple[list[StageCost], str, list[str]]:
     """The stages of a merge with gates, the device and notes, after questions, processor and device were tried."""
-    questions: list[Question] = []
-    with faults.collected():
-        questions = calibration_questions(method)
-    text: list[Question] = []
-    with faults.collected():
-        donors = text_questions(recipe) if isinstance(method, Frism) and method.inject == "donor" else []
-        text = [question for of_donor in donors for question in of_donor]
     from vlmgraft.costs.cost import stages
-    from vlmgraft.costs.device import device_of
     from vlmgraft.costs.fit import fitting
     from vlmgraft.costs.models import Model
+    from vlmgraft.costs.sample import longest_answer
     from vlmgraft.distillation.memory import Kept, host_memory_of
-    from vlmgraft.distillation.servers import check_servers
-    from vlmgraft.hf.models import empty_vlm, load_config
-    from vlmgraft.hf.modules import match_projections
-    from vlmgraft.hf.placement import default_device, learning_dtype
+    from vlmgraft.hf.models import load_config
 
-    device = device_of(None)
-    with faults.collected():
-        place, tensors = default_device(), alignment.vlm.tensors.values()
-        stored = {info.dtype for info in tensors}
-        device = device_of(place, learning_dtype(place, sum(info.elements for info in tensors), stored))
-    with faults.collected():
-        donors_at = [alignment.donor.path, *(Path(more.donor) for more in recipe.more_donors)]
-        check_servers(recipe, method, alignment.vlm.path, donors_at)
-    calibration = method.calibration
-    count = len(questions) or calibration.samples + calibration.held_out
-    assumed = f"the questions were not read: {count} of {ASSUMED_PROMPT} tokens each are assumed"
-    notes, lengths = [] if questions else [assumed], [ASSUMED_PROMPT] * count
     folder = fetch(recipe.vlm, headers_only=True) if is_hub_id(recipe.vlm) else Path(recipe.vlm)
-    with faults.collected():
-        match_projections(empty_vlm(folder), [tensor.name for tensor in alignment.merged])
-    with faults.collected():
-        lengths = _prompt_lengths(folder, questions, calibration.max_new_tokens) if questions else lengths
-    told = ASSUMED_TEXT
-    with faults.collected():
-        told = max(_prompt_lengths(folder, text, method.donor_length)) if text else told
-    config = load_config(folder)
-    model, load = Model.of(recipe.vlm, config), _load(method, lengths, len(text), told)
+    read = _read(recipe, method, alignment, folder, faults)
+    device, place = _device(alignment, faults)
+    config, notes = load_config(folder), list(read.notes)
+    model, load = Model.of(recipe.vlm, config), _load(method, read.lengths, len(read.text), read.told)
     fit = fitting(model, load, device, method)
     load = replace(load, checkpointing=fit.checkpointing, offload=fit.offload)
-    usual = replace(load, prompt=sum(lengths) // count)
+    usual = replace(load, prompt=sum(read.lengths) // len(read.lengths))
     if not fit.fits and device.is_gpu:
         faults.add(fit.note)
     if fit.host > free_memory():
@@ -112,11 +85,18 @@ def gated_stages(
                    "free: lower method.rank, or use more GPUs (torchrun) with method.offload: false")  # fmt: skip
     notes += [fit.note]
     with faults.collected():
-        notes += [Kept.of(config, calibration, lengths, device.width).check(work and work / "gates.teacher")]
+        kept = Kept.of(config, method.calibration, read.lengths, device.width)
+        notes += [kept.check(work and work / "gates.teacher")]
     with faults.collected():
         notes += _held(alignment, method.rank)
+    with faults.collected():
+        if not (load.served or faults.texts):
+            asked = read.questions, usual.prompt, load.answer
+            if longest := longest_answer(model, folder, *asked, device, place):
+                usual = replace(usual, answer=longest)
+                notes += [f"answers are reckoned at {longest} tokens, the longest of a few"]
     both = zip(stages(model, usual, device), stages(model, load, device), strict=True)
-    reckoned = {stage.name: replace(stage, memory=longest.memory) for stage, longest in both}
+    reckoned = {stage.name: replace(stage, memory=most.memory) for stage, most in both}
     done = _done(work, len([tensor for tensor in alignment.merged if tensor.group in ("attention", "mlp")]))
     named = (("decompose", "decompose"), ("answer", "teacher"), ("learn", "gates"), ("fold", "fold"))
     host = {
@@ -125,6 +105,57 @@ def gated_stages(
     }
     lines = [_line(label, reckoned[name], device, done.get(name, ""), host.get(name, 0)) for label, name in named]
     return lines, device.name, notes
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Questions about images and of text, as far as they could be read; tokens of each of the former, and of the
+    longest of the latter; what was assumed, in words."""
+
+    questions: list[Question]
+    text: list[Question]
+    lengths: list[int]
+    told: int
+    notes: tuple[str, ...]
+
+
+def _read(recipe: Recipe, method: GatedMethod, alignment: Alignment, folder: Path, faults: Faults) -> _Read:
+    """Try questions, servers, the VLM's class and its processor."""
+    from vlmgraft.distillation.servers import check_servers
+    from vlmgraft.hf.models import empty_vlm
+    from vlmgraft.hf.modules import match_projections
+
+    calibration, questions, text = method.calibration, list[Question](), list[Question]()
+    with faults.collected():
+        questions = calibration_questions(method)
+    with faults.collected():
+        donors = text_questions(recipe) if isinstance(method, Frism) and method.inject == "donor" else []
+        text = [question for of_donor in donors for question in of_donor]
+    with faults.collected():
+        donors_at = [alignment.donor.path, *(Path(more.donor) for more in recipe.more_donors)]
+        check_servers(recipe, method, alignment.vlm.path, donors_at)
+    with faults.collected():
+        match_projections(empty_vlm(folder), [tensor.name for tensor in alignment.merged])
+    count, told = len(questions) or calibration.samples + calibration.held_out, ASSUMED_TEXT
+    assumed = f"the questions were not read: {count} of {ASSUMED_PROMPT} tokens each are assumed"
+    lengths = [ASSUMED_PROMPT] * count
+    with faults.collected():
+        lengths = _prompt_lengths(folder, questions, calibration.max_new_tokens) if questions else lengths
+    with faults.collected():
+        told = max(_prompt_lengths(folder, text, method.donor_length)) if text else told
+    return _Read(questions, text, lengths, told, () if questions else (assumed,))
+
+
+def _device(alignment: Alignment, faults: Faults) -> tuple[Device, tuple[Any, Any]]:
+    """What times are reckoned for, and the torch device and dtype of the work."""
+    from vlmgraft.costs.device import device_of
+    from vlmgraft.hf.placement import default_device, learning_dtype
+
+    place: tuple[Any, Any] = (None, None)
+    with faults.collected():
+        at, tensors = default_device(), alignment.vlm.tensors.values()
+        place = at, learning_dtype(at, sum(info.elements for info in tensors), {info.dtype for info in tensors})
+    return device_of(*place), place
 
 
 def _load(method: GatedMethod, lengths: Sequence[int], matched: int, told: int) -> Work:

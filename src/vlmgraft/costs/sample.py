@@ -1,0 +1,35 @@
+"""How long a VLM's answers are: asked of a few questions, where the model is here and that takes seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vlmgraft.costs.cost import answering
+from vlmgraft.costs.device import Device
+from vlmgraft.costs.models import Model
+from vlmgraft.data.questions import Question
+from vlmgraft.merging.plan import ASSUMED_RATE
+
+SAMPLED, WORTH = 8, 10.0
+"""How many questions are asked, and how many seconds, by the cost model, that may take."""
+
+
+def longest_answer(
+    model: Model, folder: Path, questions: Sequence[Question], prompt: int, limit: int, device: Device, place: Any
+) -> int | None:
+    """Tokens of the longest of a few questions' answers, at most `limit`; None where weights are not in the folder, or
+    to ask would take too long. place: the torch device and dtype. Raises CheckpointError where the model cannot be
+    loaded, DataError where it cannot read a question."""
+    chosen = questions[:: -(-len(questions) // SAMPLED)]
+    seconds = answering(model, device, len(chosen), prompt, limit, SAMPLED)[1] + 2 * model.parameters / ASSUMED_RATE
+    if seconds > WORTH or not chosen or not any(folder.glob("*.safetensors")):
+        return None
+    from vlmgraft.hf.batches import batches, generate_batch
+    from vlmgraft.hf.models import load_processor, load_vlm
+
+    loaded, processor = load_vlm(folder, place[1], place[0]), load_processor(folder)
+    answers = [generate_batch(loaded, processor, [chosen[i] for i in batch], limit)[0]
+               for batch in batches(chosen, SAMPLED)]  # fmt: skip
+    return max(len(answer) for batch in answers for answer in batch)
