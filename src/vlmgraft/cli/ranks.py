@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import typer
@@ -14,7 +13,6 @@ from vlmgraft.cli.output import show_table
 
 
 @command()
-@dataclass(kw_only=True)
 class Ranks(ExaminesDrift):
     """Which singular directions carry what: one band of them at a time, over λ."""
 
