@@ -265,13 +265,7 @@ def _refuse_same_folder(
 ) -> None:
     """Refuse pairs whose difference would be zero everywhere because they are one folder."""
     pairs = (
-        (
-            "donor",
-            donor,
-            "donor_base",
-            donor_base,
-            "the task vector is zero; give the model the donor was tuned from",
-        ),
+        ("donor", donor, "donor_base", donor_base, "the task vector is zero; give the model the donor was tuned from"),
         ("donor", donor, "vlm", vlm, "give a text model as donor"),
         ("vlm_base", vlm_base, "vlm", vlm, "the VLM's task vector is zero; give the text model it was built on"),
     )

@@ -52,12 +52,7 @@ def attention(
 
 @torch.no_grad()
 def visual_attention(
-    model: Any,
-    processor: Any,
-    questions: Sequence[Question],
-    *,
-    batch_size: int = 4,
-    progress: Progress | None = None,
+    model: Any, processor: Any, questions: Sequence[Question], *, batch_size: int = 4, progress: Progress | None = None
 ) -> tuple[float, ...]:
     """One share per decoder layer, each in [0, 1]; holds one layer's weights [batch, heads, length, length] at a time.
 

@@ -73,9 +73,7 @@ def quantised_like(config: Mapping[str, Any], layout: Mapping[str, Any]) -> dict
 
 
 def seen_whole(
-    tensors: Mapping[str, TensorInfo],
-    config: Mapping[str, Any],
-    read: Callable[[TensorInfo], bytes] = lambda info: b"",
+    tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], read: Callable[[TensorInfo], bytes] = lambda info: b""
 ) -> tuple[dict[str, TensorInfo], dict[str, Packed]]:
     """The tensors as they would be unquantised, and how those that are not so on disk are kept; both by name.
 

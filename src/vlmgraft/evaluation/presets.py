@@ -110,18 +110,10 @@ PRESETS: Mapping[str, Preset] = {
         Columns(images=("image", "imagepath"), category=("skill",), choices=_OPTIONS_INSIDE, id=("id", "name")),
     ),
     "mmmu": Preset(
-        "lmms-lab/MMMU",
-        "validation",
-        "reasoning",
-        Columns(images=("image_*",), category=("subfield",)),
-        metric="mmmu",
+        "lmms-lab/MMMU", "validation", "reasoning", Columns(images=("image_*",), category=("subfield",)), metric="mmmu"
     ),
     "mmstar": Preset(
-        "Lin-Chen/MMStar",
-        "val",
-        "reasoning",
-        Columns(id=("index",), choices=_OPTIONS_INSIDE),
-        suffix=LETTER,
+        "Lin-Chen/MMStar", "val", "reasoning", Columns(id=("index",), choices=_OPTIONS_INSIDE), suffix=LETTER
     ),
     "dynamath": Preset(
         "DynaMath/DynaMath_Sample",

@@ -85,11 +85,7 @@ def units(records: Sequence[Record]) -> dict[str, float]:
 
 
 def summarise(
-    records: Sequence[Record],
-    *,
-    duplicates: int = 0,
-    seed: int = 0,
-    judged: Mapping[str, bool | None] | None = None,
+    records: Sequence[Record], *, duplicates: int = 0, seed: int = 0, judged: Mapping[str, bool | None] | None = None
 ) -> Summary:
     """The figures of a run. Tasks appear in the order of the records; intervals are deterministic in `seed`.
 
