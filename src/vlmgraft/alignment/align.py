@@ -170,7 +170,6 @@ def _compare_tokenizers(
 def _verdict(
     name: str, held: Held | None, modules: frozenset[str], layers: frozenset[int], pairing: Pairing
 ) -> AlignedTensor:
-    """The verdict on one tensor of the VLM."""
     outside = held is not None and held.layer is None and held.group in ("norm", "other", "attention", "mlp")
     only_here = held is not None and held.role not in pairing.views["donor"].parts
     if held is None or (outside and only_here) or held.role.startswith(VISION):

@@ -47,7 +47,6 @@ class Costs(Fetches):
         self.show(result, lambda: show_table(title, columns, table))
 
     def _model(self) -> Any:
-        """The sizes that the arguments name."""
         from vlmgraft.costs.models import MODELS, Model
         from vlmgraft.errors import RecipeError
         from vlmgraft.recipe.model import load_recipe

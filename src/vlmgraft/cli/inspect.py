@@ -61,7 +61,6 @@ class Inspect(LoadsModels):
         self.show(result, lambda: _print_inspection(result))
 
     def _recipe(self) -> Any:
-        """The recipe, or one of the models that the options name."""
         from vlmgraft.errors import RecipeError
         from vlmgraft.recipe.model import load_recipe
 

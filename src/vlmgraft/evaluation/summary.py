@@ -148,7 +148,6 @@ def _task(name: str, records: Sequence[Record], seed: int, judged: Mapping[str, 
 
 
 def _pairing_scores(pairing: str, records: Sequence[Record]) -> dict[str, float]:
-    """The further measures of tasks whose items belong together."""
     groups: dict[str, dict[str, list[float]]] = {}
     for record in records:
         for name, group in zip(("question", "figure"), record.group.split("|"), strict=False):
