@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from vlmgraft.report.page import write_report as write_report
     from vlmgraft.spectral.gates import Gates as Gates
 
-_HOME = {
+_BY_MODULE = {
     "checkpoint.verify": ("verify",),
     "costs.dry_run": ("dry_run",),
     "distillation.front": ("front",),
@@ -60,19 +60,19 @@ _HOME = {
     "finetuning.delta": ("load_prior",),
     "finetuning.tune": ("tune",),
     "merging.receipt": ("Receipt",),
-    "pipeline": ("Plan", "decompose", "export_lora", "gates", "inspect", "merge"),
+    "pipeline": ("decompose", "export_lora", "gates", "inspect", "merge"),
     "recipe.model": ("load_recipe",),
+    "recipe.resolve": ("Plan",),
     "report.page": ("write_report",),
     "spectral.gates": ("Gates",),
 }
-"""Module → what it gives to the package."""
-_MODULE = {name: f"vlmgraft.{module}" for module, names in _HOME.items() for name in names}
-__all__ = sorted(_MODULE)
+_HOME = {name: f"vlmgraft.{module}" for module, names in _BY_MODULE.items() for name in names}
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
     if name == "analysis":
         return importlib.import_module("vlmgraft.analysis")
-    if name not in _MODULE:
+    if name not in _HOME:
         raise AttributeError(f"module 'vlmgraft' has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULE[name]), name)
+    return getattr(importlib.import_module(_HOME[name]), name)
