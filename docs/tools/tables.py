@@ -84,9 +84,7 @@ def homes() -> list[str]:
     import vlmgraft
     from vlmgraft import analysis
 
-    ours = [
-        f"{vlmgraft._HOME.get(name, 'vlmgraft.pipeline')}.{name}" for name in vlmgraft.__all__ if name != "analysis"
-    ]
+    ours = [f"{vlmgraft._HOME[name]}.{name}" for name in vlmgraft.__all__ if name != "analysis"]
     return [*ours, *(f"vlmgraft.analysis.{analysis._HOME[name]}.{name}" for name in analysis.__all__)]
 
 

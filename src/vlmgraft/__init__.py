@@ -16,66 +16,63 @@ from vlmgraft._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from vlmgraft import analysis as analysis
-    from vlmgraft.checkpoint.verify import verify
-    from vlmgraft.costs.dry_run import dry_run
-    from vlmgraft.distillation.front import front
-    from vlmgraft.evaluation.evaluate import compare, evaluate
-    from vlmgraft.evaluation.records import load_records
-    from vlmgraft.evaluation.summary import Summary
-    from vlmgraft.finetuning.callback import DriftCallback
-    from vlmgraft.finetuning.delta import load_prior
-    from vlmgraft.finetuning.tune import tune
-    from vlmgraft.merging import Receipt
-    from vlmgraft.pipeline import Plan, decompose, export_lora, gates, inspect, merge
-    from vlmgraft.recipe.model import load_recipe
-    from vlmgraft.report.page import write_report
-    from vlmgraft.spectral.gates import Gates
+    from vlmgraft.checkpoint.verify import verify as verify
+    from vlmgraft.costs.dry_run import dry_run as dry_run
+    from vlmgraft.distillation.front import front as front
+    from vlmgraft.evaluation.evaluate import compare as compare
+    from vlmgraft.evaluation.evaluate import evaluate as evaluate
+    from vlmgraft.evaluation.records import load_records as load_records
+    from vlmgraft.evaluation.summary import Summary as Summary
+    from vlmgraft.finetuning.callback import DriftCallback as DriftCallback
+    from vlmgraft.finetuning.delta import load_prior as load_prior
+    from vlmgraft.finetuning.tune import tune as tune
+    from vlmgraft.merging import Receipt as Receipt
+    from vlmgraft.pipeline import (
+        Plan as Plan,
+    )
+    from vlmgraft.pipeline import (
+        decompose as decompose,
+    )
+    from vlmgraft.pipeline import (
+        export_lora as export_lora,
+    )
+    from vlmgraft.pipeline import (
+        gates as gates,
+    )
+    from vlmgraft.pipeline import (
+        inspect as inspect,
+    )
+    from vlmgraft.pipeline import (
+        merge as merge,
+    )
+    from vlmgraft.recipe.model import load_recipe as load_recipe
+    from vlmgraft.report.page import write_report as write_report
+    from vlmgraft.spectral.gates import Gates as Gates
 
-__all__ = [
-    "DriftCallback",
-    "Gates",
-    "Plan",
-    "Receipt",
-    "Summary",
-    "compare",
-    "decompose",
-    "dry_run",
-    "evaluate",
-    "export_lora",
-    "front",
-    "gates",
-    "inspect",
-    "load_prior",
-    "load_recipe",
-    "load_records",
-    "merge",
-    "tune",
-    "verify",
-    "write_report",
-]
-
-_HOME = {
-    "Gates": "vlmgraft.spectral.gates",
-    "Plan": "vlmgraft.recipe.resolve",
-    "Receipt": "vlmgraft.merging.merge",
-    "Summary": "vlmgraft.evaluation.summary",
-    "compare": "vlmgraft.evaluation.evaluate",
-    "dry_run": "vlmgraft.costs.dry_run",
-    "front": "vlmgraft.distillation.front",
-    "evaluate": "vlmgraft.evaluation.evaluate",
-    "load_recipe": "vlmgraft.recipe.model",
-    "load_records": "vlmgraft.evaluation.records",
-    "write_report": "vlmgraft.report.page",
-    "DriftCallback": "vlmgraft.finetuning.callback",
-    "load_prior": "vlmgraft.finetuning.delta",
-    "tune": "vlmgraft.finetuning.tune",
-    "verify": "vlmgraft.checkpoint.verify",
+_BY_MODULE = {
+    "checkpoint.verify": ("verify",),
+    "costs.dry_run": ("dry_run",),
+    "distillation.front": ("front",),
+    "evaluation.evaluate": ("compare", "evaluate"),
+    "evaluation.records": ("load_records",),
+    "evaluation.summary": ("Summary",),
+    "finetuning.callback": ("DriftCallback",),
+    "finetuning.delta": ("load_prior",),
+    "finetuning.tune": ("tune",),
+    "merging.receipt": ("Receipt",),
+    "pipeline": ("decompose", "export_lora", "gates", "inspect", "merge"),
+    "recipe.model": ("load_recipe",),
+    "recipe.resolve": ("Plan",),
+    "report.page": ("write_report",),
+    "spectral.gates": ("Gates",),
 }
+_HOME = {name: f"vlmgraft.{module}" for module, names in _BY_MODULE.items() for name in names}
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
     if name == "analysis":
         return importlib.import_module("vlmgraft.analysis")
-    if name not in __all__:
+    if name not in _HOME:
         raise AttributeError(f"module 'vlmgraft' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME.get(name, "vlmgraft.pipeline")), name)
+    return getattr(importlib.import_module(_HOME[name]), name)

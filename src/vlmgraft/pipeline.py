@@ -264,7 +264,7 @@ def _finished(job: Job, out: Path) -> Receipt | None:
     """The receipt of an `out` that this very merge finished, if it was killed after that; removes what it left."""
     if not out.is_dir():
         return None
-    from vlmgraft.merging.merge import finished_receipt
+    from vlmgraft.merging.receipt import finished_receipt
 
     files = [file for checkpoint in job.alignment.opened.values() for file in checkpoint.files]
     with locked(out):

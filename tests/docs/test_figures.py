@@ -17,7 +17,7 @@ from vlmgraft.costs.models import MODELS
 from vlmgraft.evaluation.intervals import score_interval
 from vlmgraft.evaluation.presets import PRESETS
 from vlmgraft.evaluation.records import Record
-from vlmgraft.merging.merge import Receipt, TensorReceipt
+from vlmgraft.merging.receipt import Receipt, TensorReceipt
 from vlmgraft.methods.frism import DEFAULT_RANK
 from vlmgraft.recipe.schema import json_schema
 from vlmgraft.recipe.tune import TuneRecipe

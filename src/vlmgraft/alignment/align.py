@@ -170,7 +170,6 @@ def _compare_tokenizers(
 def _verdict(
     name: str, held: Held | None, modules: frozenset[str], layers: frozenset[int], pairing: Pairing
 ) -> AlignedTensor:
-    """The verdict on one tensor of the VLM."""
     outside = held is not None and held.layer is None and held.group in ("norm", "other", "attention", "mlp")
     only_here = held is not None and held.role not in pairing.views["donor"].parts
     if held is None or (outside and only_here) or held.role.startswith(VISION):
@@ -265,13 +264,7 @@ def _refuse_same_folder(
 ) -> None:
     """Refuse pairs whose difference would be zero everywhere because they are one folder."""
     pairs = (
-        (
-            "donor",
-            donor,
-            "donor_base",
-            donor_base,
-            "the task vector is zero; give the model the donor was tuned from",
-        ),
+        ("donor", donor, "donor_base", donor_base, "the task vector is zero; give the model the donor was tuned from"),
         ("donor", donor, "vlm", vlm, "give a text model as donor"),
         ("vlm_base", vlm_base, "vlm", vlm, "the VLM's task vector is zero; give the text model it was built on"),
     )

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vlmgraft.checkpoint.files import open_regular, parse_json
+from vlmgraft.checkpoint.files import parse_json, read_small
 from vlmgraft.checkpoint.hub import is_hub_id, small_file
-from vlmgraft.errors import AlignmentError, CheckpointError
+from vlmgraft.errors import AlignmentError
 from vlmgraft.storage.limits import MAX_TOKENIZER
 
 if TYPE_CHECKING:
@@ -86,15 +86,7 @@ def _raw(checkpoint: Checkpoint) -> bytes | None:
     if is_hub_id(checkpoint.path) and (found := small_file(str(checkpoint.path), FILE)):
         files = [found]
     file = next((file for file in files if file.is_file()), None)
-    if file is None:
-        return None
-    with open_regular(file) as handle:
-        raw = handle.read(MAX_TOKENIZER + 1)
-    if len(raw) > MAX_TOKENIZER:
-        raise CheckpointError(
-            f"{file}: has more than {MAX_TOKENIZER:,} bytes, which no tokenizer needs; download it again"
-        )
-    return raw
+    return None if file is None else read_small(file, MAX_TOKENIZER)
 
 
 def _by_number(tokenizer: dict[str, Any]) -> dict[int, str]:

@@ -14,8 +14,7 @@ Layer, share of frequencies and strength are our choices: half of the depth (the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +28,7 @@ from vlmgraft.errors import DataError, RecipeError
 from vlmgraft.evaluation.answers import without_reasoning
 from vlmgraft.hf.batches import Question, append_answers, batches, encode, generate_batch, load_questions, to_device
 from vlmgraft.hf.models import load_config, load_processor, load_text_model
-from vlmgraft.hf.modules import text_model, tokenizer_of
+from vlmgraft.hf.modules import hook_states, text_model, tokenizer_of
 from vlmgraft.hf.placement import default_device, default_dtype
 from vlmgraft.hf.steering import Steering, resample
 from vlmgraft.recipe.resolve import RecipeSource, read_recipe
@@ -166,22 +165,8 @@ def _states(
     encoded = encode(processor, questions)
     pad = tokenizer_of(processor).pad_token_id or 0
     full, predicts = append_answers(encoded, answers or [[pad]] * len(questions), pad)
-    with _recorded(donor, layer) as states:
+    states: list[Tensor] = []
+    with hook_states(text_model(donor).layers[layer], states.append):
         donor(**to_device(full, donor.device, donor.dtype), use_cache=False)
     mask = predicts.to(states[0].device)[..., None]
     return ((states[0].double() * mask).sum(1) / mask.sum(1)).cpu()
-
-
-@contextmanager
-def _recorded(model: Any, layer: int) -> Iterator[list[Tensor]]:
-    """The outputs of a decoder layer while the model runs inside the context."""
-    states: list[Tensor] = []
-
-    def record(module: Any, inputs: Any, output: Any) -> None:
-        states.append(output[0] if isinstance(output, tuple) else output)
-
-    handle = text_model(model).layers[layer].register_forward_hook(record)
-    try:
-        yield states
-    finally:
-        handle.remove()

@@ -75,9 +75,6 @@ def as_override(key: str, value: Any) -> str:
 def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
     """Which points no other one beats: none is at least as good in both numbers and better in one. Larger is better."""
     return [
-        not any(
-            other[0] >= point[0] and other[1] >= point[1] and (other[0] > point[0] or other[1] > point[1])
-            for other in points
-        )
+        not any(other != point and other[0] >= point[0] and other[1] >= point[1] for other in points)
         for point in points
     ]

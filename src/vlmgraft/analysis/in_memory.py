@@ -41,8 +41,7 @@ class Rebuilder:
         self._stack = ExitStack()
 
     def __enter__(self) -> Rebuilder:
-        keys = ("vlm", "donor", "donor_base", "vlm_base")
-        opened = {key: source for key in keys if (source := getattr(self.alignment, key)) is not None}
+        opened = self.alignment.opened
         readers = {key: self._stack.enter_context(Reader(source)) for key, source in opened.items()}
         self._inputs = Inputs(self.alignment, readers)
         self._inputs.lanes.put(Lane(opened))

@@ -35,10 +35,9 @@ CLEAR = 1.5
 
 def differences(alignment: Alignment) -> tuple[Difference, ...]:
     """All differences of configs, biases and vocabulary rows between the VLM and donor, donor base and VLM base."""
-    others = {key: getattr(alignment, key) for key in ("donor", "donor_base", "vlm_base")}
     rows: list[Difference] = []
-    for key, checkpoint in others.items():
-        if checkpoint is not None:
+    for key, checkpoint in alignment.opened.items():
+        if key != "vlm":
             rows += config_differences(alignment.vlm, checkpoint, key)
             rows += _of_headers(alignment, checkpoint, key)
     return tuple(rows)

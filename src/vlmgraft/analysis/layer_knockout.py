@@ -35,7 +35,7 @@ from vlmgraft.analysis.scores import change
 from vlmgraft.checkpoint.index import open_checkpoint
 from vlmgraft.errors import AlignmentError, RecipeError
 from vlmgraft.hf.batches import Question, batches, encode, to_device
-from vlmgraft.hf.modules import text_model
+from vlmgraft.hf.modules import hook_states, text_model
 from vlmgraft.recipe.source import located, read_mapping
 from vlmgraft.storage.locks import at_work
 from vlmgraft.storage.progress import Progress
@@ -71,7 +71,8 @@ class Blocks:
         with ExitStack() as stack:
             if mode == "mean":
                 for block in blocks:
-                    stack.enter_context(self._averaged(block, (means or {})[block]))
+                    mean = (means or {})[block]
+                    stack.enter_context(hook_states(self.module(block), partial(_everywhere, mean)))
             else:
                 stack.enter_context(swapped(self.parameters, self._weights(blocks, mode)))
             yield
@@ -109,19 +110,6 @@ class Blocks:
             raise AlignmentError(f"layer {layer} of {type(self.model).__name__}: no projection is recognised as {name}")
         return matrices
 
-    @contextmanager
-    def _averaged(self, block: Block, mean: Float[Tensor, " hidden"]) -> Iterator[None]:
-        def replace(module: nn.Module, inputs: Any, output: Any) -> Any:
-            first = output[0] if isinstance(output, tuple) else output
-            flat = mean.to(first).expand_as(first)
-            return (flat, *output[1:]) if isinstance(output, tuple) else flat
-
-        handle = self.module(block).register_forward_hook(replace)
-        try:
-            yield
-        finally:
-            handle.remove()
-
     def module(self, block: Block) -> nn.Module:
         """The module of a block."""
         return text_model(self.model).get_submodule(_inside(*block).rstrip("."))
@@ -137,18 +125,17 @@ class Blocks:
         tokens = 0
         mask = torch.empty(0, 0, dtype=torch.bool)
 
-        def collect(block: Block, module: nn.Module, inputs: Any, output: Any) -> None:
-            first = output[0] if isinstance(output, tuple) else output
-            if first.shape[:2] != mask.shape:
+        def collect(block: Block, states: Tensor) -> None:
+            if states.shape[:2] != mask.shape:
                 raise AlignmentError(
                     f"{type(self.model).__name__}: {tuple(mask.shape)} tokens went in, layers see "
-                    f"{tuple(first.shape[:2])}; mode mean cannot tell padding apart, leave it out"
+                    f"{tuple(states.shape[:2])}; mode mean cannot tell padding apart, leave it out"
                 )
-            sums[block] = sums.get(block, 0) + first[mask].float().sum(0)
+            sums[block] = sums.get(block, 0) + states[mask].float().sum(0)
 
         with ExitStack() as stack:
             for block in [(layer, name) for layer in range(self.depth) for name in PARTS[:2]]:
-                stack.callback(self.module(block).register_forward_hook(partial(collect, block)).remove)
+                stack.enter_context(hook_states(self.module(block), partial(collect, block)))
             for indices in batches(prompts, batch_size):
                 batch = encode(processor, [prompts[index] for index in indices])
                 inputs = to_device(batch, self.model.device, self.model.dtype)
@@ -156,6 +143,10 @@ class Blocks:
                 tokens += int(mask.sum())
                 self.model(**inputs)
         return {block: total / tokens for block, total in sums.items()}
+
+
+def _everywhere(mean: Float[Tensor, " hidden"], states: Tensor) -> Tensor:
+    return mean.to(states).expand_as(states)
 
 
 def _inside(layer: int, name: str) -> str:

@@ -8,7 +8,8 @@ prompts. Which text tokens count, the paper does not say: our choice.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,7 @@ def attention(
 
 @torch.no_grad()
 def visual_attention(
-    model: Any,
-    processor: Any,
-    questions: Sequence[Question],
-    *,
-    batch_size: int = 4,
-    progress: Progress | None = None,
+    model: Any, processor: Any, questions: Sequence[Question], *, batch_size: int = 4, progress: Progress | None = None
 ) -> tuple[float, ...]:
     """One share per decoder layer, each in [0, 1]; holds one layer's weights [batch, heads, length, length] at a time.
 
@@ -95,21 +91,17 @@ def _weights(model: Any, use: Callable[[int, Tensor], None]) -> Iterator[None]:
     """Hand every layer's attention weights to `use` while the model runs, by transformers' plain attention; the model
     is as before on exit."""
     decoder = text_model(model)
-    before, handles = decoder.config._attn_implementation, []
-    for index, layer in enumerate(decoder.layers):
 
-        def record(module: Any, args: Any, output: Any, index: int = index) -> None:
-            if not isinstance(output, tuple) or len(output) < 2 or output[1] is None:
-                raise AlignmentError(f"{type(module).__name__} of layer {index}: hands out no attention weights")
-            use(index, output[1])
+    def record(index: int, module: Any, args: Any, output: Any) -> None:
+        if not isinstance(output, tuple) or len(output) < 2 or output[1] is None:
+            raise AlignmentError(f"{type(module).__name__} of layer {index}: hands out no attention weights")
+        use(index, output[1])
 
-        if not hasattr(layer, "self_attn"):
-            raise AlignmentError(f"{type(layer).__name__} of layer {index}: has no self_attn to look into")
-        handles.append(layer.self_attn.register_forward_hook(record))
-    try:
+    with ExitStack() as stack:
+        for index, layer in enumerate(decoder.layers):
+            if not hasattr(layer, "self_attn"):
+                raise AlignmentError(f"{type(layer).__name__} of layer {index}: has no self_attn to look into")
+            stack.enter_context(layer.self_attn.register_forward_hook(partial(record, index)))
+        stack.callback(setattr, decoder.config, "_attn_implementation", decoder.config._attn_implementation)
         decoder.config._attn_implementation = "eager"
         yield
-    finally:
-        decoder.config._attn_implementation = before
-        for handle in handles:
-            handle.remove()

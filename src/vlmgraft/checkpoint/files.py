@@ -91,6 +91,11 @@ def parse_json(raw: bytes, where: str, *, strict: bool = True) -> dict[str, Any]
 
 def load_json(file: Path, limit: int = MAX_JSON, *, strict: bool = False) -> dict[str, Any]:
     """A JSON object from a file of at most `limit` bytes, see `parse_json`; raises CheckpointError."""
+    return parse_json(read_small(file, limit), f"{file}:", strict=strict)
+
+
+def read_small(file: Path, limit: int) -> bytes:
+    """The bytes of a regular file of at most `limit`; raises CheckpointError."""
     try:
         with open_regular(file) as handle:
             raw = handle.read(limit + 1)
@@ -98,7 +103,7 @@ def load_json(file: Path, limit: int = MAX_JSON, *, strict: bool = False) -> dic
         raise CheckpointError(f"{file}: cannot be read ({error.strerror}); download it again") from None
     if len(raw) > limit:
         raise CheckpointError(f"{file}: has more than {limit:,} bytes, which no such file needs; download it again")
-    return parse_json(raw, f"{file}:", strict=strict)
+    return raw
 
 
 def _whole(text: str) -> int | float:

@@ -21,23 +21,10 @@ from vlmgraft.errors import CheckpointError
 from vlmgraft.storage.limits import MAX_HEADER, MAX_TENSOR_NAME
 
 ITEM_SIZES: Mapping[str, int] = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "F8_E8M0": 1,
-    "C64": 8,
-    "BOOL": 1,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U64": 8,
-    "U32": 4,
-    "U16": 2,
-    "U8": 1,
+    **dict.fromkeys(("F64", "C64", "I64", "U64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "BOOL", "I8", "U8"), 1),
 }
 """Bytes per element of each safetensors dtype that is read; dtypes below one byte are refused."""
 
@@ -180,10 +167,7 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         """Bytes it takes."""
-        size = ITEM_SIZES[self.dtype]
-        for length in self.shape:
-            size *= length
-        return size
+        return ITEM_SIZES[self.dtype] * math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -234,12 +218,8 @@ def header_of(tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> byt
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for tensor in tensors:
-        header[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [end, end + tensor.nbytes],
-        }
-        end += tensor.nbytes
+        begin, end = end, end + tensor.nbytes
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

@@ -149,7 +149,6 @@ def _checked(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _of_gguf(path: Path, file: Path) -> Checkpoint:
-    """The checkpoint that a GGUF file holds."""
     stamps = (stamp_of(file),)
     tensors, packed, config = gguf_tensors(file)
     return Checkpoint(path, tensors, (file,), config, stamps, packed)

@@ -73,9 +73,7 @@ def quantised_like(config: Mapping[str, Any], layout: Mapping[str, Any]) -> dict
 
 
 def seen_whole(
-    tensors: Mapping[str, TensorInfo],
-    config: Mapping[str, Any],
-    read: Callable[[TensorInfo], bytes] = lambda info: b"",
+    tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], read: Callable[[TensorInfo], bytes] = lambda info: b""
 ) -> tuple[dict[str, TensorInfo], dict[str, Packed]]:
     """The tensors as they would be unquantised, and how those that are not so on disk are kept; both by name.
 
@@ -118,11 +116,8 @@ def _bitsandbytes(
             try:
                 sizes = int(state["blocksize"]), int(state.get("nested_blocksize", 1))
                 shape, offset = tuple(map(int, state["shape"])), float(state.get("nested_offset", 0))
-                known = {
-                    "values": tensors[stem],
-                    "state": info,
-                    **{key: part for key, part in parts.items() if part is not None},
-                }
+                known = {"values": tensors[stem], "state": info}
+                known |= {key: part for key, part in parts.items() if part is not None}
             except (KeyError, TypeError, ValueError):
                 known, shape, sizes, offset = {}, (), (0, 0), 0.0
             if len(known) not in (4, 6) or min(sizes) < 1 or -(-math.prod(shape) // 2) != known["values"].nbytes:

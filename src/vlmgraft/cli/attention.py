@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated
 
 import typer
@@ -11,7 +10,6 @@ from vlmgraft.cli.options import LoadsModels, command
 
 
 @command()
-@dataclass(kw_only=True)
 class Attention(LoadsModels):
     """The share of attention that text gives to visual tokens, per layer: FRANK's `visual_attention`."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
@@ -14,7 +13,6 @@ from vlmgraft.cli.output import show_table
 
 
 @command()
-@dataclass(kw_only=True)
 class Choose(ExaminesDrift):
     """Race the rules that fit a recipe at equal drift: one table, one picture, the winner's recipe."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +13,6 @@ from vlmgraft.cli.output import progress_bar
 
 
 @command()
-@dataclass(kw_only=True)
 class Compare(Asks, Resumable):
     """Two models on the same items: differences with intervals, McNemar's test, averages."""
 
@@ -33,4 +31,4 @@ class Compare(Asks, Resumable):
                 self.first, self.second, data=self.data, out=self.out, resume=self.resume, progress=progress,
                 **self.asking(),
             )  # fmt: skip
-        self.show(paired.as_json(), lambda: typer.echo(comparison_table(paired), nl=False))
+        self.show(paired, lambda: typer.echo(comparison_table(paired), nl=False))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import typer
@@ -15,7 +13,6 @@ SIZES = ("3b", "7b", "32b", "72b", "30b-a3b")
 
 
 @command()
-@dataclass(kw_only=True)
 class Costs(Fetches):
     """Operations, disk, memory and time of every stage on data-centre GPUs; formulas are in docs/scale.md."""
 
@@ -46,11 +43,10 @@ class Costs(Fetches):
         billions = f"{model.parameters / 1e9:.1f} billion parameters"
         title = f"{model.name}, {billions}, rank {self.rank}, {self.gpus} {self.gpu}"
         columns = ("stage", "operations", "reads", "writes", "memory", "time")
-        result = {"model": model.name, "parameters": model.parameters, "stages": list(map(dataclasses.asdict, rows))}
+        result = {"model": model.name, "parameters": model.parameters, "stages": rows}
         self.show(result, lambda: show_table(title, columns, table))
 
     def _model(self) -> Any:
-        """The sizes that the arguments name."""
         from vlmgraft.costs.models import MODELS, Model
         from vlmgraft.errors import RecipeError
         from vlmgraft.recipe.model import load_recipe

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from vlmgraft.cli.options import LoadsModels, Overrides, RecipeArgument, Resumable, command
 
 
 @command()
-@dataclass(kw_only=True)
 class Decompose(LoadsModels, Resumable):
     """SVD of the donor's task vector, one file per matrix; also under torchrun."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +13,6 @@ from vlmgraft.cli.output import Lines
 
 
 @command()
-@dataclass(kw_only=True)
 class Demo(Computes, Writes):
     """Graft reasoning into the lab's VLM, end to end and offline, and compare the methods."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated
 
 import typer
@@ -11,7 +10,6 @@ from vlmgraft.cli.options import LoadsModels, command
 
 
 @command()
-@dataclass(kw_only=True)
 class Drift(LoadsModels):
     """KL of a model from the VLM, in nats per token of the VLM's own answers: what `kl_budget` bounds."""
 

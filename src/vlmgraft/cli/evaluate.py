@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 import typer
@@ -10,7 +9,6 @@ import typer
 from vlmgraft.cli.options import LoadsModels, Resumable, command
 
 
-@dataclass(kw_only=True)
 class Asks(LoadsModels):
     """How a model is asked: the options are fields of `evaluation.evaluate.Asking` under their names."""
 
@@ -33,12 +31,10 @@ class Asks(LoadsModels):
         """The options that `Asking` has, by its names."""
         from vlmgraft.evaluation.evaluate import Asking
 
-        known = {field.name for field in fields(Asking)}
-        return {key: value for key, value in vars(self).items() if key in known}
+        return self.options_of(Asking)
 
 
 @command()
-@dataclass(kw_only=True)
 class Evaluate(Asks, Resumable):
     """Ask a model questions and score its answers, item by item."""
 
@@ -71,7 +67,7 @@ class Evaluate(Asks, Resumable):
         options = {**self.asking(), "columns": _column_map(self.column)}
         with self.progress() as progress:
             summary = evaluate(self.model, self.data, self.out, resume=self.resume, progress=progress, **options)
-        self.show(summary.as_json(), lambda: typer.echo(summary_table(summary), nl=False))
+        self.show(summary, lambda: typer.echo(summary_table(summary), nl=False))
 
 
 def _column_map(pairs: list[str] | None) -> dict[str, str] | None:

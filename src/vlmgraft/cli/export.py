@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,7 +18,6 @@ CARD = 24
 
 
 @command()
-@dataclass(kw_only=True)
 class Export(Computes, Writes):
     """Push a merged folder to the hub, write it in FP8 as its VLM is, or write gates, or a front of them, as LoRA."""
 
@@ -95,11 +92,10 @@ class Export(Computes, Writes):
         if (self.source / "front.jsonl").is_file():
             reports = export_front(self.source, self.out, **said)
             lines = [f"{self.out / name}: {_left_out(report)}" for name, report in reports.items()]
-            plain = {name: dataclasses.asdict(report) for name, report in reports.items()}
-            self.show(plain, "\n".join(lines))
+            self.show(reports, "\n".join(lines))
             return
         report = export_lora(self.source, self.out, **said)
-        self.show(dataclasses.asdict(report), f"{self.out}: {_left_out(report)}")
+        self.show(report, f"{self.out}: {_left_out(report)}")
 
 
 def _left_out(report: LoraReport) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +12,6 @@ from vlmgraft.cli.output import show_table
 
 
 @command()
-@dataclass(kw_only=True)
 class Front(LoadsModels, Writes):
     """Gates for a row of KL budgets in one run: what drift buys in injected energy."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +11,6 @@ from vlmgraft.cli.options import LoadsModels, Overrides, RecipeArgument, Writes,
 
 
 @command()
-@dataclass(kw_only=True)
 class Gates(LoadsModels, Writes):
     """Learn gates on factors; also under torchrun. What an interruption left in --out is gone on with."""
 

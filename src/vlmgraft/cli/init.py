@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +11,6 @@ from vlmgraft.cli.options import Fetches, command
 
 
 @command()
-@dataclass(kw_only=True)
 class Init(Fetches):
     """Write a commented recipe; the donor's base is taken from the donor's model card where that names one."""
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +18,6 @@ Model = Annotated[str | None, typer.Option(help="folder or hub id")]
 
 
 @command()
-@dataclass(kw_only=True)
 class Inspect(LoadsModels):
     """What pairs with what, from headers alone; --distances reads the weights, --data asks the VLM."""
 
@@ -64,7 +61,6 @@ class Inspect(LoadsModels):
         self.show(result, lambda: _print_inspection(result))
 
     def _recipe(self) -> Any:
-        """The recipe, or one of the models that the options name."""
         from vlmgraft.errors import RecipeError
         from vlmgraft.recipe.model import load_recipe
 
@@ -103,7 +99,7 @@ class Inspect(LoadsModels):
                 f"{verdict} (a chance of {LIKELY} or more); docs/explanation/rules.md has the record of such chances"
             )
 
-        self.show({"rows": [dataclasses.asdict(row) for row in rows], "holds_up_to": safe}, show)
+        self.show({"rows": rows, "holds_up_to": safe}, show)
 
     def _show_headers(self, recipe: Any) -> None:
         """The plan, and what configs and headers say the models do not share."""
@@ -112,7 +108,6 @@ class Inspect(LoadsModels):
 
         alignment = pipeline.pair(recipe, headers_only=True)
         plan, differing = pipeline.plan(recipe, alignment), differences(alignment)
-        rows = [dataclasses.asdict(row) for row in differing]
 
         def show() -> None:
             print_plan(plan)
@@ -121,7 +116,7 @@ class Inspect(LoadsModels):
                     f"{row.weight}: {row.field} is {row.vlm} in the VLM, {row.theirs} in {row.other}: {row.meaning}"
                 )
 
-        self.show({**dataclasses.asdict(plan), "differences": rows}, show)
+        self.show({**vars(plan), "differences": differing}, show)
 
 
 def _print_inspection(result: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
 import typer
@@ -12,7 +11,6 @@ from vlmgraft.cli.options import LoadsModels, Resumable, command
 from vlmgraft.cli.output import show_table
 
 
-@dataclass(kw_only=True)
 class Examines(LoadsModels, Resumable):
     """What an analysis asks: the options are fields of `analysis.EvalData` under their names."""
 
@@ -35,15 +33,13 @@ class Examines(LoadsModels, Resumable):
         """The options as the analyses take them."""
         from vlmgraft.analysis import EvalData
 
-        known = {field.name for field in fields(EvalData)}
-        options = {key: value for key, value in vars(self).items() if key in known}
+        options = self.options_of(EvalData)
         lab = f"lab:{self.seed}" if self.seed else "lab"
         options["data"] = tuple(lab if data == "lab" else data for data in self.data or ["lab"])
         options["reasoning"] = tuple(self.reasoning) if self.reasoning else None
         return EvalData(**options)
 
 
-@dataclass(kw_only=True)
 class ExaminesDrift(Examines):
     """An analysis that can measure the KL from the VLM beside its scores."""
 
@@ -51,7 +47,6 @@ class ExaminesDrift(Examines):
 
 
 @command()
-@dataclass(kw_only=True)
 class Knockout(Examines):
     """Which layer carries what: knock out every layer's attention, mlp and both."""
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from vlmgraft.cli.options import Command, command, lab_app
 
 
 @command(lab_app, "path")
-@dataclass(kw_only=True)
 class LabPath(Command):
     """Print the folder of the embedded trio (base, vlm, donor)."""
 

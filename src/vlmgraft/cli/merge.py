@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +13,6 @@ from vlmgraft.cli.output import duration, show_table, size
 
 
 @command()
-@dataclass(kw_only=True)
 class Merge(LoadsModels, Resumable):
     """Merge as the recipe says, to a finished checkpoint."""
 
@@ -63,8 +60,8 @@ class Merge(LoadsModels, Resumable):
         rehearsal = dry_run(
             recipe, self.out, self.workdir, tell=lambda fault: typer.echo(f"vlmgraft: {fault}", err=True)
         )
-        result = dataclasses.asdict(rehearsal)
-        self.show({**result.pop("plan"), **result}, lambda: _print_rehearsal(rehearsal))
+        result = dict(vars(rehearsal))
+        self.show({**vars(result.pop("plan")), **result}, lambda: _print_rehearsal(rehearsal))
         if rehearsal.faults:
             raise typer.Exit(2)
 
@@ -80,15 +77,8 @@ def _print_rehearsal(rehearsal: Any) -> None:
     print_plan(rehearsal.plan)
     columns = ("stage", "time", "GPU memory", "host memory", "disk", "already there")
     rows = [
-        (
-            stage.name,
-            duration(stage.seconds),
-            size(stage.gpu_memory),
-            size(stage.host_memory),
-            size(stage.disk),
-            stage.done,
-        )
-        for stage in rehearsal.stages
+        (row.name, duration(row.seconds), *map(size, (row.gpu_memory, row.host_memory, row.disk)), row.done)
+        for row in rehearsal.stages
     ]
     total = sum(stage.seconds for stage in rehearsal.stages)
     disk = sum(stage.disk for stage in rehearsal.stages)

@@ -1,6 +1,7 @@
 """Options that several commands share, and how a dataclass becomes a command.
 
-A command is one dataclass: its fields are its arguments and options, its docstring is its help, `run` is its work.
+A command is one class, which becomes a dataclass: its fields are its arguments and options, its docstring is its help,
+`run` is its work.
 Shared options are base classes, so that an option is defined in one place whatever commands have it.
 """
 
@@ -84,13 +85,22 @@ RecipeArgument = Annotated[Path, typer.Argument(help="recipe in YAML")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="override a recipe key: key=value, dotted")]
 
 
+def _plain(value: Any) -> Any:
+    """A result's dataclasses as mappings, paths and others as texts."""
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else str(value)  # type: ignore[arg-type]
+
+
 @dataclasses.dataclass(kw_only=True)
 class Command:
-    """What every command has. Results go to standard output, everything else to standard error."""
+    """What every command has, and a dataclass, as are its subclasses. Results go to standard output, everything else to
+    standard error."""
 
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on standard output")] = False
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress, no notes")] = False
     verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, help="more on standard error; -vv: all")] = 0
+
+    def __init_subclass__(cls) -> None:
+        dataclasses.dataclass(kw_only=True)(cls)
 
     def __post_init__(self) -> None:
         self._began = time.monotonic()
@@ -116,18 +126,20 @@ class Command:
         if not self.quiet:
             typer.echo(text, err=True)
 
+    def options_of(self, cls: Any) -> dict[str, Any]:
+        """The options that are fields of a dataclass, by their names."""
+        return {key: value for key, value in vars(self).items() if key in cls.__dataclass_fields__}
+
     def show(self, result: Any, show: Callable[[], object] | str) -> None:
         """The result: as one JSON object with --json, else as `show` prints it."""
         if self.as_json:
-            plain = dataclasses.asdict(result) if hasattr(result, "__dataclass_fields__") else result
-            typer.echo(json.dumps(plain, ensure_ascii=False, default=str))
+            typer.echo(json.dumps(result, ensure_ascii=False, default=_plain))
         elif isinstance(show, str):
             typer.echo(show)
         else:
             show()
 
 
-@dataclasses.dataclass(kw_only=True)
 class Writes(Command):
     """Commands that write `--out`, which must not exist."""
 
@@ -144,7 +156,6 @@ class Writes(Command):
         return outer if out is None else nested(outer, replacing(out))
 
 
-@dataclasses.dataclass(kw_only=True)
 class Resumable(Writes):
     """Commands that go on with what an interruption left."""
 
@@ -159,7 +170,6 @@ class Resumable(Writes):
         return super().around()
 
 
-@dataclasses.dataclass(kw_only=True)
 class Fetches(Command):
     """Commands that may read from a hub."""
 
@@ -172,7 +182,6 @@ class Fetches(Command):
         return nested(super().around(), environment(HF_TOKEN=self.token))
 
 
-@dataclasses.dataclass(kw_only=True)
 class Computes(Fetches):
     """Commands that compute on weights."""
 
@@ -184,7 +193,6 @@ class Computes(Fetches):
         return nested(super().around(), environment(OMP_NUM_THREADS=count, MKL_NUM_THREADS=count))
 
 
-@dataclasses.dataclass(kw_only=True)
 class LoadsModels(Computes):
     """Commands that load a model."""
 

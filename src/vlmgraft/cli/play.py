@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -14,7 +13,6 @@ from vlmgraft.cli.options import LoadsModels, command, environment
 
 
 @command()
-@dataclass(kw_only=True)
 class Play(LoadsModels):
     """A page in the browser: drop a picture, ask, and move the dial from the VLM to the model with its gates."""
 

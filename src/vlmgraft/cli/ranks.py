@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import typer
@@ -14,7 +13,6 @@ from vlmgraft.cli.output import show_table
 
 
 @command()
-@dataclass(kw_only=True)
 class Ranks(ExaminesDrift):
     """Which singular directions carry what: one band of them at a time, over λ."""
 
@@ -23,8 +21,7 @@ class Ranks(ExaminesDrift):
     bands: Annotated[int, typer.Option(help="how many")] = 4
     scale: Annotated[str, typer.Option(help="values of λ: start:stop:step, or a,b,c")] = "0.5,1,2,3,4,6"
     by: Annotated[
-        Literal["rank", "energy"],
-        typer.Option(help="rank: equal numbers of directions; energy: equal shares of Σ s²"),
+        Literal["rank", "energy"], typer.Option(help="rank: equal numbers of directions; energy: equal shares of Σ s²")
     ] = "rank"
 
     def run(self) -> None:

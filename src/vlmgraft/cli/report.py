@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +11,6 @@ from vlmgraft.cli.options import Command, command
 
 
 @command()
-@dataclass(kw_only=True)
 class Report(Command):
     """One self-contained HTML page from run folders: trade-offs, layers, directions, gates, answers, recipe."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,7 +11,6 @@ from vlmgraft.cli.options import LoadsModels, Overrides, RecipeArgument, command
 
 
 @command()
-@dataclass(kw_only=True)
 class Steer(LoadsModels):
     """A direction from a donor of any architecture, for `evaluate --steer`: no weights are changed."""
 

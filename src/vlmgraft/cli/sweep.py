@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +13,6 @@ from vlmgraft.cli.output import show_table
 
 
 @command()
-@dataclass(kw_only=True)
 class Sweep(ExaminesDrift):
     """Perception against reasoning over a grid of recipe fields, with the Pareto front."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,7 +14,6 @@ from vlmgraft.cli.options import LoadsModels, Overrides, Resumable, command, env
 
 
 @command()
-@dataclass(kw_only=True)
 class Tune(LoadsModels, Resumable):
     """Fine-tune a VLM on traces with images, with DRIFT's prior (or without); also under torchrun."""
 

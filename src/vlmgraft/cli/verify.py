@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +11,6 @@ from vlmgraft.cli.options import Command, command
 
 
 @command()
-@dataclass(kw_only=True)
 class Verify(Command):
     """Check every byte of a folder against its receipt; exit code 1 if anything differs."""
 

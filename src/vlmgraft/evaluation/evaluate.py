@@ -203,7 +203,7 @@ def compare(
     if out is not None:
         make_folder(Path(out))
         write_text(Path(out) / "comparison.md", comparison_table(comparison))
-        write_json(Path(out) / "comparison.json", comparison.as_json())
+        write_json(Path(out) / "comparison.json", asdict(comparison))
     return comparison
 
 

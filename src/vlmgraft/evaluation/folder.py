@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def finish(out: Path, records: Sequence[Record], duplicates: int, seed: int, jud
         return summary
     write_rows(out / RECORDS, records)
     write_text(out / TABLE, summary_table(summary))
-    write_json(out / SUMMARY, summary.as_json())
+    write_json(out / SUMMARY, asdict(summary))
     write_receipt(out, {})
     return summary
 

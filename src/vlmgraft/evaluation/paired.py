@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from vlmgraft.errors import DataError
 from vlmgraft.evaluation.intervals import Estimate, bootstrap, score_interval
@@ -42,10 +41,6 @@ class Paired:
     averages: tuple[TaskComparison, ...]
     only_in_first: int
     only_in_second: int
-
-    def as_json(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self)
 
     def _repr_markdown_(self) -> str:
         """The table, in notebooks."""

@@ -60,6 +60,8 @@ class Preset:
 
 _OPTIONS_INSIDE: tuple[str, ...] = ()
 """The question lists its choices itself."""
+_SET = ("category", "subcategory", "set_id")
+"""What HallusionBench calls one set of figures and questions by."""
 
 PRESETS: Mapping[str, Preset] = {
     "mathvista": Preset(
@@ -110,18 +112,10 @@ PRESETS: Mapping[str, Preset] = {
         Columns(images=("image", "imagepath"), category=("skill",), choices=_OPTIONS_INSIDE, id=("id", "name")),
     ),
     "mmmu": Preset(
-        "lmms-lab/MMMU",
-        "validation",
-        "reasoning",
-        Columns(images=("image_*",), category=("subfield",)),
-        metric="mmmu",
+        "lmms-lab/MMMU", "validation", "reasoning", Columns(images=("image_*",), category=("subfield",)), metric="mmmu"
     ),
     "mmstar": Preset(
-        "Lin-Chen/MMStar",
-        "val",
-        "reasoning",
-        Columns(id=("index",), choices=_OPTIONS_INSIDE),
-        suffix=LETTER,
+        "Lin-Chen/MMStar", "val", "reasoning", Columns(id=("index",), choices=_OPTIONS_INSIDE), suffix=LETTER
     ),
     "dynamath": Preset(
         "DynaMath/DynaMath_Sample",
@@ -199,18 +193,9 @@ PRESETS: Mapping[str, Preset] = {
         "perception",
         Columns(
             answers=("gt_answer",),
-            id=("category", "subcategory", "set_id", "figure_id", "question_id"),
+            id=(*_SET, "figure_id", "question_id"),
             category=("subcategory",),
-            group=(
-                "category",
-                "subcategory",
-                "set_id",
-                "question_id|",
-                "category",
-                "subcategory",
-                "set_id",
-                "figure_id",
-            ),
+            group=(*_SET, "question_id|", *_SET, "figure_id"),
         ),
         metric="yes_no",
         suffix=YES_NO,

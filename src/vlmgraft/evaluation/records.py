@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import TypeAdapter
 
 from vlmgraft.errors import DataError
 from vlmgraft.evaluation.answers import Verdict, read_final, repeats
@@ -66,6 +67,10 @@ class Record:
         return self.state in ("scored", "unscored") and not self.output.strip()
 
 
+_RECORD = TypeAdapter(Record)
+"""Reads a record's JSON: fields that are missing, and values of another type, are refused, unknown ones ignored."""
+
+
 def record_of(item: Item, prompt: str, output: str, *, tokens: int, prompt_tokens: int, cut: bool) -> Record:
     """The record of an answered item, judged by the item's metric."""
     if item.answers:
@@ -118,32 +123,11 @@ def load_records(path: str | Path) -> list[Record]:
         if not line.strip():
             continue
         try:
-            records.append(read_record(json.loads(line)))
-        except (ValueError, TypeError, RecursionError) as error:
+            records.append(_RECORD.validate_json(line, strict=True))
+        except ValueError as error:
             if number == len(lines):
                 break
             raise DataError(
                 f"{path}, line {number}: no record of an evaluation ({error!s:.200}); take a whole copy of the folder"
             ) from error
     return records
-
-
-def read_record(row: dict[str, Any]) -> Record:
-    """A record from its JSON object; raises TypeError for missing fields and other types. Unknown ones are ignored."""
-    if not isinstance(row, dict):
-        raise TypeError(f"{type(row).__name__} where a mapping should be")
-    values = {field.name: row[field.name] for field in fields(Record) if field.name in row}
-    for name, value in values.items():
-        if not isinstance(value, _TYPES.get(name, str)):
-            raise TypeError(f"{name} is {value!r:.60}")
-    lists = {name: tuple(map(str, value)) for name, value in values.items() if isinstance(value, list)}
-    return Record(**{**values, **lists})
-
-
-_TYPES: dict[str, Any] = {
-    **dict.fromkeys(("expected", "choices"), list),
-    **dict.fromkeys(("cut", "found", "repeated"), bool),
-    **dict.fromkeys(("images", "tokens", "prompt_tokens"), int),
-    "score": int | float | None,
-}
-"""Of the fields that are no texts, what JSON makes of them."""

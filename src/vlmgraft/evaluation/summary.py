@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -60,10 +59,6 @@ class Summary:
     duplicates: int = 0
     faults: Mapping[str, int] = field(default_factory=dict)
 
-    def as_json(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self)
-
     def _repr_markdown_(self) -> str:
         """The table, in notebooks."""
         return summary_table(self)
@@ -90,11 +85,7 @@ def units(records: Sequence[Record]) -> dict[str, float]:
 
 
 def summarise(
-    records: Sequence[Record],
-    *,
-    duplicates: int = 0,
-    seed: int = 0,
-    judged: Mapping[str, bool | None] | None = None,
+    records: Sequence[Record], *, duplicates: int = 0, seed: int = 0, judged: Mapping[str, bool | None] | None = None
 ) -> Summary:
     """The figures of a run. Tasks appear in the order of the records; intervals are deterministic in `seed`.
 
@@ -157,7 +148,6 @@ def _task(name: str, records: Sequence[Record], seed: int, judged: Mapping[str, 
 
 
 def _pairing_scores(pairing: str, records: Sequence[Record]) -> dict[str, float]:
-    """The further measures of tasks whose items belong together."""
     groups: dict[str, dict[str, list[float]]] = {}
     for record in records:
         for name, group in zip(("question", "figure"), record.group.split("|"), strict=False):

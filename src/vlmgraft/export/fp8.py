@@ -20,7 +20,7 @@ from vlmgraft.checkpoint.reader import Reader
 from vlmgraft.checkpoint.writer import Writer
 from vlmgraft.errors import CheckpointError
 from vlmgraft.export.card import copy_side_files
-from vlmgraft.merging.merge import fingerprint
+from vlmgraft.merging.receipt import fingerprint
 from vlmgraft.storage.jsonl import write_json
 from vlmgraft.storage.progress import Progress
 

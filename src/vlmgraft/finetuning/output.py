@@ -27,7 +27,7 @@ from vlmgraft.errors import NumericalError, OutputError, RecipeError
 from vlmgraft.export.card import copy_side_files
 from vlmgraft.finetuning.callback import LOG
 from vlmgraft.finetuning.prior import PushVerdict
-from vlmgraft.merging.merge import fingerprint
+from vlmgraft.merging.receipt import fingerprint
 from vlmgraft.recipe.source import read_mapping
 from vlmgraft.recipe.tune import TuneRecipe, dump_tune_recipe
 from vlmgraft.storage.jsonl import read_rows, write_rows, write_text

@@ -111,10 +111,7 @@ class LowRank:
         """(gradient, pulled-back Δ) of A and of B."""
         A, B = self.A.detach().float(), self.B.detach().float()
         direction = self.direction.to(A.device, non_blocking=True).float()
-        return [
-            (self.A.grad, self.scaling * (B.T @ direction)),
-            (self.B.grad, self.scaling * (direction @ A.T)),
-        ]
+        return [(self.A.grad, self.scaling * (B.T @ direction)), (self.B.grad, self.scaling * (direction @ A.T))]
 
     def progress(self) -> Tensor:
         """⟨c·B A, Δ⟩."""

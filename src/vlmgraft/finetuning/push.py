@@ -24,15 +24,7 @@ from torch import Tensor, nn
 
 from vlmgraft.alignment import Alignment
 from vlmgraft.errors import AlignmentError, NumericalError, RecipeError
-from vlmgraft.finetuning.parameters import (
-    Dense,
-    LowRank,
-    Pieces,
-    Target,
-    low_rank_layers,
-    plain_role,
-    sharded_over,
-)
+from vlmgraft.finetuning.parameters import Dense, LowRank, Pieces, Target, low_rank_layers, plain_role, sharded_over
 from vlmgraft.finetuning.prior import Prior, PushVerdict, cosine, push_length
 from vlmgraft.hf.modules import ExpertSlice, output_head, role_of, slice_of, text_experts, text_model
 

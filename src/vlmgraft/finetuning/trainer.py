@@ -87,10 +87,7 @@ def trainer_arguments(folder: Path, train: Mapping[str, Any]) -> Any:
             why = "is set by the command" if key in OURS else "is no field of the trainer"
             raise RecipeError(f"train.{key}: {why}" + (f"; did you mean {near[0]!r}?" if near else ""))
     kinds = typing.get_type_hints(SFTConfig)
-    for (
-        key,
-        value,
-    ) in given.items():  # the trainer itself opens a number as a file descriptor, 0 for ever
+    for key, value in given.items():  # the trainer itself opens a number as a file descriptor, 0 for ever
         kind: TypeAdapter[Any] = TypeAdapter(kinds[key], config=ConfigDict(arbitrary_types_allowed=True))
         try:
             given[key] = kind.validate_python(value)

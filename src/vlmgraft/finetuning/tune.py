@@ -127,12 +127,10 @@ def _tune(recipe: TuneRecipe, vlm: Checkpoint, out: Path, resume: bool, progress
 
 
 def _work(out: Path) -> Path:
-    """Where the trainer works."""
     return out.with_name(f".{out.name}.tune")
 
 
 def _prior(recipe: TuneRecipe, vlm: Checkpoint) -> Prior | None:
-    """The prior of the recipe, or None for plain fine-tuning."""
     options = recipe.prior
     if options.mode == "none" or recipe.donor is None:
         return None

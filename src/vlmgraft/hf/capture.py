@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -37,13 +38,9 @@ def capture_text_inputs(model: Any, batch: Mapping[str, Any]) -> Captured:
         arguments.update(kwargs)
         raise _Stop
 
-    handle = decoder.register_forward_pre_hook(record, with_kwargs=True, prepend=True)  # before those of FSDP2
-    try:
+    hook = decoder.register_forward_pre_hook(record, with_kwargs=True, prepend=True)  # before those of FSDP2
+    with suppress(_Stop), hook:
         model(**batch, use_cache=False)
-    except _Stop:
-        pass
-    finally:
-        handle.remove()
     return {key: value for key, value in arguments.items() if value is not None} | {"use_cache": False}
 
 

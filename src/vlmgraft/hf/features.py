@@ -58,24 +58,17 @@ class ImageFeatures:
 
         def noted(ordinary: Callable[[], Any]) -> Any:
             output = ordinary()
-            pooled, deeper = (
-                getattr(output, "pooler_output", None),
-                getattr(output, "deepstack_features", None) or [None],
-            )
+            pooled, deeper = getattr(output, "pooler_output", None), getattr(output, "deepstack_features", None)
             if pooled is not None:  # in one tensor, or in a list of them
-                lists.append(torch.tensor([isinstance(one, list | tuple) for one in (pooled, deeper[0])]))
+                lists.append(torch.tensor([isinstance(one, list | tuple) for one in (pooled, (deeper or [None])[0])]))
             return output
 
-        hooks = [
+        of_model, of_text = (
             module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
             for module, hook in ((self.model, read), (text_model(self.model), given))
-        ]
-        try:
-            with self._encoding(noted):
-                yield found
-        finally:
-            for hook in hooks:
-                hook.remove()
+        )
+        with of_model, of_text, self._encoding(noted):
+            yield found
 
     def keep(self, numbers: Sequence[int], found: Mapping[str, Tensor]) -> None:
         """Keep what was recorded of these questions; nothing where nothing was."""

@@ -7,13 +7,14 @@ Names on disk are not module names: a linear layer is found by its role in the t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from vlmgraft.alignment.families import renamed
 from vlmgraft.errors import AlignmentError, CheckpointError
@@ -54,6 +55,18 @@ def text_model(model: Any) -> Any:
             f"{type(model).__name__}: {len(candidates)} modules look like a text model of {depth} layers"
         )
     return candidates[0]
+
+
+def hook_states(module: nn.Module, use: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+    """Hand the states that a layer or block gives on, its first output, to `use`, which may give others in their place;
+    until the handle, a context manager, is left."""
+
+    def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+        states, *others = output if isinstance(output, tuple) else (output,)
+        changed = use(states)
+        return (changed, *others) if changed is not None and isinstance(output, tuple) else changed
+
+    return module.register_forward_hook(hook)
 
 
 def output_head(model: Any) -> nn.Module:

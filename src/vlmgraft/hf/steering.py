@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vlmgraft.checkpoint.writer import save_tensors
 from vlmgraft.errors import AlignmentError, CheckpointError, RecipeError
-from vlmgraft.hf.modules import text_model
+from vlmgraft.hf.modules import hook_states, text_model
 
 TENSOR = "direction"
 
@@ -73,19 +73,11 @@ class Steering:
         if not abs(strength) < float("inf"):
             raise RecipeError(f"steering strength: {strength} must be finite")
 
-        def add(module: Any, inputs: Any, output: Any) -> Any:
-            states = output[0] if isinstance(output, tuple) else output
-            steered = steer_states(states, self.direction.to(states.device), strength)
-            return (steered, *output[1:]) if isinstance(output, tuple) else steered
+        def add(states: Tensor) -> Tensor:
+            return steer_states(states, self.direction.to(states.device), strength)
 
-        if strength == 0:
+        with hook_states(decoder.layers[self.layer], add) if strength else nullcontext():
             yield
-            return
-        handle = decoder.layers[self.layer].register_forward_hook(add)
-        try:
-            yield
-        finally:
-            handle.remove()
 
 
 def steer_states(

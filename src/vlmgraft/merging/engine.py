@@ -87,7 +87,6 @@ class Merger:
             )
 
     def _facts(self, tensor: AlignedTensor, chunks: list[ChunkFacts]) -> dict[str, Any]:
-        """What the receipt says of a merged tensor."""
         added, along = math.fsum(one.added for one in chunks), math.fsum(one.along for one in chunks)
         error = math.fsum(one.error for one in chunks)
         changed, clamped = sum(one.changed for one in chunks), sum(one.clamped for one in chunks)

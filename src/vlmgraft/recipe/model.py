@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, TypeAdapter, ValidationError, field_validator
+from pydantic import Field, PrivateAttr, TypeAdapter, ValidationError, field_validator
 
 from vlmgraft.errors import RecipeError
 from vlmgraft.methods import METHODS
@@ -21,6 +21,7 @@ from vlmgraft.methods.base import DEFAULT_MODULES, Method
 from vlmgraft.methods.frism import GatedMethod
 from vlmgraft.recipe.mergekit import is_mergekit, translate
 from vlmgraft.recipe.source import (
+    Strict,
     apply_override,
     as_recipe_error,
     folder_of,
@@ -45,10 +46,8 @@ def parse_size(value: str | int) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
-class Output(BaseModel):
+class Output(Strict):
     """How the merged checkpoint is written; its names and shapes are the VLM's."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     dtype: Literal["vlm", "float32"] = Field(
         "vlm",
@@ -79,19 +78,15 @@ class Output(BaseModel):
         return parse_size(self.shard_size)
 
 
-class Donor(BaseModel):
+class Donor(Strict):
     """A further donor and the model it was tuned from."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     donor: str = Field(min_length=1, description="the text model: folder or hub id")
     donor_base: str = Field(min_length=1, description="the model it was tuned from: folder or hub id")
 
 
-class Recipe(BaseModel):
+class Recipe(Strict):
     """A validated recipe. `method` is an instance of one of `vlmgraft.methods.METHODS`, or None for an inspection."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     vlm: str = Field(
         min_length=1, description="the vision-language model: a local folder or a hub id, optionally with @revision"
@@ -207,7 +202,6 @@ def _option_names(options: dict[str, Any] | None) -> list[str]:
 
 
 def _load_method(options: dict[str, Any]) -> Method:
-    """The method's dataclass from its mapping."""
     name = options.get("name")
     if not isinstance(name, str) or name not in METHODS:
         near = nearest(str(name), METHODS)

@@ -17,12 +17,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vlmgraft.checkpoint.files import open_regular
 from vlmgraft.errors import CheckpointError, RecipeError
 from vlmgraft.storage.limits import MAX_RECIPE
 from vlmgraft.storage.yaml_text import parse_yaml
+
+
+class Strict(BaseModel):
+    """A part of a recipe: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from vlmgraft.errors import RecipeError
 from vlmgraft.recipe.source import (
+    Strict,
     apply_override,
     as_recipe_error,
     folder_of,
@@ -25,10 +26,8 @@ from vlmgraft.storage.jsonl import write_text
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class PriorOptions(BaseModel):
+class PriorOptions(Strict):
     """DRIFT's prior; mode none is plain supervised fine-tuning."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     mode: Literal["adaptive", "grad_norm", "absolute", "none"] = Field("adaptive", description="how far g is pushed")
     strength: float = Field(1.0, ge=0, description="a of the push; 0 pushes nothing")
@@ -51,10 +50,8 @@ class PriorOptions(BaseModel):
         return [value] if isinstance(value, str) else value
 
 
-class DataOptions(BaseModel):
+class DataOptions(Strict):
     """What is learned: JSON lines, parquet, or a dataset of the hub (`name` or `name:split`)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     train: str = Field(min_length=1, description="the traces to learn")
     validation: str | None = Field(None, description="traces for the trainer's evaluation; see train.eval_strategy")
@@ -63,10 +60,8 @@ class DataOptions(BaseModel):
     add_tokens: tuple[str, ...] = Field((), description="tokens to add to the vocabulary, such as <think>")
 
 
-class TuneRecipe(BaseModel):
+class TuneRecipe(Strict):
     """A validated recipe of `vlmgraft tune`. `train` holds fields of TRL's SFTConfig (and `epochs`)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     vlm: str = Field(
         min_length=1, description="the vision-language model: a local folder or a hub id, optionally with @revision"

@@ -86,7 +86,6 @@ def side_by_side(evaluations: Sequence[Evaluation]) -> Rows:
     return [row for row in turns if row is not None][:SHOWN]
 
 
-Rows = list[dict[str, Any]]
 BINS = 16
 DEPTH = 5
 ODD = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, OSError, SafetensorError)
@@ -211,8 +210,7 @@ def _recipe(runs: Collected, path: Path) -> None:
 
 
 def _summary(runs: Collected, path: Path) -> None:
-    evaluation = read_evaluation(path.parent)
-    if evaluation is not None:
+    if evaluation := read_evaluation(path.parent):
         runs.evaluations.append(evaluation)
 
 

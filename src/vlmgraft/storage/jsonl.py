@@ -80,7 +80,6 @@ def _lines(rows: Iterable[Any]) -> str:
 
 
 def _drop_cut_line(file: FileIO) -> None:
-    """Cut off what stands behind the last line end."""
     end = size = file.seek(0, os.SEEK_END)
     while end:
         begin = max(0, end - TAIL)

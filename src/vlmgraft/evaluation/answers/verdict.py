@@ -14,12 +14,7 @@ from vlmgraft.evaluation.answers.extract import evidence, read_final
 from vlmgraft.evaluation.answers.options import expected_letters, pick, pick_several
 from vlmgraft.evaluation.answers.quantities import Quantity, read_quantity, same_quantity
 from vlmgraft.evaluation.answers.text import key
-from vlmgraft.evaluation.answers.values import (
-    readings,
-    same_value,
-    stated_number,
-    yes_or_no,
-)
+from vlmgraft.evaluation.answers.values import readings, same_value, stated_number, yes_or_no
 
 
 @dataclass(frozen=True)
