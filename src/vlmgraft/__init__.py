@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from vlmgraft.checkpoint.verify import verify as verify
     from vlmgraft.costs.dry_run import dry_run as dry_run
     from vlmgraft.distillation.front import front as front
-    from vlmgraft.evaluation.evaluate import compare as compare
-    from vlmgraft.evaluation.evaluate import evaluate as evaluate
+    from vlmgraft.evaluation.evaluate import compare as compare, evaluate as evaluate
     from vlmgraft.evaluation.records import load_records as load_records
     from vlmgraft.evaluation.summary import Summary as Summary
     from vlmgraft.finetuning.callback import DriftCallback as DriftCallback
@@ -29,20 +28,10 @@ if TYPE_CHECKING:
     from vlmgraft.merging import Receipt as Receipt
     from vlmgraft.pipeline import (
         Plan as Plan,
-    )
-    from vlmgraft.pipeline import (
         decompose as decompose,
-    )
-    from vlmgraft.pipeline import (
         export_lora as export_lora,
-    )
-    from vlmgraft.pipeline import (
         gates as gates,
-    )
-    from vlmgraft.pipeline import (
         inspect as inspect,
-    )
-    from vlmgraft.pipeline import (
         merge as merge,
     )
     from vlmgraft.recipe.model import load_recipe as load_recipe

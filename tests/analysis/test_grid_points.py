@@ -7,8 +7,7 @@ from itertools import pairwise
 
 import pytest
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from vlmgraft.analysis.grid_points import as_override, grid_points, pareto, parse_grid
 from vlmgraft.errors import RecipeError

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from analysis_tools import LogitExam, bits, same_bits
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from vlmgraft.alignment import Alignment
 from vlmgraft.analysis.bench import Bench

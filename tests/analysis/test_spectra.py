@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from vlmgraft.alignment import Alignment
 from vlmgraft.analysis.spectra import measure_spectra, spectrum_of

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 import xxhash
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from safetensors.torch import save_file
 
 from vlmgraft.checkpoint.digests import BLOCK, RECEIPT, block_digests, joined, range_digest, write_receipt

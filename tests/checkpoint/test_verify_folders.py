@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import xxhash
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from safetensors import safe_open
 
 import vlmgraft as vg

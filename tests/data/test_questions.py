@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from PIL import Image
 
 from vlmgraft.data.lines import parse
@@ -168,8 +167,7 @@ def test_the_first_turn_of_a_chat_is_asked(tmp_path: Path, picture: Path) -> Non
     [(b"no picture", r"row 1, its image: cannot be read"), (b"", "row 1: the data holds no picture")],
 )
 def test_a_bad_picture_inside_of_a_data_set_is_named(tmp_path: Path, image: bytes, message: str) -> None:
-    from datasets import Dataset, Features, Value
-    from datasets import Image as Picture
+    from datasets import Dataset, Features, Image as Picture, Value
 
     features = Features({"question": Value("string"), "image": Picture()})
     rows = {"question": ["a"], "image": [{"bytes": image, "path": None}]}

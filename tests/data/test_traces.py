@@ -88,8 +88,7 @@ def test_the_dataset_decodes_pictures(folder: Path) -> None:
 
 
 def test_parquet_with_a_column_of_images(folder: Path) -> None:
-    from datasets import Dataset, Features, Value
-    from datasets import Image as ImageFeature
+    from datasets import Dataset, Features, Image as ImageFeature, Value
 
     features = Features({"image": ImageFeature(), "question": Value("string"), "answer": Value("string")})
     rows = [{"image": str(folder / "a.png"), "question": "what ?", "answer": "red"}]

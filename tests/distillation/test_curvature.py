@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from vlmgraft.distillation import curvature as module
-from vlmgraft.distillation import gated_layers
+from vlmgraft.distillation import curvature as module, gated_layers
 from vlmgraft.distillation.curvature import (
     FisherDiagonal,
     curvature_gates,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from vlmgraft.distillation.curvature import FisherDiagonal, curvature_gates, estimate_curvature
 from vlmgraft.distillation.distill import Distiller

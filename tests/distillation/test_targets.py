@@ -7,8 +7,7 @@ from itertools import islice
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from vlmgraft.distillation import targets, teacher
 from vlmgraft.distillation.distill import Distiller

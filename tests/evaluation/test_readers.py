@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset, DatasetDict, Features, Value
-from datasets import Image as Picture
+from datasets import Dataset, DatasetDict, Features, Image as Picture, Value
 from PIL import Image
 
 from vlmgraft.errors import DataError

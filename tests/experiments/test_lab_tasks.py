@@ -7,8 +7,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from experiments.lab import tasks
 from vlmgraft.lab import world

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from experiments.pretrained import __main__ as command
-from experiments.pretrained import models, results, scenes, table, tuning
+from experiments.pretrained import __main__ as command, models, results, scenes, table, tuning
 from experiments.pretrained.exams import write_exams
 from experiments.pretrained.scenes import Example
 from experiments.pretrained.stages import Sizes, Trio

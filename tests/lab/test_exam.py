@@ -11,8 +11,7 @@ from PIL import Image
 from vlmgraft.errors import DataError
 from vlmgraft.evaluation.engine import Answer
 from vlmgraft.hf.batches import Question
-from vlmgraft.lab import exam as exam_module
-from vlmgraft.lab import world
+from vlmgraft.lab import exam as exam_module, world
 from vlmgraft.lab.exam import Exam, draw_exam, draw_rows
 
 COUNTS: dict[str, int] = {"sum": 6, **dict.fromkeys(world.PERCEPTION, 4)}

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 from merge_builders import KEYS, build, build_experts, bytes_in, save
 from safetensors.torch import load_file
@@ -21,8 +20,7 @@ from vlmgraft.alignment import Alignment, align
 from vlmgraft.checkpoint.handles import as_bytes
 from vlmgraft.checkpoint.index import open_checkpoint
 from vlmgraft.errors import NumericalError, VlmgraftError, WeightsError
-from vlmgraft.merging import merge as merge_module
-from vlmgraft.merging import merge_tensors
+from vlmgraft.merging import merge as merge_module, merge_tensors
 from vlmgraft.methods.base import Method, TensorContext
 from vlmgraft.methods.dare import DareLinear
 from vlmgraft.methods.linear import LayerSwap, Linear

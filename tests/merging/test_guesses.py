@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 from vlmgraft.alignment import Alignment, align
 from vlmgraft.checkpoint.index import open_checkpoint
 from vlmgraft.errors import NumericalError
-from vlmgraft.merging import merge as merge_module
-from vlmgraft.merging import merge_tensors
+from vlmgraft.merging import merge as merge_module, merge_tensors
 from vlmgraft.merging.engine import Merger
 from vlmgraft.merging.pieces import MergedPasses
 from vlmgraft.methods.ties import Ties

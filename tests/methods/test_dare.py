@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 from fake_merge import Fake, context_of, models, run
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from peft.utils import merge_utils
 from pydantic import TypeAdapter
 

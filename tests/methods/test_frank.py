@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 from fake_merge import SHAPES, Fake, models, run
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from pydantic import TypeAdapter
 
 from vlmgraft.errors import RecipeError

@@ -11,8 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from vlmgraft.errors import RecipeError
 from vlmgraft.methods import METHODS

@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from vlmgraft.alignment import Alignment, align
 from vlmgraft.checkpoint.index import open_checkpoint
 from vlmgraft.errors import AlignmentError, NumericalError, OutputError
-from vlmgraft.spectral import decompose as decomposing
-from vlmgraft.spectral import task_vector as module
+from vlmgraft.spectral import decompose as decomposing, task_vector as module
 from vlmgraft.spectral.decompose import decompose, share
 from vlmgraft.spectral.factor_store import FactorStore
 from vlmgraft.spectral.svd import matrix_cost

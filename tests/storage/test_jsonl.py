@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from vlmgraft.errors import DamagedError
 from vlmgraft.storage.jsonl import append_row, read_json, read_rows, write_json, write_rows

@@ -13,8 +13,7 @@ if TYPE_CHECKING:
     from vlmgraft.analysis.direction import steer as steer
     from vlmgraft.analysis.divergence import kl_divergence as kl_divergence
     from vlmgraft.analysis.eval_data import EvalData as EvalData
-    from vlmgraft.analysis.inspection import Inspection as Inspection
-    from vlmgraft.analysis.inspection import inspect_weights as inspect_weights
+    from vlmgraft.analysis.inspection import Inspection as Inspection, inspect_weights as inspect_weights
     from vlmgraft.analysis.layer_knockout import knockout as knockout
     from vlmgraft.analysis.prediction import predict_perception as predict_perception
     from vlmgraft.analysis.rank_bands import ranks as ranks

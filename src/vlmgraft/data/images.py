@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
-from PIL import ImageFile as PillowFile
+from PIL import Image, ImageFile as PillowFile, ImageOps
 
 from vlmgraft.checkpoint.files import open_regular
 from vlmgraft.errors import CheckpointError, DataError

@@ -222,8 +222,7 @@ def _split_of(data: Any, split: str | None, where: object) -> Any:
 
 def _lazy(data: Any) -> list[Row]:
     """Rows of a data set, with functions that fetch the bytes in place of pictures."""
-    from datasets import Image
-    from datasets import Sequence as Listed
+    from datasets import Image, Sequence as Listed
 
     if getattr(data, "_indices", None) is not None:
         data = data.flatten_indices()

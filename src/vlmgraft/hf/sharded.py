@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-from transformers import __version__ as transformers_version
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, __version__ as transformers_version
 
 from vlmgraft.checkpoint.index import Checkpoint, open_checkpoint
 from vlmgraft.errors import RecipeError

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from vlmgraft.evaluation.answers.quantities import read_quantity
 from vlmgraft.evaluation.answers.text import key, plain, split_outside, squeeze, unwrap
