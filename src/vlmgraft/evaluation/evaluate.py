@@ -18,7 +18,7 @@ from vlmgraft.evaluation.items import Suite, merge_suites
 from vlmgraft.evaluation.judge import Judge
 from vlmgraft.evaluation.paired import Paired, compare_records, comparison_table
 from vlmgraft.evaluation.readers import load_suite
-from vlmgraft.evaluation.records import Record, load_records
+from vlmgraft.evaluation.records import RECORDS, Record, load_records
 from vlmgraft.evaluation.summary import Summary
 from vlmgraft.storage.files import make_folder
 from vlmgraft.storage.jsonl import write_json, write_text
@@ -137,7 +137,7 @@ def _ask_rest(
 
         engine = _engine(model, suite, options)
         folder.start(out, settings)
-        more: dict[str, Any] = {"log": out / folder.RECORDS, "progress": progress, "seed": options.seed}
+        more: dict[str, Any] = {"log": out / RECORDS, "progress": progress, "seed": options.seed}
         with _steered(engine, options):
             done = ask(engine, suite, batch_size=options.batch_size, done=done, **more)
     order = {item.id: at for at, item in enumerate(suite.items)}
@@ -183,13 +183,12 @@ def compare(
         refuse_output(Path(out), [first, second], ours=lambda name: name in COMPARISON or name.startswith("."))
     runs = []
     for side, model in (("first", first), ("second", second)):
-        if (Path(model) / folder.RECORDS).is_file():
+        if (Path(model) / RECORDS).is_file():
             runs.append(Path(model))
             continue
         if data is None or out is None:
             raise DataError(
-                f"{model}: holds no {folder.RECORDS}; give a folder of `vlmgraft evaluate`, "
-                "or a model with --data and --out"
+                f"{model}: holds no {RECORDS}; give a folder of `vlmgraft evaluate`, or a model with --data and --out"
             )
         target = Path(out) / side
         if not (resume and (target / folder.SUMMARY).is_file()):
@@ -198,7 +197,7 @@ def compare(
         runs.append(target)
     names = _names(first, second)
     comparison = compare_records(
-        load_records(runs[0] / folder.RECORDS), load_records(runs[1] / folder.RECORDS), names, _asking(asking).seed
+        load_records(runs[0] / RECORDS), load_records(runs[1] / RECORDS), names, _asking(asking).seed
     )
     if out is not None:
         make_folder(Path(out))

@@ -13,7 +13,7 @@ from typing import Any
 from vlmgraft.checkpoint.digests import RECEIPT, write_receipt
 from vlmgraft.errors import OutputError
 from vlmgraft.evaluation.judge import Judge
-from vlmgraft.evaluation.records import Record, load_records
+from vlmgraft.evaluation.records import RECORDS, Record, load_records
 from vlmgraft.evaluation.summary import Summary, summarise, summary_table
 from vlmgraft.storage.files import sweep_files
 from vlmgraft.storage.jsonl import drop_cut_line, read_json, write_json, write_rows, write_text
@@ -21,7 +21,7 @@ from vlmgraft.storage.outputs import refuse_output
 from vlmgraft.storage.portable import portable
 from vlmgraft.storage.publish import Publication
 
-RECORDS, RUN, SUMMARY, TABLE = "records.jsonl", "run.json", "summary.json", "summary.md"
+RUN, SUMMARY, TABLE = "run.json", "summary.json", "summary.md"
 
 
 @contextmanager
