@@ -132,3 +132,10 @@ def test_what_the_model_cannot_read_is_named(llm: Any, processor: Any, image_que
         encode(processor.tokenizer, image_questions(1))
     with pytest.raises(DataError, match="the model reads 256"):
         generate_batch(llm, processor.tokenizer, [Question("sum " * 300)], 4)
+
+
+def test_a_small_model_answers_with_one_thread(
+    vlm: Any, processor: Any, image_questions: Ask, threads_seen: list[int]
+) -> None:
+    generate_batch(vlm, processor, image_questions(2), 4)
+    assert set(threads_seen) == {1}

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from vlmgraft.distillation.distributed import of_all, shared
 from vlmgraft.hf.batches import Batch
 from vlmgraft.hf.capture import Captured, head_logits, plain, replay, replay_hidden
+from vlmgraft.hf.placement import threads_of
 from vlmgraft.storage.torchrun import process
 
 FULL_VOCABULARY = 4096
@@ -220,11 +221,12 @@ class Targets:
         """
         sums = torch.zeros(2, dtype=torch.float64)
         for batch, weight in shared(self.batches):
-            if replayed:
-                kl = batch.kl_upper(model) if upper else batch.kl(model)
-            else:
-                logits = plain(model, moved(batch.inputs, model.device), batch.predicts.to(model.device))
-                kl = batch.target.to(model.device).kl(logits)
+            with threads_of(model):
+                if replayed:
+                    kl = batch.kl_upper(model) if upper else batch.kl(model)
+                else:
+                    logits = plain(model, moved(batch.inputs, model.device), batch.predicts.to(model.device))
+                    kl = batch.target.to(model.device).kl(logits)
             own = weight * torch.tensor([float(kl.double().sum()), len(kl)], dtype=torch.float64)
             for part in of_all(own.to(model.device) if process()[1] > 1 else own):
                 sums += part.cpu()

@@ -13,6 +13,7 @@ import torch
 from vlmgraft.data.questions import Question, blank_images, load_questions, open_images
 from vlmgraft.errors import DataError
 from vlmgraft.hf.modules import tokenizer_of
+from vlmgraft.hf.placement import threads_of
 from vlmgraft.hf.templates import prompt_text
 from vlmgraft.storage.progress import Progress
 from vlmgraft.storage.resources import is_memory, out_of_memory
@@ -167,7 +168,8 @@ def generate_batch(
     _check_length(model.config, lengths, questions, max_new_tokens)
     batch = to_device(encoded, model.device, model.dtype)
     greedy: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    with out_of_memory(f"answering {len(questions)} questions at once", "lower batch_size or max_new_tokens"):
+    doing = f"answering {len(questions)} questions at once"
+    with threads_of(model), out_of_memory(doing, "lower batch_size or max_new_tokens"):
         output = model.generate(
             **batch, max_new_tokens=max_new_tokens, pad_token_id=pad, **(greedy | dict(options or {}))
         )
