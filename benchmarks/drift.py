@@ -15,6 +15,7 @@ import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from vlmgraft.finetuning.callback import DriftCallback
 from vlmgraft.finetuning.prior import Delta, Prior, PushRule
 
 BLOCKS = 3
+MODULES = ("attention", "attention+mlp")
 
 
 def model_of(hidden: int, layers: int, device: str) -> Any:
@@ -98,11 +100,20 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
 
 
-def measure(hidden: int, layers: int, batch: int, tokens: int, steps: int, device: str, store: str) -> list[dict]:
+def measure(
+    hidden: int,
+    layers: int,
+    batch: int,
+    tokens: int,
+    steps: int,
+    device: str,
+    store: str,
+    choices: Sequence[str] = MODULES,
+) -> list[dict]:
     """Rows: one per choice of modules."""
     torch.manual_seed(0)
     model, found = model_of(hidden, layers, device), []
-    for modules in ("attention", "attention+mlp"):
+    for modules in choices:
         prior = random_prior(model, modules, store)
         ratios, plain = [], []
         for _ in range(BLOCKS):

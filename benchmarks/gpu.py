@@ -4,11 +4,12 @@
     python benchmarks/gpu.py --quick --out x.json # seconds on the CPU: does it run?
 
 First the device's results are held against a CPU twin in float64 at small shapes; where one is off the command fails.
-Then, at the true shapes: decompositions against torch's own SVD, answers against reading their prompts, gate steps in
-both forms against a plain forward and backward pass, folds on the device and on the CPU, a training step with DRIFT's
-prior against one without, and a streamed merge against `cp`. Every row has seconds, the ratio to what it is measured
-against, and on a GPU the peak of its memory (of a merge the host's). Rows go to benchmarks/results/gpu-NAME.json.
-After `--minutes` no further stage begins; a stage that was left out is named.
+Then, at the true shapes: decompositions against torch's own SVD, a batch of images through the vision tower, answers
+about them against reading their prompts, gate steps in both forms against a plain forward and backward pass, folds on
+the device and on the CPU, a training step with DRIFT's prior against one without, and a streamed merge against `cp`.
+Every row has seconds, the ratio to what it is measured against, and on a GPU the peak of its memory (of a merge the
+host's). Rows go to benchmarks/results/gpu-NAME.json. After `--minutes` no further stage and no further row begins, and
+the row in hand is not repeated; what was left out is named.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import drift as drift_benchmark
 import merge as merge_benchmark
+from made_up_vlm import FIRST_WORD, SIZES, TOWERS, model_of, prompts, random_factors
 from svd import task_vector
 
 from vlmgraft.distillation.gate_vector import GateVector
@@ -44,27 +46,33 @@ from vlmgraft.spectral.svd import decompose_matrix, decompose_naive
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
 
-SIZES: dict[str, dict[str, int]] = {
-    "7B": {"hidden": 3584, "inner": 18944, "layers": 28, "heads": 28, "keys": 4, "words": 152064, "prompt": 1000,
-           "answer": 64, "batch": 8, "answered": 32, "rank": 64, "repeats": 3, "drift_layers": 2, "drift_steps": 6},
-    "quick": {"hidden": 64, "inner": 128, "layers": 2, "heads": 4, "keys": 2, "words": 128, "prompt": 12, "answer": 4,
-              "batch": 2, "answered": 3, "rank": 8, "repeats": 1, "drift_layers": 1, "drift_steps": 2},
-}  # fmt: skip
-
 
 class Bench:
-    """The device, the sizes, and rows as they are made."""
+    """The device, the sizes, the time there is, rows as they are made and the names of those left out."""
 
-    def __init__(self, device: torch.device, sizes: dict[str, int]) -> None:
-        self.device, self.sizes, self.rows = device, sizes, []  # type: torch.device, dict[str, int], list[Row]
+    def __init__(self, device: torch.device, size: str, minutes: float) -> None:
+        self.device, self.size, self.sizes = device, size, SIZES[size]
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.end = time.monotonic() + 60 * minutes
+        self.rows: list[Row] = []
+        self.left_out: list[str] = []
 
-    def time(self, what: str, run: Callable[[], object], against: float | None = None, **notes: Any) -> float:
-        """Median seconds of a call after one that is not counted; a row with the ratio to `against` seconds."""
+    def late(self, what: str) -> bool:
+        """Whether the time is over; `what` is left out then."""
+        over = time.monotonic() > self.end
+        if over:
+            self.left_out.append(what)
+        return over
+
+    def time(self, what: str, run: Callable[[], object], against: float | None = None, **notes: Any) -> float | None:
+        """Median seconds of a call after one that is not counted; a row with the ratio to `against` seconds. None
+        where the time is over before; where it ends in between, fewer calls are counted, one at least."""
+        if self.late(what):
+            return None
         cuda = self.device.type == "cuda"
-        seconds = []
-        for turn in range(self.sizes["repeats"] + 1):
-            if cuda and turn == 1:
+        seconds: list[float] = []
+        while len(seconds) <= self.sizes["repeats"] and (len(seconds) < 2 or time.monotonic() <= self.end):
+            if cuda and len(seconds) == 1:
                 torch.cuda.reset_peak_memory_stats(self.device)
             began = time.perf_counter()
             run()
@@ -73,7 +81,7 @@ class Bench:
             seconds.append(time.perf_counter() - began)
         median = statistics.median(seconds[1:])
         memory = torch.cuda.max_memory_allocated(self.device) if cuda else None
-        self.add(what, median, against, memory, **notes)
+        self.add(what, median, against, memory, counted=len(seconds) - 1, **notes)
         return median
 
     def add(self, what: str, seconds: float, against: float | None, memory: int | None, **notes: Any) -> None:
@@ -126,7 +134,8 @@ def _close(what: str, ours: torch.Tensor, twin: torch.Tensor, tolerance: float) 
 
 def decompositions(bench: Bench) -> None:
     """One matrix of every shape: torch's SVD, ours in full and to the rank; the whole model by counting."""
-    sizes, total = bench.sizes, dict.fromkeys(("full", "rank"), 0.0)
+    sizes = bench.sizes
+    found: dict[str, list[float | None]] = {"full": [], "rank": []}
     narrow = sizes["hidden"] * sizes["keys"] // sizes["heads"]
     counts = {(sizes["hidden"], sizes["hidden"]): 2, (narrow, sizes["hidden"]): 2, (sizes["inner"], sizes["hidden"]): 3}
     for shape, count in counts.items():
@@ -135,63 +144,41 @@ def decompositions(bench: Bench) -> None:
             base = bench.time(f"torch.linalg.svd {shape}", lambda tau=tau: torch.linalg.svd(tau, full_matrices=False))
         for key, rank in (("full", "full"), ("rank", sizes["rank"])):
             seconds = bench.time(f"decompose {shape}, rank {rank}", partial(decompose_matrix, tau, rank), base)
-            total[key] += count * sizes["layers"] * seconds
-    for key, seconds in total.items():
-        bench.add(f"decompose the whole model, {key}, by counting", seconds, None, None)
-
-
-def model_of(bench: Bench) -> Any:
-    """A Qwen2.5-VL of the sizes with random weights, on the device."""
-    from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
-
-    sizes = bench.sizes
-    text = {"hidden_size": sizes["hidden"], "intermediate_size": sizes["inner"], "num_hidden_layers": sizes["layers"],
-            "num_attention_heads": sizes["heads"], "num_key_value_heads": sizes["keys"], "vocab_size": sizes["words"],
-            "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}  # fmt: skip
-    half = sizes["hidden"] // sizes["heads"] // 2
-    text["rope_parameters"] = {
-        "rope_type": "default",
-        "rope_theta": 1e6,
-        "mrope_section": [half - 2 * (half // 3), half // 3, half // 3],
-    }
-    vision = {
-        "depth": 2,
-        "hidden_size": 64,
-        "num_heads": 4,
-        "intermediate_size": 128,
-        "out_hidden_size": sizes["hidden"],
-    }
-    ids = dict(
-        zip(("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"), range(4), strict=True)
-    )
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **ids)
-    with torch.device(bench.device):
-        return AutoModelForImageTextToText.from_config(config, dtype=bench.dtype).eval().requires_grad_(False)
-
-
-def random_factors(model: Any, rank: int) -> dict[str, Factors]:
-    """Factors of every projection with orthonormal columns on average, small against the weights."""
-    factors = {}
-    for name, linear in text_linears(model).items():
-        out, inner = linear.weight.shape
-        options = {"device": linear.weight.device, "dtype": linear.weight.dtype}
-        U, Vh = torch.randn(out, rank, **options) / out**0.5, torch.randn(rank, inner, **options) / inner**0.5
-        factors[name] = Factors(name, name, U, 0.01 * torch.linspace(1, 0.1, rank), Vh, 1.0, 0.0)
-    return factors
+            found[key].append(None if seconds is None else count * sizes["layers"] * seconds)
+    for key, parts in found.items():
+        what, known = f"decompose the whole model, {key}, by counting", [one for one in parts if one is not None]
+        if len(known) == len(parts):
+            bench.add(what, sum(known), None, None)
+        else:
+            bench.left_out.append(what)
 
 
 def steps(bench: Bench) -> None:
-    """Answers, a plain forward and backward pass, and gate steps in both forms, with and without checkpointing."""
-    sizes, model = bench.sizes, model_of(bench)
-    prompt = torch.randint(8, sizes["words"], (sizes["answered"], sizes["prompt"]), device=bench.device)
+    """Everything that needs the model."""
+    model = model_of(bench.size, bench.device, bench.dtype)
+    answers(bench, model)
+    if not bench.late("gate steps"):
+        gate_steps(bench, model)
+
+
+def answers(bench: Bench, model: Any) -> None:
+    """A batch of images encoded, its prompts read, images included, and answered."""
+    sizes = bench.sizes
+    batch = prompts(bench.size, sizes["answered"], bench.device, bench.dtype)
+    images = {key: batch[key] for key in ("pixel_values", "image_grid_thw")}
     options = {"max_new_tokens": sizes["answer"], "do_sample": False, "pad_token_id": 0}
-    answer = partial(model.generate, input_ids=prompt, attention_mask=torch.ones_like(prompt), **options)
     what = f"{sizes['answered']} prompts of {sizes['prompt']} tokens"
+    each = sizes["rows"] * sizes["columns"]
     with torch.no_grad():
-        read = bench.time(f"read {what}", lambda: model(input_ids=prompt, logits_to_keep=1))
-    bench.time(f"answer {what}", answer, read, tokens=sizes["answer"])
-    length = sizes["prompt"] + sizes["answer"]
-    ids = torch.randint(8, sizes["words"], (sizes["batch"], length), device=bench.device)
+        bench.time(f"encode {sizes['answered']} images of {each} tokens", lambda: model.get_image_features(**images))
+        read = bench.time(f"read {what}", lambda: model(**batch, logits_to_keep=1))
+    bench.time(f"answer {what}", lambda: model.generate(**batch, **options), read, tokens=sizes["answer"])
+
+
+def gate_steps(bench: Bench, model: Any) -> None:
+    """A plain forward and backward pass of the text model, and gate steps in both forms."""
+    sizes, length = bench.sizes, bench.sizes["prompt"] + bench.sizes["answer"]
+    ids = torch.randint(FIRST_WORD, sizes["words"], (sizes["batch"], length), device=bench.device)
     captured = {"inputs_embeds": model.get_input_embeddings()(ids).detach(), "use_cache": False}
     predicts = torch.zeros(ids.shape, dtype=torch.bool)
     predicts[:, sizes["prompt"] :] = True
@@ -227,15 +214,17 @@ def folds(bench: Bench) -> None:
 def tuning(bench: Bench) -> None:
     """A step of fine-tuning with DRIFT's prior against one without."""
     sizes, cuda = bench.sizes, bench.device.type == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(bench.device)
-    rows = drift_benchmark.measure(
-        sizes["hidden"], sizes["drift_layers"], sizes["batch"], min(sizes["prompt"], 256), sizes["drift_steps"],
-        bench.device.type, "device",
-    )  # fmt: skip
-    memory = torch.cuda.max_memory_allocated(bench.device) if cuda else None  # of all of them
-    for row in rows:
-        bench.add(f"DRIFT step, {row['modules']}", row["step"] * (1 + row["added"]), row["step"], memory)
+    for modules in drift_benchmark.MODULES:
+        if bench.late(f"DRIFT step, {modules}"):
+            continue
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(bench.device)
+        (row,) = drift_benchmark.measure(
+            sizes["hidden"], sizes["drift_layers"], sizes["batch"], min(sizes["prompt"], 256), sizes["drift_steps"],
+            bench.device.type, "device", (modules,),
+        )  # fmt: skip
+        memory = torch.cuda.max_memory_allocated(bench.device) if cuda else None
+        bench.add(f"DRIFT step, {modules}", row["step"] * (1 + row["added"]), row["step"], memory)
 
 
 def merging(bench: Bench) -> None:
@@ -255,12 +244,10 @@ STAGES: dict[str, Callable[[Bench], None]] = {
 }  # fmt: skip
 
 
-def run(bench: Bench, minutes: float) -> Iterator[str]:
-    """All stages in turn until the time is over; gives the names of those left out."""
-    end = time.monotonic() + 60 * minutes
+def run(bench: Bench) -> None:
+    """All stages in turn until the time is over."""
     for name, stage in STAGES.items():
-        if time.monotonic() > end:
-            yield name
+        if bench.late(name):
             continue
         stage(bench)
         if bench.device.type == "cuda":
@@ -271,7 +258,7 @@ def main() -> None:
     """Check, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny shapes, on the CPU where there is no card")
-    parser.add_argument("--minutes", type=float, default=7.0, help="after which no further stage begins")
+    parser.add_argument("--minutes", type=float, default=7.0, help="after which no further row begins")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu-NAME.json")
     arguments = parser.parse_args()
     cuda = torch.cuda.is_available()
@@ -279,20 +266,21 @@ def main() -> None:
         raise SystemExit("no card: run it where torch.cuda.is_available(), or with --quick on the CPU")
     device = torch.device("cuda" if cuda else "cpu")
     name = torch.cuda.get_device_name(device) if cuda else "CPU"
-    bench = Bench(device, SIZES["quick" if arguments.quick else "7B"])
     torch.manual_seed(0)
+    bench = Bench(device, "quick" if arguments.quick else "7B", arguments.minutes)
     check(bench)
-    left_out = list(run(bench, arguments.minutes))
-    if left_out:
-        print(f"left out after {arguments.minutes:g} minutes: {', '.join(left_out)}")
+    run(bench)
+    if bench.left_out:
+        print(f"left out after {arguments.minutes:g} minutes: {', '.join(bench.left_out)}")
     out = arguments.out or RESULTS / f"gpu-{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}.json"
     about = {
         "device": name,
         "torch": torch.__version__,
         "command": " ".join(["python", *sys.argv]),
         "sizes": bench.sizes,
+        "tower": TOWERS[bench.size],
     }
-    out.write_text(json.dumps({**about, "left_out": left_out, "rows": bench.rows}, indent=1) + "\n")
+    out.write_text(json.dumps({**about, "left_out": bench.left_out, "rows": bench.rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

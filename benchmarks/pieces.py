@@ -4,7 +4,8 @@
     python benchmarks/pieces.py --quick
 
 - finite: is a matrix of a 7B model finite, by one norm against `isfinite` of donor and base
-- padding: tokens that batches of mixed photographs read, padding included, over those that are there
+- padding: tokens that batches of mixed photographs read, padding included, over those that are there; in the training
+  of gates, and in `evaluate`, which before it looked at their sizes sorted questions by their text
 - pictures: image tokens of two photographs as they are and within the default of `calibration.max_pixels`, and what the
   pixels of 640 of them would take in memory against the features that are kept (Qwen2.5-VL-7B)
 - bound: KL from the 64 likeliest tokens and a rest, a lower bound, its upper bound, and the KL of the whole vocabulary,
@@ -31,6 +32,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from vlmgraft.data.questions import Question
 from vlmgraft.distillation.targets import Distribution
 from vlmgraft.distillation.teacher import pack
+from vlmgraft.evaluation.ask import BATCH_TOKENS, plan
 from vlmgraft.merging.pieces import squared_norm
 from vlmgraft.methods.calibration import Calibration
 from vlmgraft.spectral.krylov import largest_outside, missed_outside
@@ -74,7 +76,24 @@ def padding() -> dict[str, float]:
         batches = pack(questions, lengths, 48, packing, 0, batch_tokens)
         return sum(max(lengths[i] for i in batch) * len(batch) for batch in batches) / sum(lengths)
 
-    return {"in any order": read("shuffle", None), "sorted, by tokens": read("length", limit)}
+    return {
+        "in any order": read("shuffle", None),
+        "sorted, by tokens": read("length", limit),
+        **asked(sides, generator),
+    }
+
+
+def asked(sides: list[list[int]], generator: torch.Generator) -> dict[str, float]:
+    """The same photographs with questions of 10 to 200 tokens, as `evaluate` asks them by default."""
+    words = torch.randint(10, 200, (len(sides),), generator=generator).tolist()
+    questions = [Question("word " * count, (Path("photograph.jpg"),)) for count in words]
+    lengths = [tokens(*size) + count for size, count in zip(sides, words, strict=True)]
+    found = {}
+    for name, known in (("asked by their text", ()), ("asked by their tokens", lengths)):
+        planned = plan(questions, known, 32, BATCH_TOKENS)
+        found[name] = sum(max(lengths[i] for i in batch) * len(batch) for batch in planned) / sum(lengths)
+        found[f"largest batch, tokens, {name}"] = max(max(lengths[i] for i in batch) * len(batch) for batch in planned)
+    return found
 
 
 def tokens(width: int, height: int, pixels: int = 12_845_056) -> int:

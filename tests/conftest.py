@@ -86,6 +86,23 @@ def vlmgraft(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     return run
 
 
+@pytest.fixture
+def threads_seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """torch's threads in every linear layer that runs, where nobody says how many and there are two cores."""
+    import torch
+
+    before, seen, forward = torch.get_num_threads(), list[int](), torch.nn.Linear.forward
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    torch.set_num_threads(2)
+    monkeypatch.setattr(
+        torch.nn.Linear, "forward", lambda layer, x: seen.append(torch.get_num_threads()) or forward(layer, x)
+    )
+    yield seen
+    after = torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert after == 2, "as many as before"
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Headless Chromium by Playwright; skips where there is none."""

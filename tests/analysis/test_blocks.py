@@ -127,3 +127,8 @@ def test_means_are_over_the_tokens_without_padding(blocks: Blocks, processor: An
 def test_what_cannot_be_meant_is_refused(vlm_model: Any, cell: Any, message: str) -> None:
     with pytest.raises(RecipeError, match=message), Blocks(vlm_model).knocked_out(*cell):
         raise AssertionError("must not be entered")
+
+
+def test_a_small_model_is_averaged_with_one_thread(blocks: Blocks, processor: Any, threads_seen: list[int]) -> None:
+    blocks.means(processor, PROMPTS)
+    assert set(threads_seen) == {1}

@@ -102,3 +102,8 @@ def test_the_commands(vlmgraft: Callable[..., Any], trio: Path, tmp_path: Path) 
     assert vlmgraft(*evaluate, "--steer", tmp_path / "v.safetensors").code == 0
     ran = vlmgraft(*evaluate, "--steer-strength", "1", "--out", tmp_path / "f")
     assert ran.code == 2 and "no steering vector" in ran.err
+
+
+def test_a_small_donor_is_read_with_one_thread(donor: tuple[Any, Any], threads_seen: list[int]) -> None:
+    contrast_direction(*donor, SUMS, 1)
+    assert set(threads_seen) == {1}

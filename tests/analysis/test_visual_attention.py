@@ -77,3 +77,10 @@ def test_the_command_gives_what_frank_takes(trio: Path, tmp_path: Path, vlmgraft
     assert any("layer 3" in note for note in receipt.notes)
     shares = json.loads(vlmgraft("attention", trio / "vlm", "--samples", 8, "--quiet", "--json").out)
     assert yaml.safe_load(ran.out)["method"]["visual_attention"] == pytest.approx(shares["visual_attention"], rel=1e-3)
+
+
+def test_a_small_model_is_looked_into_with_one_thread(
+    lab: tuple[Any, Any], prompts: list[Question], threads_seen: list[int]
+) -> None:
+    visual_attention(*lab, prompts)
+    assert set(threads_seen) == {1}

@@ -15,6 +15,8 @@ def test_quick_writes_every_figure(tmp_path: Path) -> None:
     subprocess.run(command, check=True, capture_output=True, timeout=240)
     found = json.loads((tmp_path / "pieces.json").read_text())
     assert found["padding"]["sorted, by tokens"] < 1.2 < 2 < found["padding"]["in any order"]
+    assert found["padding"]["asked by their tokens"] < 1.1 < 1.8 < found["padding"]["asked by their text"]
+    assert found["padding"]["largest batch, tokens, asked by their tokens"] <= 65536
     # 1600 / 28 = 57.1 and 1200 / 28 = 42.9; 2448 / 28 = 87.4 and 3264 / 28 = 116.6
     assert [photograph["tokens"] for photograph in found["pictures"].values()] == [57 * 43, 87 * 117]
     assert found["bound"]["from below"] < found["bound"]["whole"] < found["bound"]["from above"]

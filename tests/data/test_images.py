@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmgraft.data.images import FORMATS, open_picture, read_image, shrunk
+from vlmgraft.data.images import FORMATS, open_picture, picture_size, read_image, shrunk
 from vlmgraft.errors import DataError
 
 
@@ -19,7 +19,7 @@ def test_every_format_opens(form: str) -> None:
     picture, data = Image.new("RGB", (4, 2), (200, 10, 10)), io.BytesIO()
     picture.save(data, form, **({"save_all": True, "append_images": [picture]} if form == "MPO" else {}))
     opened = open_picture(data.getvalue(), "picture")
-    assert opened.mode == "RGB" and opened.size == (4, 2)
+    assert opened.mode == "RGB" and opened.size == (4, 2) == picture_size(data.getvalue(), "picture")
     assert np.allclose(opened.getpixel((1, 1)), (200, 10, 10), atol=8)
 
 

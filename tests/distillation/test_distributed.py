@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from itertools import product
 from pathlib import Path
@@ -23,6 +19,9 @@ from vlmgraft.distillation.distill import Distiller
 from vlmgraft.spectral.gate_store import load_gates
 from vlmgraft.storage import torchrun
 from vlmgraft.storage.torchrun import agreed, await_file, check_same
+
+sys.path.insert(0, str(Path(__file__).parent))
+from gloo import launch, torch_threads
 
 OPTIONS: dict[str, Any] = {"steps": 6, "inject_weight": 0.1, "batches_per_step": 2}
 SCRIPT = """
@@ -76,7 +75,7 @@ def watched(facts):
     modeling_utils.safe_open = File
     yield
     modeling_utils.safe_open = real
-    facts["read"] = [None, None]
+    facts["read"] = [None] * process()[1]
     torch.distributed.all_gather_object(facts["read"], sum(read))
 def fail():
     raise VlmgraftError("no such state")
@@ -122,53 +121,12 @@ if rank == 0:
     save_gates(again, out / "checkpointed")
 """
 
-COMMANDS = """
-import os, signal, sys, time
-from pathlib import Path
-from vlmgraft.cli import main
-from vlmgraft.distillation.trainer import GateTrainer
-seen, listed = Path.is_file, Path.iterdir
-def late(path):  # as on a network file system: a file shows a second after it was written
-    try:
-        return "work" in path.parts and seen(path) and time.time() - path.stat().st_mtime < 1
-    except FileNotFoundError:  # a temporary file that another process has renamed by now
-        return True
-Path.is_file = lambda path: seen(path) and not late(path)
-Path.iterdir = lambda folder: (path for path in listed(folder) if not late(path))
-if "KILLED" in os.environ:  # with the first state written, rank 1 is gone; torchrun ends the others
-    kept = GateTrainer._keep
-    def killed(self, state, step):
-        kept(self, state, step)
-        while not seen(state):
-            time.sleep(0.1)
-        if os.environ["RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(60)
-    GateTrainer._keep = killed
-main()
-"""
-
-
-def launch(arguments: list[str], processes: int = 2, *, killed: bool = False) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({"KILLED": "yes"} if killed else {})
-    done = subprocess.run([*command, *arguments], timeout=570, capture_output=True, text=True, env=environment)
-    errors = [line for line in done.stderr.splitlines() if "Error" in line]  # between hundreds of lines of frames
-    assert (done.returncode != 0) == killed, "\n".join([*errors[:20], done.stderr[-3000:]])
-
-
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    yield
-    torch.set_num_threads(before)
-
 
 @pytest.mark.slow
-def test_two_processes_learn_the_gates_of_one(distiller: Distiller, tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_learn_the_gates_of_one(processes: int, distiller: Distiller, tmp_path: Path) -> None:
     (script := tmp_path / "learn.py").write_text(SCRIPT)
-    launch([str(script), str(Path(__file__).parents[1]), str(tmp_path), json.dumps(OPTIONS)])
+    launch([str(script), str(Path(__file__).parents[1]), str(tmp_path), json.dumps(OPTIONS)], processes)
     with torch_threads(1):
         alone, curvature = distiller.learn(**OPTIONS), estimate_curvature(distiller).h
     assert max(float(logits.abs().max()) for logits in alone.logits.values()) > 0.1
@@ -191,11 +149,12 @@ def test_two_processes_learn_the_gates_of_one(distiller: Distiller, tmp_path: Pa
     factors = sum(one.U.numel() + one.Vh.numel() for one in distiller.factors.values())
     largest = max(parameter.numel() for parameter in distiller.model.parameters())
     assert sum(facts["sharded"]["read"]) == 4 * whole, "every byte is read once"
-    assert max(facts["sharded"]["read"]) <= 0.51 * 4 * whole, "half by each"
-    assert facts["sharded"]["peak"] <= 4 * (0.51 * whole + largest), "and never more in memory, but for one tensor"
+    share = 1 / processes + 0.01
+    assert max(facts["sharded"]["read"]) <= share * 4 * whole, "its share by each"
+    assert facts["sharded"]["peak"] <= 4 * (share * whole + largest), "and never more in memory, but for one tensor"
     assert facts["replicated"]["held"] == whole
-    assert facts["sharded"]["loaded"] <= whole - inside + 0.51 * inside, "half of the layers"
-    assert facts["sharded"]["held"] <= whole - inside + 0.51 * (inside + factors), "half of layers and factors each"
+    assert facts["sharded"]["loaded"] <= whole - inside + share * inside, "its share of the layers"
+    assert facts["sharded"]["held"] <= whole - inside + share * (inside + factors), "and of the factors"
     assert facts["sharded"]["estimated"] == facts["sharded"]["held"], "the curvature takes the same rows"
 
 
@@ -205,47 +164,6 @@ def test_alone_everybody_agrees(tmp_path: Path) -> None:
     (tmp_path / "there").touch()
     await_file(tmp_path / "there", 60)
     await_file(tmp_path / "missing" / "file", 0.0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
-def test_the_command_under_torchrun(processes: int, trio: Path, image_calibration: Path, tmp_path: Path) -> None:
-    """`decompose` and `gates` on a folder whose files show late, killed and begun again, then `merge` from their
-    folders: nothing is computed again, and factors and gates are one process's, bit for bit."""
-    import vlmgraft as vg
-
-    calibration = {"data": str(image_calibration), "samples": 16, "held_out": 4, "max_new_tokens": 4, "batch_size": 4}
-    places = {"vlm": str(trio / "vlm"), "donor": str(trio / "donor"), "donor_base": str(trio / "base")}
-    method = {"name": "frism", "steps": 13, "batches_per_step": 3, "learning_rate": 0.2, "inject": "donor"}
-    told = [{"question": f"sum {number}"} for number in (3, 5, 7)]
-    (tmp_path / "told.jsonl").write_text("\n".join(map(json.dumps, told)))
-    method |= {"questions": str(tmp_path / "told.jsonl"), "donor_tokens": 4, "kl_budget": 0.01, "start": "curvature"}
-    recipe = {**places, "method": {**method, "calibration": calibration}, "layers": "0-1"}
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
-    work = tmp_path / "work"
-    (script := tmp_path / "run.py").write_text(COMMANDS)
-    command = [str(script), "decompose", str(tmp_path / "recipe.yaml"), "--out", str(work / "factors")]
-    launch(command, processes)
-    command[1:2], command[-1:] = ["gates"], [str(work / "gates"), "--factors", str(work / "factors")]
-    command += ["--set", f"method.offload={'true' if processes == 4 else 'auto'}"]
-    if processes == 4:
-        launch(command, processes, killed=True)
-        assert (work / "gates.state").is_file() and not (work / "gates").exists()
-    launch(command, processes)
-    made = {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
-    assert not [path for path in made if path.name.endswith(".tmp") or path.name.endswith(".state")]
-    vg.merge(recipe, tmp_path / "merged", workdir=work)
-    assert {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()} == made
-    with torch_threads(1):
-        vg.merge(recipe, tmp_path / "alone", workdir=tmp_path / "other")
-    together, alone = load_gates(work / "gates"), load_gates(tmp_path / "other" / "gates")
-    moved = torch.cat(list(alone.logits.values()))
-    assert float(moved.std()) > 0.1
-    for name, logits in alone.logits.items():
-        assert torch.equal(together.logits[name], logits), name
-    for path in (tmp_path / "other" / "factors").glob("*.safetensors"):
-        factors = load_file(work / "factors" / path.name)
-        assert all(torch.equal(factors[key], value) for key, value in load_file(path).items()), path.name
 
 
 def test_batches_are_shared_out_and_the_last_round_is_filled_with_work_that_does_not_count(

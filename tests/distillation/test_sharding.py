@@ -1,4 +1,4 @@
-"""How sharding looks on one process; gates of two are in test_distributed.py."""
+"""How sharding looks on one process; gates of two and four are in test_distributed.py."""
 
 from __future__ import annotations
 

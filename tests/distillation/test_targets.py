@@ -128,3 +128,10 @@ def test_every_epoch_has_an_order_of_its_own_by_the_seed(distiller: Distiller) -
     whole = replace(distiller.targets, batches=tuple(range(8)))  # type: ignore[arg-type]
     expected = [torch.randperm(8, generator=torch.Generator().manual_seed(3 * 100_003 + epoch)) for epoch in range(3)]
     assert list(islice(whole.order(3), 24)) == torch.cat(expected).tolist()
+
+
+def test_small_models_are_compared_with_one_thread(distiller: Distiller, threads_seen: list[int]) -> None:
+    for replayed in (True, False):
+        distiller.targets.mean_kl(distiller.model, replayed=replayed)
+        assert set(threads_seen) == {1}
+        threads_seen.clear()

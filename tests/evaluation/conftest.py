@@ -22,6 +22,9 @@ class Scripted:
         self.asked: list[str] = []
         self.batches: list[int] = []
 
+    def lengths(self, questions: Sequence[Question]) -> list[int]:
+        return [len(question.question.split()) for question in questions]
+
     def answer(self, questions: Sequence[Question], seed: int) -> list[Answer]:
         if len(questions) > self.room:
             raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")

@@ -13,10 +13,11 @@ import pytest
 from PIL import Image
 
 from vlmgraft.errors import VlmgraftError
-from vlmgraft.evaluation.ask import ask
+from vlmgraft.evaluation.ask import ask, plan
 from vlmgraft.evaluation.items import Item, Suite
 from vlmgraft.evaluation.records import load_records, record_of
 from vlmgraft.evaluation.summary import count, summarise
+from vlmgraft.hf.batches import Question
 from vlmgraft.storage.jsonl import drop_cut_line
 
 
@@ -29,6 +30,53 @@ def test_every_item_is_asked_once_in_batches_and_comes_back_in_order(scripted: A
     first = records[1]
     assert (first.answer, first.expected, first.verdict, first.tokens) == ("2", ("2",), "right", 7)
     assert first.prompt == "what is 1 + 1 ?" and first.output.startswith("<think>")
+
+
+def test_batches_are_bounded_by_tokens_too_longest_first(scripted: Any, tmp_path: Path) -> None:
+    """Prompts of 2 to 9 words, three at a time and at most 16 with padding, is 9 alone, 8 + 7, 6 + 5, 4 + 3 + 2."""
+    items = tuple(Item(str(n), " ".join(["w"] * n), answers=("x",)) for n in (4, 9, 2, 7, 3, 6, 8, 5))
+    engine, log = scripted(lambda question: "x"), tmp_path / "log"
+    records = ask(engine, Suite("s", items), batch_size=3, batch_tokens=16, log=log)
+    words = [len(text.split()) for text in engine.asked]
+    assert words == [9, 8, 7, 6, 5, 4, 3, 2] and engine.batches == [1, 2, 2, 3]
+    assert [record.id for record in records] == [item.id for item in items]
+    again = scripted(lambda question: "x")
+    assert ask(again, Suite("s", items), batch_size=3, batch_tokens=16, done=load_records(log)[:4]) == records
+    assert again.batches == [1, 3], "5 is left of the batch of 6 and 5"
+    assert ask(scripted(lambda question: "x"), Suite("s", items), batch_size=3) == records
+
+
+def test_files_of_images_are_planned_by_their_size_and_text_apart(tmp_path: Path) -> None:
+    """By the processor's count, here a token for 100 pixels; a file that cannot be read has its text alone."""
+    planned: list[Any] = []
+
+    class Sized:
+        def lengths(self, questions: Any) -> list[int]:
+            planned.extend(questions)
+            return [1 + question.pixels // 100 for question in questions]
+
+        def answer(self, questions: Any, seed: int) -> Any:
+            asked.append([image.size for question in questions for image in question.images])
+            raise ValueError("no answer")
+
+    asked: list[Any] = []
+    sides = (10, 60, 20, 70, 30, 50)
+    for side in sides:
+        Image.new("RGB", (side, 10)).save(tmp_path / f"{side}.png")
+    (tmp_path / "bad.png").write_text("no picture")
+    items = [Item(str(side), "what?", (tmp_path / f"{side}.png",)) for side in sides]
+    items += [Item("text", "what?"), Item("bad", "what?", (tmp_path / "bad.png",))]
+    records = ask(Sized(), Suite("s", tuple(items)), batch_size=2)  # type: ignore[arg-type]
+    assert [question.pixels for question in planned] == [100, 600, 200, 700, 300, 500, 0, 0]
+    pairs = [one for one in asked if len(one) == 2]
+    assert pairs == [[(70, 10), (60, 10)], [(50, 10), (30, 10)], [(20, 10), (10, 10)]]
+    assert records[-1].state == "not asked" and all(record.state == "failed" for record in records[:-1])
+
+
+def test_without_lengths_batches_are_planned_by_what_is_seen(sums: Any) -> None:
+    questions = [Question("w" * n) for n in (1, 3, 2)]
+    assert plan(questions, (), 2, 1) == [[1, 2], [0]]
+    assert plan(questions, [5, 1, 7], 2, 99) == [[2, 0], [1]]
 
 
 def test_out_of_memory_halves_the_batch_and_all_are_answered(scripted: Any, sums: Any, adds: Any) -> None:
@@ -149,6 +197,9 @@ def test_sampling_is_seeded_by_run_and_items(sums: Any) -> None:
 
     class Noted:
         name = "noted"
+
+        def lengths(self, questions: Any) -> Any:
+            return ()
 
         def answer(self, questions: Any, seed: int) -> Any:
             seeds.append(seed)

@@ -137,3 +137,13 @@ def test_without_vllm_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, pro
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(InputError, match=r"pip install 'vlmgraft\[vllm\]'"):
         VllmEngine("folder", processor, Sampling())
+
+
+def test_lengths_are_those_of_the_answers_and_none_with_a_broken_template(
+    vlm: Any, processor: Any, exam: Exam, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = TransformersEngine(vlm, processor, Sampling(2))
+    lengths = engine.lengths(exam.questions)
+    assert lengths == [answer.prompt_tokens for answer in engine.answer(exam.questions, 0)] and len(set(lengths)) > 1
+    monkeypatch.setattr(type(processor), "apply_chat_template", lambda *_, **__: 1 / 0)
+    assert engine.lengths(exam.questions) == []

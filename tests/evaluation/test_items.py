@@ -13,7 +13,17 @@ from PIL import Image
 
 from vlmgraft.data.images import MAX_PIXELS
 from vlmgraft.errors import DataError
-from vlmgraft.evaluation.items import Item, Suite, circular, merge_suites, open_image, rotations, unique, with_suffix
+from vlmgraft.evaluation.items import (
+    Item,
+    Suite,
+    circular,
+    image_size,
+    merge_suites,
+    open_image,
+    rotations,
+    unique,
+    with_suffix,
+)
 from vlmgraft.evaluation.metrics import all_right
 
 
@@ -100,3 +110,14 @@ def test_a_picture_is_measured_before_it_is_decoded(monkeypatch: pytest.MonkeyPa
 def test_what_cannot_be_shown_is_named_without_saying_where_files_lie(source: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         open_image(source)
+
+
+def test_sizes_are_known_of_every_kind_of_source_without_decoding(tmp_path: Path) -> None:
+    picture, data = Image.new("RGB", (40, 30)), io.BytesIO()
+    picture.save(data, "PNG")
+    (tmp_path / "cut.png").write_bytes(data.getvalue()[:45])  # the header, and nothing else
+    for source in (picture, data.getvalue(), tmp_path / "cut.png", lambda: tmp_path / "cut.png"):
+        assert image_size(source) == (40, 30)
+    for gone in (tmp_path / "gone.png", tmp_path, b"no picture"):
+        with pytest.raises(DataError):
+            image_size(gone)

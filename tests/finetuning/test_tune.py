@@ -252,3 +252,8 @@ def test_deepspeed_is_refused_before_anything_is_loaded(
 def test_overrides_of_a_validated_recipe_are_not_lost_in_silence(recipe: Any, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"prior\.strength=2: the recipe is validated already"):
         vg.tune(load_tune_recipe(recipe), tmp_path / "out", overrides=["prior.strength=2"])
+
+
+def test_a_small_model_is_trained_with_one_thread(recipe: Any, tmp_path: Path, threads_seen: list[int]) -> None:
+    vg.tune(recipe | {"prior": {"mode": "none"}}, tmp_path / "out")
+    assert set(threads_seen) == {1}

@@ -20,8 +20,10 @@ from vlmgraft.hf.batches import (
     encode,
     generate_batch,
     load_questions,
+    planned_lengths,
     prompt_lengths,
 )
+from vlmgraft.hf.templates import prompt_text
 
 Draw = Callable[[int], Image.Image]
 Ask = Callable[..., list[Question]]
@@ -132,3 +134,32 @@ def test_what_the_model_cannot_read_is_named(llm: Any, processor: Any, image_que
         encode(processor.tokenizer, image_questions(1))
     with pytest.raises(DataError, match="the model reads 256"):
         generate_batch(llm, processor.tokenizer, [Question("sum " * 300)], 4)
+
+
+def test_a_small_model_answers_with_one_thread(
+    vlm: Any, processor: Any, image_questions: Ask, threads_seen: list[int]
+) -> None:
+    generate_batch(vlm, processor, image_questions(2), 4)
+    assert set(threads_seen) == {1}
+
+
+def test_planned_lengths_are_the_true_ones_and_the_processor_sees_every_size_once(
+    processor: Any, random_image: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [random_image(n).resize(size) for n, size in enumerate([(56, 56), (112, 56), (56, 56), (112, 84)])]
+    questions = [Question("what " * n, (image,)) for n, image in enumerate(images, 1)]
+    questions += [Question("sum " * 7), Question("both", tuple(images[:2])), Question("more words", tuple(images[:2]))]
+    expected = [int(encode(processor, [question])["attention_mask"].sum()) for question in questions]
+    seen: list[Question] = []
+    real = encode
+    monkeypatch.setattr(
+        "vlmgraft.hf.batches.encode", lambda given, asked, **more: seen.extend(asked) or real(given, asked, **more)
+    )
+    assert planned_lengths(processor, questions) == expected and len(set(expected)) > 4
+    assert seen == [questions[0], questions[1], questions[3], questions[5]]
+
+
+def test_a_question_that_the_processor_refuses_is_planned_by_its_text(processor: Any, random_image: Draw) -> None:
+    text = len(processor.tokenizer(prompt_text(processor.tokenizer, Question("what is it")))["input_ids"])
+    with_image = Question("what is it", (random_image(0),))
+    assert planned_lengths(processor.tokenizer, [with_image]) == [text]

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from vlmgraft.errors import InputError
-from vlmgraft.hf.placement import LARGE, default_device, default_dtype, learning_dtype
+from vlmgraft.hf.placement import LARGE, default_device, default_dtype, learning_dtype, threads_of
+from vlmgraft.spectral import threads
 
 
 def test_what_is_asked_for_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,3 +52,16 @@ def test_what_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch, variable:
     monkeypatch.setenv(variable, value)
     with pytest.raises(InputError, match=value):
         default_dtype(default_device())
+
+
+@pytest.mark.parametrize(("width", "expected"), [(1000, 1), (2000, 2), (20_000, 3)])
+def test_threads_are_of_all_parameters(width: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two matrices and two biases: 2.0, 8.0 and 800 million parameters, on three cores."""
+    given: list[int] = []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(threads.torch, "get_num_threads", lambda: given[-1] if given else 3)
+    monkeypatch.setattr(threads.torch, "set_num_threads", given.append)
+    model = torch.nn.Sequential(*(torch.nn.Linear(width, width, device="meta") for _ in range(2)))
+    with threads_of(model):
+        assert given == [expected]
+    assert given == [expected, 3]

@@ -26,6 +26,9 @@ class Parrot:
         pictures = [question.images[0].tobytes() for question in exam.questions]  # type: ignore[union-attr]
         self.said = dict(zip(pictures, said, strict=True))
 
+    def lengths(self, questions: Sequence[Question]) -> list[int]:
+        return [1] * len(questions)
+
     def answer(self, questions: Sequence[Question], seed: int) -> list[Answer]:
         texts = [self.said[question.images[0].tobytes()] for question in questions]  # type: ignore[union-attr]
         return [Answer(text, len(text.split()), False, "", 0) for text in texts]

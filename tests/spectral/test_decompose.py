@@ -41,14 +41,14 @@ if rank == int(str(late)):  # as on a network file system
         return out not in path.parents or time.time() - path.stat().st_mtime > 1
     Path.is_file = lambda path: seen(path) and old(path)
     Path.iterdir = lambda folder: (path for path in listed(folder) if old(path))
-if "killed" in options and rank == 1:
+if "killed" in options and rank + 1 == int(os.environ["WORLD_SIZE"]):  # it has several matrices
     save = FactorStore.save
     def killed(*args, **more):
         save(*args, **more)
         os.kill(os.getpid(), signal.SIGKILL)
     FactorStore.save = killed
 calls = []
-alignment = align(*map(open_checkpoint, (vlm, donors[rank], base)), layers=[1])
+alignment = align(*map(open_checkpoint, (vlm, donors[rank % 2], base)), layers=[1])
 try:
     decompose(alignment, out, resume="resume" in options,
               progress=lambda done, total, what: calls.append(what) if done < total else None)
@@ -160,44 +160,60 @@ def test_changed_inputs_and_another_rank_are_noticed(folders: Path, tmp_path: Pa
 
 
 def together(
-    folders: Path, out: Path, *options: str, late: int, donors: tuple[str, str] = ("donor", "donor")
+    folders: Path,
+    out: Path,
+    *options: str,
+    late: int = -1,
+    donors: tuple[str, str] = ("donor", "donor"),
+    processes: int = 2,
 ) -> tuple[int, list[list[str]]]:
-    """Two gloo processes decompose into `out`: the exit status, and what each did, or the error that it met. `late`
+    """Gloo processes decompose into `out`: the exit status, and what each did, or the error that it met. Number `late`
     sees files and folders a while after they were written."""
     told = out.with_name(f"told-{len(list(out.parent.iterdir()))}")
     told.mkdir()
     (script := told / "run.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command.append(str(script))
     paths = [str(folders / name) for name in ("vlm", *donors, "base")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, str(told), str(out), str(late), *paths, *options], env=environment, timeout=300)
     return done.returncode, [
-        (told / str(rank)).read_text().splitlines() if (told / str(rank)).is_file() else [] for rank in (0, 1)
+        (told / str(rank)).read_text().splitlines() if (told / str(rank)).is_file() else [] for rank in range(processes)
     ]
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_matrices_and_go_on_after_a_kill(folders: Path, tmp_path: Path) -> None:
-    """The first process sees the other's files late: it refuses or resumes for both, and waits for them at the end."""
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("late", [-1, 1])
+def test_several_processes_share_the_matrices(folders: Path, tmp_path: Path, processes: int, late: int) -> None:
+    """With one process's bytes, also where one of them sees files late."""
     whole, out = decompose(aligned(folders), tmp_path / "whole"), tmp_path / "both"
-    assert together(folders, out, "killed", late=0)[0] != 0
+    status, calls = together(folders, out, late=late, processes=processes)
+    assert status == 0 and all(calls) and sorted(name for one in calls for name in one) == sorted(whole.names)
+    assert all((out / path.name).read_bytes() == path.read_bytes() for path in whole.folder.glob("*.safetensors"))
+    assert FactorStore(out).digest == whole.digest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "late"), [(2, 0), (4, 0)])
+def test_several_processes_go_on_after_a_kill(folders: Path, tmp_path: Path, processes: int, late: int) -> None:
+    """The first process sees the others' files late: it refuses or resumes for all, and waits for them at the end."""
+    whole, out = decompose(aligned(folders), tmp_path / "whole"), tmp_path / "both"
+    assert together(folders, out, "killed", late=late, processes=processes)[0] != 0
     kept = {path: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
     assert 1 <= len(kept) < 7 and not (out / "factors.json").exists()
-    status, told = together(folders, out, late=0)
-    assert status == 0 and all("resume to redo" in error for (error,) in told), "what one refuses, both do"
-    status, calls = together(folders, out, "resume", late=0)
-    assert status == 0 and len(calls[0] + calls[1]) == len({*calls[0], *calls[1]}) == 7 - len(kept)
+    status, told = together(folders, out, late=late, processes=processes)
+    assert status == 0 and all("resume to redo" in error for (error,) in told), "what one refuses, all do"
+    status, calls = together(folders, out, "resume", late=late, processes=processes)
+    names = [name for one in calls for name in one]
+    assert status == 0 and len(names) == len(set(names)) == 7 - len(kept)
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items()), "what was done is not done again"
     assert all((out / path.name).read_bytes() == path.read_bytes() for path in whole.folder.glob("*.safetensors"))
     assert FactorStore(out).digest == whole.digest
 
 
 @pytest.mark.slow
-def test_a_process_that_sees_files_late_or_other_weights(folders: Path, tmp_path: Path) -> None:
-    whole = decompose(aligned(folders), tmp_path / "whole")
-    status, calls = together(folders, tmp_path / "both", late=1)
-    assert status == 0 and calls[0] and calls[1] and sorted(calls[0] + calls[1]) == sorted(whole.names)
-    assert FactorStore(tmp_path / "both").digest == whole.digest
+def test_a_process_that_sees_other_weights_is_named(folders: Path, tmp_path: Path) -> None:
     root = tmp_path / "trio"
     shutil.copytree(folders, root)
     shutil.copytree(root / "base", root / "other")

@@ -29,7 +29,7 @@ from vlmgraft.evaluation.answers import without_reasoning
 from vlmgraft.hf.batches import Question, append_answers, batches, encode, generate_batch, load_questions, to_device
 from vlmgraft.hf.models import load_config, load_processor, load_text_model
 from vlmgraft.hf.modules import hook_states, text_model, tokenizer_of
-from vlmgraft.hf.placement import default_device, default_dtype
+from vlmgraft.hf.placement import default_device, default_dtype, threads_of
 from vlmgraft.hf.steering import Steering, resample
 from vlmgraft.recipe.resolve import RecipeSource, read_recipe
 from vlmgraft.storage.outputs import refuse_file
@@ -166,7 +166,7 @@ def _states(
     pad = tokenizer_of(processor).pad_token_id or 0
     full, predicts = append_answers(encoded, answers or [[pad]] * len(questions), pad)
     states: list[Tensor] = []
-    with hook_states(text_model(donor).layers[layer], states.append):
+    with threads_of(donor), hook_states(text_model(donor).layers[layer], states.append):
         donor(**to_device(full, donor.device, donor.dtype), use_cache=False)
     mask = predicts.to(states[0].device)[..., None]
     return ((states[0].double() * mask).sum(1) / mask.sum(1)).cpu()

@@ -36,6 +36,7 @@ from vlmgraft.checkpoint.index import open_checkpoint
 from vlmgraft.errors import AlignmentError, RecipeError
 from vlmgraft.hf.batches import Question, batches, encode, to_device
 from vlmgraft.hf.modules import hook_states, text_model
+from vlmgraft.hf.placement import threads_of
 from vlmgraft.recipe.source import located, read_mapping
 from vlmgraft.storage.locks import at_work
 from vlmgraft.storage.progress import Progress
@@ -134,6 +135,7 @@ class Blocks:
             sums[block] = sums.get(block, 0) + states[mask].float().sum(0)
 
         with ExitStack() as stack:
+            stack.enter_context(threads_of(self.model))
             for block in [(layer, name) for layer in range(self.depth) for name in PARTS[:2]]:
                 stack.enter_context(hook_states(self.module(block), partial(collect, block)))
             for indices in batches(prompts, batch_size):

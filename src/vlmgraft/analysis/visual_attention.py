@@ -23,6 +23,7 @@ from vlmgraft.errors import AlignmentError, DataError
 from vlmgraft.evaluation.readers import load_suite
 from vlmgraft.hf.batches import Progress, Question, batches, encode, load_questions, to_device
 from vlmgraft.hf.modules import text_model
+from vlmgraft.hf.placement import threads_of
 from vlmgraft.storage.resources import out_of_memory
 
 
@@ -78,7 +79,7 @@ def visual_attention(
             share = (weights.float().mean(1) * visual[:, None]).sum(-1)
             sums[layer] += float(share[text].double().sum())
 
-        with _weights(model, add), out_of_memory("reading attention weights", "lower batch_size"):
+        with threads_of(model), _weights(model, add), out_of_memory("reading attention weights", "lower batch_size"):
             model(**batch, use_cache=False)
         count, done = count + int(text.sum()), done + len(group)
         if progress is not None:

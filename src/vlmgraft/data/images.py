@@ -163,6 +163,12 @@ def open_picture(source: Path | bytes | bytearray, name: str) -> Image.Image:
         return upright_rgb(image)
 
 
+def picture_size(source: Path | bytes | bytearray, name: str) -> tuple[int, int]:
+    """Width and height by the header alone, before it is turned; raises DataError as `open_picture`."""
+    with _explained(name), _opened(source) as image:
+        return image.size
+
+
 def upright_rgb(image: Image.Image) -> Image.Image:
     """The picture in RGB, turned as its EXIF data say; 16 bits per pixel are scaled to 8 (Pillow would clip them)."""
     if image.mode.startswith("I;16"):

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from vlmgraft.distillation.distributed import of_all, shared
 from vlmgraft.hf.batches import Batch
 from vlmgraft.hf.capture import Captured, head_logits, plain, replay, replay_hidden
+from vlmgraft.hf.placement import threads_of
 from vlmgraft.storage.torchrun import process
 
 FULL_VOCABULARY = 4096
@@ -237,7 +238,8 @@ class Targets:
         """Averages over all tokens of the rows of `figures` [rows, N] of every batch."""
         total: Tensor | float = 0.0
         for batch, weight in shared(self.batches):
-            rows = figures(batch).double()
+            with threads_of(model):
+                rows = figures(batch).double()
             own = weight * torch.cat([rows.sum(1), torch.full_like(rows[:1, 0], rows.shape[1])])
             for part in of_all(own if process()[1] > 1 else own.cpu()):
                 total = total + part.cpu()

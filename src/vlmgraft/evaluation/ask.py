@@ -7,16 +7,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlmgraft.data.images import ImageFile
 from vlmgraft.errors import DataError, VlmgraftError
 from vlmgraft.evaluation.engine import FAILURES, Engine
-from vlmgraft.evaluation.items import Item, Suite, open_image, with_suffix
+from vlmgraft.evaluation.items import Item, Suite, image_size, open_image, with_suffix
 from vlmgraft.evaluation.records import Record, fault_record, record_of
-from vlmgraft.hf.batches import Question, batches
+from vlmgraft.hf.batches import Question, batches, cut
 from vlmgraft.storage.jsonl import append_rows
 from vlmgraft.storage.progress import LogProgress, Progress
 
 GIVE_UP = 16
 """So many failures from the start on, and no answer: it is not the questions."""
+BATCH_TOKENS = 65536
+"""Tokens of the prompts of a batch, padding included: as many as FRISM's teacher answers at once by default."""
 Store = Callable[[Sequence[Record]], None]
 
 
@@ -25,6 +28,7 @@ def ask(
     suite: Suite,
     *,
     batch_size: int = 32,
+    batch_tokens: int = BATCH_TOKENS,
     seed: int = 0,
     done: Sequence[Record] = (),
     log: Path | None = None,
@@ -32,9 +36,10 @@ def ask(
 ) -> list[Record]:
     """Ask every item that is not in `done`; all records in the order of the suite.
 
-    Batches are planned over the whole suite, so a resumed run asks the same batches. A batch that fails is halved until
-    the one item is found that cannot be asked; out of memory also halves the batches that follow. Sampling is seeded by
-    `seed` and the items of the batch.
+    Batches are planned over the whole suite, so a resumed run asks the same batches: the longest prompts first, of at
+    most `batch_size` items and `batch_tokens` tokens (a longer prompt is asked alone). A batch that fails is halved
+    until the one item is found that cannot be asked; out of memory also halves the batches that follow. Sampling is
+    seeded by `seed` and the items of the batch.
 
     Args:
         log: records are appended here after every batch.
@@ -43,12 +48,22 @@ def ask(
     """
     records = {record.id: record for record in done}
     run, progress = _Run(engine, suite, batch_size, seed, log, records), progress or LogProgress()
-    for indices in batches([_shape(item, suite) for item in suite.items], batch_size):
+    shapes = [_shape(item, suite) for item in suite.items]
+    for indices in plan(shapes, engine.lengths(shapes), batch_size, batch_tokens):
         waiting = [suite.items[index] for index in indices if suite.items[index].id not in records]
         for at in range(0, len(waiting), run.batch_size):
             run.batch(waiting[at : at + run.batch_size])
         progress(len(records), len(suite.items), "answers")
     return [records[item.id] for item in suite.items]
+
+
+def plan(questions: Sequence[Question], lengths: Sequence[int], batch_size: int, batch_tokens: int) -> list[list[int]]:
+    """Indices in batches, the longest first, images and plain text apart; without lengths by what the text shows."""
+    if not lengths:
+        return batches(questions, batch_size)
+    order = sorted(range(len(questions)), key=lambda index: (-lengths[index], index))
+    groups = ([i for i in order if questions[i].images], [i for i in order if not questions[i].images])
+    return [batch for group in groups for batch in cut(group, lengths, batch_size, batch_tokens)]
 
 
 class _Run:
@@ -128,6 +143,10 @@ class _Run:
 
 
 def _shape(item: Item, suite: Suite) -> Question:
-    """What batches are planned by: the text and the number of images, unopened."""
-    unopened: tuple[Any, ...] = item.images
-    return Question(with_suffix(item.question, suite.suffix), unopened, choices=item.choices)
+    """What batches are planned by: the text and the sizes of images. Of an image that has none the item is no question
+    about images: it will not be asked."""
+    try:
+        images = tuple(ImageFile(Path("image"), "", image_size(source)) for source in item.images)
+    except DataError:
+        images = ()
+    return Question(with_suffix(item.question, suite.suffix), images, choices=item.choices)

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 import torch
 
-from vlmgraft.errors import InputError, VlmgraftError
-from vlmgraft.hf.batches import Question, generate_batch
+from vlmgraft.errors import CheckpointError, InputError, VlmgraftError
+from vlmgraft.hf.batches import Question, generate_batch, planned_lengths
 from vlmgraft.hf.modules import tokenizer_of
 from vlmgraft.hf.templates import prompt_text
 
@@ -46,6 +46,10 @@ class Engine(Protocol):
         """Answers in the order of the questions. Raises VlmgraftError, ValueError or RuntimeError."""
         ...
 
+    def lengths(self, questions: Sequence[Question]) -> Sequence[int]:
+        """Tokens of every prompt, which batches are planned by; none where the engine makes batches by itself."""
+        ...
+
 
 class TransformersEngine:
     """`generate` on a model in memory and its processor (or, for a text model, its tokenizer)."""
@@ -75,6 +79,13 @@ class TransformersEngine:
             )
             for row, length, question in zip(rows, lengths, questions, strict=True)
         ]
+
+    def lengths(self, questions: Sequence[Question]) -> list[int]:
+        """By the processor; none where its template fails, which answering will say."""
+        try:
+            return planned_lengths(self.processor, questions)
+        except CheckpointError:
+            return []
 
 
 class VllmEngine:
@@ -116,6 +127,10 @@ class VllmEngine:
             )
             for prompt, (result, output) in zip(prompts, outputs, strict=True)
         ]
+
+    def lengths(self, questions: Sequence[Question]) -> tuple[int, ...]:
+        """None: vLLM fills its own batches."""
+        return ()
 
 
 FAILURES = (VlmgraftError, ValueError, RuntimeError, IndexError)

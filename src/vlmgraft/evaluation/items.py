@@ -14,7 +14,7 @@ from typing import Literal
 
 from PIL import Image
 
-from vlmgraft.data.images import MAX_PIXELS, ImageSource, open_picture, upright_rgb
+from vlmgraft.data.images import MAX_PIXELS, ImageSource, open_picture, picture_size, upright_rgb
 from vlmgraft.errors import DataError
 from vlmgraft.evaluation.answers.options import choices_within, expected_letters, letters
 
@@ -152,6 +152,15 @@ def with_suffix(question: str, suffix: str) -> str:
 def rotations(choices: Sequence[str]) -> list[tuple[str, ...]]:
     """The choices in every rotation (MMBench's circular evaluation), the given order first."""
     return [tuple(choices[at:]) + tuple(choices[:at]) for at in range(len(choices))]
+
+
+def image_size(source: ImageSource) -> tuple[int, int]:
+    """Width and height of the image, which is not decoded; raises DataError where `open_image` does for its header."""
+    if callable(source) and not isinstance(source, Image.Image):
+        source = source()
+    if isinstance(source, Image.Image):
+        return source.size
+    return picture_size(source, "the image")
 
 
 def open_image(source: ImageSource) -> Image.Image:

@@ -38,6 +38,7 @@ from vlmgraft.finetuning.trainer import (
     whole_log,
 )
 from vlmgraft.hf.models import empty_vlm, load_processor, load_vlm
+from vlmgraft.hf.placement import threads_of
 from vlmgraft.recipe.tune import TuneRecipe, load_tune_recipe, save_tune_recipe
 from vlmgraft.spectral.factor_store import FactorStore
 from vlmgraft.storage.files import make_folder
@@ -113,7 +114,8 @@ def _tune(recipe: TuneRecipe, vlm: Checkpoint, out: Path, resume: bool, progress
         trainer._load_from_checkpoint = lambda *_, **__: None  # it would look for module names, and find none
     trainer.add_callback(LogWhenSaving(trainer))
     trainer.add_callback(TellProgress(trainer, progress))
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with threads_of(model):
+        trainer.train(resume_from_checkpoint=checkpoint)
     verdicts = drift.bound.verdicts if drift is not None and drift.bound is not None else ()
     log = whole_log(trainer.state.log_history)
     tuned = Tuned(out, trainer.state.global_step, log[-1]["train_loss"], verdicts, log)

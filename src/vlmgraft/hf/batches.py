@@ -6,6 +6,7 @@ Works with a VLM and its processor, and with a text LLM and its tokenizer (quest
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from vlmgraft.data.questions import Question, blank_images, load_questions, open_images
 from vlmgraft.errors import DataError
 from vlmgraft.hf.modules import tokenizer_of
+from vlmgraft.hf.placement import threads_of
 from vlmgraft.hf.templates import prompt_text
 from vlmgraft.storage.progress import Progress
 from vlmgraft.storage.resources import is_memory, out_of_memory
@@ -28,6 +30,7 @@ __all__ = [
     "encode",
     "generate_batch",
     "load_questions",
+    "planned_lengths",
     "prompt_lengths",
     "text_positions",
     "to_device",
@@ -167,7 +170,8 @@ def generate_batch(
     _check_length(model.config, lengths, questions, max_new_tokens)
     batch = to_device(encoded, model.device, model.dtype)
     greedy: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    with out_of_memory(f"answering {len(questions)} questions at once", "lower batch_size or max_new_tokens"):
+    doing = f"answering {len(questions)} questions at once"
+    with threads_of(model), out_of_memory(doing, "lower batch_size or max_new_tokens"):
         output = model.generate(
             **batch, max_new_tokens=max_new_tokens, pad_token_id=pad, **(greedy | dict(options or {}))
         )
@@ -195,6 +199,22 @@ def prompt_lengths(processor: Any, questions: Sequence[Question]) -> list[int]:
         mask = encode(processor, [questions[i] for i in indices], pixels=False)["attention_mask"]
         for index, length in zip(indices, mask.sum(1).tolist(), strict=True):
             lengths[index] = length
+    return lengths
+
+
+def planned_lengths(processor: Any, questions: Sequence[Question]) -> list[int]:
+    """`prompt_lengths` as batches are planned by: the processor sees one question for every combination of image sizes,
+    of the others only the text. A question that it refuses has no more than its text."""
+    lengths, expanded = [], dict[tuple[tuple[int, int], ...], int]()
+    for question in questions:
+        text = len(tokenizer_of(processor)(prompt_text(processor, question))["input_ids"])
+        sizes = tuple(image.size for image in question.images if not isinstance(image, Path))
+        if question.images and sizes not in expanded:
+            try:
+                expanded[sizes] = encode(processor, [question], pixels=False)["input_ids"].shape[1] - text
+            except DataError:  # said again when it is asked
+                expanded[sizes] = 0
+        lengths.append(text + expanded.get(sizes, 0))
     return lengths
 
 

@@ -1,16 +1,19 @@
 """Where models are loaded and in which dtype: the first GPU in bfloat16, or the CPU in float32.
 
 `VLMGRAFT_DEVICE` and `VLMGRAFT_DTYPE`, which `--device` and `--dtype` set, say otherwise; a process that `torchrun`
-started takes the GPU of its own number.
+started takes the GPU of its own number. On CPUs, with as many threads as its size is worth.
 """
 
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
 from vlmgraft.errors import InputError
+from vlmgraft.spectral.threads import threads_for
 from vlmgraft.storage.torchrun import whole_number
 
 LARGE = 50_000_000
@@ -63,3 +66,8 @@ def learning_dtype(device: torch.device, parameters: int, stored: set[str]) -> t
     if asked or parameters < LARGE or not stored <= {"BF16"} or not native:
         return default_dtype(device)
     return torch.bfloat16
+
+
+def threads_of(model: Any) -> AbstractContextManager[None]:
+    """`threads_for` the parameters of a model that is to answer, to be compared or trained inside."""
+    return threads_for(sum(parameter.numel() for parameter in model.parameters()))
