@@ -58,7 +58,7 @@ def _weighted(name: str, density: float, *weights: float) -> list[dict[str, Any]
 
 RANK_ONE = {"name": "spectral", "rule": "rank_k", "rank": 1}
 METHODS: dict[str, list[dict[str, Any]]] = {
-    "task arithmetic": _scaled({"name": "task_arithmetic"}, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0),
+    "task arithmetic": _scaled({"name": "task_arithmetic"}, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.75, 1.0),
     "task arithmetic beyond 1": _scaled({"name": "task_arithmetic"}, 2.0, 3.0, 5.0),
     "truncate 16": _scaled({"name": "spectral", "rule": "truncate", "rank": 16}, 0.3, 0.5, 0.75),
     "rank one": _scaled(RANK_ONE, 0.1, 0.2, 0.3),
