@@ -33,8 +33,9 @@ from experiments.lab.beside_gates import BESIDE, SIZES, table
 from experiments.lab.experiments import SCALE, Bench, Job, Row
 from experiments.lab.experiments_jobs import _at, _job, _matched
 from vlmgraft.distillation.distill import Distiller
+from vlmgraft.distillation.prompts import Prompts, before_placeholders, placeholders
 from vlmgraft.distillation.targets import DONOR_BATCH, Distribution, TargetBatch, Targets
-from vlmgraft.distillation.teacher import Prompts, TeacherOutputs, before_placeholders, pack, placeholders
+from vlmgraft.distillation.teacher import TeacherOutputs, pack
 from vlmgraft.errors import DataError
 from vlmgraft.hf.batches import Question, generate_batch
 from vlmgraft.hf.models import load_processor

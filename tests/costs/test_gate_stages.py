@@ -14,7 +14,7 @@ import torch
 from tests.recipe_place import Place
 from vlmgraft import merge
 from vlmgraft.costs import device, dry_run, fit, gate_stages, models
-from vlmgraft.distillation import memory
+from vlmgraft.distillation import fits
 from vlmgraft.errors import RecipeError
 from vlmgraft.hf.batches import prompt_lengths
 from vlmgraft.hf.models import load_processor
@@ -126,8 +126,8 @@ def test_a_dry_run_reckons_with_the_longest_prompt_as_the_run_does(
     rehearsed = dry_run.dry_run(place.write(), place.out)
     method, questions = read_recipe(place.write()).method, calibration_questions(read_recipe(place.write()).method)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=1e12))
-    monkeypatch.setattr(memory, "way_that_fits", lambda *_, **work: steps.append(work))
-    memory.offloads(method, trio / "vlm", questions, torch.device("cuda"), torch.bfloat16)
+    monkeypatch.setattr(fits, "way_that_fits", lambda *_, **work: steps.append(work))
+    fits.offloads(method, trio / "vlm", questions, torch.device("cuda"), torch.bfloat16)
     (work,), (step,), lengths = works, steps, prompt_lengths(load_processor(trio / "vlm"), questions)
     assert work.prompt == max(lengths) == lengths[2] > lengths[0]
     assert step["tokens"] == work.batch * (work.prompt + work.answer)
@@ -144,10 +144,10 @@ def test_features_that_do_not_fit_are_refused_before_work(
     place = Place(tmp_path, trio, "frism")
     monkeypatch.setattr(decompose, "decompose", lambda *_, **__: pytest.fail("work was begun"))
     if place_of == "disk":
-        monkeypatch.setattr(memory, "disk_of", lambda folder: (folder.parent, 1000))
+        monkeypatch.setattr(fits, "disk_of", lambda folder: (folder.parent, 1000))
         parts = ["gates.teacher: image features and answers take", "its disk has 0.00 GB free", "max_pixels"]
     else:
-        monkeypatch.setattr(memory, "free_memory", lambda: 1000)
+        monkeypatch.setattr(fits, "free_memory", lambda: 1000)
         parts = ["what the text model reads of all questions takes", "0.00 GB are free", "max_pixels, samples"]
     place.refused(vlmgraft, [], parts)
     with pytest.raises(RecipeError, match=parts[0]):

@@ -48,6 +48,16 @@ def test_nothing_is_asked_of_a_slow_device_or_without_weights(trio: Path, tmp_pa
     assert asked(trio / "vlm", replace(FAST, bandwidth=1e4)) is None
 
 
+def test_a_device_that_is_full_is_no_fault(trio: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(batches, "generate_batch", full)
+    assert asked(trio / "vlm") is None
+    empty = longest_answer(Model.of("lab", load_config(trio / "vlm")), trio / "vlm", [], 20, 9, FAST, PLACE)
+    assert empty is None
+
+
 def test_the_dry_run_reckons_with_the_answers_that_the_merge_gets(trio: Path, tmp_path: Path) -> None:
     place = Place(tmp_path, trio, "frism")
     place.recipe["method"]["calibration"]["max_new_tokens"] = 40

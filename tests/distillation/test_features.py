@@ -12,7 +12,7 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 
 import vlmgraft as vg
 from vlmgraft.distillation.distill import Distiller
-from vlmgraft.distillation.teacher import Prompts, placeholders
+from vlmgraft.distillation.prompts import Prompts, placeholders
 from vlmgraft.hf.batches import generate_batch
 from vlmgraft.hf.features import ImageFeatures
 from vlmgraft.spectral.gate_store import load_gates

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from vlmgraft.distillation import targets, teacher
+from vlmgraft.distillation import prompts, targets
 from vlmgraft.distillation.distill import Distiller
 from vlmgraft.distillation.targets import Distribution
 
@@ -78,7 +78,7 @@ def test_vocabularies_of_different_padding_are_compared_on_what_they_share() -> 
 
 def test_without_replay_the_gates_are_the_same(distiller: Distiller, monkeypatch: pytest.MonkeyPatch) -> None:
     with_replay = distiller.learn(steps=3, inject_weight=0.1)
-    monkeypatch.setattr(teacher, "replay_is_exact", lambda *args: False)
+    monkeypatch.setattr(prompts, "replay_is_exact", lambda *args: False)
     slow = Distiller(
         distiller.model, distiller.processor, distiller.factors, distiller.questions, max_new_tokens=6, batch_size=12
     )

@@ -9,7 +9,7 @@ import torch
 
 from vlmgraft.distillation import teacher
 from vlmgraft.distillation.distill import Distiller
-from vlmgraft.distillation.teacher import build_targets, pack, placeholders
+from vlmgraft.distillation.teacher import build_targets, pack
 from vlmgraft.errors import DataError
 from vlmgraft.hf.batches import Question
 
@@ -76,11 +76,3 @@ def test_answers_in_other_batches_are_the_same(distiller: Distiller) -> None:
         build_targets(side, side, distiller.questions, tokens="some")  # type: ignore[arg-type]
     with pytest.raises(DataError, match="at least one"):
         build_targets(side, side, [])
-
-
-def test_an_answer_ends_before_an_images_placeholder(vlm: Any) -> None:
-    assert placeholders(vlm) == {vlm.config.image_token_id, vlm.config.video_token_id}
-    assert teacher.before_placeholders({7, 6}, [1, 2, 7, 3]) == [1, 2] and teacher.before_placeholders({7}, [1, 2]) == [
-        1,
-        2,
-    ]

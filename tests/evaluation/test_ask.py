@@ -51,6 +51,8 @@ def test_files_of_images_are_planned_by_their_size_and_text_apart(tmp_path: Path
     planned: list[Any] = []
 
     class Sized:
+        name = "sized"
+
         def lengths(self, questions: Any) -> list[int]:
             planned.extend(questions)
             return [1 + question.pixels // 100 for question in questions]
@@ -66,7 +68,7 @@ def test_files_of_images_are_planned_by_their_size_and_text_apart(tmp_path: Path
     (tmp_path / "bad.png").write_text("no picture")
     items = [Item(str(side), "what?", (tmp_path / f"{side}.png",)) for side in sides]
     items += [Item("text", "what?"), Item("bad", "what?", (tmp_path / "bad.png",))]
-    records = ask(Sized(), Suite("s", tuple(items)), batch_size=2)  # type: ignore[arg-type]
+    records = ask(Sized(), Suite("s", tuple(items)), batch_size=2)
     assert [question.pixels for question in planned] == [100, 600, 200, 700, 300, 500, 0, 0]
     pairs = [one for one in asked if len(one) == 2]
     assert pairs == [[(70, 10), (60, 10)], [(50, 10), (30, 10)], [(20, 10), (10, 10)]]

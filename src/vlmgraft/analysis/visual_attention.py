@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vlmgraft.analysis.eval_data import as_questions, open_vlm
 from vlmgraft.data.sources import registered_source
-from vlmgraft.distillation.teacher import placeholders
+from vlmgraft.distillation.prompts import placeholders
 from vlmgraft.errors import AlignmentError, DataError
 from vlmgraft.evaluation.readers import load_suite
 from vlmgraft.hf.batches import Progress, Question, batches, encode, load_questions, to_device

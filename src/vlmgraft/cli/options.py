@@ -1,8 +1,7 @@
 """Options that several commands share, and how a dataclass becomes a command.
 
 A command is one class, which becomes a dataclass: its fields are its arguments and options, its docstring is its help,
-`run` is its work.
-Shared options are base classes, so that an option is defined in one place whatever commands have it.
+`run` is its work. Shared options are base classes, so that an option is defined in one place whatever commands have it.
 """
 
 from __future__ import annotations
@@ -87,7 +86,8 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", help="override a r
 
 def _plain(value: Any) -> Any:
     """A result's dataclasses as mappings, paths and others as texts."""
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else str(value)  # type: ignore[arg-type]
+    result = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    return dataclasses.asdict(value) if result else str(value)
 
 
 @dataclasses.dataclass(kw_only=True)

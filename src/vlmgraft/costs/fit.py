@@ -8,7 +8,8 @@ from functools import partial
 from vlmgraft.costs.cost import Work, training_memory
 from vlmgraft.costs.device import Device
 from vlmgraft.costs.models import Model
-from vlmgraft.distillation.memory import ROOM, WAYS, Memory, Way, host_memory_of, ways_of
+from vlmgraft.distillation.fits import ROOM, WAYS, Way, ways_of
+from vlmgraft.distillation.memory import Memory, host_memory_of
 from vlmgraft.methods.frism import GatedMethod
 
 

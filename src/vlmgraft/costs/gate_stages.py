@@ -67,7 +67,8 @@ def gated_stages(
     from vlmgraft.costs.fit import fitting
     from vlmgraft.costs.models import Model
     from vlmgraft.costs.sample import longest_answer
-    from vlmgraft.distillation.memory import Kept, host_memory_of
+    from vlmgraft.distillation.fits import Kept
+    from vlmgraft.distillation.memory import host_memory_of
     from vlmgraft.hf.models import load_config
 
     folder = fetch(recipe.vlm, headers_only=True) if is_hub_id(recipe.vlm) else Path(recipe.vlm)
@@ -161,7 +162,7 @@ def _device(alignment: Alignment, faults: Faults) -> tuple[Device, tuple[Any, An
 def _load(method: GatedMethod, lengths: Sequence[int], matched: int, told: int) -> Work:
     """The work that a method makes of questions, all as the longest, and of `matched` text questions of `told`."""
     from vlmgraft.costs.cost import Work
-    from vlmgraft.distillation.memory import largest_batch
+    from vlmgraft.distillation.fits import largest_batch
     from vlmgraft.distillation.trainer import Training
 
     calibration, frism = method.calibration, method if isinstance(method, Frism) else None

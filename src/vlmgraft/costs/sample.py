@@ -10,7 +10,9 @@ from vlmgraft.costs.cost import answering
 from vlmgraft.costs.device import Device
 from vlmgraft.costs.models import Model
 from vlmgraft.data.questions import Question
+from vlmgraft.errors import InputError, VlmgraftError
 from vlmgraft.merging.plan import ASSUMED_RATE
+from vlmgraft.storage.resources import out_of_memory
 
 SAMPLED, WORTH = 8, 10.0
 """How many questions are asked, and how many seconds, by the cost model, that may take."""
@@ -19,17 +21,23 @@ SAMPLED, WORTH = 8, 10.0
 def longest_answer(
     model: Model, folder: Path, questions: Sequence[Question], prompt: int, limit: int, device: Device, place: Any
 ) -> int | None:
-    """Tokens of the longest of a few questions' answers, at most `limit`; None where weights are not in the folder, or
-    to ask would take too long. place: the torch device and dtype. Raises CheckpointError where the model cannot be
-    loaded, DataError where it cannot read a question."""
-    chosen = questions[:: -(-len(questions) // SAMPLED)]
+    """Tokens of the longest of a few questions' answers, at most `limit`; None where weights are not in the folder, to
+    ask would take too long, or memory is short. place: the torch device and dtype. Raises CheckpointError where the
+    model cannot be loaded, DataError where it cannot read a question."""
+    chosen = questions[:: max(1, -(-len(questions) // SAMPLED))]
     seconds = answering(model, device, len(chosen), prompt, limit, SAMPLED)[1] + 2 * model.parameters / ASSUMED_RATE
     if seconds > WORTH or not chosen or not any(folder.glob("*.safetensors")):
         return None
     from vlmgraft.hf.batches import batches, generate_batch
     from vlmgraft.hf.models import load_processor, load_vlm
 
-    loaded, processor = load_vlm(folder, place[1], place[0]), load_processor(folder)
-    answers = [generate_batch(loaded, processor, [chosen[i] for i in batch], limit)[0]
-               for batch in batches(chosen, SAMPLED)]  # fmt: skip
+    try:
+        with out_of_memory("asking a few questions", "free some"):
+            loaded, processor = load_vlm(folder, place[1], place[0]), load_processor(folder)
+            answers = [generate_batch(loaded, processor, [chosen[i] for i in batch], limit)[0]
+                       for batch in batches(chosen, SAMPLED)]  # fmt: skip
+    except InputError:
+        raise
+    except VlmgraftError:  # others use the device now; the work itself may find room
+        return None
     return max(len(answer) for batch in answers for answer in batch)

@@ -37,10 +37,11 @@ from vlmgraft.data.endpoint import Endpoint
 from vlmgraft.distillation.gate_vector import GateVector
 from vlmgraft.distillation.gated_layers import GatedLayers, checkpointed, gated
 from vlmgraft.distillation.projections import Backend
+from vlmgraft.distillation.prompts import Tokens
 from vlmgraft.distillation.risk_control import SCALINGS, Bound, Certified, certify
 from vlmgraft.distillation.sharding import gate_and_shard
 from vlmgraft.distillation.targets import DONOR_BATCH, Targets
-from vlmgraft.distillation.teacher import Packing, TeacherOutputs, Tokens, build_targets
+from vlmgraft.distillation.teacher import Packing, TeacherOutputs, build_targets
 from vlmgraft.distillation.trainer import GateTrainer, Training
 from vlmgraft.errors import DataError, RecipeError
 from vlmgraft.hf.batches import Progress, Question

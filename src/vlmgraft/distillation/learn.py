@@ -19,8 +19,8 @@ from vlmgraft.checkpoint.reader import Reader
 from vlmgraft.distillation.curvature import FisherDiagonal, curvature_gates, curvature_start, estimate_curvature
 from vlmgraft.distillation.distill import Distiller
 from vlmgraft.distillation.distributed import join_group
+from vlmgraft.distillation.fits import Kept, checkpoints
 from vlmgraft.distillation.guarantee import check_guarantee, within_budget
-from vlmgraft.distillation.memory import Kept, checkpoints
 from vlmgraft.distillation.targets import Targets
 from vlmgraft.distillation.trainer import Training
 from vlmgraft.errors import OutputError, RecipeError, WeightsError

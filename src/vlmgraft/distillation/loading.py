@@ -13,7 +13,7 @@ import torch
 
 from vlmgraft.distillation.distill import Distiller
 from vlmgraft.distillation.distributed import group_of_one
-from vlmgraft.distillation.memory import offloads
+from vlmgraft.distillation.fits import offloads
 from vlmgraft.distillation.servers import donor_endpoints, vlm_endpoint
 from vlmgraft.distillation.sharding import shard
 from vlmgraft.distillation.targets import DONOR_BATCH, Targets, join_targets

@@ -17,8 +17,8 @@ from vlmgraft.methods.frism import Frism, GatedMethod
 
 if TYPE_CHECKING:
     from vlmgraft.distillation.cache import UnitCache
+    from vlmgraft.distillation.prompts import Prompts
     from vlmgraft.distillation.targets import Distribution
-    from vlmgraft.distillation.teacher import Prompts
     from vlmgraft.recipe.model import Recipe
 
 OWN, LONG_ENOUGH = 0.5, 8

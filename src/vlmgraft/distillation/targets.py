@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import accumulate
 from typing import Any
 
@@ -236,14 +237,13 @@ class Targets:
 
     def _means(self, model: Any, figures: Callable[[TargetBatch], Tensor]) -> list[float]:
         """Averages over all tokens of the rows of `figures` [rows, N] of every batch."""
-        total: Tensor | float = 0.0
+        parts: list[Tensor] = []
         for batch, weight in shared(self.batches):
             with threads_of(model):
                 rows = figures(batch).double()
             own = weight * torch.cat([rows.sum(1), torch.full_like(rows[:1, 0], rows.shape[1])])
-            for part in of_all(own if process()[1] > 1 else own.cpu()):
-                total = total + part.cpu()
-        assert isinstance(total, Tensor)
+            parts += [part.cpu() for part in of_all(own if process()[1] > 1 else own.cpu())]
+        total = reduce(torch.add, parts)
         return (total[:-1] / total[-1]).tolist()
 
     @torch.no_grad()

@@ -15,38 +15,28 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from vlmgraft.data.endpoint import Endpoint
 from vlmgraft.data.questions import questions_digest
 from vlmgraft.distillation.cache import Unit, UnitCache, digest, teacher_digest
+from vlmgraft.distillation.prompts import Prompts, Side, Tokens, before_placeholders, placeholders
 from vlmgraft.distillation.servers import Generate, check_own, served
-from vlmgraft.distillation.targets import FULL_VOCABULARY, TOP_K, Distribution, TargetBatch, Targets, moved
+from vlmgraft.distillation.targets import FULL_VOCABULARY, TOP_K, Distribution, TargetBatch, Targets
 from vlmgraft.errors import DataError
 from vlmgraft.hf.batches import (
-    Batch,
     Progress,
     Question,
-    append_answers,
     batches,
     cut,
-    encode,
     generate_batch,
     prompt_lengths,
-    text_positions,
-    to_device,
 )
-from vlmgraft.hf.capture import Captured, capture_text_inputs, replay_is_exact
-from vlmgraft.hf.features import ImageFeatures, without_pixels
-from vlmgraft.hf.modules import is_sharded, tokenizer_of
+from vlmgraft.hf.features import ImageFeatures
+from vlmgraft.hf.modules import is_sharded
 from vlmgraft.storage.resources import out_of_memory
 from vlmgraft.storage.torchrun import process
 
-Tokens = Literal["answer", "all"]
 Packing = Literal["shuffle", "length"]
-Side = tuple[Any, Any]
-
-_PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
 
 def build_targets(teacher: Side, student: Side, questions: Sequence[Question], **settings: Any) -> Targets:
@@ -129,91 +119,38 @@ def teacher_outputs(
     lengths = [prompt + len(answer) for prompt, answer in zip(lengths, answers, strict=True)]
     groups = pack(questions, lengths, batch_size, packing, seed, batch_tokens)
     prompts = Prompts(teacher, questions, answers, groups, image_tokens, tokens, features)
-    own, fresh = teacher[0] is student[0], dict[int, TargetBatch]()
+    packed = (packing, batch_size, batch_tokens, seed)
+    kind = "targets-" + digest(packed, tokens, TOP_K, FULL_VOCABULARY, sorted(image_tokens))[:8]
+    distributions, batches = _distributions(prompts, teacher[0] is student[0], units, kind, endpoint, progress)
+    for_student = Prompts(student, questions, answers, groups, image_tokens, tokens)  # does not keep the teacher
+    return TeacherOutputs(for_student, distributions, batches)
+
+
+def _distributions(
+    prompts: Prompts, own: bool, units: UnitCache, kind: str, endpoint: Endpoint | None, progress: Progress | None
+) -> tuple[tuple[Distribution, ...], tuple[TargetBatch, ...]]:
+    """The teacher's distributions on its answers, a batch at a time, kept under `kind`; own: the teacher is the
+    student, too, and the batches as it read them come with them."""
+    model, fresh = prompts.side[0], dict[int, TargetBatch]()
 
     def log_probabilities(index: int) -> Unit:
         with out_of_memory("reading the teacher's answers", "lower batch_size or max_new_tokens"):
             batch = prompts.batch(index, replayed=own)
-            target = batch.distribution(teacher[0])
+            target = batch.distribution(model)
         if endpoint is not None:
             check_own(prompts, index, target, endpoint, units)
         if own:
             fresh[index] = batch
         return {"log_p": target.log_p} | ({} if target.ids is None else {"ids": target.ids.int()})
 
-    packed = (packing, batch_size, batch_tokens, seed)
-    kind = "targets-" + digest(packed, tokens, TOP_K, FULL_VOCABULARY, sorted(image_tokens))[:8]
-    distributions, batches = list[Distribution](), list[TargetBatch]()
-    for index, unit in enumerate(units.run(kind, len(groups), log_probabilities)):
+    distributions, batches, count = list[Distribution](), list[TargetBatch](), len(prompts.groups)
+    for index, unit in enumerate(units.run(kind, count, log_probabilities)):
         distributions.append(Distribution(unit["log_p"].cpu(), unit["ids"].long().cpu() if "ids" in unit else None))
         if own:
             batches.append(fresh.pop(index) if index in fresh else prompts.batch(index))
         if progress is not None:
-            progress(index + 1, len(groups), "targets")
-    for_student = Prompts(student, questions, answers, groups, image_tokens, tokens)  # does not keep the teacher
-    return TeacherOutputs(for_student, tuple(distributions), tuple(batches))
-
-
-@dataclass
-class Prompts:
-    """Prompts with the teacher's answers, as one model reads them, in batches."""
-
-    side: Side
-    questions: Sequence[Question]
-    answers: Sequence[Sequence[int]]
-    groups: Sequence[Sequence[int]]
-    placeholders: set[int]
-    tokens: Tokens
-    features: ImageFeatures | None = None
-    exact: bool | None = None
-
-    def batch(self, index: int, *, replayed: bool = True) -> TargetBatch:
-        """Batch `index` without a target, on the CPU; with the text model's inputs captured, if replay is exact."""
-        nothing = Distribution(torch.empty(0), None)
-        if replayed and self.exact is not False:
-            captured, ids, predicts = self._captured(index)
-            if captured is not None:
-                return TargetBatch(ids, lambda: self._inputs(index)[0], captured, predicts, nothing)
-        inputs, predicts = self._inputs(index)
-        return TargetBatch(inputs["input_ids"], lambda: inputs, None, predicts, nothing)
-
-    def _captured(self, index: int) -> tuple[Captured | None, Tensor, Tensor]:
-        """What the text model is given, on the CPU, or None where its replay is not exact, found out with the first;
-        token ids, and which positions count."""
-        model, numbers = self.side[0], self.groups[index]
-        features = self.features or ImageFeatures(model, self.placeholders)
-        while True:
-            read, predicts = self._inputs(index, pixels=not features.rows)
-            if features.rows:
-                kept = features.stand_for(numbers, read)
-                read = without_pixels(read) if kept else self._inputs(index)[0]
-            inputs = moved(read, model.device)
-            with features.recalled(numbers):
-                captured = capture_text_inputs(model, inputs)
-                agreed = features.agree(numbers, inputs["input_ids"], captured)
-                if agreed and self.exact is None:
-                    self.exact = replay_is_exact(model, inputs, predicts.to(model.device))
-            if agreed:
-                return moved(captured, "cpu") if self.exact else None, read["input_ids"], predicts
-
-    def answered(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Token ids, which positions count, and which of them predict the answer's tokens, [batch, length] each."""
-        inputs, answered = self._appended(index, pixels=False)
-        return inputs["input_ids"], self._counting(inputs, answered), answered
-
-    def _appended(self, index: int, pixels: bool) -> tuple[Batch, Tensor]:
-        processor, chosen = self.side[1], [self.questions[i] for i in self.groups[index]]
-        replies = [self.answers[i] for i in self.groups[index]]
-        prompts = encode(processor, chosen, pixels=pixels)
-        return append_answers(prompts, replies, tokenizer_of(processor).pad_token_id or 0)
-
-    def _counting(self, inputs: Batch, answered: Tensor) -> Tensor:
-        return text_positions(inputs, self.placeholders) if self.tokens == "all" else answered
-
-    def _inputs(self, index: int, *, pixels: bool = True) -> tuple[Batch, Tensor]:
-        """What the model reads, on the CPU, and which positions count; pixels: as of `encode`."""
-        inputs, answered = self._appended(index, pixels)
-        return to_device(inputs, "cpu", self.side[0].dtype), self._counting(inputs, answered)
+            progress(index + 1, count, "targets")
+    return tuple(distributions), tuple(batches)
 
 
 def _generation(teacher: Side, max_new_tokens: int) -> Generate:
@@ -284,16 +221,6 @@ def _check_answers(model: Any, questions: Sequence[Question], answers: Sequence[
     if len(empty) == len(questions):
         raise DataError(f"{note}; use questions that the model answers")
     warnings.warn(f"{note}; there is little to learn from them", stacklevel=3)
-
-
-def placeholders(model: Any) -> set[int]:
-    """Token ids that stand for images and videos."""
-    return {token for key in _PLACEHOLDERS if (token := getattr(model.config, key, None)) is not None}
-
-
-def before_placeholders(placeholders: set[int], answer: list[int]) -> list[int]:
-    """The answer up to the first image or video placeholder: read back as input, it would ask for an image."""
-    return answer[: next((index for index, token in enumerate(answer) if token in placeholders), len(answer))]
 
 
 def pack(

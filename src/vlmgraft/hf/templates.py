@@ -8,14 +8,16 @@ processor time and of memory.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from vlmgraft.data.questions import Question
 from vlmgraft.errors import CheckpointError
 from vlmgraft.hf.modules import tokenizer_of
 from vlmgraft.storage.resources import bounded
+
+if TYPE_CHECKING:
+    from vlmgraft.data.questions import Question
 
 SECONDS = 10.0
 """Of processor time for one prompt: thousands of times what templates of thousands of turns take."""

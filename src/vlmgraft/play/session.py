@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import TextStreamer
 
 from vlmgraft.distillation.gated_layers import GatedLayers, gated
-from vlmgraft.distillation.teacher import Prompts, before_placeholders, placeholders
+from vlmgraft.distillation.prompts import Prompts, before_placeholders, placeholders
 from vlmgraft.errors import DataError
 from vlmgraft.hf.batches import Question, generate_batch
 from vlmgraft.hf.modules import match_projections, text_model, tokenizer_of
