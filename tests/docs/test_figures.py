@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from scipy import stats
 
 from experiments.pretrained.results import chosen, marks
 from vlmgraft.alignment.distance import Distance
@@ -156,6 +159,21 @@ def test_the_readme_is_short_and_its_tables_are_the_results() -> None:
         stage = {stage.name: stage for stage in stages(models[size], Work(rank=DEFAULT_RANK))}
         figures = stage["gates"].memory, stage["teacher"].memory, stage["decompose"].written, stage["fold"].written
         assert f"| {size} | {' | '.join(f'{figure / 1e9:.1f} GB' for figure in figures)} |" in readme
+
+
+def test_the_spread_over_pretrained_trios_is_that_of_their_tables() -> None:
+    """Mean and Student's interval of the leads over task arithmetic's curve, of as many seeds as have them."""
+    page = text("explanation/pretrained.md")
+    for method, count, said in (
+        ("FRISM donor", 4, "{} points (four, Student's t [{}, {}])"),
+        ("FRISM energy", 3, "{} (three, [{}, {}])"),
+    ):
+        files = [PRETRAINED / f"seed-{seed}-vlm-replay-donor.md" for seed in range(count)]
+        row = re.compile(rf"^\| {method} \|.*?\| ([+-][\d.]+) \[", re.M)
+        leads = [float(row.findall(file.read_text(encoding="utf-8"))[0]) for file in files]
+        error = statistics.stdev(leads) / count**0.5
+        low, high = stats.t.interval(0.95, count - 1, statistics.mean(leads), error)
+        assert said.format(*(f"{x:.1f}" for x in (statistics.mean(leads), low, high))) in page
 
 
 def test_the_rooms_and_the_files_that_contributing_names_are_there() -> None:
