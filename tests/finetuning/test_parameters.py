@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from vlmgraft.errors import RecipeError
-from vlmgraft.finetuning.parameters import Dense, LowRank, low_rank_layers, plain_role, sharded_over
+from vlmgraft.finetuning.parameters import Dense, LowRank, low_rank_layers, plain_role
 from vlmgraft.finetuning.prior import Delta
 
 
@@ -55,7 +55,7 @@ def test_the_names_of_wrappers_go(name: str, role: str) -> None:
 def test_a_whole_parameter() -> None:
     value, weight = torch.randn(3, 2), nn.Parameter(torch.randn(3, 2))
     target = Dense(delta_of(value, start=2.0), weight, "device")
-    assert not target.has_gradient() and not sharded_over(weight) and target.copied == 0
+    assert not target.has_gradient() and not target.groups and target.copied == 0
     with pytest.raises(AssertionError):
         target.pieces()
     (weight * torch.ones(3, 2)).sum().backward()

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch.distributed.fsdp import fully_shard
+from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 from vlmgraft.alignment import align
 from vlmgraft.checkpoint.index import open_checkpoint
@@ -31,7 +32,7 @@ from vlmgraft.storage.torchrun import leave_group
 how, trio, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 torch.set_num_threads(1)
 alignment = align(open_checkpoint(trio / "vlm"), open_checkpoint(trio / "donor"), modules=["attention", "norm"])
-dtype = torch.bfloat16 if how in ("rows", "whole") else torch.float32  # bfloat16: of no other tensor in this process
+dtype = torch.bfloat16  # of no other tensor in this process
 prior = make_prior(alignment, PushRule("adaptive", 1.0), dtype=dtype)
 if how == "whole":  # as if one process had made it: all values are kept
     with prior.values() as value_of:
@@ -41,6 +42,10 @@ ids = torch.randint(10, 60, (16, 6), generator=torch.Generator().manual_seed(0))
 rows = [{"input_ids": row, "labels": row, "attention_mask": [1] * 6} for row in ids]
 collate = lambda rows: {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
 model = load_vlm(trio / "vlm", torch.float32)
+if how.startswith("lora"):
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=r".*language_model.*(q|k|v|o)_proj", init_lora_weights="gaussian")
+    model = get_peft_model(model, config)
 
 def finish(weights, said):
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
@@ -52,16 +57,29 @@ def shown(bound):
     moved = bound.moved()
     return "\\n".join(f"{name} {bound.last[name][0]:.5f} {bound.last[name][1]:.5f} {moved[name]:.6f}" for name in moved)
 
-if how in ("one", "ddp"):
-    count = 4 if how == "one" else 2
+def count(bound, rank, mine):
+    gc.collect()
+    tensors = [value for value in gc.get_objects() if type(value) is torch.Tensor and value.dtype == dtype]
+    stores = [value.untyped_storage() for value in tensors if value.device.type != "meta"]
+    stores = {store.data_ptr(): store.nbytes() // dtype.itemsize for store in stores if store.nbytes()}
+    pushed = {target.delta.name for target in bound.targets}
+    whole = sum(delta.value.numel() for delta in prior.deltas.values() if delta.name in pushed)
+    (out / f"{how}.{rank}.held").write_text(f"{sum(stores.values())} {mine} {whole}")
+
+if how in ("one", "ddp", "lora-one", "lora-ddp"):
+    size = 4 if how.endswith("one") else 2
     arguments = TrainingArguments(out / how, optim="sgd", learning_rate=0.05, lr_scheduler_type="constant",
-        per_device_train_batch_size=count, gradient_accumulation_steps=2, max_grad_norm=0.5, logging_steps=1,
+        per_device_train_batch_size=size, gradient_accumulation_steps=2, max_grad_norm=0.5, logging_steps=1,
         train_sampling_strategy="sequential", report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no",
         num_train_epochs=1, ddp_find_unused_parameters=True)
     callback = DriftCallback(prior)
     trainer = Trainer(model, arguments, collate, train_dataset=rows, callbacks=[callback])
     trainer.train()
-    finish(dict(model.named_parameters()), shown(callback.bound))
+    bound = callback.bound
+    if how.endswith("ddp"):
+        rank = torch.distributed.get_rank()
+        count(bound, rank, sum(target.delta.value.numel() for target in bound.targets if target.holder == rank))
+    finish({name: value for name, value in model.named_parameters() if value.requires_grad}, shown(bound))
 else:
     from types import SimpleNamespace
     class Sync:  # what the trainer's optimiser says
@@ -80,13 +98,7 @@ else:
     state = Space(global_step=0, max_steps=2, is_world_process_zero=rank == 0)
     arguments = Space(output_dir=out, deepspeed=None, fsdp=None)
     callback.on_train_begin(arguments, state, None, model=model, optimizer=optimiser)
-    gc.collect()
-    tensors = [value for value in gc.get_objects() if type(value) is torch.Tensor and value.dtype == dtype]
-    stores = [value.untyped_storage() for value in tensors if value.device.type != "meta"]
-    stores = {store.data_ptr(): store.nbytes() // dtype.itemsize for store in stores}
-    mine = sum(target.parameter.to_local().numel() for target in callback.bound.targets)
-    whole = sum(delta.value.numel() for delta in prior.deltas.values())
-    (out / f"{how}.{rank}.held").write_text(f"{sum(stores.values())} {mine} {whole}")
+    count(callback.bound, rank, sum(target.parameter.to_local().numel() for target in callback.bound.targets))
     for step in range(2):
         state.global_step = step
         callback.on_step_begin(arguments, state, None)
@@ -120,35 +132,40 @@ def ran(script: Path, trio: Path, how: str, processes: int) -> tuple[dict[str, o
     return dict(load_file(script.parent / f"{how}.safetensors")), said
 
 
+def counted(script: Path, how: str, rank: int) -> list[int]:
+    """Bfloat16 values that are alive after binding; those that this process pushes; those of the whole Δ."""
+    return [int(number) for number in (script.parent / f"{how}.{rank}.held").read_text().split()]
+
+
 @pytest.mark.slow
-def test_ddp_and_fsdp2_push_like_one_process(script: Path, trio: Path) -> None:
-    alone, said = ran(script, trio, "one", 1)
-    assert len(said) == 25  # 4 layers of 4 projections and 2 norms, and the last norm
-    for how in ("ddp", "fsdp"):
+@pytest.mark.parametrize(("one", "others", "tensors"), [("one", ("ddp", "fsdp"), 25), ("lora-one", ("lora-ddp",), 16)])
+def test_two_processes_push_like_one(script: Path, trio: Path, one: str, others: tuple[str, ...], tensors: int) -> None:
+    alone, said = ran(script, trio, one, 1)
+    assert len(said) == tensors  # 4 layers of 4 projections, and where all weights train of 2 norms, and the last norm
+    for how in others:
         together, also = ran(script, trio, how, 2)
         assert together.keys() == alone.keys()
         for name, value in alone.items():
             assert (value - together[name]).abs().max() < 2e-6, (how, name)  # type: ignore[operator]
-        for one, other in zip(
-            said, also, strict=True
-        ):  # cosines, strengths and ways of whole parameters, not of shards
-            assert one[0] == other[0]
-            assert [float(x) for x in one[1:]] == pytest.approx([float(x) for x in other[1:]], abs=2e-4), (how, one[0])
+        for one_said, other in zip(said, also, strict=True):  # of whole parameters, not of shards
+            assert one_said[0] == other[0]
+            numbers = [float(x) for x in other[1:]]
+            assert [float(x) for x in one_said[1:]] == pytest.approx(numbers, abs=2e-4), (how, other[0])
+        if how.endswith("ddp"):
+            counts = [counted(script, how, rank) for rank in range(2)]
+            assert sum(mine for _, mine, _ in counts) == counts[0][2]
+            assert all(held == mine < 0.6 * every for held, mine, every in counts)
 
 
 @pytest.mark.slow
 def test_a_process_holds_its_rows_of_delta_and_steps_as_with_all_of_it(script: Path, trio: Path) -> None:
-    """Bfloat16 values that are alive after binding, counted; the weights are the same bit for bit."""
+    """The weights are the same bit for bit."""
     rows, said = ran(script, trio, "rows", 2)
     whole, also = ran(script, trio, "whole", 2)
     assert said == also and rows.keys() == whole.keys()
     assert all(value.equal(whole[name]) for name, value in rows.items())  # type: ignore[attr-defined]
-
-    def counted(how: str, rank: int) -> list[int]:
-        return [int(number) for number in (script.parent / f"{how}.{rank}.held").read_text().split()]
-
-    assert sum(counted("rows", rank)[1] for rank in range(2)) == counted("rows", 0)[2]
+    assert sum(counted(script, "rows", rank)[1] for rank in range(2)) == counted(script, "rows", 0)[2]
     for rank in range(2):
-        held, mine, every = counted("rows", rank)
+        held, mine, every = counted(script, "rows", rank)
         assert held == mine < 0.6 * every
-        assert counted("whole", rank) == [mine + every, mine, every], "the count sees what is kept"
+        assert counted(script, "whole", rank) == [mine + every, mine, every], "the count sees what is kept"

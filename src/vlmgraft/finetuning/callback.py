@@ -56,7 +56,7 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self.remove()
         self._optimizer = kwargs["optimizer"]
         _refuse(args, str(self._optimizer.accelerator_state.distributed_type))
-        self.bound = bind_prior(self.prior, kwargs["model"])
+        self.bound = bind_prior(self.prior, kwargs["model"], whole=self.when == "backward")
         self._write = state.is_world_process_zero
         self.log_file = self._log or Path(args.output_dir) / LOG
         if self.when == "backward":

@@ -1,10 +1,13 @@
-"""What DRIFT pushes: a parameter, or a LoRA pair by way of its tangent; whole, or this process's shard of it."""
+"""What DRIFT pushes: a parameter, or a LoRA pair by way of its tangent; whole, or this process's shard of it.
+
+Where every process trains the whole parameter (DDP), one of them holds its Δ, pushes, and sends its gradient.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from vlmgraft.errors import RecipeError
 from vlmgraft.finetuning.prior import Delta, Storage
 from vlmgraft.hf.modules import ExpertSlice, role_of
+from vlmgraft.storage.torchrun import process
 
 Pieces = list[tuple[Tensor, Tensor]]
 
@@ -22,11 +26,35 @@ _WRAPPERS = re.compile(
 )
 
 
-class Dense:
+class _Held:
+    """Δ of one tensor where it is pushed.
+
+    holder: the process that pushes in the others' place; None: each pushes what it trains. groups: process groups over
+    which sums are added up. copied: bytes of Δ that a push brings over from the CPU, the same number in every process.
+    """
+
+    def __init__(
+        self, delta: Delta, parameter: Tensor, store: Storage, value: Tensor | None, holder: int | None
+    ) -> None:
+        self.delta, self.holder = delta, holder
+        self.groups = _groups(parameter, delta.name) if holder is None else (torch.distributed.group.WORLD,)
+        self.away = holder is not None and holder != process()[0]
+        if self.away:
+            value = torch.empty(0, dtype=delta.value.dtype)
+        self.direction = _placed(_shard(delta.value if value is None else value, parameter), parameter, store)
+        elsewhere = store == "cpu" and _local(parameter.detach()).device.type != "cpu"
+        parts = math.prod(torch.distributed.get_world_size(group) for group in self.groups) if holder is None else 1
+        self.copied = delta.value.nbytes // parts if elsewhere else 0
+
+    def _away(self, *gradients: Tensor | None) -> Pieces:
+        """Nothing of these gradients."""
+        return [(grad.reshape(-1)[:0], self.direction.to(grad.device)) for grad in gradients if grad is not None]
+
+
+class Dense(_Held):
     """A trained parameter and its Δ.
 
-    groups: process groups over which sums are added up. whole_norm: ‖Δ‖ of the whole tensor. base: ⟨W, Δ⟩ at the VLM.
-    copied: bytes of Δ that a push brings over from the CPU. part: where Δ is of one expert's matrix in the parameter.
+    whole_norm: ‖Δ‖ of the whole tensor. base: ⟨W, Δ⟩ at the VLM. part: where Δ is of one of the parameter's experts.
     value: the whole Δ, where `delta` does not keep it; of a sharded parameter only this process's part stays.
     """
 
@@ -37,18 +65,17 @@ class Dense:
         store: Storage,
         part: ExpertSlice | None = None,
         value: Tensor | None = None,
+        holder: int | None = None,
     ) -> None:
-        self.delta, self.parameter, self.part = delta, parameter, part
-        self.groups = _groups(parameter, delta.name)
+        self.parameter, self.part = parameter, part
         if part is not None and isinstance(parameter, DTensor):
             raise RecipeError(
                 f"{delta.name}: one of the experts that the model fuses, which are not pushed where they are sharded; "
                 "leave experts out of prior.modules, or train in one process"
             )
-        self.direction = _placed(_shard(delta.value if value is None else value, parameter), parameter, store)
+        super().__init__(delta, parameter, store, value, holder)
         self.whole_norm = delta.norm
         self.base = delta.start
-        self.copied = _copied(self.direction, parameter)
 
     def parameters(self) -> list[nn.Parameter]:
         """What is trained."""
@@ -62,12 +89,16 @@ class Dense:
         """This process's (gradient, Δ), the gradient to be changed in place."""
         if self.parameter.grad is None:
             raise AssertionError("a target without a gradient")
+        if self.away:
+            return self._away(self.parameter.grad)
         grad = self._own(_local(self.parameter.grad))
         return [(grad, self.direction.to(grad.device, non_blocking=True))]
 
     def progress(self) -> Tensor:
         """⟨W, Δ⟩ of what this process holds."""
         weight = self._own(_local(self.parameter.detach()))
+        if self.away:
+            return weight.new_zeros((), dtype=torch.float64)
         return (weight.float() * self.direction.to(weight.device).float()).sum(dtype=torch.float64)
 
     def _own(self, tensor: Tensor) -> Tensor:
@@ -75,7 +106,7 @@ class Dense:
         return tensor if self.part is None else self.part.of(tensor)
 
 
-class LowRank:
+class LowRank(_Held):
     """The LoRA pair W = W₀ + c·B A: Δ is pulled back to the pair as c·Δ Aᵀ for B and c·Bᵀ Δ for A.
 
     That is the gradient of ⟨W, Δ⟩ with respect to the pair, so what of Δ lies in the adapter's tangent is pushed and
@@ -83,21 +114,21 @@ class LowRank:
     A and B move.
     """
 
-    groups: Sequence[Any] = ()
     whole_norm = 0.0  # not known before A and B are
     base = 0.0
 
-    def __init__(self, delta: Delta, layer: Any, store: Storage, value: Tensor | None = None) -> None:
+    def __init__(
+        self, delta: Delta, layer: Any, store: Storage, value: Tensor | None = None, holder: int | None = None
+    ) -> None:
         adapter = _only_adapter(layer, delta.name)
-        self.delta, self.scaling = delta, float(layer.scaling[adapter])
+        self.scaling = float(layer.scaling[adapter])
         self.A, self.B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
         if _groups(self.A, delta.name) or _groups(self.B, delta.name):
             raise RecipeError(
                 f"{delta.name}: a sharded LoRA adapter is not pushed, since Δ would have to be gathered at every step; "
                 "train the adapter under DDP, or all weights under FSDP2"
             )
-        self.direction = _placed(delta.value if value is None else value, self.A, store)
-        self.copied = _copied(self.direction, self.A)
+        super().__init__(delta, self.A, store, value, holder)
 
     def parameters(self) -> list[nn.Parameter]:
         """What is trained."""
@@ -109,17 +140,38 @@ class LowRank:
 
     def pieces(self) -> Pieces:
         """(gradient, pulled-back Δ) of A and of B."""
+        if self.away:
+            return self._away(self.A.grad, self.B.grad)
         A, B = self.A.detach().float(), self.B.detach().float()
         direction = self.direction.to(A.device, non_blocking=True).float()
         return [(self.A.grad, self.scaling * (B.T @ direction)), (self.B.grad, self.scaling * (direction @ A.T))]
 
     def progress(self) -> Tensor:
         """⟨c·B A, Δ⟩."""
+        if self.away:
+            return self.A.new_zeros((), dtype=torch.float64)
         A, B = self.A.detach().float(), self.B.detach().float()
         return self.scaling * (B * (self.direction.to(A.device).float() @ A.T)).sum(dtype=torch.float64)
 
 
 Target = Dense | LowRank
+
+
+class Holders:
+    """Which process holds which Δ where each trains the whole model: shared out by size, a parameter to one of them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+        self._loads = [0] * (0 if sharded else process()[1])
+        self._chosen: dict[int, int] = {}
+
+    def of(self, owner: Any, delta: Delta) -> int | None:
+        """The process for a parameter, or an adapter's layer; None where each process holds what it pushes."""
+        if len(self._loads) < 2:
+            return None
+        holder = self._chosen.setdefault(id(owner), self._loads.index(min(self._loads)))
+        self._loads[holder] += delta.value.nbytes
+        return holder
 
 
 def plain_role(name: str) -> str:
@@ -136,11 +188,6 @@ def low_rank_layers(model: Any) -> dict[str, Any]:
         if match and isinstance(module, peft.LoraLayer):
             layers[role_of(match[1] + "weight")] = module
     return layers
-
-
-def sharded_over(parameter: Tensor) -> bool:
-    """Whether other processes hold parts of this parameter."""
-    return bool(_groups(parameter, "parameter"))
 
 
 def _only_adapter(layer: Any, name: str) -> str:
@@ -184,11 +231,6 @@ def _placed(value: Tensor, parameter: Tensor, store: Storage) -> Tensor:
         return value.to(device)
     value = value.cpu()
     return value.pin_memory() if torch.cuda.is_available() else value
-
-
-def _copied(direction: Tensor, parameter: Tensor) -> int:
-    device = _local(parameter.detach()).device
-    return 0 if direction.device == device else direction.numel() * direction.element_size()
 
 
 def _local(tensor: Any) -> Tensor:

@@ -7,10 +7,11 @@ For a hand-written loop:
     bound.push(progress=step / steps)      # once per optimiser step, before clipping
     optimizer.step()
 
-Norms and cosines are of the whole parameter: under FSDP2 every process holds its shard of Δ alone (a prior made under
-torchrun keeps no values, see `Prior.opened`), and the sums of squares and products are added up over the mesh before
-any gradient is touched. The code released with the paper hooks every
-backward pass instead, before gradients are accumulated: `hook_backward`; without accumulation both are the same.
+Norms and cosines are of the whole parameter, and no process holds all of Δ (a prior made under torchrun keeps no
+values, see `Prior.opened`): under FSDP2 each has its shard, and the sums of squares and products are added up over the
+mesh before any gradient is touched; under DDP each has the Δ of some tensors, pushes these, and sends their gradients.
+The code released with the paper hooks every backward pass instead, before gradients are accumulated: `hook_backward`;
+without accumulation both are the same.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from torch import Tensor, nn
 
 from vlmgraft.alignment import Alignment
 from vlmgraft.errors import AlignmentError, NumericalError, RecipeError
-from vlmgraft.finetuning.parameters import Dense, LowRank, Pieces, Target, low_rank_layers, plain_role, sharded_over
+from vlmgraft.finetuning.parameters import Dense, Holders, LowRank, Pieces, Target, low_rank_layers, plain_role
 from vlmgraft.finetuning.prior import Prior, PushVerdict, cosine, push_length
 from vlmgraft.hf.modules import ExpertSlice, output_head, role_of, slice_of, text_experts, text_model
+from vlmgraft.storage.torchrun import process
 
 BLOCK = 256 * 2**20
 """Bytes of Δ that are on the accelerator at once when Δ is kept on the CPU."""
@@ -116,22 +118,25 @@ class Bound:
         for of_target, factor in zip(pieces, factors, strict=True):
             for grad, direction in of_target:
                 grad.add_(direction, alpha=factor)
+        _send_gradients(block)
         cosines, shares = cosine(dots, norms, delta_norms), torch.where(norms > 0, lengths / norms, 0.0)
         for target, *pair in zip(block, cosines.tolist(), shares.tolist(), strict=True):
             self.last[target.delta.name] = (pair[0], pair[1])
         return True
 
 
-def bind_prior(prior: Prior, model: Any) -> Bound:
+def bind_prior(prior: Prior, model: Any, *, whole: bool = False) -> Bound:
     """Find the trained parameter (or LoRA pair) of every Δ in a model, and put Δ where the prior's `store` says.
 
-    Call it once the model is where it will be trained: on its device, wrapped by peft, sharded.
+    Call it once the model is where it will be trained: on its device, wrapped by peft, sharded. whole: where several
+    processes train the whole model each, every one holds all of Δ and pushes gradients of its own; else these must
+    be averaged by then, as DDP does, for one of them pushes for all.
 
     Raises:
         AlignmentError: the model has no parameter for a Δ, another shape, or trains none of them.
         RecipeError: an adapter or a sharding on which the push is not defined; the message says why.
     """
-    places, adapters = _Places(model), low_rank_layers(model)
+    places, adapters, holders = _Places(model), low_rank_layers(model), Holders(model)
     targets: list[Target] = []
     verdicts = {verdict.name: verdict for verdict in prior.verdicts}
     taken: dict[object, str] = {}
@@ -142,18 +147,20 @@ def bind_prior(prior: Prior, model: Any) -> Bound:
             if key in taken:
                 why = f"it shares its parameter with {taken[key]}, which is pushed"
                 verdicts[delta.name] = PushVerdict(delta.name, "kept", why)
-            elif parameter.requires_grad:
-                targets.append(Dense(delta, parameter, prior.store, part, value_of(delta.name)))
-            elif role in adapters:
-                if prior.rule.rescale:
+            elif (trained := parameter if parameter.requires_grad else adapters.get(role)) is None:
+                why = "it is frozen: neither it nor an adapter is trained"
+                verdicts[delta.name] = PushVerdict(delta.name, "kept", why)
+            else:
+                holder = None if whole else holders.of(trained, delta)
+                value = value_of(delta.name) if holder in (None, process()[0]) else None
+                if trained is parameter:
+                    targets.append(Dense(delta, parameter, prior.store, part, value, holder))
+                elif prior.rule.rescale:
                     raise RecipeError(
                         f"prior.rescale: {delta.name} is trained by an adapter, which has no norm of its own"
                     )
-                targets.append(LowRank(delta, adapters[role], prior.store, value_of(delta.name)))
-            else:
-                verdicts[delta.name] = PushVerdict(
-                    delta.name, "kept", "it is frozen: neither it nor an adapter is trained"
-                )
+                else:
+                    targets.append(LowRank(delta, trained, prior.store, value, holder))
             taken[key] = delta.name
     if not targets:
         raise AlignmentError(
@@ -209,7 +216,7 @@ def hook_backward(bound: Bound, state: Callable[[], tuple[float, float]]) -> lis
     """
     handles = []
     for target in bound.targets:
-        if not isinstance(target, Dense) or target.part is not None or sharded_over(target.parameter):
+        if not isinstance(target, Dense) or target.part is not None or target.groups:
             raise RecipeError(
                 f"{target.delta.name}: a push in every backward pass is for whole parameters only; push once per step"
             )
@@ -243,6 +250,17 @@ def _products(pieces: Pieces) -> Tensor:
         g, delta = grad.reshape(-1).float(), direction.reshape(-1).float()
         rows.append(torch.stack([torch.dot(g, g), torch.dot(g, delta), torch.dot(delta, delta)]))
     return rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)
+
+
+def _send_gradients(targets: Sequence[Target]) -> None:
+    """From the process that pushed them to the others, where one pushes for all."""
+    held = [(one, target.holder) for target in targets if target.holder is not None for one in target.parameters()]
+    sent = {id(one.grad): (one.grad, holder) for one, holder in held}
+    waits: list[Any] = [
+        torch.distributed.broadcast(grad, src, async_op=True) for grad, src in sent.values() if grad is not None
+    ]
+    for wait in waits:
+        wait.wait()
 
 
 def _sum_over_shards(table: Tensor, targets: Sequence[Target]) -> None:
