@@ -118,7 +118,7 @@ def _all_weights(table: Table) -> Change:
                 distiller.model.float()
                 took("targets")
                 assert donor is not None
-                with torch.autocast(distiller.model.device.type, training_dtype()):
+                with torch.autocast(distiller.model.device.type, training_dtype(), training_dtype() == torch.bfloat16):
                     trained = learn_weights(
                         distiller,
                         donor,
