@@ -1,4 +1,4 @@
-"""The baseline of every comparison of gates: all projection weights trained with the same losses (METHODS.md, 2).
+"""The baseline of every comparison of gates: all projection weights, trained with the same losses.
 
     loss = KL(P_vlm ‖ P_W) + α · KL(P_donor ‖ P_W)         every matrix that has factors is trained, nothing else
 

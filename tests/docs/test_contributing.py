@@ -15,9 +15,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 COPIED = ("src", "tests", "docs", "recipes", "benchmarks", "experiments")
 OF_THE_METHOD = ("tests/methods/test_shrunk.py", "tests/families/test_matrix.py", "-k", "shrunk")
-OF_ALL_METHODS = ("tests/recipe/test_recipe.py", "tests/docs/test_figures.py", "tests/docs/test_site.py")
-
-
+OF_ALL_METHODS = ("tests/recipe", "tests/docs/test_figures.py", "tests/docs/test_site.py")
+WITH_A_ROW_PER_METHOD = ("tests/test_determinism.py", "tests/fuzz/test_options.py", "-k", "shrunk or row or left_out")
 OF_THE_FAMILY = ("tests/families", "-k", "vipllava")
 
 
@@ -61,6 +60,7 @@ def test_the_four_steps_leave_every_test_green(tmp_path: Path) -> None:
     passes(tmp_path, "ruff", "format", "--check", "tests/families")
     passes(tmp_path, "ruff", "check", "tests/families")
     passes(tmp_path, "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *OF_THE_FAMILY)
+    passes(tmp_path, "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "tests/alignment")
 
 
 @pytest.mark.slow
@@ -80,5 +80,6 @@ def test_the_six_steps_leave_every_test_green(tmp_path: Path) -> None:
         ("ruff", "check", "src/vlmgraft/methods", "tests/methods", "tests/families"),
         ("pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *OF_THE_METHOD),
         ("pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *OF_ALL_METHODS),
+        ("pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *WITH_A_ROW_PER_METHOD),
     ):
         passes(tmp_path, *command)

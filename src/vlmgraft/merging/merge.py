@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vlmgraft.alignment import Alignment
 from vlmgraft.checkpoint.digests import RECEIPT, seal
@@ -30,10 +30,6 @@ from vlmgraft.storage.jsonl import write_json
 from vlmgraft.storage.outputs import refuse_output
 from vlmgraft.storage.progress import Progress
 from vlmgraft.storage.publish import partial_folder
-
-if TYPE_CHECKING:
-    pass
-
 
 WORTH_COMPILING = 1 << 27
 """Merged elements in bfloat16 from which loading the pass, half a second, costs less than it saves on two cores."""

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from vlmgraft.alignment.layouts import Source
 from vlmgraft.checkpoint.header import ITEM_SIZES, TensorSpec, count_shards
 from vlmgraft.errors import AlignmentError
+from vlmgraft.storage.resources import collection_paused
 
 if TYPE_CHECKING:
     from vlmgraft.alignment import AlignedTensor, Alignment
     from vlmgraft.methods.base import Method
-from vlmgraft.storage.resources import collection_paused
 
 CHUNK = 1 << 18
 """Elements per piece: four float32 pieces stay in a core's cache, whole tensors take ten times as long an element."""
