@@ -22,7 +22,7 @@ SENTENCES = 12
 """Number of sentences that are read, from the end of an unmarked answer."""
 LONGEST_SENTENCE = 600
 LONGEST_VALUE = 400
-"""Most characters of an expression or list; longer ones are compared as texts only."""
+"""Maximum length of an expression or list in characters; longer ones are compared as texts only."""
 _ARTICLE = re.compile(r"^(?:a|an|the) ")
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?<!approx\.) (?=[A-Z\\$(*\"'])|[\n。！？]")
 _ANNOTATION = re.compile(r"<<[^<>]{0,80}>>")
