@@ -1,7 +1,7 @@
-"""The command line: reads arguments, calls the public function of the same name, shows what it gave.
+"""The command line: parses arguments, calls the public function of the same name, shows its result.
 
-One file per command, in which a dataclass defines its options (see `options.py`); importing the file registers it, here
-in the order of `--help`. Nothing heavy is imported before a command runs.
+Each command has a file, in which a dataclass defines its options (see `options.py`). Importing the file registers the
+command; the imports are in the order of `--help`. No heavy library is imported before a command runs.
 """
 
 # isort: off

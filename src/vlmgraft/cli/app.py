@@ -11,11 +11,11 @@ from vlmgraft.cli.options import app
 from vlmgraft.errors import InputError, VlmgraftError
 
 USAGE: type[Exception] = typer.BadParameter.__mro__[2]
-"""The base of the errors about arguments, which Typer does not export by itself."""
+"""The base class of errors about arguments, which Typer does not export."""
 
 
 def _show_version(wanted: bool) -> None:
-    """The version, and those of the libraries that results depend on; none of them is loaded."""
+    """Print the version and those of the libraries that results depend on, without importing the libraries."""
     if not wanted:
         return
     from importlib.metadata import PackageNotFoundError, version
@@ -71,7 +71,7 @@ def main() -> None:
         except Exception:
             typer.echo(OURS, err=True)
             raise
-        if code == INTERRUPTED:  # also Typer's answer to a KeyboardInterrupt of a library
+        if code == INTERRUPTED:  # also Typer's exit code after a library's KeyboardInterrupt
             typer.echo(f"vlmgraft: interrupted; {how_to_go_on(sys.argv[1:])}", err=True)
         sys.exit(code or 0)
 
@@ -82,7 +82,7 @@ def _fail(error: VlmgraftError) -> None:
 
 
 def _wrong_usage(error: Exception) -> InputError:
-    """What is wrong with the command line, and where the valid commands and options are listed."""
+    """The error for a wrong command line, which names the `--help` that lists commands and options."""
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "vlmgraft"
     message: str = error.format_message()  # type: ignore[attr-defined]
@@ -93,13 +93,13 @@ def _wrong_usage(error: Exception) -> InputError:
 
 
 def _plain(error: OSError | MemoryError | RuntimeError) -> VlmgraftError:
-    """Our error for what the system refused; raises `error` again where nothing better can be said."""
+    """Convert an error of the operating system to a VlmgraftError; raises `error` again if no remedy is known."""
     from vlmgraft.storage.resources import ONLY_WRITING, REMEDIES, cannot_write, is_memory
 
     if is_memory(error):
         return VlmgraftError(f"out of memory ({str(error)[:200] or 'the system has no more'}); use a smaller setting")
     if isinstance(error, OSError) and error.errno in ONLY_WRITING:
-        if not (error.filename2 or error.filename):  # what we write names its file
+        if not (error.filename2 or error.filename):  # errors of files that we write name the file
             return VlmgraftError(f"standard output: cannot be written ({error.strerror}); send it where there is room")
         return cannot_write(error.filename2 or error.filename, error)
     if isinstance(error, OSError) and error.filename and error.errno in REMEDIES:

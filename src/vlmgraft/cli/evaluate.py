@@ -28,7 +28,7 @@ class Asks(LoadsModels):
     limit: Annotated[int | None, typer.Option(help="the first so many rows of each source")] = None
 
     def asking(self) -> dict[str, Any]:
-        """The options that `Asking` has, by its names."""
+        """The options that are fields of `Asking`, by name."""
         from vlmgraft.evaluation.evaluate import Asking
 
         return self.options_of(Asking)

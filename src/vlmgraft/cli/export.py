@@ -59,7 +59,7 @@ class Export(Computes, Writes):
         self.show({"address": address}, address)
 
     def _ask(self, shown: str) -> None:
-        """End the command unless the user says yes to what was shown."""
+        """End the command unless the user confirms what was shown."""
         from vlmgraft.errors import RecipeError
 
         if not sys.stdin.isatty():

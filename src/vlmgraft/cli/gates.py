@@ -12,7 +12,7 @@ from vlmgraft.cli.options import LoadsModels, Overrides, RecipeArgument, Writes,
 
 @command()
 class Gates(LoadsModels, Writes):
-    """Learn gates on factors; also under torchrun. What an interruption left in --out is gone on with."""
+    """Learn gates on factors; also under torchrun. An interrupted run in --out is resumed."""
 
     recipe: RecipeArgument
     factors: Annotated[Path, typer.Option(help="folder that `decompose` wrote")]

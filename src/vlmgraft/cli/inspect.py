@@ -13,7 +13,7 @@ from vlmgraft.cli.options import LoadsModels, Overrides, command
 from vlmgraft.cli.output import show_table
 
 LIKELY = 0.8
-"""Of the pairs of the record that had such a chance or more, 42 of 43 held."""
+"""A predicted chance. Of the recorded pairs with this chance or more, perception held in 42 of 43."""
 Model = Annotated[str | None, typer.Option(help="folder or hub id")]
 
 
@@ -79,7 +79,7 @@ class Inspect(LoadsModels):
         return load_recipe(source, self.overrides or [], need_method=False)
 
     def _predict(self, recipe: Any, data: str) -> None:
-        """KL and chance at every λ, and the largest λ at which perception most likely holds."""
+        """Show the KL and the chance at every λ, and the largest λ at which perception most likely holds."""
         from vlmgraft.analysis import predict_perception
 
         with self.progress() as progress:
@@ -102,7 +102,7 @@ class Inspect(LoadsModels):
         self.show({"rows": rows, "holds_up_to": safe}, show)
 
     def _show_headers(self, recipe: Any) -> None:
-        """The plan, and what configs and headers say the models do not share."""
+        """Show the plan, and the differences between the models' configs and headers."""
         from vlmgraft import pipeline
         from vlmgraft.analysis.inspection import differences
 

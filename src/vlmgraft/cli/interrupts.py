@@ -1,8 +1,8 @@
-"""Ctrl-C and SIGTERM: the first stops after the piece in hand, the second ends the process at once.
+"""Ctrl-C and SIGTERM: the first stops after the current step, the second ends the process at once.
 
-The first raises `Interrupted` in the main thread, so that everything is left as after any error. Python tells the main
-thread of a signal only between two instructions, and a decomposition is one of minutes; so the second is seen by a
-thread of its own, which ends the process: what is on disk then is what a kill leaves, and can be resumed as that can.
+The first raises `Interrupted` in the main thread, so that cleanup runs as after any error. Python delivers a signal to
+the main thread only between two instructions, and a decomposition is a single instruction of minutes. A separate thread
+therefore handles the second signal and ends the process. The files are then as after a kill, and can be resumed.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ AGAIN = 0.05
 """Seconds after which an interruption that a destructor swallowed is raised again."""
 
 RESUMED = ("merge", "choose", "decompose", "tune", "evaluate", "compare", "knockout", "ranks", "sweep")
-"""Commands that go on with --resume."""
+"""Commands that continue with --resume."""
 KEPT = ("gates", "front")
-"""Commands that go on by themselves."""
+"""Commands that continue by themselves when they are run again."""
 
 
 class Interrupted(BaseException):
-    """The process was told to stop."""
+    """The process received a signal to stop."""
 
 
 def how_to_go_on(arguments: Sequence[str]) -> str:
-    """The way on after an interruption, with the command to type; a token is left out, for HF_TOKEN to give."""
+    """How to continue after an interruption, with the command to type; a token is left out (HF_TOKEN can give it)."""
     secret = [number for number, word in enumerate(arguments) if word == "--token" or word.startswith("--token=")]
     secret += [number + 1 for number in secret if arguments[number] == "--token"]
     arguments = [word for number, word in enumerate(arguments) if number not in secret]
@@ -78,7 +78,7 @@ def interruptible() -> Iterator[None]:
 
 
 class _Told:
-    """What the main thread knows of signals."""
+    """Signals received so far, and the exception raised for the first of them."""
 
     def __init__(self) -> None:
         self.times, self.over = 0, False
@@ -93,16 +93,16 @@ class _Told:
             try:
                 raise error
             finally:
-                del error  # else its traceback keeps it, and it never goes
+                del error  # else its traceback keeps it alive, and it is never dropped
 
     def dropped(self, _: object) -> None:
-        """The interruption is gone and nobody acted on it, as in a destructor, which lets nothing out: again."""
+        """Raise the interruption again: its exception was freed unhandled, as when a destructor swallows it."""
         if not self.over:
             self.times = 0
             signal.setitimer(signal.ITIMER_REAL, AGAIN)
 
     def swallowed(self, unraisable: Any) -> None:
-        """Say nothing of an interruption in a destructor; others are told as ever."""
+        """Do not report an interruption raised in a destructor; report other exceptions as before."""
         if not issubclass(unraisable.exc_type, Interrupted):
             self.before(unraisable)
 

@@ -12,7 +12,7 @@ from vlmgraft.cli.output import show_table
 
 
 class Examines(LoadsModels, Resumable):
-    """What an analysis asks: the options are fields of `analysis.EvalData` under their names."""
+    """The data that an analysis asks: the options are fields of `analysis.EvalData` under their names."""
 
     data: Annotated[
         list[str] | None,
@@ -30,7 +30,7 @@ class Examines(LoadsModels, Resumable):
     seed: Annotated[int, typer.Option(help="of the lab's questions")] = 0
 
     def questions(self) -> Any:
-        """The options as the analyses take them."""
+        """The options as `EvalData`, which the analyses take."""
         from vlmgraft.analysis import EvalData
 
         options = self.options_of(EvalData)
@@ -70,7 +70,7 @@ class Knockout(Examines):
 
 
 def _print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
-    """One line per layer and part: what every mode takes from perception and from reasoning, per model."""
+    """One line per layer and part: the changes of reasoning and perception under every mode, per model."""
     intact = [row for row in rows if row["mode"] == "intact"]
     show_table(
         "intact, % right [95 %]",

@@ -1,4 +1,4 @@
-"""`merge`: from a recipe to a finished checkpoint, or with --dry-run to what that would take."""
+"""`merge`: from a recipe to a finished checkpoint, or with --dry-run to the cost of making it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Merge(LoadsModels, Resumable):
     schema: Annotated[bool, typer.Option("--schema", help="print the recipe's JSON schema")] = False
 
     def replaced(self) -> Path | None:
-        """The output that this run may replace: none where nothing is written."""
+        """The output that this run may replace: None if the run writes nothing."""
         return None if self.dry_run or self.schema else super().replaced()
 
     def run(self) -> None:
@@ -54,7 +54,7 @@ class Merge(LoadsModels, Resumable):
         self.show(receipt, lambda: self._print_receipt(receipt))
 
     def _rehearse(self, recipe: Any) -> None:
-        """Show the plan and the cost of every stage; exit code 2 where something would fail."""
+        """Show the plan and the cost of every stage; exit code 2 if something would fail."""
         from vlmgraft.costs.dry_run import dry_run
 
         rehearsal = dry_run(
@@ -89,7 +89,7 @@ def _print_rehearsal(rehearsal: Any) -> None:
 
 
 def print_plan(plan: Any) -> None:
-    """Every tensor with its verdict, then the sums."""
+    """Print every tensor with its verdict, then the totals."""
     for row in plan.tensors:
         typer.echo(f"{row['verdict']:9}{row['name']}  {row['dtype']} {row['shape']}  {row['reason']}")
     typer.echo(f"{plan.family}, {plan.layers} layers: {plan.merged} merged, {plan.excluded} excluded, {plan.kept} kept")

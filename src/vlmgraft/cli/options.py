@@ -1,7 +1,7 @@
-"""Options that several commands share, and how a dataclass becomes a command.
+"""Options that several commands share, and the conversion of a dataclass to a command.
 
-A command is one class, which becomes a dataclass: its fields are its arguments and options, its docstring is its help,
-`run` is its work. Shared options are base classes, so that an option is defined in one place whatever commands have it.
+A command is a class that becomes a dataclass: its fields are its arguments and options, its docstring is its help, and
+`run` does its work. Shared options are defined in base classes, so that every option is defined in one place.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ OURS = {
 
 @contextmanager
 def replacing(out: Path) -> Iterator[None]:
-    """Move `out` aside for the time of the block; remove it afterwards, or put it back where the block raises.
+    """Move `out` aside during the block; remove it afterwards, or put it back if the block raises.
 
-    What a killed run left aside is put back by the next one.
+    A folder that a killed run left aside is put back by the next run.
 
     Raises:
         OutputError: `out` is a link or a file, or a folder that holds nothing that vlmgraft writes.
@@ -85,15 +85,15 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", help="override a r
 
 
 def _plain(value: Any) -> Any:
-    """A result's dataclasses as mappings, paths and others as texts."""
+    """Convert values for JSON: dataclasses to mappings, paths and other objects to texts."""
     result = dataclasses.is_dataclass(value) and not isinstance(value, type)
     return dataclasses.asdict(value) if result else str(value)
 
 
 @dataclasses.dataclass(kw_only=True)
 class Command:
-    """What every command has, and a dataclass, as are its subclasses. Results go to standard output, everything else to
-    standard error."""
+    """The base class of all commands; it and its subclasses are dataclasses. Results go to standard output, everything
+    else to standard error."""
 
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on standard output")] = False
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress, no notes")] = False
@@ -106,7 +106,7 @@ class Command:
         self._began = time.monotonic()
 
     def elapsed(self) -> str:
-        """Since the command began, in words."""
+        """The time since the command began, in words."""
         return duration(time.monotonic() - self._began)
 
     @abstractmethod
@@ -131,7 +131,7 @@ class Command:
         return {key: value for key, value in vars(self).items() if key in cls.__dataclass_fields__}
 
     def show(self, result: Any, show: Callable[[], object] | str) -> None:
-        """The result: as one JSON object with --json, else as `show` prints it."""
+        """Show the result: as one JSON object with --json, else as `show` prints it."""
         if self.as_json:
             typer.echo(json.dumps(result, ensure_ascii=False, default=_plain))
         elif isinstance(show, str):
@@ -151,13 +151,13 @@ class Writes(Command):
         return self.out if self.force else None
 
     def around(self) -> AbstractContextManager[object]:
-        """The old `--out` steps aside while the new one is made, and comes back if that fails."""
+        """Move the old `--out` aside while the new one is written, and put it back if that fails."""
         outer, out = super().around(), self.replaced()
         return outer if out is None else nested(outer, replacing(out))
 
 
 class Resumable(Writes):
-    """Commands that go on with what an interruption left."""
+    """Commands that can resume an interrupted run."""
 
     resume: Annotated[bool, typer.Option("--resume", help="go on with what an interruption left")] = False
 
@@ -178,7 +178,7 @@ class Fetches(Command):
     ] = None
 
     def around(self) -> AbstractContextManager[object]:
-        """The token in the environment, where the hub's library looks for it."""
+        """Set the token in the environment, where the hub's library looks for it."""
         return nested(super().around(), environment(HF_TOKEN=self.token))
 
 
@@ -188,7 +188,7 @@ class Computes(Fetches):
     threads: Annotated[int | None, typer.Option(help="CPU threads [default: as the libraries choose]", min=1)] = None
 
     def around(self) -> AbstractContextManager[object]:
-        """OMP_NUM_THREADS, which torch reads when it is loaded."""
+        """Set OMP_NUM_THREADS and MKL_NUM_THREADS, which torch reads when it is imported."""
         count = str(self.threads) if self.threads else None
         return nested(super().around(), environment(OMP_NUM_THREADS=count, MKL_NUM_THREADS=count))
 
@@ -205,7 +205,7 @@ class LoadsModels(Computes):
     ] = "auto"
 
     def around(self) -> AbstractContextManager[object]:
-        """The choice in the environment, where `vlmgraft.hf.placement` looks for it."""
+        """Set device and dtype in the environment, where `vlmgraft.hf.placement` looks for them."""
         dtype = None if self.dtype == "auto" else self.dtype
         return nested(super().around(), environment(VLMGRAFT_DEVICE=self.device, VLMGRAFT_DTYPE=dtype))
 
@@ -214,7 +214,7 @@ C = TypeVar("C", bound=type[Command])
 
 
 def command(group: typer.Typer = app, name: str | None = None) -> Callable[[C], C]:
-    """Register a dataclass as the command of its name in lower case."""
+    """Register a class as a command, by default named as the class in lower case."""
 
     def register(cls: C) -> C:
         def call(**values: Any) -> None:
@@ -254,7 +254,7 @@ def _parameters(cls: type[Command]) -> list[inspect.Parameter]:
 
 @contextmanager
 def environment(**values: str | None) -> Iterator[None]:
-    """Environment variables inside the block; those that are None stay as they are."""
+    """Set environment variables inside the block; those whose value is None are left unchanged."""
     changed: Mapping[str, str] = {key: value for key, value in values.items() if value is not None}
     before = {key: os.environ.get(key) for key in changed}
     try:
@@ -269,7 +269,7 @@ def environment(**values: str | None) -> Iterator[None]:
 
 
 def _set(variables: Mapping[str, str]) -> None:
-    """Set them; raises InputError for what no environment can hold: a NUL, half a surrogate pair."""
+    """Set environment variables; raises InputError for values that they cannot hold: a NUL, a lone surrogate."""
     for key, value in variables.items():
         try:
             os.environ[key] = value

@@ -14,7 +14,7 @@ from vlmgraft.storage.progress import EVERY, LOG, Meter, Progress, duration
 __all__ = ["Lines", "cell", "duration", "log_to_terminal", "percent", "progress_bar", "show_table", "size"]
 
 WIDTH = 140
-"""Of tables that go into a file or a pipe."""
+"""Width of tables that are written to a file or a pipe."""
 
 
 def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -32,7 +32,7 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]
 
 
 def cell(value: Any) -> str:
-    """A number in four digits, an estimate in percent with its interval, nothing for None."""
+    """A number with four significant digits, an estimate in percent with its interval, an empty text for None."""
     if value is None:
         return ""
     if isinstance(value, Mapping) and "mean" in value:
@@ -41,14 +41,14 @@ def cell(value: Any) -> str:
 
 
 def percent(estimate: Mapping[str, float] | None) -> str:
-    """Such as "72.7 [69.1, 76.2]"."""
+    """An estimate in percent, such as "72.7 [69.1, 76.2]"; an empty text for None."""
     if estimate is None:
         return ""
     return "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * estimate[key] for key in ("mean", "low", "high")))
 
 
 def size(nbytes: float) -> str:
-    """Such as "16.6 GB"; nothing for none."""
+    """A number of bytes as a text such as "16.6 GB"; empty for 0."""
     for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if nbytes >= unit:
             return f"{nbytes / unit:.1f} {name}"
@@ -64,7 +64,7 @@ def log_to_terminal(verbose: int, quiet: bool) -> None:
 
 
 class _Handler(logging.Handler):
-    """Hands records to rich on a terminal, else writes plain lines; the import waits for the first record."""
+    """Passes records to rich on a terminal, else writes plain lines; rich is imported at the first record."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from rich.console import Console
@@ -79,7 +79,7 @@ class _Handler(logging.Handler):
 
 @contextmanager
 def progress_bar(quiet: bool) -> Iterator[Progress | None]:
-    """Progress on standard error: a bar on a terminal, else a line every 30 s; under torchrun, of the first process."""
+    """Progress on standard error: a bar on a terminal, else a line every 30 s; under torchrun in the first process."""
     from vlmgraft.storage.torchrun import rank_and_world
 
     if quiet or rank_and_world()[0] > 0:
@@ -112,7 +112,7 @@ def _bar() -> Iterator[Progress]:
 
 
 class Lines(Meter):
-    """Progress as a line every `every` seconds, also where nothing is reported."""
+    """Progress as a line every `every` seconds, even if nothing new is reported."""
 
     def __init__(self, every: float = EVERY) -> None:
         super().__init__()

@@ -41,7 +41,7 @@ class Sweep(ExaminesDrift):
 
 
 def _by_name(recipes: list[Path]) -> dict[str, Any]:
-    """Recipes by their method's name, or by their file's where two have one method."""
+    """Recipes by the name of their method, or of their file if two have the same method."""
     from vlmgraft.errors import RecipeError
     from vlmgraft.recipe.model import load_recipe
 

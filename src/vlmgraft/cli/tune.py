@@ -27,7 +27,7 @@ class Tune(LoadsModels, Resumable):
     schema: Annotated[bool, typer.Option("--schema", help="print the recipe's JSON schema")] = False
 
     def around(self) -> AbstractContextManager[object]:
-        """The trainer takes all GPUs that it sees: of `cuda:1` it is shown the second."""
+        """The trainer uses all visible GPUs; for `cuda:1`, only the second GPU is made visible."""
         kind, _, number = (self.device or "").partition(":")
         seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         if kind != "cuda" or not number.isdecimal():

@@ -1,1 +1,1 @@
-"""What users bring: questions, images and traces, read from JSON lines, parquet or a data set id."""
+"""Users' data: questions, images and traces, read from JSON lines, parquet or a data set id."""

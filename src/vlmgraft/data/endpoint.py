@@ -1,7 +1,7 @@
-"""Answers by a server: OpenAI's chat completions, as vLLM, SGLang and hosted services have them.
+"""Answers by a server: OpenAI's chat completions, as offered by vLLM, SGLang and hosted services.
 
-Greedy answers are asked for, each question on its own, many at a time. vLLM tells the answers' token ids when asked to;
-of other servers the text is all there is. Nobody vouched for what they reply: it is checked, or refused by name.
+Answers are greedy; questions are sent as separate, concurrent requests. vLLM returns token ids on request, other
+servers only text. Replies are untrusted: they are validated, and an invalid one is an error that names the server.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
     from vlmgraft.data.questions import Question
 
 SECONDS = 600
-"""For one reply."""
+"""Timeout of one reply."""
 LARGEST = 1 << 24
-"""Bytes of a reply."""
+"""Maximum size of a reply in bytes."""
 BUSY = (429, 502, 503, 504)
 PAUSES = (1.0, 4.0, 15.0)
-"""Seconds before a busy server is asked again."""
+"""Seconds before each retry of a busy server."""
 KEY = "VLMGRAFT_API_KEY"
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A key is for the address that was given, and for no other."""
+    """Follows no redirects, so that the key is sent only to the given address."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
@@ -50,8 +50,8 @@ _open = urllib.request.build_opener(_NoRedirect).open
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer. tokens: its ids, the one that ends it included; None where the server does not tell them. ended: not
-    cut by the limit. prompt_tokens: of the question, images included; 0 where it is not told."""
+    """An answer. tokens: its token ids with the end token; None if the server does not return them. ended: not cut by
+    the limit. prompt_tokens: number of the prompt's tokens, images included; 0 if the server does not report it."""
 
     text: str
     tokens: list[int] | None
@@ -61,10 +61,10 @@ class Reply:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A server's base address, such as http://127.0.0.1:8000/v1, and the model that it is asked for.
+    """A server's base address, such as http://127.0.0.1:8000/v1, and the model to ask.
 
-    model: its name there, once it is known. names: what it may be called, or was loaded as. key: the environment
-    variable that holds the key, where one is needed.
+    model: its name on the server, once known. names: names under which the server may list the model, or from which it
+    may have loaded it. key: the environment variable that holds the key, if one is needed.
     """
 
     url: str
@@ -73,8 +73,8 @@ class Endpoint:
     key: str = KEY
 
     def serving(self) -> Endpoint:
-        """With the name of the model: the only one that the server has, or of several the one of `names`. Raises
-        VlmgraftError where there is none."""
+        """This endpoint with the name of the model: the only served model that `names` lists, or else the only served
+        model. Raises VlmgraftError if neither exists."""
         if self.model:
             return self
         listed = self._call("models").get("data")
@@ -87,9 +87,9 @@ class Endpoint:
         return replace(self, model=(wanted or found)[0]["id"])
 
     def answer(self, questions: Sequence[Question], max_new_tokens: int) -> list[Reply]:
-        """Greedy answers, all questions at once; raises VlmgraftError naming the server, once one of them failed.
+        """Greedy answers to all questions at once; raises VlmgraftError naming the server as soon as one of them fails.
 
-        Who stops waiting, by ^C or for an error, leaves the other requests to threads that end with the process.
+        After Ctrl-C or an error, the other requests continue in daemon threads, which end with the process.
         """
         replies: list[Future[Reply]] = [Future() for _ in questions]
 
@@ -157,13 +157,13 @@ class Endpoint:
 
 
 def _passing(error: Exception) -> bool:
-    """Whether a server may be only busy: it says so, or dropped the connection."""
-    dropped = getattr(error, "reason", error)  # urllib wraps what the socket says
+    """Whether an error may be transient: the server says that it is busy, or dropped the connection."""
+    dropped = getattr(error, "reason", error)  # urllib wraps the socket's error
     return isinstance(dropped, ConnectionResetError) or getattr(error, "code", None) in BUSY
 
 
 def _told(error: Exception) -> str:
-    """What a server says of its refusal."""
+    """The text of a server's error response."""
     try:
         return error.read(300).decode(errors="replace") if isinstance(error, urllib.error.HTTPError) else ""
     except (OSError, HTTPException):

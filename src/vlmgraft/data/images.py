@@ -1,4 +1,4 @@
-"""Decoding pictures that nobody vouched for: the common formats, from regular files, of a bounded number of pixels."""
+"""Decoding untrusted images: the common formats, from regular files, with a bounded number of pixels."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from vlmgraft.checkpoint.files import open_regular
 from vlmgraft.errors import CheckpointError, DataError
 
 MAX_PIXELS = 61_000_000
-"""A photograph of the largest common sensors. Pillow takes four bytes a pixel, and again as many to convert it:
-half a gigabyte."""
+"""The resolution of the largest common camera sensors. Pillow needs four bytes per pixel, and as many again for a
+conversion: half a gigabyte."""
 ORIENTATION, FIRST_TURNED = 0x0112, 5
-"""The key of EXIF data that says how a camera was held, and the first of the values (5 to 8) for which width and height
-are exchanged. Of a TIFF, Pillow has exchanged them already."""
+"""The EXIF key of the camera's orientation, and the first of its values (5 to 8) that exchange width and height. For
+TIFF files Pillow has already exchanged them."""
 JPEG_END = b"\xff\xd9"
 LATE = {b"eXIf": "exif"} | {key.encode(): key for key in ("Raw profile type exif", "XML:com.adobe.xmp")}
-"""Where a PNG may say so, and what Pillow calls it; behind the pixels it is found only when they are decoded."""
+"""PNG chunks that may hold the orientation, with Pillow's names; Pillow reads those after the pixels on decoding."""
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-"""What is decoded. Pillow knows more, some of which start other programs (EPS runs Ghostscript). MPO files are opened
-as JPEG; a name that Pillow cannot open by ends its search, so "MPO" must not stand here."""
+"""Formats that are decoded. Pillow supports more, some of which start other programs (EPS runs Ghostscript). MPO files
+are opened as JPEG; "MPO" must not be listed, because Pillow stops its search at a format without an opener."""
 
 
 LARGEST_FILE = 1 << 28
-"""Bytes of an image file that is read whole."""
+"""Maximum size of an image file in bytes."""
 ImageSource = Path | bytes | Image.Image | Callable[[], "Path | bytes | Image.Image"]
 """Where a picture is: a file, the bytes of one, the picture itself, or a function that fetches one of these."""
 
 
 def image_source(value: Any, folder: Path | None) -> ImageSource | None:
-    """What a row holds as an image: a path (relative to the folder), base64, a picture, or what `datasets` stores; of a
-    function what it will fetch. None for anything else."""
+    """The image in a row's value: a path (relative to the folder), base64, a PIL image, or the form that `datasets`
+    stores. A function gives a function that fetches its image. None for anything else."""
     if isinstance(value, bytes | Image.Image):
         return value
     if callable(value):
@@ -61,7 +61,7 @@ def _fetched(source: ImageSource | None) -> Path | bytes | Image.Image:
 
 
 def row_image(value: Any, folder: Path | None, where: str) -> Path | bytes | Image.Image:
-    """`image_source`, fetched; raises DataError, which begins with `where`, for what holds no picture."""
+    """The fetched `image_source`; raises DataError that begins with `where` if the value holds no image."""
     source = image_source(value, folder)
     if source is None:
         raise DataError(f"{where}: an image must be a path or a picture, got {value!r:.60}; mend the row, or drop it")
@@ -72,7 +72,7 @@ def row_image(value: Any, folder: Path | None, where: str) -> Path | bytes | Ima
 
 
 def _base64(text: str) -> bytes | None:
-    """The bytes of base64 text that is a picture (as tab-separated benchmarks carry them); None for anything else."""
+    """Decode base64 text that holds an image (as in tab-separated benchmarks); None for anything else."""
     if len(text) < 64 or not text.startswith(("/9j/", "iVBOR", "UklGR", "R0lGO", "Qk")):
         return None
     try:
@@ -83,11 +83,11 @@ def _base64(text: str) -> bytes | None:
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image file that was read and checked once. digest: SHA-256 of its bytes. size: width and height of what
-    `open_picture` gives. data: the bytes, where they are kept. fetch: gives them again, of a picture inside of a data
-    set.
+    """An image file that was read and validated once. digest: SHA-256 of its bytes. size: width and height of the image
+    that `open_picture` returns. data: the bytes, if kept in memory. fetch: reads the bytes of an image inside a data
+    set again.
 
-    As a text it is its path.
+    `str` gives its path.
     """
 
     path: Path
@@ -105,7 +105,7 @@ class ImageFile:
         return str(self.path)
 
     def read(self) -> bytes:
-        """The bytes that were checked; raises DataError when the file changed since."""
+        """The validated bytes; raises DataError if the file has changed since."""
         if self.data is not None:
             return self.data
         data = self.fetch() if self.fetch else read_image(self.path, f"image {self}", keep=True).data
@@ -115,7 +115,7 @@ class ImageFile:
 
 
 def read_image(path: Path, name: str, *, keep: bool) -> ImageFile:
-    """Read a file once: check its header and checksums, take its digest, and keep its bytes if asked to.
+    """Read a file once: validate its header and checksums, compute its digest, and with `keep` keep its bytes.
 
     Raises DataError as `open_picture`.
     """
@@ -127,9 +127,9 @@ def read_image(path: Path, name: str, *, keep: bool) -> ImageFile:
 
 
 def image_within(data: bytes, fetch: Callable[[], bytes], name: str) -> ImageFile:
-    """A picture inside of a data set, whose bytes stay there; looked at, and refused, as by `read_image`.
+    """An image inside a data set: validated as by `read_image`; its bytes are not kept.
 
-    fetch: gives the bytes again.
+    fetch: reads the bytes again.
     """
     with _explained(name):
         size = _verified(data)
@@ -137,8 +137,8 @@ def image_within(data: bytes, fetch: Callable[[], bytes], name: str) -> ImageFil
 
 
 def _verified(data: bytes) -> tuple[int, int]:
-    """Width and height, as `open_picture` gives it, of a picture whose header and checksums are right. It is not
-    decoded: of a JPEG, which has no checksums, the mark of its end is looked for."""
+    """Validate header and checksums (of a JPEG, its end marker) and return width and height as `open_picture` gives
+    them. Only a PNG whose orientation may follow the pixels is decoded."""
     if len(data) > LARGEST_FILE:
         raise Image.DecompressionBombError(f"more than {LARGEST_FILE:,} bytes")
     with _opened(data) as image:
@@ -164,13 +164,13 @@ def open_picture(source: Path | bytes | bytearray, name: str) -> Image.Image:
 
 
 def picture_size(source: Path | bytes | bytearray, name: str) -> tuple[int, int]:
-    """Width and height by the header alone, before it is turned; raises DataError as `open_picture`."""
+    """Width and height from the header alone, before EXIF orientation; raises DataError as `open_picture`."""
     with _explained(name), _opened(source) as image:
         return image.size
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """The picture in RGB, turned as its EXIF data say; 16 bits per pixel are scaled to 8 (Pillow would clip them)."""
+    """The image in RGB, rotated by its EXIF orientation; 16 bits per pixel are scaled to 8 (Pillow would clip them)."""
     if image.mode.startswith("I;16"):
         image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
     if image.getexif().get(ORIENTATION, 1) != 1:  # else a copy would be made
@@ -179,13 +179,13 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def shrunk(image: Image.Image, pixels: int) -> Image.Image:
-    """The picture, or where it has more than so many pixels one of its proportions that has not."""
+    """The picture, scaled down in proportion if it has more than `pixels` pixels."""
     size = shrunk_size(image.size, pixels)
     return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
 
 
 def shrunk_size(size: tuple[int, int], pixels: int) -> tuple[int, int]:
-    """Width and height of what `shrunk` makes of a picture of this size."""
+    """Width and height that `shrunk` gives to a picture of this size."""
     if size[0] * size[1] <= pixels:
         return size
     factor = math.sqrt(pixels / (size[0] * size[1]))
@@ -193,7 +193,7 @@ def shrunk_size(size: tuple[int, int], pixels: int) -> tuple[int, int]:
 
 
 def check_picture(source: Path | bytes, name: str) -> None:
-    """Look at a picture's header and checksums without decoding it; raises as `open_picture`."""
+    """Validate an image's header and checksums without decoding it; raises DataError as `open_picture`."""
     with _explained(name), _opened(source) as image:
         image.verify()
 
@@ -212,7 +212,7 @@ def _opened(source: Path | bytes | bytearray) -> Iterator[PillowFile.ImageFile]:
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """Whatever Pillow raises over a picture, as DataError."""
+    """Convert the errors that Pillow may raise to DataError."""
     remedy = "replace it, or drop its line"
     try:
         yield

@@ -1,4 +1,4 @@
-"""JSON lines that nobody vouched for: read one by one, of bounded length, as texts that UTF-8 can hold."""
+"""Untrusted JSON lines: read one by one, of bounded length, with strings that UTF-8 can encode."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vlmgraft.storage.limits import MAX_LINE
 def json_lines(path: Path, errors: str = "strict") -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) of every line that is not empty, read one by one.
 
-    errors: of decoding UTF-8, as `bytes.decode` has it.
+    errors: handling of UTF-8 errors, as in `bytes.decode`.
     Raises:
         DataError: a line that is no JSON object, or longer than `MAX_LINE`, naming file and line.
     """
@@ -33,9 +33,9 @@ def json_lines(path: Path, errors: str = "strict") -> Iterator[tuple[int, dict[s
 
 
 def parse(raw: bytes, errors: str = "strict") -> Any:
-    """The value of a JSON text, with texts that UTF-8 can hold: half of an escaped surrogate pair is no character.
+    """Parse a JSON text whose strings UTF-8 can encode: a lone escaped surrogate is an error.
 
-    Raises ValueError or RecursionError; with errors="replace" what is no character becomes a question mark.
+    Raises ValueError or RecursionError; with errors="replace" a lone surrogate becomes a question mark.
     """
     value = json.loads(raw.decode("utf-8", errors))
     return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", errors)) if b"\\u" in raw else value

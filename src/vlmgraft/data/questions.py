@@ -1,9 +1,9 @@
 """Questions about images, from any source that `read_rows` reads, checked before any work starts.
 
 A row holds `question`, and optionally `image` or `images` (a path or a list of paths, relative to the file, or the
-picture itself in parquet and data sets), `answer`, `choices`, `category`; or a chat, of which the first user turn is
-asked: `conversations` as LLaVA has them, or `messages`. "<image>" in a text is the place of an image; without places
-all are in front. Video and sound are refused, other keys ignored.
+picture itself in parquet and data sets), `answer`, `choices`, `category`; or a chat whose first user turn is asked:
+`conversations` as in LLaVA, or `messages`. "<image>" in a text marks the place of an image; without marks all images
+come first. Rows with video or audio are refused, other keys ignored.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ if TYPE_CHECKING:
 
 MARK = "<image>"
 COLUMNS = ("question", "image", "images", "answer", "choices", "category", "messages", "conversations")
-"""What a row may hold."""
+"""The columns that are read."""
 UNSEEN = ("video", "videos", "audio", "audios")
-"""Columns without which a question is another one."""
+"""Unsupported columns that a question depends on."""
 MOST_CHOICES = 26
-"""They are lettered from A to Z."""
+"""Choices are lettered from A to Z."""
 HELD_BYTES = 1 << 29
-"""Bytes of image files that `hold_images` keeps in memory; what is beyond is read again where it is needed."""
+"""Bytes of image files that `hold_images` keeps in memory; further files are read again when they are needed."""
 
 
 @dataclass(frozen=True)
 class Question:
     """One prompt. Images are paths, files that were read (`hold_images`), or PIL images.
 
-    Only the prompt is used for learning gates. max_pixels: larger images are shrunk to so many. where: file and line,
-    for messages.
+    Only the prompt is used for learning gates. max_pixels: larger images are scaled down to this number of pixels.
+    where: file and line, for messages.
     """
 
     question: str
@@ -64,12 +64,12 @@ class Question:
 
     @property
     def name(self) -> str:
-        """What messages call it: file and line, or how it begins."""
+        """The question's name in messages: file and line, or its beginning."""
         return self.where or f"question {self.question[:60]!r}"
 
     @property
     def pixels(self) -> int:
-        """Of all images as the model sees them; 0 for those whose files were not read."""
+        """Pixels of all images as the model sees them; images whose files were not read count as 0."""
         sizes = [image.width * image.height for image in self.images if isinstance(image, Image.Image)]
         sizes += [image.pixels for image in self.images if isinstance(image, ImageFile)]
         return sum(min(size, self.max_pixels or size) for size in sizes)
@@ -82,16 +82,16 @@ class Question:
 
     @property
     def parts(self) -> list[dict[str, str]]:
-        """The prompt as parts of type "image" and "text": images at their places, or all in front of the text where it
-        has not as many places as there are images."""
+        """The prompt as parts of type "image" and "text": images at their marks, or all before the text if the numbers
+        of marks and images differ."""
         if self.images and self.prompt.count(MARK) == len(self.images):
             return parts_of(self.prompt)
         return [{"type": "image"}] * len(self.images) + [{"type": "text", "text": self.prompt}]
 
 
 def parts_of(text: str) -> list[dict[str, str]]:
-    """A text with marks as parts of type "image" and "text". The line break behind an image goes, as do blanks in front
-    of all text; parts that are blank are left out."""
+    """Split a text at its marks into parts of type "image" and "text". The line break after an image and white space
+    before the first text are removed; blank parts are left out."""
     parts: list[dict[str, str]] = []
     for number, piece in enumerate(text.split(MARK)):
         if number:
@@ -103,7 +103,7 @@ def parts_of(text: str) -> list[dict[str, str]]:
 
 
 def pictures_of(row: Row) -> list[Any]:
-    """What a row holds in `image`, or in `images` where that is empty."""
+    """The images in a row's `image`, or in `images` if that is empty."""
     given = row.get("image") or row.get("images") or []
     return [one for one in (given if isinstance(given, list | tuple) else [given]) if one not in (None, "")]
 
@@ -116,17 +116,17 @@ def load_questions(
     check_images: bool = True,
     columns: Mapping[str, str] | None = None,
 ) -> list[Question]:
-    """The questions of a file of JSON lines, or of whatever `read_rows` reads; a data set's split as NAME:SPLIT, a
-    registered source's "calibration" where it has one.
+    """Load the questions of a file of JSON lines, or of any source that `read_rows` reads. NAME:SPLIT selects a data
+    set's split; of a registered source, the split "calibration" is the default if there is one.
 
     Args:
-        need_images: refuse a question without one.
-        limit: the first so many.
-        check_images: open image headers now, so that an unreadable one is named before any work starts; False for
-            questions that `hold_images` reads. Pictures inside of data sets are looked at in any case.
+        need_images: refuse questions without an image.
+        limit: maximum number of questions, from the first.
+        check_images: validate image headers now, so that an unreadable image is reported before any work starts; False
+            for questions that `hold_images` will read. Images inside data sets are always validated.
         columns: one of `COLUMNS` → the source's name for it, where they differ.
     Raises:
-        DataError: with file, line or row, and remedy.
+        DataError: naming file, line or row, and remedy.
     """
     for name in columns or {}:
         if name not in COLUMNS:
@@ -139,7 +139,7 @@ def load_questions(
 
 
 SAME = ({"image", "images"}, {"question", "messages", "conversations"})
-"""Columns that stand in for each other: one that is mapped hides the others."""
+"""Interchangeable columns: mapping one of them hides the others."""
 
 
 def renamed(row: Row, columns: Mapping[str, str] | None) -> Row:
@@ -158,7 +158,7 @@ def check_columns(columns: Mapping[str, str] | None, seen: Collection[str], data
 
 
 def _rows(data: str | Path, limit: int | None) -> Iterator[tuple[str, Row, Path]]:
-    """(what messages call it, row, folder of its images' paths)."""
+    """Yield (name in messages, row, folder that its image paths are relative to)."""
     path = Path(data)
     if path.suffix == ".jsonl" or (path.is_file() and path.suffix not in (".json", ".parquet")):
         if not path.is_file():
@@ -208,7 +208,7 @@ def _parse(row: Row, folder: Path, where: str, need_images: bool, check_images: 
 
 
 def _image(given: Any, folder: Path, where: str, check: bool) -> Path | ImageFile | Image.Image:
-    """A row's image: a path, a picture, or one inside of a data set, which stays there."""
+    """A row's image: a path, a PIL image, or a reference to an image inside a data set."""
     image = row_image(given, folder, where)
     if isinstance(image, bytes):
         return image_within(image, lambda: cast(bytes, row_image(given, folder, where)), f"{where}, its image")
@@ -218,7 +218,7 @@ def _image(given: Any, folder: Path, where: str, check: bool) -> Path | ImageFil
 
 
 def open_images(question: Question) -> list[Image.Image]:
-    """The question's images in RGB, not larger than it allows; raises DataError naming the file."""
+    """The question's images in RGB, with at most `max_pixels` pixels each; raises DataError naming the file."""
     opened = [
         upright_rgb(image)
         if isinstance(image, Image.Image)
@@ -229,14 +229,14 @@ def open_images(question: Question) -> list[Image.Image]:
 
 
 def blank_images(question: Question) -> list[Image.Image]:
-    """Black images of the sizes of those that `open_images` gives, of which none is decoded."""
+    """Black images of the sizes that `open_images` would return, without decoding the images."""
     read = [read_image(x, f"image {x}", keep=False) if isinstance(x, Path) else x for x in question.images]
     sizes = [upright_rgb(image).size if isinstance(image, Image.Image) else image.size for image in read]
     return [Image.new("RGB", shrunk_size(size, question.max_pixels or size[0] * size[1])) for size in sizes]
 
 
 def hold_images(questions: Sequence[Question], budget: int = HELD_BYTES) -> list[Question]:
-    """The same questions with every image file read once: checked, digested, and its bytes kept up to `budget` in all.
+    """The questions with every image file read once: validated, hashed, and kept in memory up to `budget` bytes in all.
 
     Raises DataError naming question and file.
     """

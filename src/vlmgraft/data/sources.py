@@ -1,7 +1,7 @@
 """Rows from files and data sets: JSON lines, JSON, parquet, folders and ids of `datasets`, and registered sources.
 
-Pictures inside parquet files and data sets stay there until they are asked for. An installed package registers a source
-by an entry point of the group `vlmgraft.data` that names a `RegisteredSource`:
+Images inside parquet files and data sets are read only when they are needed. An installed package registers a source by
+an entry point of the group `vlmgraft.data` that names a `RegisteredSource`:
 
     [project.entry-points."vlmgraft.data"]
     lab = "vlmgraft.lab.exam:SOURCE"
@@ -27,12 +27,12 @@ ENTRY_POINTS = "vlmgraft.data"
 
 @dataclass(frozen=True)
 class RegisteredSource:
-    """Rows that an installed package makes, asked for as NAME or NAME:ARGUMENT.
+    """Rows that an installed package generates, addressed as NAME or NAME:ARGUMENT.
 
-    draw: (argument, split, count) → rows with the columns of a question file; `argument` is "" where none is written,
-    `count` the number of rows wanted, None the source's own. splits: the first is asked by an evaluation; of the
-    others, analyses take prompts to average over from "calibration", and prompts for a KL from "divergence".
-    max_new_tokens: what its answers need, None where that is not known. batch_size: questions at a time.
+    draw: (argument, split, count) → rows with the columns of a question file; `argument` is "" if none is given,
+    `count` is the number of rows, None for the source's default. splits: evaluations use the first; analyses take
+    prompts to average over from "calibration", and prompts for the KL from "divergence". max_new_tokens: length that
+    answers need, None if unknown. batch_size: questions per batch.
     """
 
     draw: Callable[[str, str, int | None], list[Row]]
@@ -79,7 +79,7 @@ def read_rows(
     """The rows of a source, and the folder that image paths are relative to (None for the hub).
 
     JSON files hold a list of objects, an object of objects (their keys become "id"), one object, or JSON lines.
-    errors: of decoding UTF-8 in JSON lines. count: how many rows a registered source draws. Raises DataError.
+    errors: handling of UTF-8 errors in JSON lines. count: rows that a registered source draws. Raises DataError.
     """
     if not str(source).strip():
         raise DataError(f"the name of the data is empty; give {READABLE}")
@@ -98,7 +98,7 @@ def read_rows(
 
 
 def split_named(source: str) -> tuple[str, str | None]:
-    """(source, split) of NAME:SPLIT; files, folders and registered sources, whose argument it is, have no split."""
+    """(source, split) of NAME:SPLIT. None as split for files, folders and registered sources (NAME:ARGUMENT)."""
     name, _, split = source.partition(":")
     whole = not split or Path(source).exists() or registered_source(source) is not None
     return (source, None) if whole else (name, split)
@@ -158,7 +158,7 @@ def _local_dataset(path: Path, split: str | None) -> list[Row]:
 
 
 def _refuse_growth(file: Path) -> None:
-    """Raise DataError where a parquet file's own footer says that a few bytes of it become gigabytes."""
+    """Raise DataError if a parquet file's footer shows a decompression bomb: few bytes that become gigabytes."""
     from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
 
     try:
@@ -180,7 +180,7 @@ def _refuse_growth(file: Path) -> None:
 
 
 def _size_of_values(file: Path, group: int, column: str) -> int:
-    """Bytes of a column's texts once every row has its own; they are read as a dictionary, each value once."""
+    """Bytes of a column's texts after dictionary decoding, computed from the dictionary and its indices."""
     from pyarrow import ArrowException, compute, parquet, types
 
     try:
@@ -208,7 +208,7 @@ def _hub_dataset(name: str, split: str | None, config: str | None) -> list[Row]:
 
 
 def _split_of(data: Any, split: str | None, where: object) -> Any:
-    """One split; "all" of them with their names in the column "variant"."""
+    """One split, or with "all" the concatenation of all splits, named in the column "variant"."""
     from datasets import concatenate_datasets
 
     if split == "all":
@@ -221,7 +221,7 @@ def _split_of(data: Any, split: str | None, where: object) -> Any:
 
 
 def _lazy(data: Any) -> list[Row]:
-    """Rows of a data set, with functions that fetch the bytes in place of pictures."""
+    """Rows of a data set, with images replaced by functions that fetch their bytes."""
     from datasets import Image, Sequence as Listed
 
     if getattr(data, "_indices", None) is not None:

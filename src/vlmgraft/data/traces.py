@@ -8,10 +8,10 @@ A row is one of
     {"instruction": "…", "input": "…", "output": "…", "history": [["…", "…"]]}      or query and response, as ms-swift
 
 in a file of JSON lines or a JSON list (images are paths relative to it), a parquet file, or a dataset of the hub
-(`name`, `name:split`). What is learned is the last assistant turn; earlier ones are context. Images stand where a part
-{"type": "image"} or "<image>" in a text says, else in front of the first user turn; a part may hold its picture itself,
-{"type": "image", "image": …}. A column `system` is the first turn. Video, sound, tools and marks of a model's own
-template are refused: they would be learned as something else.
+(`name`, `name:split`). Only the last assistant turn is learned; earlier turns are context. A part {"type": "image"} or
+"<image>" in a text marks the place of an image; without marks, images come before the first user turn. A part may hold
+the image itself, {"type": "image", "image": …}. A column `system` is the first turn. Video, audio, tools and special
+tokens of a chat template are refused, because the model would learn something else.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from vlmgraft.errors import DataError
 
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 ALPACA = {"instruction": "question", "output": "answer", "query": "question", "response": "answer"}
-"""Columns of alpaca's and of ms-swift's rows, and ours."""
+"""Columns of Alpaca's and ms-swift's rows → ours."""
 UNREAD = ("video", "videos", "audio", "audios", "tools", "objects")
-"""Columns that change what is learned, and that are not read."""
+"""Unsupported columns that would change what is learned."""
 FOREIGN_MARKS = ("<video>", "<audio>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 Picture = Path | Image.Image | bytes
 
@@ -70,7 +70,7 @@ def _row(trace: Trace) -> dict[str, Any]:
 
 
 def _stored(image: Picture) -> Any:
-    """A picture as a column of images takes it."""
+    """An image in the form that an image column of `datasets` accepts."""
     if isinstance(image, bytes):
         return {"bytes": image, "path": None}
     return str(image) if isinstance(image, Path) else image
@@ -81,10 +81,10 @@ def load_traces(source: str | Path, *, columns: Mapping[str, str] | None = None,
 
     Args:
         columns: our name → the file's name of a column, where they differ.
-        limit: the first so many rows only.
+        limit: maximum number of rows, from the first.
     Raises:
         DataError: naming file, row and remedy: no assistant turn, an empty answer, an image that is missing or
-            unreadable, or more or fewer images than places for them.
+            unreadable, or numbers of images and of their marks that differ.
     """
     rows, folder = _rows(str(source))
     check_columns(columns, {name for row in rows for name in row}, source)
@@ -140,13 +140,13 @@ def _trace(row: Mapping[str, Any], folder: Path, where: str) -> Trace:
 
 
 def first_asked(row: Row, images: list[Any], where: str) -> tuple[str, list[Any]]:
-    """(the text of a chat's first user turn, its pictures): those in its parts, or as many of the row's `images` as it
-    has places, all where the chat has none. Raises DataError where there is no user turn."""
+    """(text, images) of a chat's first user turn. The images are those in its parts, or as many of the row's `images`
+    as the turn has marks, or all if the chat has no marks. Raises DataError if there is no user turn."""
     turns = [turn["content"] for turn in _turns(row, where) if turn["role"] == "user"]
     if not turns:
         raise _bad(where, "has no user turn")
     pieces = [MARK if part["type"] == "image" else part["text"] for part in turns[0]]
-    behind = list(dropwhile(MARK.__eq__, pieces))  # what is in front needs no places
+    behind = list(dropwhile(MARK.__eq__, pieces))  # leading images need no marks
     text = "".join(pieces) if MARK in behind else "\n".join(map(str.strip, behind))
     held = [part["image"] for part in turns[0] if part.get("image") is not None]
     places = [sum(part["type"] == "image" for part in turn) for turn in turns]
@@ -154,7 +154,7 @@ def first_asked(row: Row, images: list[Any], where: str) -> tuple[str, list[Any]
 
 
 def _turns(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
-    """The chat of any of the three forms, as role and parts."""
+    """The turns of a row of any form, as role and parts."""
     chat = row.get("messages") or row.get("conversations")
     if chat is None:
         return _exchange(row, where)
@@ -166,14 +166,14 @@ def _turns(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
         if speaker not in ROLES:
             raise _bad(where, f"role {speaker!r:.60} is none of {', '.join(ROLES)}")
         content = turn.get("content", turn.get("value")) or ""
-        whole = isinstance(content, str) and ROLES[speaker] == "assistant"  # an answer may speak of <image>
+        whole = isinstance(content, str) and ROLES[speaker] == "assistant"  # an answer may mention <image>
         parts = [{"type": "text", "text": content}] if whole else _parts(content, where)
         turns.append({"role": ROLES[speaker], "content": parts})
     return _checked(_with_system(row, turns, where), where)
 
 
 def _with_system(row: Mapping[str, Any], turns: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
-    """The turns behind the one of the column `system`, if there is any."""
+    """The turns, preceded by the one in the column `system` if there is one."""
     system = row.get("system")
     if not system:
         return turns
@@ -183,7 +183,7 @@ def _with_system(row: Mapping[str, Any], turns: list[dict[str, Any]], where: str
 
 
 def _checked(turns: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
-    """The turns, if no text holds a mark of a model's own template or of video, which processors would act on."""
+    """The turns; raises DataError if a text holds special tokens of images or video, which processors would expand."""
     for turn in turns:
         for part in turn["content"]:
             mark = next((mark for mark in FOREIGN_MARKS if mark in part.get("text", "")), None)
@@ -193,7 +193,7 @@ def _checked(turns: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
 
 
 def _exchange(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
-    """Question and answer as a chat of two turns, the reasoning in front of the answer."""
+    """Question and answer as a chat, after the turns of `history`; the reasoning comes before the answer."""
     row = {**{ours: row[theirs] for theirs, ours in ALPACA.items() if row.get(theirs) is not None}, **row}
     question, answer, thought = row.get("question"), row.get("answer"), row.get("reasoning")
     if row.get("input") and isinstance(question, str):
@@ -217,7 +217,7 @@ def _exchange(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
 
 
 def _padded(text: str) -> str:
-    """Text set off by a new line when it has several, else by a space."""
+    """The text between line breaks if it has several lines, else between spaces."""
     gap = "\n" if "\n" in text.strip() else " "
     return f"{gap}{text.strip()}{gap}"
 
@@ -239,7 +239,7 @@ def _parts(content: Any, where: str) -> list[dict[str, Any]]:
 
 
 def _images(given: list[Any], folder: Path, where: str) -> list[Picture]:
-    """The pictures of a row, each looked at now, so that a bad one is named before training."""
+    """The images of a row, validated now, so that an unreadable one is reported before training."""
     images: list[Picture] = []
     for value in given:
         image = row_image(value, folder, where)

@@ -1,1 +1,1 @@
-"""Scores: reading answers, asking questions, intervals."""
+"""Evaluation: asking questions, reading answers, scores with intervals."""

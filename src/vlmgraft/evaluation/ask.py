@@ -1,4 +1,4 @@
-"""Asking a whole suite: planned batches, records on disk as they come, resumed without asking anything twice."""
+"""Asking a whole suite: batches are planned, records are written as they arrive, a resumed run asks only the rest."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from vlmgraft.storage.jsonl import append_rows
 from vlmgraft.storage.progress import LogProgress, Progress
 
 GIVE_UP = 16
-"""So many failures from the start on, and no answer: it is not the questions."""
+"""Number of failures before the first answer after which `ask` stops: the questions are not the cause."""
 BATCH_TOKENS = 65536
-"""Tokens of the prompts of a batch, padding included: as many as FRISM's teacher answers at once by default."""
+"""Prompt tokens of a batch, padding included: the default of FRISM's teacher."""
 Store = Callable[[Sequence[Record]], None]
 
 
@@ -34,12 +34,12 @@ def ask(
     log: Path | None = None,
     progress: Progress | None = None,
 ) -> list[Record]:
-    """Ask every item that is not in `done`; all records in the order of the suite.
+    """Ask every item that is not in `done`; return all records in the order of the suite.
 
     Batches are planned over the whole suite, so a resumed run asks the same batches: the longest prompts first, of at
     most `batch_size` items and `batch_tokens` tokens (a longer prompt is asked alone). A batch that fails is halved
-    until the one item is found that cannot be asked; out of memory also halves the batches that follow. Sampling is
-    seeded by `seed` and the items of the batch.
+    until the failing item is isolated; running out of memory also halves the following batches. Sampling is seeded by
+    `seed` and the items of the batch.
 
     Args:
         log: records are appended here after every batch.
@@ -58,7 +58,7 @@ def ask(
 
 
 def plan(questions: Sequence[Question], lengths: Sequence[int], batch_size: int, batch_tokens: int) -> list[list[int]]:
-    """Indices in batches, the longest first, images and plain text apart; without lengths by what the text shows."""
+    """Indices in batches, longest first, with images and plain text apart; without `lengths`, lengths are estimated."""
     if not lengths:
         return batches(questions, batch_size)
     order = sorted(range(len(questions)), key=lambda index: (-lengths[index], index))
@@ -99,7 +99,7 @@ class _Run:
         fault = ""
         try:
             answers = self.engine.answer([question for _, question in ready], seed)
-        except FAILURES as error:  # left before trying again: a traceback holds the tensors that did not fit
+        except FAILURES as error:  # retried only after this block: the traceback holds the tensors that did not fit
             fault = str(error) or repr(error)
         if fault:
             self._failed(ready, fault)
@@ -143,8 +143,8 @@ class _Run:
 
 
 def _shape(item: Item, suite: Suite) -> Question:
-    """What batches are planned by: the text and the sizes of images. Of an image that has none the item is no question
-    about images: it will not be asked."""
+    """The question as batches are planned: its text and the sizes of its images. An item with an unreadable image is
+    planned without images, because it will not be asked."""
     try:
         images = tuple(ImageFile(Path("image"), "", image_size(source)) for source in item.images)
     except DataError:

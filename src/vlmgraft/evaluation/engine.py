@@ -1,4 +1,4 @@
-"""Asking a model: batches in transformers, or vLLM when it is installed; the same answers with the same bookkeeping."""
+"""Asking a model: in batches with transformers, or with vLLM if it is installed; both return `Answer`."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer: text without special tokens, tokens with the end token, whether the limit cut it; the prompt as the
-    model read it, images shown as placeholders."""
+    """One answer. text: without special tokens. tokens: their number, with the end token. cut: whether the token limit
+    ended it. prompt: as the model read it, with placeholders for images."""
 
     text: str
     tokens: int
@@ -47,7 +47,7 @@ class Engine(Protocol):
         ...
 
     def lengths(self, questions: Sequence[Question]) -> Sequence[int]:
-        """Tokens of every prompt, which batches are planned by; none where the engine makes batches by itself."""
+        """The number of tokens of every prompt, for planning batches; empty if the engine does its own batching."""
         ...
 
 
@@ -62,7 +62,7 @@ class TransformersEngine:
         self.ends = {ends} if isinstance(ends, int) else set(ends or [])
 
     def answer(self, questions: Sequence[Question], seed: int) -> list[Answer]:
-        """One batch. Questions of one batch all have images, or none has."""
+        """Answer one batch, in which either all questions have images or none has."""
         limit, options = self.sampling.max_new_tokens, {}
         if self.sampling.temperature > 0:
             options = {"do_sample": True, "temperature": self.sampling.temperature, "top_p": self.sampling.top_p}
@@ -81,7 +81,7 @@ class TransformersEngine:
         ]
 
     def lengths(self, questions: Sequence[Question]) -> list[int]:
-        """By the processor; none where its template fails, which answering will say."""
+        """Counted by the processor; empty if its chat template fails, an error that `answer` will report."""
         try:
             return planned_lengths(self.processor, questions)
         except CheckpointError:
@@ -129,9 +129,9 @@ class VllmEngine:
         ]
 
     def lengths(self, questions: Sequence[Question]) -> tuple[int, ...]:
-        """None: vLLM fills its own batches."""
+        """Empty: vLLM does its own batching."""
         return ()
 
 
 FAILURES = (VlmgraftError, ValueError, RuntimeError, IndexError)
-"""What a batch may fail with: out of memory, a prompt that is too long, an image that the processor refuses."""
+"""Errors that a batch may raise: out of memory, a prompt that is too long, an image that the processor rejects."""

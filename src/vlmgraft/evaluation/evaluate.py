@@ -1,6 +1,6 @@
-"""The public functions `evaluate` and `compare`: a model and data in, records and figures out.
+"""The public functions `evaluate` and `compare`: a model and data in, records and scores out.
 
-A folder of an evaluation holds `run.json` (what was asked of whom), `records.jsonl` (one row per item, see
+A folder of an evaluation holds `run.json` (model, data and settings), `records.jsonl` (one row per item, see
 `evaluation/records.py`), `summary.json` and `summary.md`.
 """
 
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
 
 Data = str | Path | Suite
 COMPARISON = ("comparison.json", "comparison.md", "first", "second")
-"""What `compare` writes into its folder."""
+"""Names of the files and folders that `compare` writes."""
 
 
 @dataclass(frozen=True)
 class Asking:
     """How a model is asked.
 
-    max_new_tokens: None is what the data needs, at most half of what the model reads. suffix: below every question;
-    None is the data's own. temperature 0 is greedy. device: None is the first GPU, or the CPU. limit: the first so many
-    rows of each source. columns, split, config: see `evaluation.readers.load_suite`. circular: every rotation of
-    lettered choices. steer: a file that `vlmgraft steer` wrote, applied at `steer_strength` (None: its own). judge:
-    address of an OpenAI-compatible endpoint whose model `judge_model` judges beside the rules.
+    max_new_tokens: None is the data's default, at most half of the model's context. suffix: text below every question;
+    None is the data's own. temperature 0 is greedy. device: None is the first GPU, or the CPU. limit: number of rows
+    per source, from the first. columns, split, config: see `evaluation.readers.load_suite`. circular: ask every
+    rotation of lettered choices. steer: a file that `vlmgraft steer` wrote, applied at `steer_strength` (None: its
+    own). judge: address of an OpenAI-compatible endpoint whose `judge_model` judges answers in addition to the rules.
     """
 
     batch_size: int = 32
@@ -91,7 +91,7 @@ def evaluate(
         model: folder or hub id of a VLM, or of a text model for questions without images.
         data: a question file, a data set's id, a preset's name (`mathvista`, `pope`, …) or PRESET:SOURCE, a
             registered source ("lab" or "lab:SEED"), "lmms:TASK,TASK" (runs lmms-eval), a `Suite`; or several of them.
-        resume: go on with what an interruption left in `out`; nothing is asked twice.
+        resume: continue an interrupted run in `out`; answered questions are not asked again.
         asking: the fields of `Asking`.
     Returns:
         The summary, as `summary.json` holds it.
@@ -127,7 +127,7 @@ def _ask_rest(
     model: str | Path,
     progress: Progress | None,
 ) -> Summary:
-    """Ask what is not in the folder yet, and write its records and summary."""
+    """Ask the items that the folder has no record of, and write records and summary."""
     if suite is None:
         return folder.finish(out, _harness(model, tasks, out, settings, options), 0, options.seed, _judge(options, out))
     known = {item.id: item.key for item in suite.items}
@@ -147,7 +147,7 @@ def _ask_rest(
 
 
 def _steered(engine: Any, options: Asking) -> AbstractContextManager[None]:
-    """The engine's model with the steering vector that was asked for."""
+    """A context that applies the requested steering vector, if any, to the engine's model."""
     if options.steer is None:
         return nullcontext()
     from vlmgraft.hf.steering import Steering
@@ -176,8 +176,8 @@ def compare(
         second: the same; evaluated into `out/second`.
         out: where `comparison.json` and `comparison.md` are written; optional for two evaluations.
     Raises:
-        DataError: the runs share no scored item, or their items differ. OutputError: `out` is or surrounds one of them,
-            or holds anything else than a comparison.
+        DataError: the runs share no scored item, or their items differ. OutputError: `out` is or contains one of them,
+            or holds files that are not a comparison's.
     """
     if out is not None:
         refuse_output(Path(out), [first, second], ours=lambda name: name in COMPARISON or name.startswith("."))
@@ -253,7 +253,7 @@ def _engine(model: str | Path, suite: Suite, options: Asking) -> Any:
         raise InputError(f"device {device!r}: cannot be used ({str(error)[:120]}); write cpu, or another") from error
     try:
         loaded = load_vlm(model, options.dtype, device)
-    except CheckpointError as error:  # it may be a text model; if it is neither, the first reason is the one to tell
+    except CheckpointError as error:  # it may be a text model; if it is neither, the first error is reported
         try:
             loaded = load_text_model(model, options.dtype, device)
         except CheckpointError:
@@ -273,7 +273,7 @@ def _harness(model: str | Path, tasks: str, out: Path, settings: dict[str, Any],
 
 
 def _names(first: str | Path, second: str | Path) -> tuple[str, str]:
-    """Short names that differ, by as many folders above them as that takes."""
+    """Short names that differ, with as many parent folders as that needs."""
     short = "first", "second"
     for count in range(1, 1 + max(len(Path(side).parts) for side in (first, second))):
         short = "/".join(Path(first).parts[-count:]), "/".join(Path(second).parts[-count:])

@@ -1,4 +1,4 @@
-"""The folder of an evaluation: what was asked of whom (run.json), records, summary, and a receipt over all of them."""
+"""The folder of an evaluation: its settings (run.json), records, summary, and a receipt over all of them."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ RUN, SUMMARY, TABLE = "run.json", "summary.json", "summary.md"
 
 @contextmanager
 def opened(out: Path, settings: dict[str, Any], resume: bool, model: str | Path) -> Iterator[Path]:
-    """The folder to work in: hidden beside `out` until it is done, `out` itself where that is finished already.
+    """The working folder: hidden next to `out` until the run is done, or `out` itself if that is finished already.
 
-    Refuses an `out` that exists; with `resume`, one that was begun with other settings. Batch size and device may
-    change, so that a run which ended for want of memory can go on elsewhere. What an interruption leaves is kept.
+    Raises OutputError if `out` exists or, with `resume`, was begun with other settings. Batch size and device may
+    change, so that a run that ran out of memory can be resumed elsewhere. The files of an interrupted run are kept.
     """
     publication = Publication(out, "evaluation", keep_refused=True)
     hidden = publication.folder
@@ -58,7 +58,7 @@ def opened(out: Path, settings: dict[str, Any], resume: bool, model: str | Path)
 
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Raise OutputError where a folder was begun with other settings."""
+    """Raise OutputError if a folder was begun with other settings."""
     before, now = (_kept(asked) for asked in (read_json(folder / RUN), settings))
     changed = [name for name in now if before.get(name) != now[name]]
     if changed:
@@ -69,8 +69,8 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _kept(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that a resumed run must share, as JSON values; of paths the names, as the digests of weights and
-    items say what lies there."""
+    """The settings that a resumed run must share, as JSON values. Paths are reduced to names, because the digests of
+    weights and items identify their contents."""
     asking = settings.get("asking")
     if isinstance(asking, dict):
         asking = {name: value for name, value in asking.items() if name not in ("batch_size", "device")}
@@ -84,17 +84,17 @@ def _name(source: str) -> str:
 
 
 def start(out: Path, settings: dict[str, Any]) -> None:
-    """Write what is about to be asked, without absolute paths."""
+    """Write the settings of the run, without absolute paths."""
     write_json(out / RUN, portable(settings, out))
 
 
 def stored_records(out: Path) -> list[Record]:
-    """The records that are there."""
+    """The records already in the folder, if any."""
     return load_records(out / RECORDS) if (out / RECORDS).is_file() else []
 
 
 def finish(out: Path, records: Sequence[Record], duplicates: int, seed: int, judge: Judge | None = None) -> Summary:
-    """Write the records in order, their summary and the receipt; nothing where that is done already."""
+    """Write the records in order, their summary and the receipt, unless the folder is already finished."""
     judged = judge.verdicts(records) if judge else None
     summary = summarise(records, duplicates=duplicates, seed=seed, judged=judged)
     if (out / RECEIPT).is_file() and (out / SUMMARY).is_file():
@@ -107,7 +107,7 @@ def finish(out: Path, records: Sequence[Record], duplicates: int, seed: int, jud
 
 
 def fingerprint(model: str | Path) -> str | None:
-    """A digest of a local folder's weight files (names, sizes, both ends); None for a hub id."""
+    """A digest of a local folder's weight files (names, sizes, first and last 64 KiB); None for a hub id."""
     files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
     if not files:
         return None

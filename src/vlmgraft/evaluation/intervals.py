@@ -1,7 +1,7 @@
 """95 % intervals over items: the percentile bootstrap (Efron, 1979) and Wilson's score interval (1927).
 
-Paired differences resample the items of both models at once. Where every answer is right, or none is, resampling gives
-an interval without width; Wilson's is taken there.
+Paired differences resample the items of both models together. If all answers are right, or all wrong, the bootstrap
+interval has zero width; Wilson's interval is used instead.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ class Estimate:
     high: float
 
     def percent(self) -> str:
-        """Such as "72.7 [69.1, 76.2]", in percent."""
+        """The estimate in percent, such as "72.7 [69.1, 76.2]"."""
         return f"{100 * self.mean:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
     def signed(self) -> str:
-        """Of a difference, in points, such as "+2.1 [-0.4, +4.6]"."""
+        """A difference in percentage points, such as "+2.1 [-0.4, +4.6]"."""
         return f"{100 * self.mean:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
 
 
 def bootstrap(groups: Sequence[ArrayLike], seed: int = 0, *, level: float = LEVEL) -> Estimate:
-    """The mean over groups of their mean value, items resampled within each group.
+    """The mean of the groups' means, with items resampled within each group.
 
     Args:
-        groups: one array of values per task, so that tasks of different sizes count alike.
-        level: of the interval, 95 % if not given.
+        groups: one array of values per task, so that tasks of different sizes have equal weight.
+        level: confidence level of the interval, 95 % by default.
     Raises:
         ValueError: a group is empty.
     """
@@ -51,7 +51,7 @@ def bootstrap(groups: Sequence[ArrayLike], seed: int = 0, *, level: float = LEVE
     centre = _mean_of_means(*arrays)
     if all(np.ptp(array) == 0 for array in arrays):
         return Estimate(float(centre), float(centre), float(centre))
-    # scipy takes no sample of one value; repeated, it still resamples to itself
+    # scipy rejects samples of one value; if the value is repeated, all resamples stay the same
     samples = [array if array.size > 1 else np.repeat(array, 2) for array in arrays]
     how = {"n_resamples": RESAMPLES, "confidence_level": level, "method": "percentile", "vectorized": True}
     result = stats.bootstrap(samples, _mean_of_means, rng=np.random.default_rng(seed), **how)

@@ -1,6 +1,6 @@
-"""What is asked: items, grouped in suites. Images are named here and opened when they are asked about.
+"""Items, grouped in suites. Images are only referenced here, and opened when their question is asked.
 
-Nobody vouched for them: a missing, corrupt or enormous image becomes a reason, not a crash.
+Images are untrusted: a missing, corrupt or enormous one becomes a fault of its item, not a crash.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GroupScore = Literal["", "all_right", "worst", "four_way", "pairs"]
 
 @dataclass(frozen=True)
 class Expected:
-    """What an item's answer is compared with: reference answers, lettered choices, decimals that are enough."""
+    """What an answer is compared with: reference answers, lettered choices, the number of decimals that suffice."""
 
     answers: tuple[str, ...]
     choices: tuple[str, ...] = ()
@@ -33,10 +33,10 @@ class Expected:
 
 @dataclass(frozen=True)
 class Item:
-    """One question with what is needed to ask and to score it.
+    """One question with everything needed to ask and to score it.
 
-    answers: references; none of them leaves the item unscored. metric: a key of `METRICS`. group, part: which items
-    are scored together, and the item's place among them. fault: why it cannot be asked, "" when it can.
+    answers: references; an item without any is not scored. metric: a key of `METRICS`. group, part: the items that
+    are scored together, and the item's place among them. fault: why the item cannot be asked, or "".
     """
 
     id: str
@@ -56,7 +56,7 @@ class Item:
 
     @property
     def expected(self) -> Expected:
-        """What the metric compares with; the choices may stand in the question itself."""
+        """What the metric compares an answer with; missing choices are parsed from the question."""
         return Expected(self.answers, self.choices or choices_within(self.question), self.precision)
 
     @property
@@ -68,8 +68,8 @@ class Item:
 
 @dataclass(frozen=True)
 class Suite:
-    """Items of one or several tasks; `suffix` is written below every question, `max_new_tokens` what answers need;
-    `duplicates` counts ids that stood twice in the source (the later ones were renamed)."""
+    """Items of one or several tasks. `suffix` is written below every question, `max_new_tokens` is the length that
+    answers need, `duplicates` counts the repeated ids in the source, which were renamed."""
 
     name: str
     items: tuple[Item, ...]
@@ -79,7 +79,7 @@ class Suite:
 
     @property
     def digest(self) -> str:
-        """Of all items, in order: what a resumed run must find again."""
+        """A digest of all items in order, which a resumed run must reproduce."""
         questions = "".join(f"{item.id}\0{item.key}\0" for item in self.items) + self.suffix
         return hashlib.sha256(questions.encode()).hexdigest()[:16]
 
@@ -103,7 +103,7 @@ def unique(items: Sequence[Item]) -> tuple[tuple[Item, ...], int]:
 
 
 def circular(items: Sequence[Item]) -> list[Item]:
-    """Every item with choices and a known answer in all rotations of its choices, right only if all are right."""
+    """Replace each item that has choices and a known answer by all rotations of its choices; all must be right."""
     result: list[Item] = []
     for item in items:
         answer = _answer_text(item)
@@ -118,7 +118,7 @@ def circular(items: Sequence[Item]) -> list[Item]:
 
 
 def _answer_text(item: Item) -> int | None:
-    """The place of the one right choice; None without choices or with another number of answers."""
+    """The index of the only right choice; None without choices, or if there is not exactly one right choice."""
     if len(item.choices) < 2 or len(item.answers) != 1:
         return None
     picked = expected_letters(item.answers[0], item.choices)
@@ -155,7 +155,7 @@ def rotations(choices: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def image_size(source: ImageSource) -> tuple[int, int]:
-    """Width and height of the image, which is not decoded; raises DataError where `open_image` does for its header."""
+    """Width and height without decoding the image; raises DataError for an invalid header, as `open_image` does."""
     if callable(source) and not isinstance(source, Image.Image):
         source = source()
     if isinstance(source, Image.Image):

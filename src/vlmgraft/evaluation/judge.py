@@ -1,7 +1,7 @@
-"""A model as judge, beside the rules: an OpenAI-compatible endpoint (a hosted one, or a local vLLM server).
+"""A model as judge in addition to the rules: an OpenAI-compatible endpoint (hosted, or a local vLLM server).
 
-The judge sees question, reference and answer, and says whether the answer is right. Its verdicts are kept on disk, so
-no answer is judged twice; the summary shows its score and how often it agrees with the rules, whose score counts.
+The judge sees question, reference and answer, and says whether the answer is right. Its verdicts are cached on disk.
+The summary shows the judge's score and its agreement with the rules; the headline score remains that of the rules.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Question: {question}
 Reference: {reference}
 Answer: {answer}"""
 LONGEST_ANSWER = 6_000
-"""Characters of an answer that the judge reads, at its end."""
+"""Number of characters, from the end of an answer, that the judge reads."""
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Where to ask. The key, where one is needed, is read from the environment variable OPENAI_API_KEY.
+    """A judge's endpoint. The key, if one is needed, is read from the environment variable OPENAI_API_KEY.
 
     url: the endpoint's base, such as http://127.0.0.1:8000/v1. cache: a file of verdicts as JSON lines.
     """
@@ -42,10 +42,10 @@ class Judge:
     cache: Path
 
     def verdicts(self, records: Sequence[Record]) -> dict[str, bool | None]:
-        """Record id → right, wrong, or None where the judge's reply is neither yes nor no.
+        """Record id → right, wrong, or None if the judge's reply is neither yes nor no.
 
-        Only scored records with an answer are judged. Raises VlmgraftError when the endpoint cannot be reached; what
-        was judged before is kept.
+        Only records with the state "scored" are judged. Raises VlmgraftError if the endpoint cannot be reached; earlier
+        verdicts are kept.
         """
         known = {row["key"]: row["right"] for row in read_rows(self.cache)} if self.cache.is_file() else {}
         verdicts: dict[str, bool | None] = {}
@@ -72,7 +72,7 @@ class Judge:
 
 
 def agreement(records: Sequence[Record], verdicts: Mapping[str, bool | None]) -> dict[str, float]:
-    """The judge's score, and the share of its verdicts in which the rules agree (right is a score of ½ or more)."""
+    """The judge's score, and the share of its verdicts that the rules agree with (a score of ½ or more is right)."""
     pairs = [
         (right, (record.score or 0) >= 0.5) for record in records if (right := verdicts.get(record.id)) is not None
     ]

@@ -1,8 +1,8 @@
 """The bridge to lmms-eval: run that harness on a folder, and read its sample logs as our records.
 
-The harness wants an environment of its own (it brings 7 GB): VLMGRAFT_LMMS_PYTHON names its Python; without it, this
-environment is looked through. VLMGRAFT_LMMS_ARGS is written behind the harness's command line, where it can add options
-or replace ours (`--model`, `--model_args`, `--include_path`).
+The harness should have its own environment (it installs 7 GB), whose Python VLMGRAFT_LMMS_PYTHON names; without it, the
+harness is run from this environment. VLMGRAFT_LMMS_ARGS is appended to the harness's command line, where it can add
+options or override ours (`--model`, `--model_args`, `--include_path`).
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ def run_lmms(
     batch_size: int = 1,
     seed: int = 0,
 ) -> list[Record]:
-    """Run the harness on `tasks` (separated by commas) and read its logs, kept in `out/lmms` and not made again.
+    """Run the harness on `tasks` (separated by commas) and read its logs from `out/lmms`; existing logs are reused.
 
-    python: see `harness_python`. Raises VlmgraftError when the harness failed; its log says why.
+    python: see `harness_python`. Raises VlmgraftError if the harness fails; its log says why.
     """
     logs = out / "lmms"
     if not sample_files(logs):
@@ -106,7 +106,7 @@ def harness_command(
 
 
 def _harness_model(model: str | Path) -> str:
-    """The harness's name for a folder's kind of model; its generic one where it has none."""
+    """The harness's model name for a folder's `model_type`; its generic "huggingface" for unknown types."""
     config = Path(model) / "config.json"
     kind = load_json(config).get("model_type") if config.is_file() else None
     return _MODELS.get(str(kind), "huggingface")
@@ -119,7 +119,7 @@ def _has_gpu() -> bool:
 
 
 def sample_files(logs: Path) -> list[Path]:
-    """The sample logs below a folder, the newest of every task, in the order of the tasks' names."""
+    """The newest sample log of every task below a folder, sorted by task name."""
     newest: dict[str, Path] = {}
     for file in sorted(logs.rglob("*samples_*.jsonl"), key=lambda file: file.name):
         newest[task_of(file)] = file
@@ -127,7 +127,7 @@ def sample_files(logs: Path) -> list[Path]:
 
 
 def task_of(file: Path) -> str:
-    """The task's name in the name of a sample log."""
+    """The task name in a sample log's file name."""
     return _DATED.sub("", file.stem)
 
 
@@ -146,10 +146,10 @@ def read_samples(file: Path) -> list[Record]:
 
 
 def translate(row: dict[str, Any], task: str) -> Record:
-    """One sample as a record. The score is the harness's own, of the first measure that gives one in [0, 1] for every
-    item; where it gives none (a judge's text, a submission), ours, against its target.
+    """Convert one sample to a record. The score is the harness's first per-item metric in [0, 1]; without one (a
+    judge's text, a submission), the output is scored here against the harness's target.
 
-    What it does not log stays unknown: the prompt is the text before the chat template, and `cut` is false.
+    Fields that the harness does not log stay unknown: the prompt is the text before the chat template, `cut` is false.
     """
     output = _text(row["resps"] if "resps" in row else row["filtered_resps"])
     name, score = _score(row)

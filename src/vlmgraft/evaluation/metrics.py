@@ -1,4 +1,4 @@
-"""The scores that benchmarks are published with. Pure, no torch.
+"""The metrics that benchmarks are published with. Pure, no torch.
 
 Item scores take a model's whole output and the reference answers, and give a `Verdict`. Group scores take item
 scores that belong together (rotations of one question, variants, the steps of one problem).
@@ -37,7 +37,7 @@ _CONTRACTIONS = {
     for at, char in enumerate(word)
     if char == "'"
 } | {"somebody'd": "somebodyd"}
-"""Words with one apostrophe left out → the word, as EvalAI's table has them (the last the other way round)."""
+"""Words with one apostrophe missing → the word, as in EvalAI's table (which reverses the last entry)."""
 _MAGNITUDE = re.compile(r"\b(?:hundred|thousand|million|billion|trillion|mn|bn)\b", re.IGNORECASE)
 
 
@@ -45,13 +45,13 @@ Metric = Callable[[str, Expected], Verdict]
 
 
 def auto(output: str, expected: Expected) -> Verdict:
-    """By the kind of the reference answer: option, yes or no, number, list, expression or text; the best of several."""
+    """Compare by the reference's type: option, yes or no, number, list, expression or text; the best match counts."""
     verdicts = [judge(output, each, expected.choices, precision=expected.precision) for each in expected.answers]
     return max(verdicts, key=lambda verdict: (verdict.score, verdict.found))
 
 
 def exact(output: str, expected: Expected) -> Verdict:
-    """The final answer and nothing else, by `same_answer`; both sides are read the same way."""
+    """Whether the final answer equals a reference by `same_answer`; both are extracted in the same way."""
     answer, how = read_final(output)
     right = any(same_answer(answer, final_answer(each)) for each in expected.answers)
     return Verdict(answer, float(right), bool(answer), how)
@@ -73,8 +73,8 @@ def vqa_form(text: str) -> str:
     """The form in which EvalAI compares answers to TextVQA and VizWiz: lower case, number words as digits, no articles,
     contractions with their apostrophe, no punctuation.
 
-    Commas and question marks go, "'s" stands apart. A mark beside a space is dropped, one inside a word becomes a
-    space. Full stops go unless a digit follows.
+    Commas and question marks are dropped, "'s" becomes a separate word. Another mark is dropped if it occurs next to a
+    space anywhere, else it becomes a space. Full stops are dropped unless a digit follows.
     """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     spaced = text = text.replace("\n", " ").replace("\t", " ").strip()
@@ -86,11 +86,11 @@ def vqa_form(text: str) -> str:
 
 
 def relaxed(output: str, expected: Expected) -> Verdict:
-    """ChartQA (Masry et al., 2022): numbers within 5 % of the reference, other answers as texts, case aside.
+    """ChartQA (Masry et al., 2022): numbers within 5 % of the reference, other answers as texts, ignoring case.
 
-    Years, being numbers, profit from the 5 % too, and nothing is within 5 % of zero: that is the published measure. It
-    takes the whole output as the answer; here the answer is read first, and a percent sign or a magnitude ("million")
-    that only one side has is forgiven.
+    As published, the 5 % apply to years too, and a reference of zero has no tolerance. The published metric takes the
+    whole output as the answer; here the answer is extracted first, and a percent sign or a magnitude ("million") that
+    only one side has is ignored.
     """
     answer, how = read_final(output)
     for reference in expected.answers:
@@ -109,7 +109,7 @@ def relaxed(output: str, expected: Expected) -> Verdict:
 
 
 def stance(output: str, expected: Expected) -> Verdict:
-    """Yes or no, as HallusionBench has it judged ("1" is yes). No stance is wrong, and counted as not found."""
+    """Yes or no, as in HallusionBench (reference "1" is yes). An answer that is neither is wrong and not found."""
     answer, how = read_final(output)
     taken, wanted = yes_or_no(answer), key(expected.answers[0]) in ("yes", "true", "1")
     label = answer if taken is None else "yes" if taken else "no"
@@ -117,8 +117,8 @@ def stance(output: str, expected: Expected) -> Verdict:
 
 
 def pope(output: str, expected: Expected) -> Verdict:
-    """POPE (Li et al., 2023): an answer whose first sentence has the word "no" or "not" is a no, any other a yes.
-    Denials that this misses ("NO!", "There isn't a dog") are read; without any stance it is "not found"."""
+    """POPE (Li et al., 2023): an answer is "no" if its first sentence has the word "no" or "not", else "yes". Other
+    denials ("NO!", "There isn't a dog") count as "no", and an answer that is neither is marked as not found."""
     answer, how = read_final(output)
     sentence = answer.split(".")[0]
     denied = {"No", "no", "not"} & set(sentence.replace(",", "").split()) or yes_or_no(sentence) is False
@@ -127,22 +127,22 @@ def pope(output: str, expected: Expected) -> Verdict:
 
 
 def contains(output: str, expected: Expected) -> Verdict:
-    """OCRBench (Liu et al., 2024): a reference stands in the answer, case and line breaks aside."""
+    """OCRBench (Liu et al., 2024): whether the answer contains a reference, ignoring case and line breaks."""
     answer = without_reasoning(output).strip().replace("\n", " ")
     wanted = [reference.lower().strip().replace("\n", " ") for reference in expected.answers]
     return Verdict(answer, float(any(text and text in answer.lower() for text in wanted)), bool(answer), "text")
 
 
 def contains_unspaced(output: str, expected: Expected) -> Verdict:
-    """OCRBench on HME100k: a formula stands in the answer, spaces and line breaks aside, with its case."""
+    """OCRBench on HME100k: whether the answer contains a formula, ignoring spaces and line breaks but not case."""
     answer = without_reasoning(output).replace("\n", "").replace(" ", "")
     wanted = [reference.replace("\n", "").replace(" ", "") for reference in expected.answers]
     return Verdict(answer, float(any(text and text in answer for text in wanted)), bool(answer), "text")
 
 
 def mathvista(output: str, expected: Expected) -> Verdict:
-    """MathVista (Lu et al., 2024): where the reference is an integer, the decimals of an answer are cut off; else it is
-    rounded to the decimals that the question asks for. The published reader is a model; ours goes by rules."""
+    """MathVista (Lu et al., 2024): numbers are rounded to the decimals that the question asks for; without them, the
+    answer is truncated to match an integer reference. MathVista extracts answers with a model, vlmgraft with rules."""
 
     def near(stated: Quantity, wanted: Quantity) -> bool:
         if not expected.precision:
@@ -153,8 +153,8 @@ def mathvista(output: str, expected: Expected) -> Verdict:
 
 
 def dynamath(output: str, expected: Expected) -> Verdict:
-    """DynaMath (Zou et al., 2024): of a JSON answer the field "short answer"; its number must stand first and be within
-    0.001; a text is right if the field contains it, case included."""
+    """DynaMath (Zou et al., 2024): uses the field "short answer" of a JSON answer. A number must come first in it and
+    be within 0.001; a text is right if the field contains it in the same case."""
 
     def near(stated: Quantity, wanted: Quantity) -> bool:
         return abs(stated.value - wanted.value) <= Fraction(1, 1000)
@@ -179,7 +179,7 @@ def _plain_number(text: str) -> bool:
 
 
 def two_decimals(output: str, expected: Expected) -> Verdict:
-    """MathVision (Wang et al., 2024): numbers that are equal at two decimals are the same."""
+    """MathVision (Wang et al., 2024): numbers are equal if they agree when rounded to two decimals."""
 
     def near(stated: Quantity, wanted: Quantity) -> bool:
         return round(stated.value, 2) == round(wanted.value, 2)
@@ -188,8 +188,8 @@ def two_decimals(output: str, expected: Expected) -> Verdict:
 
 
 def mmmu(output: str, expected: Expected) -> Verdict:
-    """MMMU (Yue et al., 2024): numbers equal at two decimals, a text if the final answer contains it. The published
-    parser guesses a letter where none is said; here that is wrong."""
+    """MMMU (Yue et al., 2024): numbers must agree at two decimals; a text is right if the final answer contains it. The
+    published parser guesses a letter if the answer names none; here such an answer is wrong."""
 
     verdict = two_decimals(output, expected)
     if verdict.score or expected.choices:
@@ -201,7 +201,7 @@ def mmmu(output: str, expected: Expected) -> Verdict:
 
 
 def _or_near(verdict: Verdict, output: str, expected: Expected, near: Callable[[Quantity, Quantity], bool]) -> Verdict:
-    """The verdict, or right where the stated number is near enough to a reference."""
+    """The verdict, or a right one if the stated number is `near` a reference."""
     if verdict.score or expected.choices:
         return verdict
     stated, reading = stated_answer(output)
@@ -227,11 +227,11 @@ METRICS: Mapping[str, Metric] = {
     "mmmu": mmmu,
 }
 FREE_FORM = frozenset({"auto", "mathvista", "mathvision", "dynamath", "mmmu"})
-"""Metrics of answers that a token limit may have cut in the middle of a number."""
+"""Metrics of free-form answers, which a token limit may cut in the middle of a number."""
 
 
 def binary(said_yes: Sequence[bool], is_yes: Sequence[bool]) -> dict[str, float]:
-    """POPE's figures of yes-or-no answers, shares in [0, 1]; "yes" is the positive class, a share of nothing is 0."""
+    """POPE's metrics of yes-or-no answers, in [0, 1]; "yes" is the positive class, and 0 / 0 counts as 0."""
     both = sum(answer and true for answer, true in zip(said_yes, is_yes, strict=True))
     precision, recall = (both / total if (total := sum(group)) else 0.0 for group in (said_yes, is_yes))
     f1 = 2 * precision * recall / (precision + recall) if both else 0.0
@@ -239,14 +239,14 @@ def binary(said_yes: Sequence[bool], is_yes: Sequence[bool]) -> dict[str, float]
 
 
 def four_way(problems: Sequence[tuple[Sequence[bool], bool]]) -> dict[str, float]:
-    """WeMath's four ways to answer a problem whose steps are asked too (Qiao et al., 2024), shares in [0, 1].
+    """WeMath's four outcomes of a problem whose steps are asked too (Qiao et al., 2024), as shares in [0, 1].
 
-    insufficient: problem wrong, a step wrong. inadequate: problem wrong though all steps are right. mastery: both
-    right. rote: problem right without its steps, as a share of the problems solved. strict: one wrong step makes a
+    insufficient: problem and a step wrong. inadequate: problem wrong, all steps right. mastery: problem and steps
+    right. rote: problem right but not its steps, as a share of the solved problems. strict: one wrong step makes a
     right problem rote; loose: only if all steps are wrong. score = mastery + inadequate / 2.
 
     Args:
-        problems: each (steps right or wrong, the whole right or wrong).
+        problems: (whether each step is right, whether the problem is right) of every problem.
     Raises:
         ValueError: there is no problem, or one without steps.
     """

@@ -15,9 +15,9 @@ from vlmgraft.evaluation.summary import KINDS, markdown_line, units
 class TaskComparison:
     """One line of a comparison: a task, or the mean over the tasks of a kind.
 
-    first, second: scores with their intervals; difference: second minus first, paired. only_first, only_second: units
-    that one model alone gets right; p: McNemar's exact two-sided test on those (None where scores are not all 0 or 1,
-    and for averages). units: on how many both have a score.
+    first, second: scores with their intervals; difference: second minus first, paired. only_first, only_second: number
+    of units that only this model gets right; p: McNemar's exact two-sided test on them (None for averages, and unless
+    all scores are 0 or 1). units: number of units that both models have a score for.
     """
 
     name: str
@@ -33,7 +33,7 @@ class TaskComparison:
 
 @dataclass(frozen=True)
 class Paired:
-    """The comparison of two runs: tasks, then averages; how many items only one of them holds."""
+    """The comparison of two runs: tasks, averages, and the numbers of items that only one run contains."""
 
     first: str
     second: str
@@ -53,7 +53,7 @@ def compare_records(
     """Pair the units of two runs by task and id.
 
     Raises:
-        DataError: they share no scored item, or an id stands for another question.
+        DataError: the runs share no scored item, or an id belongs to different questions in them.
     """
     _same_items(first, second)
     pairs = {}
@@ -88,7 +88,7 @@ def _row(name: str, kind: str, pairs: Sequence[tuple[list[float], list[float]]],
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """McNemar's exact two-sided p (1947; binomial): how often a fair coin splits the discordant units so unevenly.
+    """McNemar's exact two-sided p-value (1947): a binomial test that the discordant units split evenly.
 
     >>> mcnemar(0, 5)
     0.0625
@@ -111,7 +111,7 @@ def _same_items(first: Sequence[Record], second: Sequence[Record]) -> None:
 
 
 def comparison_table(paired: Paired) -> str:
-    """The table the papers print: each task, then the averages, with the paired difference."""
+    """The comparison as a Markdown table: each task, then the averages, with paired differences."""
     first, second = paired.first, paired.second
     header = ["task", first, second, "difference", f"only {first} right", f"only {second} right", "McNemar p", "items"]
     lines = [markdown_line(header), "|" + "---|" * len(header)]

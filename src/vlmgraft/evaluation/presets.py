@@ -1,7 +1,7 @@
-"""The published column layouts of benchmarks, as data: what to read, how to ask, how to score.
+"""The published column layouts of benchmarks, as data: which columns to read, how to ask, how to score.
 
-No benchmark's data is here. A preset reads the layout from its home on the hub (`source`, `split`) or from a local copy
-in the same layout. Layouts as published in 2026, checked against the readers of lmms-eval 0.7.3.
+No benchmark data is included. A preset reads the data set on the hub (`source`, `split`) or a local copy with the same
+layout. Layouts as published in 2026, checked against the readers of lmms-eval 0.7.3.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ UNANSWERABLE = 'When the information is insufficient, answer "unanswerable". ' +
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column holds what: of several names the first that a row has and that is not empty.
+    """Column names of every field; of several names, the first non-empty column of a row is used.
 
-    images: one that ends in "*" stands for all columns that begin so. id: all columns, joined by "/"; none of them: the
-    row's number. answers: one value, or a list of them, or of objects with "answer". group: all columns, joined by "/";
-    a name that ends in "|" ends one group's name and begins another's.
+    images: a name that ends in "*" matches all columns with that prefix. id: all columns, joined by "/"; the row's
+    index if it has none of them. answers: one value, a list of values, or a list of objects with "answer". group: all
+    columns, joined by "/"; a name that ends in "|" ends one group's name, and the next name begins another's.
     """
 
     question: tuple[str, ...] = ("question",)
@@ -59,9 +59,9 @@ class Preset:
 
 
 _OPTIONS_INSIDE: tuple[str, ...] = ()
-"""The question lists its choices itself."""
+"""No column: the question's text lists the choices."""
 _SET = ("category", "subcategory", "set_id")
-"""What HallusionBench calls one set of figures and questions by."""
+"""The columns that identify one set of figures and questions in HallusionBench."""
 
 PRESETS: Mapping[str, Preset] = {
     "mathvista": Preset(

@@ -34,8 +34,8 @@ def load_suite(
     registered source.
 
     Args:
-        columns: field of `Columns` → column name (or several, separated by "+"), over the preset's.
-        limit: the first so many rows; a registered source shares them out over its tasks.
+        columns: field of `Columns` → column name (or several, separated by "+"), overriding the preset's.
+        limit: number of rows, from the first; a registered source divides it among its tasks.
         turn_options: ask every rotation of lettered choices (circular evaluation).
     Raises:
         DataError: the source cannot be read, no row has the question's column, or a column map names an unknown field.
@@ -126,8 +126,8 @@ def _joined(row: Row, names: Sequence[str]) -> str:
 
 
 def _answers(value: Any, choices: Sequence[str]) -> tuple[str, ...]:
-    """References: a value, a list of values, or of objects with "answer" (VizWiz), or the text form of a list of texts
-    (MMMU); none of them is the empty text. A whole number that is none of the choices is a place among them, from 0."""
+    """References from one value, a list of values or of objects with "answer" (VizWiz), or a list of texts in text form
+    (MMMU), without blank ones. An integer that is not itself a choice is an index into the choices, from 0."""
     listed = value if isinstance(value, list | tuple) else _listed(value) or [value]
     values = [each.get("answer") if isinstance(each, dict) else each for each in listed]
     answers = tuple(_number(each) for each in values if each is not None and str(each).strip())
@@ -140,7 +140,7 @@ def _answers(value: Any, choices: Sequence[str]) -> tuple[str, ...]:
 
 
 def _listed(value: Any) -> list[str] | None:
-    """The list that a text such as "['7', 'seven']" writes; None for other texts, also lists of numbers."""
+    """Parse a text such as "['7', 'seven']" as a list; None for other texts, including lists of numbers."""
     if not isinstance(value, str) or not value.lstrip().startswith(("['", '["')):
         return None
     try:
@@ -156,7 +156,7 @@ def _number(value: Any) -> str:
 
 
 def _choices(value: Any) -> tuple[str, ...]:
-    """A list of texts; the text form of such a list (MMMU); or lettered texts in a row (WeMath: "A. 3; B. 4")."""
+    """Choices from a list, a list in text form (MMMU), or lettered texts in one line (WeMath: "A. 3; B. 4")."""
     if isinstance(value, str):
         value = _listed(value) or lettered(value)
     if isinstance(value, dict):
@@ -182,7 +182,7 @@ def _precision(value: Any) -> int | None:
 
 
 def _images(row: Row, names: Sequence[str], folder: Path | None) -> tuple[tuple[ImageSource, ...], str]:
-    """The pictures of a row, and what is wrong with them."""
+    """The images of a row, and the fault of the first invalid one, or ""."""
     sources: list[ImageSource] = []
     for value in _pictures(row, names):
         for each in value if isinstance(value, list | tuple) else [value]:

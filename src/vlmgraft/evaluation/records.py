@@ -21,12 +21,12 @@ State = Literal["scored", "unscored", "failed", "not asked"]
 
 @dataclass(frozen=True)
 class Record:
-    """What became of one item.
+    """The outcome of one item.
 
-    state: scored; unscored (asked, but no reference answer); failed (the model could not be asked: counts as wrong);
-    not asked (the item itself is at fault: counts nowhere, but is listed). score in [0, 1], None unless scored or
-    failed. tokens of the answer, the end token included; cut: the limit came before the end; found: an answer could
-    be read; repeated: the answer ends in a loop. images: how many were shown.
+    state: scored; unscored (answered, but without a reference answer); failed (the model raised an error: counts as
+    wrong); not asked (the item is invalid: listed, but not counted). score: in [0, 1], None unless scored or failed.
+    tokens: of the answer, with the end token. cut: the token limit ended the answer. found: an answer could be read.
+    repeated: the answer ends in a loop. images: the number of images shown.
     """
 
     id: str
@@ -63,12 +63,12 @@ class Record:
 
     @property
     def empty(self) -> bool:
-        """Asked, and nothing was said."""
+        """Whether the model was asked and its answer is blank."""
         return self.state in ("scored", "unscored") and not self.output.strip()
 
 
 _RECORD = TypeAdapter(Record)
-"""Reads a record's JSON: fields that are missing, and values of another type, are refused, unknown ones ignored."""
+"""Validates a record's JSON: missing fields and values of another type are errors, unknown fields are ignored."""
 
 
 def record_of(item: Item, prompt: str, output: str, *, tokens: int, prompt_tokens: int, cut: bool) -> Record:
@@ -87,16 +87,15 @@ def record_of(item: Item, prompt: str, output: str, *, tokens: int, prompt_token
 
 
 def _unfinished(item: Item, output: str) -> bool:
-    """Whether the limit may have cut the answer itself: a number or a text of one's own at the very end, without a box
-    or tag that closes. "1" may have gone on as "15"; a chosen letter, and yes or no, stand where they are."""
+    """Whether the token limit may have cut the answer itself: a free-form number or text at the very end, outside a
+    closed box or tag. "1" may be the beginning of "15"; the letter of a choice, yes and no are complete."""
     answer, how = read_final(output)
     stands = item.metric not in FREE_FORM or item.choices or how in ("box", "tag")
     return not stands and yes_or_no(answer) is None and output.rstrip().endswith(answer)
 
 
 def fault_record(item: Item, fault: str, *, failed: bool) -> Record:
-    """The record of an item that was not answered: the model failed (a wrong answer, if there is a right one), or the
-    item is at fault."""
+    """The record of an unanswered item: the model failed (score 0 if there is a reference), or the item is invalid."""
     score = 0.0 if failed and item.answers else None
     nothing: dict[str, Any] = {"prompt": item.question, "output": "", "answer": "", "how": "none", "score": score}
     nothing |= {"tokens": 0, "prompt_tokens": 0, "cut": False, "found": False, "repeated": False, "fault": fault}
@@ -112,7 +111,7 @@ def _record(item: Item, **outcome: Any) -> Record:
 
 
 def load_records(path: str | Path) -> list[Record]:
-    """The records of a file or an evaluation's folder; a last line cut short is dropped. Raises DataError with file and
+    """The records of a file or an evaluation's folder, without a truncated last line. Raises DataError naming file and
     line."""
     path = Path(path) / RECORDS if Path(path).is_dir() else Path(path)
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""From records to figures and their table: scores with intervals, and the counts that say how far to believe them."""
+"""From records to a summary and its table: scores with intervals, and counts that show how reliable they are."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COLUMNS = ("task", "kind", "measure", "score", "items", *DOUBTS, "tokens")
 
 @dataclass(frozen=True)
 class Counts:
-    """How many items: asked, with a score, right; and what casts doubt on the score. tokens: mean per answer."""
+    """Numbers of items: all, scored, right, and those that cast doubt on the score. tokens: mean per answer."""
 
     items: int
     scored: int
@@ -51,7 +51,7 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class Summary:
-    """All tasks, and the mean over the tasks of each kind (every task counts alike)."""
+    """All tasks, and the mean over the tasks of each kind (with equal weights)."""
 
     tasks: tuple[TaskScore, ...]
     averages: Mapping[str, Estimate]
@@ -65,10 +65,10 @@ class Summary:
 
 
 def units(records: Sequence[Record]) -> dict[str, float]:
-    """What a task's headline is the mean of: unit id → score in [0, 1].
+    """The scores whose mean is a task's headline score: unit id → score in [0, 1].
 
-    A unit is an item; all rotations of a question, right only together; or a WeMath problem, 1 when it and all its
-    steps are right, ½ when only the problem is wrong, else 0 (the strict score).
+    A unit is an item; all rotations of a question, right only if all are; or a WeMath problem, 1 if it and all its
+    steps are right, ½ if only the problem is wrong, else 0 (the strict score).
     """
     grouped = {record.pairing for record in records}
     counted = [record for record in records if record.state in COUNTED and record.score is not None]
@@ -87,9 +87,9 @@ def units(records: Sequence[Record]) -> dict[str, float]:
 def summarise(
     records: Sequence[Record], *, duplicates: int = 0, seed: int = 0, judged: Mapping[str, bool | None] | None = None
 ) -> Summary:
-    """The figures of a run. Tasks appear in the order of the records; intervals are deterministic in `seed`.
+    """The summary of a run. Tasks appear in the order of the records; intervals are deterministic in `seed`.
 
-    judged: a judge's verdicts by record id; its score and its agreement with the rules then stand beside each task.
+    judged: a judge's verdicts by record id; its score and its agreement with the rules are added to each task.
     """
     by_task: dict[str, list[Record]] = {}
     for record in records:
@@ -196,7 +196,7 @@ def _categories(records: Sequence[Record]) -> dict[str, tuple[float, int]]:
 
 
 def _problems(records: Sequence[Record]) -> dict[str, tuple[list[bool], bool]]:
-    """WeMath's problems by id: their steps and the whole, problems without either left out."""
+    """WeMath's problems by id, as (steps right, problem right); problems that lack either are left out."""
     steps: dict[str, list[bool]] = {}
     whole: dict[str, bool] = {}
     for record in records:
@@ -212,7 +212,7 @@ def _mastery(steps: Sequence[bool], whole: bool) -> float:
 
 
 def summary_table(summary: Summary) -> str:
-    """Scores in percent with 95 % intervals, and beside them what casts doubt on them."""
+    """Scores in percent with 95 % intervals, beside the counts that cast doubt on them."""
     lines = [markdown_line(list(COLUMNS)), "|" + "---|" * len(COLUMNS)]
     lines += [markdown_line(_cells(task)) for task in summary.tasks]
     for kind, estimate in summary.averages.items():

@@ -1,4 +1,4 @@
-"""The lab: a base LLM, a VLM and a donor, small enough for a laptop, with the effect that the papers are about."""
+"""The lab: a base LLM, a VLM and a donor, small enough for a laptop, that show the effect the papers are about."""
 
 from pathlib import Path
 

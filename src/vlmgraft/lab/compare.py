@@ -33,8 +33,8 @@ LEARNING_RATE, BATCH_SIZE = 0.1, 48
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many questions there are: test and validation exams (per perception task), image questions that gates are
-    learned on and on which the drift is reported, text questions for the donor; and how many steps."""
+    """Numbers of questions: test and validation exams (perception: per task), image questions for learning gates
+    (calibration) and for measuring the KL (held_out), text questions for the donor. steps: training steps."""
 
     sums: int = 400
     perception: int = 150
@@ -53,7 +53,7 @@ Items = Float[np.ndarray, " items"]
 
 @dataclass(frozen=True)
 class Point:
-    """One setting of one method with its marks; `kl` is the drift on held-out image questions in nats per token."""
+    """One setting of one method with its marks; `kl` is the KL on held-out image questions in nats per token."""
 
     method: str
     setting: Mapping[str, float]
@@ -62,14 +62,14 @@ class Point:
 
     @property
     def label(self) -> str:
-        """Such as "λ 1, α 0.1"."""
+        """The setting as a text, such as "λ 1, α 0.1"."""
         names = {"scale": "λ", "inject_weight": "α", "donor_share": "donor share"}
         return ", ".join(f"{names.get(key, key)} {value:g}" for key, value in self.setting.items())
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A setting chosen on validation; `score` orders choices: (sees well enough, reasoning or else perception)."""
+    """A setting tried on validation. `score` ranks settings: (perception suffices, then reasoning, else perception)."""
 
     setting: Mapping[str, float]
     weights: Weights
@@ -81,7 +81,7 @@ class Comparison:
     """Models, factors, exams and cached targets of one run.
 
     trio: folder with base, vlm, donor. factors: of the donor's task vector, by VLM tensor name. seed: of the exams,
-    the calibration questions and the training order; the trio is what it is. The drift is reported on test questions.
+    the calibration questions and the training order, not of the trio. The KL is reported on test questions.
     """
 
     trio: Path
@@ -111,7 +111,7 @@ class Comparison:
 
     @cached_property
     def distiller(self) -> Distiller:
-        """Holds the teacher's answers to calibration questions and to the held-out ones (drift is read off those)."""
+        """Holds the teacher's answers to the calibration questions, and to held-out questions for measuring the KL."""
         held_out = self.exam(self.seed + 1, "test", self.sizes.held_out // 4)
         return Distiller(
             self.vlm,
@@ -145,19 +145,19 @@ class Comparison:
         return self.distiller.donor_targets(self.donor, load_processor(self.trio / "donor"), self.donor_questions)
 
     def donor_on_text(self) -> Estimate:
-        """The donor's accuracy on test sums told in text: what there is to graft."""
+        """The donor's accuracy on test sums told in text: the ability to be grafted."""
         exam = draw_exam(self.seed, "test", {"sum": self.sizes.sums}, as_image=False)
         return exam.mark(self.donor, load_processor(self.trio / "donor")).reasoning
 
     def mark(self, exam: Exam, weights: Weights) -> ExamResult:
-        """An exam taken by the VLM (None), by gates, by other matrices, or by another model."""
+        """The result of an exam. weights: None for the VLM, gates, other matrices, or another model."""
         if weights is None or isinstance(weights, torch.nn.Module):
             return exam.mark(self.vlm if weights is None else weights, self.processor)
         with self.distiller.applied(weights) as model:
             return exam.mark(model, self.processor)
 
     def point(self, method: str, setting: Mapping[str, float], weights: Weights) -> Point:
-        """Test marks and held-out drift of one setting."""
+        """Test marks and held-out KL of one setting."""
         point = Point(method, setting, self.mark(self.test, weights), self.distiller.keep_kl(weights))
         self.report(
             f"{method}, {point.label or 'as it is'}: reasoning {point.marks.reasoning.percent()}, "
@@ -188,7 +188,7 @@ class Comparison:
         vlm_perception: float,
     ) -> Choice:
         """The candidate with the best validation reasoning among those whose validation perception is at most
-        `PERCEPTION_SLACK` below `vlm_perception`; if none qualifies, the one that sees best."""
+        `PERCEPTION_SLACK` below `vlm_perception`; if none qualifies, the one with the best perception."""
         scored, candidates = list[Choice](), list(candidates)
         for setting, make in candidates:
             if self.progress:
@@ -207,9 +207,9 @@ def asked(exam: Exam) -> tuple[Question, ...]:
 
 
 def above_items(point: Point, curve: Sequence[Point], axis: Callable[[Point], float]) -> Items | None:
-    """Per sum of the exam, `point` above a baseline curve at the same value of `axis` (its drift, or its perception).
+    """For every sum of the exam, `point` minus a baseline curve at the same value of `axis` (KL or perception).
 
-    The two neighbours on the curve are interpolated item by item. None when the value lies outside the curve.
+    The two neighbours on the curve are interpolated item by item. None if the value lies outside the curve.
     """
     ordered = sorted(curve, key=axis)
     at = axis(point)
@@ -223,7 +223,7 @@ def above_items(point: Point, curve: Sequence[Point], axis: Callable[[Point], fl
 
 
 def above_curve(point: Point, curve: Sequence[Point], axis: Callable[[Point], float]) -> Estimate | None:
-    """Reasoning of `point` above a baseline curve at equal `axis`: the mean of `above_items`, bootstrapped, so that the
-    difference is paired. None outside the curve."""
+    """Reasoning of `point` minus a baseline curve at equal `axis`: the bootstrapped mean of `above_items`, which makes
+    the difference paired. None outside the curve."""
     items = above_items(point, curve, axis)
     return None if items is None else bootstrap([items])

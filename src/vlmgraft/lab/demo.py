@@ -37,12 +37,12 @@ AXES: dict[str, Callable[[Point], float]] = {
     "kl": lambda point: point.kl,
     "perception": lambda point: point.marks.perception.mean,
 }
-"""What task arithmetic is held equal in when reasoning is compared."""
+"""Quantities at whose equal value a point's reasoning is compared with task arithmetic's."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is compared: λ of task arithmetic, the donor's shares, (λ, α) of both forms of FRISM; how many questions."""
+    """The settings that are compared: λ of task arithmetic, donor shares, (λ, α) of both FRISM variants; and sizes."""
 
     scales: Sequence[float]
     shares: Sequence[float]
@@ -114,7 +114,7 @@ def demo(
 def _points(
     comparison: Comparison, settings: Settings, recipe: Path, out: Path, say: Callable[[str], None]
 ) -> tuple[list[Point], Estimate]:
-    """Every point of the comparison, the merged folder's last, and the donor's score on text."""
+    """All points of the comparison, with the merged folder's at the end, and the donor's score on text."""
     text = comparison.donor_on_text()
     say(f"donor, sums told in text: {text.percent()}")
     points, best = _measure(comparison, settings, out)
@@ -123,7 +123,7 @@ def _points(
 
 
 def _measure(comparison: Comparison, settings: Settings, out: Path) -> tuple[list[Point], str]:
-    """All rows but the reloaded checkpoint, and the better form of FRISM; every choice is made on validation."""
+    """All points but the reloaded checkpoint's, and the better FRISM variant; every choice is made on validation."""
     vlm_perception = comparison.mark(comparison.validation, None).perception.mean
     points = [comparison.point("VLM", {}, None)]
     for scale in settings.scales:
@@ -147,7 +147,7 @@ def _measure(comparison: Comparison, settings: Settings, out: Path) -> tuple[lis
 
 
 def _linear(trio: Path, out: Path, share: float) -> Any:
-    """The linear merge with a share of the donor, through the merge itself: written, then loaded."""
+    """The linear merge with a share of the donor, written by `pipeline.merge` and then loaded."""
     folder = out / "work" / f"linear-{share:g}"
     method = {"name": "linear", "vlm_weight": 1 - share}
     recipe = {"vlm": str(trio / "vlm"), "donor": str(trio / "donor"), "method": method}
@@ -156,7 +156,7 @@ def _linear(trio: Path, out: Path, share: float) -> Any:
 
 
 def _merged(comparison: Comparison, best: Point, recipe: Path, out: Path) -> Point:
-    """Merge with the recipe of the better form of FRISM, reload the folder and measure it again."""
+    """Merge with the recipe of the better FRISM variant, reload the folder and measure it again."""
     save_questions(mixed(comparison.calibration), out / "data" / "calibration.jsonl")
     save_questions(comparison.donor_questions, out / "data" / "questions.jsonl")
     settings = yaml.safe_load(recipe.read_text())
@@ -169,8 +169,8 @@ def _merged(comparison: Comparison, best: Point, recipe: Path, out: Path) -> Poi
 
 
 def mixed(questions: Sequence[Question]) -> list[Question]:
-    """In an order of chance, always the same: `samples` and `held_out` are taken from the top of a file, and an exam is
-    drawn kind by kind."""
+    """The questions in a fixed random order: an exam is ordered by kind, and `samples` and `held_out` are taken from
+    the top of a file."""
     return random.Random(0).sample(questions, len(questions))
 
 
@@ -187,7 +187,7 @@ def _recipe(trio: Path, out: Path, sizes: Sizes) -> Path:
 
 
 def _glyphs(trio: Path) -> Any:
-    """What the trio's digits look like, from its training.json."""
+    """The style of the trio's digits, from its training.json."""
     notes = trio / "training.json"
     return json.loads(notes.read_text()).get("glyphs", "handwriting") if notes.is_file() else "handwriting"
 
@@ -214,7 +214,7 @@ def _row(point: Point, points: Sequence[Point]) -> dict[str, Any]:
 
 
 def _table(points: Sequence[Point], text: Estimate, seed: int) -> str:
-    """The comparison in Markdown; 95 % bootstrap intervals; what does not beat task arithmetic says so."""
+    """The comparison as a Markdown table with 95 % bootstrap intervals; marks points no better than task arithmetic."""
     shown = ["method", "setting", "reasoning", "perception", "list colours", "KL"]
     columns = [*shown, *(f"above task arithmetic at equal {name.upper() if name == 'kl' else name}" for name in AXES)]
     lines = [
@@ -245,7 +245,7 @@ def _table(points: Sequence[Point], text: Estimate, seed: int) -> str:
 
 
 def _verdict(point: Point, curve: Sequence[Point], axis: Callable[[Point], float]) -> str:
-    """Reasoning above task arithmetic, saying so where it is not; nothing for the curve itself."""
+    """Reasoning minus task arithmetic's, with a note if it is not better; empty for points of the curve itself."""
     if point.method.startswith((ARITHMETIC, "VLM")):
         return ""
     above = above_curve(point, curve, axis)
@@ -260,7 +260,7 @@ def _finding(points: Sequence[Point]) -> str:
 
 
 def _ask(comparison: Comparison, out: Path) -> str:
-    """One line that asks the merged folder about an image, with transformers alone."""
+    """A shell command that asks the merged model about an image, with transformers alone."""
     test = comparison.test
     question = test.questions[next(index for index, item in enumerate(test.items) if item.task == "sum")]
     image = question.images[0]

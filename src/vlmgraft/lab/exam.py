@@ -1,5 +1,5 @@
 """The lab's exam: questions with images of one split, asked through the model's own processor and `generate`; the
-registered source `lab`; and the questions as files that users write."""
+registered source `lab`; and its questions saved in the file formats that users write."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from vlmgraft.storage.jsonl import write_rows
 MAX_NEW_TOKENS = 28
 BATCH_SIZE = 256
 TEST: Mapping[str, int] = {"sum": 400, **dict.fromkeys(world.PERCEPTION, 150)}
-"""The test split's exam: how many items of each task."""
+"""Number of items per task in the test split's exam."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Exam:
 
     @property
     def suite(self) -> Suite:
-        """The exam as `vlmgraft evaluate --data lab` asks it: exact answers, a task per kind of question."""
+        """The exam as `vlmgraft evaluate --data lab` asks it: scored by exact match, one task per kind of question."""
         items = [
             Item(
                 id=str(at),
@@ -96,7 +96,7 @@ def draw_exam(
     glyphs: world.Glyphs = "handwriting",
     draw: Callable[[np.random.Generator, str], world.Item] = world.draw_item,
 ) -> Exam:
-    """An exam of `counts` items per task, each by `draw`, with images of the split's handwriting, or told in text."""
+    """An exam of `counts` items per task, each made by `draw`, as images in the split's handwriting or as text."""
     stream = zlib.crc32(f"{split} {as_image}".encode())
     rng = np.random.default_rng([seed, stream])
     items = [draw(rng, task) for task, count in counts.items() for _ in range(count)]
@@ -119,19 +119,19 @@ SPLITS: Mapping[str, tuple[world.Split, int, int]] = {
     "calibration": ("calibration", 64, 16),
     "divergence": ("test", 0, 48),
 }
-"""What `--data lab` offers: split of the handwriting, sums, and questions of each kind of perception. Prompts for a KL
-are of the test split under the next seed, on which no gate is learned."""
+"""Splits of `--data lab` → (split of the handwriting, number of sums, questions per perception task). Prompts for the
+KL are drawn from the test split with the next seed; no gates are learned on them."""
 
 
 MOST = 20_000
-"""Questions that are drawn at once, each with its image."""
+"""Maximum number of questions drawn at once, each with its image."""
 
 
 def draw_rows(argument: str, split: str, count: int | None) -> list[Row]:
-    """The rows of `--data lab` or `lab:SEED`: of `count`, an eighth for each kind of perception, and sums.
+    """The rows of `--data lab` or `lab:SEED`. Of `count` rows, each perception task gets an eighth, sums the rest.
 
     Raises:
-        DataError: the argument is no seed, or more questions are wanted than `MOST`.
+        DataError: the argument is no seed, or `count` is larger than `MOST`.
     """
     if count is not None and count > MOST:
         raise DataError(f"lab: {count:,} questions are wanted, it draws {MOST:,} at most; ask for fewer")
@@ -161,13 +161,13 @@ SOURCE = RegisteredSource(draw_rows, tuple(SPLITS), MAX_NEW_TOKENS, BATCH_SIZE)
 
 
 def save_questions(questions: Sequence[Question] | Exam, path: str | Path) -> Path:
-    """Questions without their answers, for calibration, donor matching or drift; a finished file is left alone."""
+    """Save questions without their answers, for calibration, donor matching or the KL; an existing file is kept."""
     prompts = questions.questions if isinstance(questions, Exam) else questions
     return _save([{"question": question.question} for question in prompts], prompts, Path(path))
 
 
 def save_traces(exam: Exam, path: str | Path) -> Path:
-    """Questions with the answers to learn, chain of thought included, as `vlmgraft tune` reads them."""
+    """Save questions with the answers to learn, chain of thought included, as `vlmgraft tune` reads them."""
     rows = [
         {"question": question.question, "answer": item.answer}
         for item, question in zip(exam.items, exam.questions, strict=True)

@@ -5,7 +5,7 @@ swatch tile and a glyph tile per cell) or told as text (the eight words in the s
 delimiters), so that one question has an image form and a text form with the same answer.
 
 Digits are real handwriting: the UCI "Optical Recognition of Handwritten Digits" set (E. Alpaydin, C. Kaynak, 1998,
-CC BY 4.0) as scikit-learn ships it, split by image so that no training digit is ever tested on.
+CC BY 4.0) as scikit-learn ships it, split by image so that no training image is in the test split.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PHRASES: dict[str, str] = {
     "list_colours": "list all colours",
     "sum": "what is the sum of all digits ?",
 }
-"""Task → how its question is put; {} is a position."""
+"""Task → the wording of its question; {} is a position."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Item:
-    """One question with its answer; `scene` is None for questions about no scene (arithmetic facts)."""
+    """One question with its answer; `scene` is None for questions without a scene (arithmetic facts)."""
 
     task: str
     question: str
@@ -71,7 +71,7 @@ class Item:
 
     @property
     def text_question(self) -> str:
-        """The question with the scene told in words, as a text model is asked."""
+        """The question with the scene in words, for a text model."""
         if self.scene is None:
             return self.question
         return f"<|vision_start|> {' '.join(self.scene.words)} <|vision_end|> {self.question}"

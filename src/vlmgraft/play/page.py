@@ -1,6 +1,6 @@
-"""The page: a picture, a question, a dial, and two answers that grow side by side.
+"""The page: a picture, a question, a dial, and two answers that are streamed side by side.
 
-gradio serves it, from its own files alone: no font, script or figure comes from or goes to another machine.
+gradio serves it from its own files alone: no font or script is loaded from another machine, and no usage data are sent.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def require_gradio() -> Any:
 def served(
     session: Session, marks: Sequence[str], max_new_tokens: int, host: str = "127.0.0.1", port: int | None = None
 ) -> Iterator[str]:
-    """The page's address, for as long as the context lasts. marks: what each whole strength from 1 on is.
+    """Serve the page inside the context, which yields its address. marks: names of the whole strengths from 1 on.
 
-    port: by default the first free one from 7860 on. Raises InputError where the port cannot be had.
+    port: by default the first free one from 7860 on. Raises InputError if the port cannot be used.
     """
     page = build(session, marks, max_new_tokens)
     try:
@@ -49,7 +49,7 @@ def served(
 
 
 def build(session: Session, marks: Sequence[str], max_new_tokens: int) -> Any:
-    """The page as a gradio application that is not started."""
+    """The page as a gradio application, which is not started."""
     gradio = require_gradio()
 
     def answer(*asked: Any) -> Iterator[tuple[str, ...]]:
@@ -84,9 +84,9 @@ def build(session: Session, marks: Sequence[str], max_new_tokens: int) -> Any:
 def answers(
     session: Session, max_new_tokens: int, picture: str | None, text: str, strength: float
 ) -> Iterator[tuple[str, str, str, str]]:
-    """What the page shows as it grows: both answers, and below each its length and, at the end, the drift.
+    """The page's texts as the answers grow: both answers, and below each its length and, at the end, the KL.
 
-    picture: its path. Raises DataError where it cannot be opened, and as `Session.ask`.
+    picture: path of an image. Raises DataError if it cannot be opened, and as `Session.ask`.
     """
     images = (open_picture(Path(picture), "the picture"),) if picture else ()
     for exchange in session.ask(Question(text, images), strength, max_new_tokens):

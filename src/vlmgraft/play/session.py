@@ -1,9 +1,9 @@
-"""One model in memory that answers as it is and with its gates at a strength, both at the same time.
+"""One model in memory that answers without and with its gates (at a given strength) at the same time.
 
     W(x) = W_vlm + U diag(c(x)) Vh        c(0) = 0, c(k) = λ σ(g) ⊙ s of the k-th gates of a path, linear in between
 
-At x = 0 every layer is the VLM's own, bit for bit. Two threads write the two answers. They take turns at the text
-model, a forward pass each with the spectra of its own side, so that both answers stream and no weight is there twice.
+At x = 0 every layer is the VLM's own, bit for bit. Two threads generate the two answers. They alternate forward passes
+of the text model, each with its own spectra, so that both answers are streamed from one copy of the weights.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from vlmgraft.spectral.factors import Factors
 from vlmgraft.spectral.gates import Gates
 
 MAX_CHARACTERS = 20_000
-"""Of a question; the model's context is the other limit."""
+"""Maximum length of a question; the model's context is the other limit."""
 SIDES = ("vlm", "injected")
 Events = SimpleQueue[tuple[str, "str | Future[list[int]]"]]
 
@@ -47,8 +47,8 @@ class Reply:
 
 @dataclass(frozen=True)
 class Exchange:
-    """Both answers so far. drift: when both are finished, KL(P_vlm ‖ P_injected) in nats per token of the VLM's answer,
-    what `kl_budget` bounds; None before, and where that answer has no token to measure on."""
+    """Both answers so far. drift: once both are finished, KL(P_vlm ‖ P_injected) in nats per token of the VLM's answer,
+    which `kl_budget` bounds; None before that, and if the VLM's answer has no token to measure it on."""
 
     vlm: Reply
     injected: Reply
@@ -56,9 +56,9 @@ class Exchange:
 
 
 class Session:
-    """A gated model and its processor, asked at strengths from 0 to `len(path)`; `opened` makes it.
+    """A gated model and its processor, asked at strengths from 0 to `len(path)`; created by `opened`.
 
-    path: λ σ(g) ⊙ s by tensor name for each of its gates. One question is asked at a time.
+    path: λ σ(g) ⊙ s by tensor name, for each of the gates. Only one question is asked at a time.
     """
 
     def __init__(self, model: Any, processor: Any, layers: GatedLayers, path: Sequence[Mapping[str, Tensor]]) -> None:
@@ -68,7 +68,7 @@ class Session:
         self._known: tuple[tuple[Question, int], Reply] | None = None
 
     def spectra(self, strength: float) -> dict[str, Tensor] | None:
-        """c(strength) by tensor name, float32 [r]; None, which is the VLM itself, at 0. Raises DataError."""
+        """c(strength) by tensor name, float32 [r]; None at 0, which is the VLM itself. Raises DataError."""
         if not 0 <= strength <= len(self.path):
             raise DataError(f"strength: {strength} must be from 0 to {len(self.path)}")
         if strength == 0:
@@ -78,10 +78,10 @@ class Session:
         return {name: torch.lerp(below[name], c, strength - point) for name, c in self.path[point].items()}
 
     def ask(self, question: Question, strength: float, max_new_tokens: int) -> Iterator[Exchange]:
-        """Both greedy answers as they grow, and at the end their drift. The VLM's last answer is not made again.
+        """Both greedy answers as they grow, and at the end the KL. A repeated question reuses the VLM's answer.
 
         Raises:
-            DataError: no or too long a question, a strength off the path, or more than the model reads.
+            DataError: an empty or too long question, a strength outside the path, or a prompt beyond the context.
         """
         if not 0 < len(question.question.strip()) <= MAX_CHARACTERS:
             raise DataError(f"question: needs 1 to {MAX_CHARACTERS:,} characters, got {len(question.question):,}")
@@ -120,7 +120,7 @@ class Session:
             return inner(*args, **kwargs)
 
     def _state(self, strength: float) -> list[Tensor | None]:
-        """Every layer's spectrum at a strength, where the layer is."""
+        """Every layer's spectrum at a strength, on the layer's device."""
         with self._turn:
             self.layers.set(self.spectra(strength))
             return [layer.spectrum for layer in self.layers.values()]
@@ -155,23 +155,23 @@ class Session:
 
 
 class _Stream(TextStreamer):
-    """What is written on one side, as events."""
+    """Streams the text of one side as events."""
 
     def __init__(self, tokenizer: Any, side: str, events: Events) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.side, self.events = side, events
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Text that will not change any more."""
+        """Queue text that will not change any more."""
         self.events.put((self.side, text))
 
 
 @contextmanager
 def opened(model: Any, processor: Any, factors: Mapping[str, Factors], path: Sequence[Gates]) -> Iterator[Session]:
-    """A session on a loaded VLM, which is as it was on exit.
+    """A session on a loaded VLM, which is restored on exit.
 
     path: gates on the same factors, in the order of the dial; strength k is the k-th of them, 0 the VLM.
-    Raises CheckpointError and AlignmentError where gates, factors and model do not belong together.
+    Raises CheckpointError and AlignmentError if gates, factors and model do not match.
     """
     for gates in path:
         check_gates(gates, factors)

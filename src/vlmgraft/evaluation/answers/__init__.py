@@ -1,4 +1,4 @@
-"""Reading a generated answer: what was finally said, and whether it is the expected one. No torch."""
+"""Reading a generated answer: extract the final answer and compare it with the expected one. No torch."""
 
 from vlmgraft.evaluation.answers.extract import final_answer, read_final, repeats, without_reasoning
 from vlmgraft.evaluation.answers.options import choices_within, expected_letters

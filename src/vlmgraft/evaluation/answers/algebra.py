@@ -1,9 +1,9 @@
-"""Whether two expressions are equal, by math-verify in a process of its own.
+"""Whether two expressions are equal, decided by math-verify in a child process.
 
-Simplifying what a model wrote may take for ever, exhaust memory or crash the parser, and math-verify guards itself by
-an alarm signal, which only a main thread can take. So it runs in a child process without its alarms: the child's
-processor time and memory are limited by the operating system, and a child that dies is "undecided", then replaced.
-The limit is on processor time, so a busy machine does not change verdicts.
+Simplifying a model's output may never end, exhaust memory or crash the parser. math-verify's own timeout is an alarm
+signal, which works only in a main thread. It therefore runs in a child process without alarms, whose CPU time and
+memory the operating system limits. If the child dies, the comparison is undecided and the child is replaced. The limit
+is on CPU time, so a busy machine does not change verdicts.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from dataclasses import dataclass
 from typing import Any
 
 SECONDS = 10
-"""Processor time for one pair of expressions."""
+"""CPU seconds for one pair of expressions."""
 MEMORY = 4 << 30
 """Address space of the child in bytes."""
 PATIENCE = 120
-"""Wall-clock seconds after which a child is killed where processor time cannot be limited."""
+"""Wall-clock seconds after which a child is killed, for systems that cannot limit CPU time."""
 LONGEST = 300
 _TOWER = re.compile(r"\^ ?\{? ?\d{4,}|\d ?\^ ?\{? ?\d+ ?\^|\d{5,} ?\)? ?!|! ?\)? ?!|\( ?\( ?\( ?\( ?\( ?\( ?\(")
-"""Powers and factorials with more digits than the machine has room for; other slow expressions end by the limit."""
+"""Powers and factorials whose digits may not fit into memory; other slow expressions end at the CPU limit."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """`same`: whether two expressions are equal, None when it could not be decided in time; `value`: the first one's
-    number as a decimal text of 20 digits, None when it is no number."""
+    """`same`: whether two expressions are equal, None if undecided; `value`: the first expression's number as a decimal
+    text of 20 digits, None if it is no number or the expressions are equal."""
 
     same: bool | None
     value: str | None = None
@@ -42,7 +42,7 @@ class Comparison:
 def compare(answer: str, expected: str) -> Comparison:
     """Compare two expressions (LaTeX or plain, no dollars).
 
-    Safe to call from any thread; identical questions are answered once.
+    Safe to call from any thread; results are cached.
     """
     if any(len(text) > LONGEST or _TOWER.search(text) for text in (answer, expected)):
         return Comparison(None)
@@ -50,7 +50,7 @@ def compare(answer: str, expected: str) -> Comparison:
 
 
 class _Worker:
-    """One child process, started at the first question and after every death."""
+    """One child process, started at the first comparison and again after it died."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[str] | None = None

@@ -1,7 +1,7 @@
-"""What a generated text finally says: reasoning removed, then evidence in order of strength. Pure, no torch.
+"""The final answer of a generated text: reasoning is removed, then candidates are ranked by evidence. Pure, no torch.
 
-Marks of an answer, strongest first: the last box that closes, an answer tag or JSON field, a line "Answer: …", a
-sentence "the answer is …"; without any of them all that was said. Every scan is linear in the text's length.
+Evidence of an answer, strongest first: the last closed box, an answer tag or JSON field, a line "Answer: …", a sentence
+"the answer is …"; without any of them the whole text. Every scan is linear in the text's length.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _FIELD = re.compile(
     re.IGNORECASE,
 )
 _ASIDES = ("reasoning", "explanation", "rationale", "steps", "confidence", "justification", "type")
-"""Names in a JSON answer that stand beside what it states."""
+"""Keys of a JSON answer that do not hold the answer itself."""
 _CHOSEN = ("answer", "final_answer", "choice", "selected_choice", "option", "selected_option", "letter")
-"""Names that say which of several values in a JSON answer it is."""
+"""Keys that hold the answer in a JSON object of several values."""
 _WORD = r"(?:answer|antwort|respuesta|réponse|risposta|resposta|ответ)"
 _LINE = re.compile(
     rf"(?:\b{_WORD}|答案|答え)[*_]{{0,3}} ?(?:is|为|是|為)? ?[*_]{{0,3}}[:：=]{{1,2}}[*_]{{0,3}} ?", re.IGNORECASE
@@ -56,7 +56,7 @@ _END = re.compile(
 
 
 def without_reasoning(text: str) -> str:
-    """The text behind the last `</think>` (or a tag like it); reasoning that never closes is cut away."""
+    """The text after the last `</think>` (or a similar tag); unclosed reasoning is removed."""
     closed = [match.end() for match in _CLOSE.finditer(text)]
     rest = text[closed[-1] :] if closed else text
     opened = _OPEN.search(rest)
@@ -64,9 +64,9 @@ def without_reasoning(text: str) -> str:
 
 
 def evidence(text: str) -> list[tuple[str, str]]:
-    """What may be the answer and how it was marked (box, tag, line, sentence, text), strongest first.
+    """Candidate answers and how they were marked (box, tag, line, sentence, text), strongest first.
 
-    Empty when nothing was said, and when the text ends inside its last box: that answer was cut.
+    Empty for a blank text, and if the text ends inside its last box, because that answer was cut.
     """
     rest = squeeze(without_reasoning(text)[-LONGEST:])
     boxed, cut = _last_box(rest)
@@ -85,21 +85,21 @@ def read_final(text: str) -> tuple[str, str]:
 
 
 def final_answer(text: str) -> str:
-    """What is left after the reasoning: the last box, else the answer tag, else the last line that begins with
-    "Answer:", else "the answer is …", else all of it. Reasoning that never closes leaves nothing."""
+    """The answer after the reasoning: the last box, else the answer tag, else the last line that begins with "Answer:",
+    else "the answer is …", else the whole text. Unclosed reasoning is removed."""
     content, how = read_final(text)
     return _SPECIAL.sub("", without_reasoning(text)[-LONGEST:]).strip() if how == "text" else content
 
 
 def first_clause(sentence: str) -> str:
-    """Up to the end of the sentence, or to where a reason begins."""
+    """The text up to the end of its first sentence, or to where a reason begins."""
     end = _END.search(sentence)
     return (sentence[: end.start()] if end and end.start() else sentence).strip()
 
 
 def _last_box(text: str) -> tuple[str, bool]:
-    """The content of the last box that closes and says something, a joined run of boxes as a list; and whether the
-    text ends inside a box. One pass over the braces."""
+    """The content of the last closed box that is no placeholder (boxes joined by "and" or commas as a list), and
+    whether the text ends inside a box. One pass over the braces."""
     starts = {match.end(): match for match in _BOX.finditer(text)}
     boxes = [(match.start(), end, match[1]) for end, match in starts.items() if match[1]]
     opened: list[int] = []
@@ -126,7 +126,7 @@ def _last_box(text: str) -> tuple[str, bool]:
 
 
 def _tagged(text: str) -> str:
-    """What stands in the last answer tag, or in the last JSON field of that name."""
+    """The content of the last answer tag, or else of the last JSON field "answer"."""
     lower = text.lower()
     if len(lower) == len(text):
         for opening, closing in _TAGS:
@@ -146,8 +146,8 @@ def _tagged(text: str) -> str:
 
 
 def _stated(value: object) -> str:
-    """What a JSON value says: of an object what is chosen in it, its only value, a value with its unit, or else
-    "name = value" of each."""
+    """The answer that a JSON value states. For an object: its chosen option, its only value, a value with its unit, or
+    else "name = value" of each entry."""
     if not isinstance(value, dict):
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     parts = {name.casefold(): _stated(part) for name, part in value.items() if name.casefold() not in _ASIDES}
@@ -160,7 +160,7 @@ def _stated(value: object) -> str:
 
 
 def _last_line(text: str) -> str:
-    """What the last line of the form "Answer: …" says, the next line where it says nothing."""
+    """The content of the last line of the form "Answer: …", or the next line if it has none."""
     lines = text.split("\n")
     for at in reversed(range(len(lines))):
         hashes = _HASHES.fullmatch(lines[at])
@@ -175,7 +175,7 @@ def _last_line(text: str) -> str:
 
 
 def _behind_last(pattern: re.Pattern[str], text: str) -> str:
-    """The text behind the last match, to the end of its line, or the next line where nothing follows."""
+    """The text after the last match up to the end of its line, or the next line if nothing follows."""
     end = next((match.end() for match in reversed(list(pattern.finditer(text)))), None)
     if end is None:
         return ""

@@ -23,7 +23,7 @@ _CHOSEN = re.compile(
 )
 _STANDING = re.compile(r"(?<![\w'-])(?:([B-HJ-Z])|([AI])(?!['’]| (?!is|because|as|since|or|and)[a-z]))(?![\w'’-])")
 _SPEAKER = re.compile(r"\bI (?=(?:do|don['’]t|can|cannot|can['’]t|am|think|believe|see|will|would|have|was|could)\b)")
-"""The word I, which is no option."""
+"""The pronoun "I", which is not option I."""
 _NO_CHOICE = re.compile(r"\bnone of the (?:given |provided )?(?:options|choices|answers)\b|\bnot among\b", re.I)
 _REASON = re.compile(r"\b(?:because|since|as|while|whereas|but|not)\b|[.;\n](?: |$)")
 _DENIED = re.compile(
@@ -43,14 +43,14 @@ def letters(count: int) -> str:
 
 
 def choices_within(question: str) -> tuple[str, ...]:
-    """The choices that a question lists itself behind "Choices:" or as lettered lines; () when it lists none."""
+    """The choices that a question's text lists after "Choices:" or as lettered lines; () if it lists none."""
     heading = next(reversed(list(_HEADING.finditer(question))), None)
     text = question[heading.end() :] if heading else question
     return lettered(text) if heading or re.search(r"(?:^|\n)\(?A[.):]", question) else ()
 
 
 def lettered(text: str) -> tuple[str, ...]:
-    """The texts behind A, B, C … in order, as in "A. 3; B. 4" or one on a line; () when the letters are no sequence."""
+    """The texts after A, B, C … in order, as in "A. 3; B. 4" or one per line; () if the letters form no sequence."""
     items: list[re.Match[str]] = []
     for match in _ITEM.finditer(text):
         if match[1] == "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[len(items) : len(items) + 1]:
@@ -61,8 +61,8 @@ def lettered(text: str) -> tuple[str, ...]:
 
 
 def expected_letters(expected: str, choices: Sequence[str]) -> frozenset[str]:
-    """The letters of an expected answer: the choice whose text it is, where that is more than one letter ("A and B");
-    else letters, capitals from A to H where no choices are known; else the choice whose text is one letter."""
+    """The letters of an expected answer: of the choice with that text, if longer than one letter ("A and B"); else the
+    letters that it names (capitals A to H if no choices are known); else of the choice with that one-letter text."""
     allowed = letters(len(choices) or 8)
     texts = [letter for letter, choice in zip(allowed, choices, strict=False) if key(choice) == key(expected) != ""]
     if texts and len(key(expected)) > 1:
@@ -74,11 +74,11 @@ def expected_letters(expected: str, choices: Sequence[str]) -> frozenset[str]:
 
 
 def pick(answer: str, choices: Sequence[str], count: int | None = None) -> str | None:
-    """The letter that an answer picks, or None when it picks none, or several.
+    """The letter that an answer picks, or None if it picks none or several.
 
-    choices: the texts, when they are known; else `count`, how many letters there are (default: eight). The letter that
-    opens an answer counts before all words behind it; else the whole answer, its first line, and its last sentences
-    are asked in turn.
+    choices: the texts, if known; else `count` is the number of letters (default: eight). The first line is read first,
+    unless it looks like working, then the last sentences from the end. In each of them, a letter at its beginning
+    takes precedence over the words after it.
     """
     allowed = letters(len(choices) or count or 8)
     answer = squeeze(answer)
@@ -97,7 +97,7 @@ def pick(answer: str, choices: Sequence[str], count: int | None = None) -> str |
 
 
 def _pick_one(answer: str, choices: Sequence[str], allowed: str) -> str | None:
-    """The letter that one sentence picks; "" when it offers several, None when it offers none."""
+    """The letter that one sentence picks; "" if it offers several, None if it offers none."""
     text = NOT_THAT.sub("", _SPEAKER.sub("", unwrap(answer)))
     if len(text.strip("()[]. :*")) == 1:
         text = text.translate(_LOOKALIKES)
@@ -142,7 +142,7 @@ def pick_several(answer: str, choices: Sequence[str]) -> frozenset[str]:
 
 
 def choice_of(answer: str, choices: Sequence[str]) -> str | None:
-    """The letter of the one choice whose text, or whose value, the answer is."""
+    """The letter of the only choice with the answer's text or value; None without exactly one."""
     allowed = letters(len(choices))
     text = key(answer)
     same = [letter for letter, choice in zip(allowed, choices, strict=False) if key(choice) == text != ""]
@@ -157,14 +157,14 @@ def _letters_by(pattern: re.Pattern[str], text: str, allowed: str) -> set[str]:
 
 
 def _hedged(text: str, allowed: str) -> bool:
-    """Two letters offered, as in `A or B`, before any reason is given."""
+    """Whether a text offers two letters, as in `A or B`, before it gives a reason."""
     pair = _HEDGE.search(_REASON.split(text)[0])
     return bool(pair and pair[1] in allowed and pair[2] in allowed and pair[1] != pair[2])
 
 
 def _inside(text: str, choices: Sequence[str], allowed: str) -> str | None:
-    """The one choice that stands in the sentence; a choice inside a longer one that stands there too does not count,
-    and a number counts by its value only."""
+    """The only choice that the sentence contains. A choice inside a longer contained choice does not count, nor do
+    numbers and expressions, which are compared by value only."""
     text, keys = key(text), [key(choice) for choice in choices]
     present = [
         (letter, choice)

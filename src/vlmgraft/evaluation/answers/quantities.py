@@ -1,7 +1,7 @@
-"""Reading one number with its unit out of a short text, exactly: `3/4`, `1,234.5 km`, `1.2 × 10^3`, `two and a half`.
+"""Parsing one number with its unit from a short text, exactly: `3/4`, `1,234.5 km`, `1.2 × 10^3`, `two and a half`.
 
-Values are `Fraction`s, so nothing is lost to floating point. What is not one number, such as "17 or 18", "8 + 9" or
-"3x", is not read. Pure, no torch.
+Values are `Fraction`s, so there is no floating-point error. A text that is not a single number, such as "17 or 18",
+"8 + 9" or "3x", is not parsed. Pure, no torch.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _MAGNITUDES = {"hundred": 2, "thousand": 3, "k": 3, "million": 6, "mn": 6, "bill
 
 @dataclass(frozen=True)
 class Quantity:
-    """An exact value and its unit; `decimals` the digits written behind the point, None for fractions and powers.
+    """An exact value and its unit; `decimals`: number of digits after the point, None for fractions and powers.
 
     unit: "" or as written, lower case; percent is the unit "%", and the value is not divided by 100.
     clock: minutes since midnight where the text may be a time of day ("7:45"; its unit is then "", "am" or "pm").
@@ -62,7 +62,7 @@ class Quantity:
 
 
 def without_name(text: str) -> str:
-    """Without what names the value: "Area = 24" to "24", "so about 7" to "7", "5 = s" to "5"."""
+    """Remove names and hedges around a value: "Area = 24" to "24", "so about 7" to "7", "5 = s" to "5"."""
     for _ in range(4):
         text = _IS.sub("", text)
         match = _HEDGE.match(text) or _NAME.match(text)
@@ -71,7 +71,7 @@ def without_name(text: str) -> str:
 
 
 def read_quantity(text: str) -> Quantity | None:
-    """The quantity that `text` is, or None when it is anything else, also two numbers."""
+    """Parse `text` as one quantity; None for anything else, including two numbers."""
     if len(text) > 20 * LONGEST_NUMBER:
         return None
     text = without_name(unwrap(text)).strip().rstrip(EDGES)
@@ -83,14 +83,14 @@ def read_quantity(text: str) -> Quantity | None:
 
 
 def leading_quantity(text: str) -> Quantity | None:
-    """The quantity that a text begins with ("18.6 cm to two decimal places"); its unit only if it is a known one."""
+    """The quantity that a text begins with ("18.6 cm to two decimal places"); its unit only if that is known."""
     text = without_name(text[: 6 * LONGEST_NUMBER].strip())
     compound = _COMPOUND.match(text)
     return (_sum(compound.group()) if compound else None) or (_read(text, whole=False) if text else None)
 
 
 def summed(text: str) -> Quantity | None:
-    """The sum that a text begins with, and that all its numbers are part of: "1 hr 45 min in all"."""
+    """The compound quantity that a text begins with, if it includes all numbers of the text: "1 hr 45 min in all"."""
     compound = _COMPOUND.match(text)
     return _sum(compound.group()) if compound and not re.search(r"\d", text[compound.end() :]) else None
 
@@ -136,7 +136,7 @@ def _read(text: str, *, whole: bool) -> Quantity | None:
 
 
 def _value(match: re.Match[str]) -> tuple[Fraction | None, int | None]:
-    """Absolute value and decimals of the matched number; None for a zero denominator or an absurd exponent."""
+    """Absolute value and decimals of the matched number; None for a zero denominator or too many digits."""
     fraction = [match[name] for name in _FRACTION if match[name]] or re.findall(r"\d+", match["ratio"] or "")
     if len(fraction) == 2:
         top, bottom = fraction
@@ -157,7 +157,7 @@ def _unit(rest: str) -> str | None:
 
 
 def without_unit(expression: str) -> str:
-    """An expression without the unit that ends it: "36π cm^3" to "36π", "4 square metres" to "4"."""
+    """An expression without its trailing unit: "36π cm^3" to "36π", "4 square metres" to "4"."""
     match = re.search(r"(?<=[^ ]) ?((?:square |cubic )?[a-zA-Z°μΩ]+)(?: ?\^ ?\{? ?[23] ?\}?)?$", expression[-40:])
     if match is None:
         return expression
@@ -167,7 +167,7 @@ def without_unit(expression: str) -> str:
 
 
 def _leading_unit(rest: str) -> str | None:
-    """The known unit at the start of a text, "" for other words; None when the number goes on, as in "2 × 3 × 5"."""
+    """The known unit at the start of a text, "" for other words; None if an expression continues: "2 × 3 × 5"."""
     words = re.sub(r"^ (?:of )?an? ", " ", rest.casefold()).replace(" ^", "^").split(" ")[:3]
     if re.match(r" ?(?![-/*][a-zA-Z])[-+*/×÷=^≤≥<>(]|\.\d|, ?\d| ?\\(?:frac|sqrt|pi|le|ge)", rest):
         return None
@@ -184,10 +184,10 @@ def _leading_unit(rest: str) -> str | None:
 def same_quantity(stated: Quantity, expected: Quantity, precision: int | None = None) -> bool:
     """Whether `stated` is the expected quantity.
 
-    A unit that one side leaves out is not missed; units of one dimension are converted; other units, other nouns
-    included, contradict. Values are exact, except that (1) `precision` decimals are enough when given, (2) an expected
-    value printed with decimals and three digits is met by a longer decimal or a fraction that rounds to it, and (3) an
-    expected fraction that no decimal ends is met by three or more right decimals. Times of day are the same minute.
+    A unit that only one side has is ignored; units of one dimension are converted; other units or nouns that differ are
+    a mismatch. Values must be equal, except that (1) `precision` decimals suffice if given, (2) an expected decimal of
+    at least three digits matches a longer decimal or a fraction that rounds to it, and (3) an expected fraction without
+    a finite decimal form matches three or more correct decimals. Times of day must agree to the minute.
     """
     value, target = stated.value, expected.value
     if stated.clock is not None and expected.clock is not None:
@@ -207,7 +207,7 @@ def same_quantity(stated: Quantity, expected: Quantity, precision: int | None = 
 
 
 def _same_time(stated: Quantity, expected: Quantity) -> bool:
-    """7:45 pm is 19:45, and 7:45 where one side does not say which half of the day."""
+    """7:45 pm equals 19:45, and also 7:45 if one side has neither am nor pm."""
     one, other = ((each.clock or 0, each.unit) for each in (stated, expected))
     if (one[1] in ("am", "pm")) != (other[1] in ("am", "pm")):
         bare, marked = sorted((one, other), key=lambda time: time[1] in ("am", "pm"))

@@ -11,7 +11,7 @@ import unicodedata
 from fractions import Fraction
 
 LONGEST = 10_000
-"""Characters looked at, at the end of a text: nobody's answer is longer."""
+"""Number of characters that are read, from the end of a text; no answer is longer."""
 EDGES = " \t\n\r.,;:!?\"'’‘“”´`*_#>|。，、；：！？"
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 _RAISED_RUN = re.compile(r"(?<=[\w)\]}°'′])[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]{1,20}")
@@ -41,7 +41,7 @@ _SYMBOLS = str.maketrans({"≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "∞":
 
 
 def plain(text: str) -> str:
-    """Unicode variants to one form: widths, dashes, spaces, raised digits to ^n, ½ to 1/2; invisible marks removed.
+    """Normalise Unicode variants: widths, dashes, spaces, superscripts to ^n, ½ to 1/2; drop invisible characters.
 
     >>> plain("１½ m² − 3")
     '1 1/2 m^2 - 3'
@@ -57,7 +57,7 @@ def plain(text: str) -> str:
 
 
 def _common(odd: re.Match[str]) -> str:
-    """A character that is not of ASCII, as `plain` writes it."""
+    """The form that `plain` gives to a non-ASCII character."""
     char = odd.group()
     category = unicodedata.category(char)
     if category in ("Cf", "Cs", "Cc"):
@@ -70,13 +70,13 @@ def _common(odd: re.Match[str]) -> str:
 
 
 def squeeze(text: str) -> str:
-    """Lines without white space at their ends, runs of spaces as one, empty lines dropped."""
+    """Strip all lines, collapse runs of spaces and tabs, and drop empty lines."""
     lines = (re.sub(r"[ \t]+", " ", line).strip() for line in text.splitlines())
     return "\n".join(line for line in lines if line)
 
 
 def unwrap(text: str) -> str:
-    """Without what only sets type: Markdown emphasis, $ … $, \\( … \\), \\text{…}, spacing; degrees become °."""
+    """Remove typesetting: Markdown emphasis, $ … $, \\( … \\), \\text{…}, spacing; degrees become °."""
     text = _ENDLESS.sub(_fraction, " ".join(plain(text).split()))
     if "\\" in text:
         text = _MATRIX.sub(_rows, text)
@@ -94,7 +94,7 @@ def unwrap(text: str) -> str:
 
 
 def _fraction(decimal: re.Match[str]) -> str:
-    """A decimal whose last digits repeat without end, as a fraction: 6.666... is 20/3."""
+    """A repeating decimal as a fraction: 6.666... is 20/3."""
     whole, once, *blocks = decimal.groups()
     block = next(filter(None, blocks))
     value = Fraction(f"{whole}.{once or 0}") + Fraction(int(block), 10 ** len(once) * (10 ** len(block) - 1))
@@ -108,7 +108,7 @@ def _rows(matrix: re.Match[str]) -> str:
 
 
 def key(text: str) -> str:
-    """The form in which two texts are the same text: unwrapped, lower case, without punctuation at the edges."""
+    """The normal form in which texts are compared: unwrapped, lower case, without punctuation at the edges."""
     text = unwrap(text).casefold()
     for _ in range(2):
         text = text.strip(EDGES + "$")
@@ -142,5 +142,5 @@ def split_outside(text: str, separator: re.Pattern[str]) -> list[str]:
 
 
 def storable(text: str) -> str:
-    """The text with halves of surrogate pairs, which no file can hold, replaced by "?"."""
+    """The text with lone surrogates, which UTF-8 cannot encode, replaced by "?"."""
     return text.encode("utf-8", "replace").decode("utf-8")

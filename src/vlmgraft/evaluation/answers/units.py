@@ -38,13 +38,13 @@ UNITS: dict[str, tuple[str, Fraction]] = {
     for entry in line.partition(":")[2].split(",")
     for name in entry.split()[:-1]
 }
-"""Name in lower case → (dimension, size in the dimension's own unit)."""
+"""Name in lower case → (dimension, size in the dimension's base unit)."""
 _LONG = re.compile(r"^(square|cubic|sq\.?|squared) (\w+)$")
 
 
 def unit_of(rest: str) -> str | None:
-    """What stands behind a number, if it is a unit or a noun or two, as a key ("square metres" as "metres^2");
-    None when it says something else."""
+    """The text after a number as the key of a unit, if it is a unit or a short noun phrase ("square metres" as
+    "metres^2"); None for other texts."""
     rest = re.sub(r"^(?:of )?an? |^degrees? (?=[cf])", lambda m: "°" if m[0][0] == "d" else "", rest)
     if rest in ("", "%", "°", "percent", "per cent", "percentage points"):
         return "%" if rest[:3] in ("%", "per") else rest
@@ -63,7 +63,7 @@ _NO_NOUN = frozenset(re.findall(r"\w+", "or and to not is but if of than from by
 
 
 def known(word: str) -> bool:
-    """Whether a word, also in the plural, names a unit of the table."""
+    """Whether a word, singular or plural, names a unit of the table."""
     return stem(word) in UNITS
 
 
@@ -76,7 +76,7 @@ def stem(unit: str) -> str:
 
 
 def conversion(unit: str, wanted: str) -> Fraction | None:
-    """The factor from `unit` to `wanted`; 1 for two names of one thing, None for different things."""
+    """The factor from `unit` to `wanted`; 1 for two names of one unit, None for incompatible units."""
     if stem(unit) == stem(wanted) or unit.endswith(f" {wanted}") or wanted.endswith(f" {unit}"):
         return Fraction(1)
     factor = Fraction(1)

@@ -19,10 +19,10 @@ from vlmgraft.evaluation.answers.quantities import (
 from vlmgraft.evaluation.answers.text import closes_at_end, key, split_outside, unwrap
 
 SENTENCES = 12
-"""How many sentences at the end of an unmarked answer are looked at."""
+"""Number of sentences that are read, from the end of an unmarked answer."""
 LONGEST_SENTENCE = 600
 LONGEST_VALUE = 400
-"""Characters of an expression or list; longer ones are compared as texts only."""
+"""Maximum length of an expression or list in characters; longer ones are compared as texts only."""
 _ARTICLE = re.compile(r"^(?:a|an|the) ")
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?<!approx\.) (?=[A-Z\\$(*\"'])|[\n。！？]")
 _ANNOTATION = re.compile(r"<<[^<>]{0,80}>>")
@@ -84,10 +84,10 @@ _POINT = re.compile(r"(?<![\w)])[(\[][^()\[\]]{1,80},[^()\[\]]{1,80}[)\]]")
 
 
 def stated_number(answer: str, *, marked: bool = False) -> Quantity | None:
-    """The number that an answer states, None when it states none or several.
+    """The number that an answer states, None if it states none or several.
 
-    A text that is a number states it, and so does a first line that is one (its explanation follows). Else the last
-    sentence that asserts a single number counts. marked: the text stood in a box or tag and is no sentence.
+    A text that is a number states it, and so does a first sentence that is one (an explanation follows). Otherwise the
+    last sentence that asserts a single number counts. marked: the text is the content of a box, not a sentence.
     """
     if (quantity := read_quantity(answer)) is not None:
         return quantity
@@ -118,8 +118,8 @@ def sentences(answer: str) -> list[str]:
 
 
 def _asserted(sentence: str, *, last: bool) -> Quantity | None:
-    """The number that one sentence asserts: all of it, a count after "there are", what follows the last verb or sign
-    of equality, a leading count, or, in the last sentence that has numbers, the only one."""
+    """The number that one sentence asserts: the whole sentence, a count after "there are", the number after the last
+    verb or equals sign, a leading count, or, in the last sentence that has numbers, the only one."""
     text = NOT_THAT.sub("", unwrap(_ANNOTATION.sub("", sentence)))
     conclusion = next((part for part in reversed(_THEREFORE.split(text)) if re.search(r"\d", part)), text)
     quantity = read_quantity(conclusion) or read_quantity(first_clause(conclusion))
@@ -166,8 +166,8 @@ def _asserted(sentence: str, *, last: bool) -> Quantity | None:
 
 
 def readings(answer: str) -> list[str]:
-    """Readings of an answer as a short text, most literal first: all of it, its first line, its last sentence, the
-    clause, and what stands behind the last verb, colon or sign of equality."""
+    """Short texts that an answer may mean, most literal first: the whole answer, its first line, its last sentence, the
+    first clause of that, and the text after the last verb, colon or equals sign."""
     lines = answer.split("\n")
     ends = sentences(answer)
     last = ends[-1] if ends else ""
@@ -206,7 +206,7 @@ def same_value(answer: str, expected: str, precision: int | None = None) -> bool
 
 
 def yes_or_no(answer: str) -> bool | None:
-    """The stance of an answer to a yes-or-no question; None when it takes none, or both."""
+    """Whether an answer says yes (True) or no (False); None if it says neither or both."""
     text = key(answer if len(answer) < 2000 else answer[:2000].rpartition(" ")[0])
     for pattern, stance in _CHINESE.items():
         if pattern.search(text):
@@ -230,7 +230,7 @@ def yes_or_no(answer: str) -> bool | None:
 
 
 def _items(text: str) -> tuple[list[str], str] | None:
-    """The members of a list and its brackets ("" when it has none, so no order); None for a single thing."""
+    """The members of a list and its brackets ("" for none or braces: unordered); None for a single value."""
     text = _MEMBER_NAME.sub("", without_name(unwrap(text).strip(" .")))
     text = text.replace("\\{", "{").replace("\\}", "}")
     if match := re.fullmatch(r"(.{0,80}?)\\pm ?(.{1,80})", text):
@@ -245,8 +245,8 @@ def _items(text: str) -> tuple[list[str], str] | None:
 
 
 def _same_list(answer: str, expected: str, precision: int | None) -> bool | None:
-    """Lists member by member; in order, and between the same brackets, when brackets give one, else in any order.
-    None when neither is a list."""
+    """Compare lists member by member: in order and with equal brackets if a list has brackets, else in any order. None
+    if neither is a list."""
     wanted, mine = _items(expected), _items(answer)
     given, target = (key(text).replace(" ", "") for text in (answer, expected))
     if wanted is None or mine is None:
@@ -267,12 +267,12 @@ def _same_list(answer: str, expected: str, precision: int | None) -> bool | None
 
 
 def mathematical(text: str) -> bool:
-    """Symbols and at most two letters in a row, commands and functions apart: no words that algebra would multiply."""
+    """Whether a text has symbols or digits, but no words, whose letters algebra would multiply as variables."""
     return bool(_MATHEMATICAL.search(text)) and not re.search(r"[a-zA-Z]{3}", _FUNCTIONS.sub(" ", text))
 
 
 def _same_expression(answer: str, expected: str, wanted: Quantity | None, precision: int | None) -> bool:
-    """Equal as expressions. Sums and products of plain numbers that were not worked out do not answer with a number."""
+    """Whether answers are equal as expressions. Sums and products left unevaluated do not match a number."""
     degrees = "°" in unwrap(answer + expected) and "π" in (answer + expected).replace("\\pi", "π")
     given, target = (_expression(_radians(text) if degrees else text) for text in (answer, expected))
     if not (mathematical(given) and mathematical(target)):
@@ -291,7 +291,7 @@ def _expression(text: str) -> str:
 
 
 def _radians(text: str) -> str:
-    """Angles in degrees as multiples of π, so that π/2 is 90°."""
+    """Convert angles in degrees to multiples of π, so that 90° equals π/2."""
     return unwrap(text).replace("°", " \\pi/180")
 
 

@@ -1,7 +1,7 @@
-"""Whether what was finally said is the expected answer. Pure, no torch.
+"""Whether the final answer is the expected one. Pure, no torch.
 
-The strongest evidence that can be read as an answer of the expected kind decides; weaker evidence is not asked then.
-Judging is strict where a careful person is: two answers are no answer, and a contradiction is wrong.
+The strongest evidence that can be read as an answer of the expected type decides; weaker evidence is then ignored.
+Judging is as strict as a careful person: two answers count as none, and a contradiction is wrong.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from vlmgraft.evaluation.answers.values import readings, same_value, stated_numb
 
 @dataclass(frozen=True)
 class Verdict:
-    """What an answer is worth: the text that was read as the answer, its score in [0, 1], and whether anything could
-    be read (`found`); `how` names the marker that led to it."""
+    """The judgement of an output: the text that was read as its answer, a score in [0, 1], whether an answer was
+    `found`, and `how` it was marked."""
 
     answer: str
     score: float
@@ -33,7 +33,7 @@ def judge(output: str, expected: str, choices: Sequence[str] = (), *, precision:
 
     Args:
         choices: the texts of the lettered choices; `expected` is then a letter (or several, "A, C") or a choice's text.
-        precision: decimals that are enough, where the question says so.
+        precision: number of decimals that suffice, if the question states it.
     """
     wanted = expected_letters(expected, choices)
     if wanted:

@@ -24,9 +24,9 @@ _HOUR = re.compile(r"(\d{1,2}) ?(?:o'clock|(?=[ap]\.?m\b))")
 
 
 def in_digits(text: str, *, whole: bool) -> str:
-    """The text with the number words that open it as digits; as it is when there are none.
+    """Convert the number words that a text begins with to digits; a text without them is unchanged.
 
-    whole: the text is the number and at most its unit, so "third" is a number too.
+    whole: the text is a number with at most its unit, so "third" is a number too.
 
     >>> in_digits("Twenty-three cats", whole=True), in_digits("two and a half hours", whole=True)
     ('23 cats', '2 1/2 hours')
@@ -68,7 +68,7 @@ def _count(match: re.Match[str]) -> str:
 
 
 def _fraction(match: re.Match[str]) -> str:
-    """Two thirds, and two and a half; a part without a number ("third") is none, but "half" is."""
+    """Fractions such as "two thirds" and "two and a half"; "" for a part without a number, except for "half"."""
     if not match[2] and match[3] != "half":
         return ""
     top = match[2].strip(" -") if match[2] and match[2][0].isdigit() else "1"
