@@ -3,7 +3,7 @@
     import vlmgraft as vg
     vg.merge("recipe.yaml", "merged")
 
-The main functions and what they give back; analyses are in `vg.analysis`. They are loaded when first used, so importing
+The main functions and their result types; analyses are in `vg.analysis`. They are loaded when first used, so importing
 the package loads neither torch nor transformers.
 """
 

@@ -1,4 +1,4 @@
-"""The command line, as `vlmgraft` and as `python -m vlmgraft`: ^C has its exit code from before the first import on."""
+"""The command line, as `vlmgraft` and as `python -m vlmgraft`; Ctrl-C exits with 130 during imports too."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 
 def main() -> None:
-    """Run the command line; `vlmgraft.cli.interrupts` takes the signals over while a command runs."""
+    """Run the command line; `vlmgraft.cli.interrupts` handles signals while a command runs."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, _interrupted)
     from vlmgraft.cli import main as run
@@ -15,7 +15,7 @@ def main() -> None:
 
 
 def _interrupted(*_: Any) -> NoReturn:
-    """Nothing has begun, or all is done: end without unwinding the imports, whose traceback says nothing."""
+    """Exit at once, without a traceback: no command is running."""
     os.write(2, b"\nvlmgraft: interrupted\n")
     os._exit(130)
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import re
 
 LONGEST = 2_000
-"""Characters of a message: what a file holds is quoted, and a file can hold anything."""
+"""Most characters of a message: messages quote files, and a file can hold anything."""
 
 
 def printable(text: str) -> str:
-    """One line that a terminal shows as it is: line breaks become spaces, other unprintable characters such as escape
-    sequences are written out (\\x1b), and what is too long is cut in the middle."""
+    """The text as one line that is safe for a terminal: line breaks become spaces, other unprintable characters such as
+    escape sequences are written out (\\x1b), and a long text is cut in the middle."""
     text = re.sub(r"[ \t]*[\r\n]+[ \t]*", " ", text).strip()
     if len(text) > LONGEST:
         text = f"{text[: LONGEST // 2]} … {text[-LONGEST // 3 :]}"
@@ -40,7 +40,7 @@ class RecipeError(InputError):
 
 
 class CheckpointError(InputError):
-    """A checkpoint folder is missing, truncated, inconsistent or in a format that is not read."""
+    """A checkpoint folder is missing, truncated, inconsistent or in an unsupported format."""
 
 
 class AlignmentError(InputError):
@@ -56,14 +56,14 @@ class OutputError(InputError):
 
 
 class DamagedError(InputError, ValueError):
-    """A file that vlmgraft wrote is not what it was: something damaged it, or lies in its place."""
+    """A file that vlmgraft wrote was damaged, or replaced by something else."""
 
     def __init__(self, path: object, why: object) -> None:
         super().__init__(f"{path}: is not what vlmgraft wrote ({why!s:.300}); take a whole copy, or make it again")
 
 
 class NumericalError(VlmgraftError):
-    """A computation met values it cannot carry: NaN, infinity, overflow on the cast, no convergence."""
+    """A computation failed numerically: NaN, infinity, overflow on the cast, no convergence."""
 
 
 class WeightsError(NumericalError, CheckpointError):

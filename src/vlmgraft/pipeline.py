@@ -1,9 +1,9 @@
 """The public functions behind the commands: recipe in, finished folders out.
 
-A recipe is resolved once into a job, which check, decompose, learn and fold are handed. Each arrow leaves files that
-can be looked at and resumed from: job → factors/ → gates/ → merged checkpoint with receipt. A checkpoint is read once
-by the stage that needs it: donor and base by decompose, the VLM by check, learn and fold; what is ready is not made
-again. torch is loaded when work starts, not before.
+A recipe is resolved once into a job, which is passed to check, decompose, learn and fold. Each arrow leaves files that
+can be inspected and resumed from: job → factors/ → gates/ → merged checkpoint with receipt. A checkpoint is read once
+by each stage that needs it: donor and base by decompose, the VLM by check, learn and fold. Finished stages are not
+repeated. torch is loaded only when work starts.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ __all__ = [
 
 RECIPE = "recipe.yaml"
 MOST_THREADS = 8
-"""Of a streamed merge: more wait for the disk, and each holds ten megabytes."""
+"""Most threads of a streamed merge: more would wait for the disk, and each holds ten megabytes."""
 
 
 def merge(
@@ -77,15 +77,15 @@ def merge(
     """Merge as the recipe says and publish a finished checkpoint at `out`.
 
     A FRISM recipe decomposes, learns and folds in one go; `workdir` (default: a hidden folder beside `out`, removed
-    after success) keeps factors and gates, and what it already holds for the same inputs is not computed again. The
-    gates with their log are in `out`/gates too. threads: of the streaming; default: as many as this process has
-    cores, up to eight, and of whole tensors as many as fit into half of the free memory. resume: go on with what an
-    interruption left; an `out` that the same recipe finished is left as it is. progress: by default a line in the
-    log of `vlmgraft` every 30 seconds.
+    after success) keeps factors and gates, and those that it already holds for the same inputs are reused. The gates
+    with their log are also in `out`/gates. threads: of the streaming; default: one per core of this process, up to
+    eight, or for methods on whole tensors as many as fit into half of the free memory. resume: continue an interrupted
+    merge; an `out` that the same recipe finished is left as it is. progress: by default a line in the log of `vlmgraft`
+    every 30 seconds.
 
     Raises:
-        RecipeError, CheckpointError, AlignmentError, OutputError: before anything is written; the last also where the
-            disk has no room for the result.
+        RecipeError, CheckpointError, AlignmentError, OutputError: before anything is written; the last also if the disk
+            has no room for the result.
         NumericalError: NaN, infinity or overflow, naming the tensor; nothing is published.
     """
     _one_process()
@@ -100,7 +100,7 @@ def merge(
     refuse_output(out, job.folders)
     refuse_place(work, job.folders)
     refuse_place(out, [work / "factors", work / "gates"])
-    if not resume and os.access(out.resolve().parent, os.W_OK):  # else the writer says why not
+    if not resume and os.access(out.resolve().parent, os.W_OK):  # else the writer reports why not
         free_space(out, sum(tensor.nbytes for tensor in job.vlm.tensors.values()))
     progress = progress or LogProgress()
     with _working(job, out, work, keep=workdir is not None):
@@ -109,10 +109,10 @@ def merge(
 
 
 def _threads(job: Job, method: Method) -> int:
-    """One per core: to stream chunks at most `MOST_THREADS`, of whole tensors as many as memory has room for."""
+    """One thread per core: at most `MOST_THREADS` to stream chunks; for whole tensors as many as memory allows."""
     if not method.whole_tensors:
         return min(MOST_THREADS, usable_cores())
-    from vlmgraft.spectral.threads import workers_for  # torch
+    from vlmgraft.spectral.threads import workers_for  # loads torch
 
     return workers_for(max((job.vlm.tensors[tensor.name].elements for tensor in job.alignment.merged), default=1))
 
@@ -130,7 +130,7 @@ def decompose(
 
     loaded = read_recipe(recipe, overrides)
     gated_method(loaded)
-    if not resume and rank_and_world()[0] == 0:  # no other process writes there before this one has joined it
+    if not resume and rank_and_world()[0] == 0:  # no other process writes before this one has joined
         _refuse_store(Path(out), loaded.models)
     job = resolve(loaded, questions=False)
     lower = "write a smaller method.rank, or run it where there is more memory"
@@ -139,7 +139,7 @@ def decompose(
 
 
 def _refuse_store(out: Path, models: Sequence[str]) -> None:
-    """Raise OutputError, before anything is downloaded, where `out` is there and cannot be known to be of this job."""
+    """Raise OutputError, before anything is downloaded, if `out` exists and cannot be checked to belong to this job."""
     from vlmgraft.spectral.factor_store import is_store_file
 
     refuse_output(out, models, ours=is_store_file)
@@ -160,7 +160,7 @@ def gates(
     overrides: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Gates:
-    """FRISM's second stage on a factor store; writes the gates folder `out`, or finds it finished."""
+    """FRISM's second stage on a factor store: writes the gates folder `out`, or reads it if it is finished."""
     from vlmgraft.distillation.learn import check_factors, check_inputs, gates_for
     from vlmgraft.spectral.factor_store import open_store
     from vlmgraft.spectral.gate_store import unfinished
@@ -176,7 +176,7 @@ def gates(
 
 
 def _learned(job: Job, work: Path, progress: Progress | None) -> Method:
-    """Check, decompose and learn: the job's factors and gates as a method that reads nothing but the VLM."""
+    """Check, decompose and learn; gives the method with the job's factors and gates, which reads only the VLM."""
     from vlmgraft.distillation.learn import check_inputs, factors_for, gates_for
     from vlmgraft.hf.placement import default_device
     from vlmgraft.spectral.factor_store import open_store
@@ -189,7 +189,7 @@ def _learned(job: Job, work: Path, progress: Progress | None) -> Method:
 
 
 def _keep_gates(gates: Gates, folder: Path) -> None:
-    """The gates and their log beside the merged weights, without what they are found again by in a work folder."""
+    """Save the gates and their log beside the merged weights, without the entry that identifies them in a workdir."""
     from vlmgraft.spectral.gate_store import save_gates
 
     settings = {key: value for key, value in gates.settings.items() if key != "from"}
@@ -233,8 +233,8 @@ def _folded(job: Job, method: Method, out: Path, threads: int, resume: bool, pro
 
 @contextmanager
 def _working(job: Job, out: Path, work: Path, *, keep: bool) -> Iterator[None]:
-    """Hold the locks of `out` and of the folders in `work`, which goes after success, and where the inputs are refused,
-    unless the user named it (`keep`)."""
+    """Lock `out` and the folders in `work`. Unless the user named it (`keep`), `work` is removed after success and when
+    inputs are refused."""
     gated = isinstance(job.recipe.method, GatedMethod)
     lower = MEMORY_REMEDY if gated else "whole tensors do not fit; `merge --dry-run` says how much a merge needs"
     with ExitStack() as stack:
@@ -244,7 +244,7 @@ def _working(job: Job, out: Path, work: Path, *, keep: bool) -> Iterator[None]:
         try:
             yield
         except InputError as error:
-            if not keep and not isinstance(error, OutputError):  # with more room the next run goes on
+            if not keep and not isinstance(error, OutputError):  # with more disk space the next run can resume
                 shutil.rmtree(work, ignore_errors=True)
             raise
         if not keep:
@@ -261,7 +261,7 @@ def _one_process() -> None:
 
 
 def _finished(job: Job, out: Path) -> Receipt | None:
-    """The receipt of an `out` that this very merge finished, if it was killed after that; removes what it left."""
+    """The receipt of `out` if this very merge had finished it before it was killed; removes leftovers."""
     if not out.is_dir():
         return None
     from vlmgraft.merging.receipt import finished_receipt
@@ -280,7 +280,7 @@ def _finished(job: Job, out: Path) -> Receipt | None:
 
 
 def _workdir(out: Path) -> Path:
-    """Where a merge keeps factors and gates if it is not told."""
+    """Where a merge keeps factors and gates by default."""
     return out.with_name(f".{out.name}.work")
 
 
@@ -307,7 +307,7 @@ def export_lora(
 def export_front(
     front: str | Path, out: str | Path, *, factors: str | Path, vlm: str | Path, rank: int = 64
 ) -> dict[str, LoraReport]:
-    """A LoRA adapter of the same rank for every budget of a front folder, as `out`/BUDGET; as `export_lora` else."""
+    """Write a LoRA adapter of one rank for every budget of a front folder to `out`/BUDGET; else as `export_lora`."""
     from vlmgraft.distillation.front import read_path
     from vlmgraft.export.lora import write_loras
     from vlmgraft.spectral.factor_store import open_store

@@ -1,7 +1,7 @@
 """Pairs every tensor of a VLM with the donor's and the bases', and gives each one a verdict with its reason.
 
 Only headers are read. Tensors of the vision tower and the projector are kept; tensors of the language model are merged,
-or excluded by the recipe, or kept where the donor has nothing to give. What cannot pair is refused before work starts.
+excluded by the recipe, or kept if the donor has no counterpart. What cannot pair is refused before work starts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class AlignedTensor(NamedTuple):
-    """One tensor of the VLM: what happens to it, why, and where the others keep their side of it.
+    """One tensor of the VLM: its verdict, the reason, and its sources in the other checkpoints.
 
     `name` is the name on disk, `role` the name inside the text model (None outside it). The sources are None unless the
     verdict is "merged" and the recipe gave that checkpoint.
@@ -64,7 +64,7 @@ class Alignment:
 
     @property
     def opened(self) -> dict[str, Checkpoint]:
-        """The checkpoints that there are, by their key in a recipe."""
+        """The checkpoints that the recipe gives, by their keys."""
         sources = {key: getattr(self, key) for key in ("vlm", "donor", "donor_base", "vlm_base")}
         return {key: checkpoint for key, checkpoint in sources.items() if checkpoint is not None}
 
@@ -143,7 +143,7 @@ def align(
 
 
 def _other_base(donor: Checkpoint, donor_base: Checkpoint | None) -> list[str]:
-    """A warning where the donor is an adapter of another model than its base."""
+    """A warning if the donor is an adapter of another model than donor_base."""
     made_for = donor.adapter_of
     if made_for is None or donor_base is None or _same(made_for, donor_base.path):
         return []
@@ -157,7 +157,7 @@ def _other_base(donor: Checkpoint, donor_base: Checkpoint | None) -> list[str]:
 def _compare_tokenizers(
     vlm: Checkpoint, views: Mapping[str, TextView], vocabulary: bool
 ) -> tuple[list[str], frozenset[int]]:
-    """Notes on tokens that are others, and the rows that must stay the VLM's where a `vocabulary` is merged."""
+    """Notes on tokens that differ, and the rows that must stay the VLM's if a `vocabulary` is merged."""
     tokens = [compare_tokens(vlm, view.checkpoint, key.replace("_", " ")) for key, view in views.items()]
     notes = [note for compared in tokens if compared is not None for note in compared.notes()]
     if not vocabulary:
@@ -186,8 +186,8 @@ def _verdict(
 
 
 def _made_of_several(checkpoints: Mapping[str, Checkpoint | None]) -> list[str]:
-    """Notes on adapters and on quantised weights that are read; quantised ones that are not are refused for what they
-    are, since their names and shapes would look like another architecture's. Notes are published: they name no path."""
+    """Notes on adapters and dequantised weights; they are published, so they contain no path. Unsupported quantised
+    weights are refused here, before their names and shapes are taken for another architecture's."""
     notes = []
     for key, checkpoint in checkpoints.items():
         if checkpoint is not None and checkpoint.adapter_of is not None:
@@ -221,7 +221,7 @@ def _made_of_several(checkpoints: Mapping[str, Checkpoint | None]) -> list[str]:
 
 
 def _refuse_without_tower(vlm: Checkpoint, text: TextView) -> None:
-    """A VLM holds more than a language model; donor and VLM given the wrong way round do not."""
+    """Refuse a VLM without tensors outside the language model: VLM and donor may be swapped."""
     if len(text.held) == len(vlm.tensors) and text_config(vlm.config) is vlm.config:
         raise AlignmentError(
             f"vlm {vlm.path}: has no vision tower, every tensor is of a language model; are vlm and donor swapped?"
@@ -229,7 +229,7 @@ def _refuse_without_tower(vlm: Checkpoint, text: TextView) -> None:
 
 
 def _check_kind(text: TextView, view: TextView, key: str) -> list[str]:
-    """Refuse another kind of language model or number of layers; a note where a config does not tell."""
+    """Refuse another type of language model or another number of layers; a note if a config does not name its type."""
     who = key.replace("_", " ")
     if text.layers != view.layers:
         raise AlignmentError(
@@ -255,14 +255,14 @@ def _check_kind(text: TextView, view: TextView, key: str) -> list[str]:
 
 
 def _sees(checkpoint: Checkpoint) -> bool:
-    """Whether the config speaks of a vision tower."""
+    """Whether the config mentions a vision tower."""
     return any("vision" in key or "visual" in key for key in checkpoint.config)
 
 
 def _refuse_same_folder(
     vlm: Checkpoint, donor: Checkpoint, donor_base: Checkpoint | None, vlm_base: Checkpoint | None
 ) -> None:
-    """Refuse pairs whose difference would be zero everywhere because they are one folder."""
+    """Refuse pairs that are one folder, so that their difference would be zero everywhere."""
     pairs = (
         ("donor", donor, "donor_base", donor_base, "the task vector is zero; give the model the donor was tuned from"),
         ("donor", donor, "vlm", vlm, "give a text model as donor"),

@@ -1,4 +1,4 @@
-"""What the configs of two language models do not share, and what it means for merged weights."""
+"""How the configs of two language models differ, and what each difference means for merged weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FIELDS: Mapping[str, tuple[Weight, str]] = {
 
 @dataclass(frozen=True)
 class Difference:
-    """One field that the VLM's language model and another checkpoint (`other`, a key of the recipe) do not share."""
+    """One field in which the VLM's language model and another checkpoint (`other`, a key of the recipe) differ."""
 
     field: str
     other: str
@@ -42,7 +42,7 @@ class Difference:
 
 
 def config_differences(vlm: Checkpoint, other: Checkpoint, key: str) -> Iterator[Difference]:
-    """The fields of `FIELDS` that both configs have and that differ; `key` of the recipe names `other`."""
+    """The fields of `FIELDS` that both configs have with different values; `key` of the recipe names `other`."""
     ours, theirs = (_flat(text_config(one.config)) for one in (vlm, other))
     for field, (weight, meaning) in FIELDS.items():
         pair = ours.get(field), theirs.get(field)
@@ -53,7 +53,7 @@ def config_differences(vlm: Checkpoint, other: Checkpoint, key: str) -> Iterator
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config with rotary settings under the names that releases of transformers before 5 used.
 
-    Qwen-VL's split of the rotary frequencies over time, height and width is no scaling: text uses all of them alike.
+    Qwen-VL's split of the rotary frequencies over time, height and width is not scaling: text uses all of them alike.
     """
     flat = dict(config)
     section = flat.get("rope_parameters") or flat.get("rope_scaling")

@@ -1,15 +1,15 @@
-"""How far donor and VLM have moved, per layer and module group.
+"""How far donor and VLM have moved from their bases, per layer and module group.
 
-DRIFT (arXiv 2510.15050) finds merging harmless where the donor's task vector is small and does not oppose the VLM's
-own, and harmful where they differ much; it gives no thresholds. Measured here, over all tensors that are merged:
+DRIFT (arXiv 2510.15050) finds merging harmless if the donor's task vector is small and does not oppose the VLM's own,
+and harmful if the two differ much; it gives no thresholds. Measured here, over all tensors that are merged:
 
     donor_norm ‖τ‖, τ = W_donor − W_base        vlm_norm ‖τ_vlm‖, τ_vlm = W_vlm − W_vlm_base
     weight_norm ‖W_vlm‖                          cosine cos(τ_vlm, τ)
     unchanged: share of the entries of τ that are exactly 0
 
-Without `vlm_base`, τ_vlm is taken from `donor_base`: exact when both models descend from one base, else it also holds
-the difference of the two bases. Norms are of all tensors of a row together; sums are float32 within a chunk of 65,536
-elements, which the cache holds, and float64 over chunks: good to about five digits.
+Without `vlm_base`, τ_vlm is taken from `donor_base`: exact if both models descend from one base, otherwise it includes
+the difference of the two bases. Norms are over all tensors of a row. Sums are float32 within a chunk of 65,536
+elements, which fits the cache, and float64 over chunks: accurate to about five digits.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Distance:
 
 @dataclass(frozen=True)
 class Extent:
-    """The rows in figures: medians and extremes, with the row where an extreme stands."""
+    """Summary of the rows: medians and extremes, with the row of each extreme."""
 
     median_ratio: float
     largest_ratio: float
@@ -97,7 +97,7 @@ def measure_distances(
 
 
 def extent_of(rows: Sequence[Distance]) -> Extent:
-    """What the rows come to. No threshold says from here which merge is harmless: that takes a measurement of it."""
+    """Summarise the rows. They give no threshold for harmless merges: whether a merge is harmless must be measured."""
     largest = max(rows, key=lambda row: row.ratio)
     smallest = min(rows, key=lambda row: row.cosine)
     return Extent(
@@ -131,7 +131,7 @@ def _products(vlm: Tensor, donor: Tensor, base: Tensor, vlm_base: Tensor) -> tup
 
 
 class _Readers:
-    """The checkpoints open side by side; gives matching float32 chunks of one aligned tensor."""
+    """Readers of all checkpoints; gives matching float32 chunks of one aligned tensor."""
 
     def __init__(self, alignment: Alignment, stack: ExitStack) -> None:
         from vlmgraft.checkpoint.reader import Reader

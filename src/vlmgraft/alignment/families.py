@@ -1,8 +1,8 @@
-"""What configs and names say of a language model: its section, its kind, and one name for one role.
+"""The language model in a config: its section, its type, and one name for each role.
 
-Where a checkpoint keeps its language model is found from its config and its tensors (`alignment/view.py`). The tables
-here hold what neither tells: kinds of text models that are one architecture, and other names for Llama's roles. Names
-are those of the files (`save_pretrained` of transformers writes the hub's names back), not those of `state_dict()`.
+The place of a language model in a checkpoint is found from its config and its tensors (`alignment/places.py`). The
+tables here hold what neither tells: types of text models that share an architecture, and other names for Llama's roles.
+Names are those in the files (`save_pretrained` of transformers writes the hub's names), not those of `state_dict()`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Place:
-    """Where a language model is on disk. `body` stands before its embeddings and norms, `body + stack` before the
-    number of a layer, `head` is the head's name without `.weight`, `embed` that of the token embeddings."""
+    """Where a language model is on disk. `body` is the name prefix of its embeddings and norms, `body + stack` the
+    prefix of a layer's number, `head` the head's name without `.weight`, `embed` that of the token embeddings."""
 
     body: str
     head: str
@@ -41,8 +41,8 @@ TEXT_TYPES: dict[str, str] = {
     "molmo2_text": "qwen3",
     "granite4_vision_text": "granite",
 }
-"""The kind of text model behind a `model_type`: of a text section, or of a VLM whose config leaves its text model's
-out (the default of its class in transformers). InternLM2 is Llama with q, k and v fused (`alignment/layouts.py`)."""
+"""The type of text model behind a `model_type`: a text section's, or that of a VLM whose config omits its text model's
+(the default of its class in transformers). InternLM2 is Llama with q, k and v fused (`alignment/layouts.py`)."""
 
 RENAMES: tuple[tuple[str, str], ...] = (
     (".base_layer.", "."),
@@ -64,12 +64,12 @@ RENAMES: tuple[tuple[str, str], ...] = (
     ("self_attn.norm_q.", "self_attn.q_norm."),
     ("self_attn.norm_k.", "self_attn.k_norm."),
 )
-"""Other names (PEFT, InternLM2, Mixtral, LFM2, Llama 4, Molmo2, …) and Llama's, which this package uses as roles."""
+"""Other names (PEFT, InternLM2, Mixtral, LFM2, Llama 4, Molmo2, …) and Llama's, which are this package's roles."""
 
 
 @lru_cache(maxsize=1 << 14)  # layers repeat each other, and a mixture of experts has 50,000 tensors
 def renamed(inside: str) -> str:
-    """The name of a tensor inside a decoder layer in Llama's words: its role."""
+    """The role of a tensor inside a decoder layer: its name in Llama."""
     for theirs, ours in RENAMES:
         inside = inside.replace(theirs, ours)
     return inside
@@ -84,12 +84,12 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def has_tower(config: dict[str, Any]) -> bool:
-    """Whether a config.json speaks of a vision tower."""
+    """Whether a config.json mentions a vision tower."""
     return any("vision" in key or key == "vq_config" for key, value in config.items() if value)
 
 
 def text_type(config: dict[str, Any]) -> str | None:
-    """The kind of language model that a config.json describes ("qwen2", "llama", …); None where it names none."""
+    """The type of language model that a config.json describes ("qwen2", "llama", …); None if it names none."""
     inner = text_config(config)
     named = inner.get("model_type") if inner is not config else None
     kind = str(named or config.get("model_type"))
@@ -97,7 +97,7 @@ def text_type(config: dict[str, Any]) -> str | None:
 
 
 def same_kind(one: str, other: str) -> bool:
-    """Whether two kinds may be one architecture: listed as one, or of one name but for what says it sees images."""
+    """Whether two types may be one architecture: equal, or not both in `TEXT_TYPES` and equal without vision suffix."""
     listed = TEXT_TYPES.values()
     return one == other or (not (one in listed and other in listed) and _stem(one) == _stem(other))
 
@@ -107,6 +107,6 @@ def _flat_type(config: dict[str, Any]) -> str | None:
 
 
 def _stem(kind: str) -> str:
-    """`glm4` of glm4v_text, `hunyuan` of hunyuan_vl_text; glm4 is not glm, cohere2 not cohere."""
+    """A type without its vision suffix: `glm4` for glm4v_text, `hunyuan` for hunyuan_vl_text. Version digits stay."""
     first = kind.split("_")[0]
     return first[:-1] if first.endswith("v") and first[-2:-1].isdigit() else first

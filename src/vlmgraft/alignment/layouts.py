@@ -1,11 +1,11 @@
-"""How tensors on disk hold the matrices of a text model, and how a VLM tensor is put together from those of another.
+"""How tensors on disk hold the matrices of a text model, and how a VLM tensor is assembled from another checkpoint's.
 
-A form says how one tensor holds one or several parts (the matrices that Llama-like models keep apart):
+A form describes how one tensor holds one or several parts (the matrices that Llama-like models store separately):
 
 | form     | on disk                                             | parts                        |
 |----------|-----------------------------------------------------|------------------------------|
 | whole    | the matrix itself                                   | 1                            |
-| rows     | one matrix's rows below the other's                 | q, k, v; gate, up; up, gate  |
+| rows     | matrices stacked along their rows                   | q, k, v; gate, up; up, gate  |
 | wqkv     | [kv_heads · (group + 2) · head_dim, …] (InternLM2)  | q, k, v                      |
 | gate_up  | [experts, 2·ff, hidden], or transposed              | gate, up of expert 0, 1, …   |
 | down     | [experts, hidden, ff], or transposed                | down of expert 0, 1, …       |
@@ -45,7 +45,7 @@ WHOLE_FORM = Form()
 
 @dataclass(frozen=True)
 class Pick:
-    """Part number `part` of the source's tensor number `name`, which holds it in `form`."""
+    """Part `part` of the tensor `source.names[name]`, which holds its parts in `form`."""
 
     name: int
     form: Form
@@ -56,8 +56,8 @@ class Pick:
 class Layout:
     """How a source's tensors become one of the VLM's shape.
 
-    `whole`: one tensor of the same shape, streamable in chunks. `rows`: another vocabulary, of which the first `rows`
-    rows but `kept` are taken and the others filled from the VLM. `parts`: `picks` are joined in the form `into`.
+    `whole`: one tensor of the same shape, streamable in chunks. `rows`: another vocabulary, from which the first `rows`
+    rows except `kept` are taken; all others are filled from the VLM. `parts`: `picks` are joined in the form `into`.
     """
 
     kind: Literal["whole", "rows", "parts"] = "whole"
@@ -71,7 +71,7 @@ WHOLE = Layout()
 
 
 class Source(NamedTuple):
-    """Tensors on disk (`names`, in one checkpoint) that give one tensor of the VLM's shape by way of `layout`."""
+    """Tensors on disk (`names`, in one checkpoint) from which `layout` makes one tensor of the VLM's shape."""
 
     names: tuple[str, ...]
     layout: Layout = WHOLE
@@ -139,13 +139,13 @@ def join(parts: Sequence[Tensor], form: Form) -> Tensor:
 
 
 def assemble(source: Source, read: Callable[[str], Tensor], shape: Shape, fill: Tensor | None = None) -> Tensor:
-    """One tensor of the VLM's `shape` from the tensors `source.names`, in the files' dtype
-    (a filled one in the wider of the two files' dtypes).
+    """One tensor of the VLM's `shape` from the tensors `source.names`, in the files' dtype (if it is filled, in the
+    wider of the two files' dtypes).
 
     Args:
-        read: gives a tensor of the source's checkpoint by its name on disk.
-        fill: the VLM's own tensor. Rows of the vocabulary that the sources do not share are copied from it, into donor
-            and base alike, so that every method leaves these rows as they are (their task vector is zero).
+        read: reads a tensor of the source's checkpoint by its name on disk.
+        fill: the VLM's own tensor. Vocabulary rows that the sources do not share are copied from it into donor and base
+            alike: their task vector is then zero, and every method leaves them unchanged.
     Raises:
         AlignmentError: rows must be filled and `fill` is None, or the result has another shape than planned.
     """

@@ -1,4 +1,4 @@
-"""Finds, for one tensor of the VLM's text model, the tensors of donor and bases that make it up."""
+"""Finds the tensors of donor and bases that pair with one tensor of the VLM's text model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vlmgraft.errors import AlignmentError
 
 FLOATS = ("BF16", "F16", "F32", "F64")
 _OPTIONAL = ("bias", "head", "embeddings", "other")
-"""Groups of which one side may have none: kept as the VLM has them. A missing projection or norm is another model."""
+"""Groups that one side may lack; the VLM's tensors are then kept. Without a projection or norm it is another model."""
 
 
 class Sources(TypedDict, total=False):
@@ -25,8 +25,8 @@ class Sources(TypedDict, total=False):
 
 @dataclass
 class Pairing:
-    """The VLM's text model beside the others' (`views`, by key of the recipe); counts what the notes will say.
-    foreign: rows of the vocabulary whose token is another one's in one of them."""
+    """The VLM's text model and the others' (`views`, by key of the recipe); counts differing dtypes for the notes.
+    foreign: vocabulary rows whose token has no counterpart in one of the others."""
 
     text: TextView
     views: dict[str, TextView]
@@ -34,7 +34,7 @@ class Pairing:
     foreign: frozenset[int] = frozenset()
 
     def notes(self) -> list[str]:
-        """Notes on what was met: other dtypes, and tensors of the others that have no place in the VLM."""
+        """Notes on differing dtypes, and on tensors of the others that have no place in the VLM."""
         said = [
             f"{count} tensors are {theirs} in {key} and {ours} in the VLM: computed in float32, stored as {ours}"
             for (key, theirs, ours), count in sorted(self.dtypes.items())
@@ -87,7 +87,7 @@ def pair_tensor(pairing: Pairing, held: Held) -> tuple[str, Sources | None]:
 
 
 def _role(view: TextView, role: str) -> str:
-    """The role to read in `view`: the embeddings where a tied head is not on disk."""
+    """The role to read in `view`: the embeddings if a tied head is not on disk."""
     return "embed_tokens.weight" if role == "lm_head.weight" and role not in view.parts and view.tied else role
 
 
@@ -102,9 +102,9 @@ def _shared_rows(pairing: Pairing, held: Held, shape: tuple[int, ...]) -> int:
 
 
 def _find(view: TextView, held: Held, pairing: Pairing, key: str, rows: int | None) -> Source | None:
-    """The source of `held` in `view`, or None where it has none and may have none."""
+    """The source of `held` in `view`, or None if it is missing and optional."""
     ours = pairing.text.checkpoint.tensors[held.name]
-    if rows is None and held.form is WHOLE_FORM:  # the usual case, told quickly
+    if rows is None and held.form is WHOLE_FORM:  # fast path for the usual case
         same = view.parts.get(held.role)
         if same is not None and same[0].form is WHOLE_FORM:
             info = view.checkpoint.tensors[same[0].name]

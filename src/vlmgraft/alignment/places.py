@@ -12,21 +12,21 @@ if TYPE_CHECKING:
     from vlmgraft.checkpoint.index import Checkpoint
 
 NUMBERED = re.compile(r"((?:.*?\.)?)(\d+)\.(.+)")
-"""(what stands before a number, the number, the rest) of a tensor's name."""
+"""(prefix, number, rest) of a tensor's name."""
 TOWER = re.compile(
     r"vis|view|image|img|audio|video|speech|tower|projector|connector|merger|perceiver|resampler|modal|mm_|vq|pos_embed"
 )
-"""In the names of what is no part of a language model."""
+"""Name parts of modules outside the language model: towers, projectors and the like."""
 HEADS = ("lm_head", "output", "unembed", "embed_out", "head")
 _NO_TOKENS = re.compile(r"pos|patch|norm|layer|class|cls|type|" + TOWER.pattern)
 
 
 def find_place(checkpoint: Checkpoint) -> Place:
-    """Where the language model of a checkpoint is, whatever its tower is made of: the stack of layers that has token
-    embeddings beside it. Of several, the one of the text config's depth, vocabulary and width.
+    """Find the language model of a checkpoint, whatever its tower is made of: the stack of layers with token embeddings
+    beside it. Of several, the one with the text config's depth, vocabulary and width.
 
     Raises:
-        AlignmentError: no stack has token embeddings, or several are alike; an encoder and a decoder.
+        AlignmentError: no stack has token embeddings, several match equally well, or the model is an encoder-decoder.
     """
     if checkpoint.config.get("is_encoder_decoder"):
         raise AlignmentError(
@@ -77,6 +77,6 @@ def find_place(checkpoint: Checkpoint) -> Place:
 
 
 def _head_of(body: str, heads: list[str]) -> str:
-    """The head that belongs to a body: the one in the innermost module that holds the body; `lm_head` by default."""
+    """The head of a body: the one in the innermost module that contains the body; `lm_head` by default."""
     above = [head for head in heads if body.startswith(head.rpartition(".")[0])]
     return max(above, key=lambda head: head.count("."), default="lm_head")

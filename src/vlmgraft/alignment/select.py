@@ -15,7 +15,7 @@ def select_layers(layers: str | int | Sequence[int], count: int) -> frozenset[in
     """The layers that "all", "0-27", "3", "0-5,20-27" or a list of numbers selects out of `count`.
 
     Raises:
-        AlignmentError: not such a selection, empty, or beyond the last layer.
+        AlignmentError: the selection has another form, is empty, or extends beyond the last layer.
     """
     if layers == "all":
         return frozenset(range(count))

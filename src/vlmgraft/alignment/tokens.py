@@ -1,4 +1,4 @@
-"""Which numbers of tokens mean something else in two checkpoints, from their tokenizer.json."""
+"""Which token ids stand for different tokens in two checkpoints, from their tokenizer.json."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 FILE = "tokenizer.json"
 MOST = 0.1
-"""Share of the numbers that may mean something else; with more it is another tokenizer, and no row pairs."""
+"""Largest share of token ids that may differ; beyond it the tokenizers count as different, and no row pairs."""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """How a checkpoint's tokenizer (`key` of the recipe) differs from the VLM's. other: number → (token of the VLM,
-    token there). missing, extra: numbers that only the VLM's, and only the other, has. shared: how many both have."""
+    """How a checkpoint's tokenizer (`key` of the recipe) differs from the VLM's. other: id → (the VLM's token, its
+    own). missing, extra: ids that only the VLM, or only the other, has. shared: the number of ids in both."""
 
     key: str
     other: dict[int, tuple[str, str]]
@@ -32,9 +32,9 @@ class Tokens:
 
     @property
     def foreign(self) -> frozenset[int]:
-        """Rows of the VLM's embeddings and head to which the other has no counterpart.
+        """Rows of the VLM's embeddings and head without a counterpart in the other checkpoint.
 
-        Raises AlignmentError where that is so of more than `MOST` of the rows.
+        Raises AlignmentError if more than `MOST` of the shared ids stand for other tokens.
         """
         if len(self.other) > MOST * self.shared:
             number, (ours, theirs) = next(iter(self.other.items()))
@@ -46,7 +46,7 @@ class Tokens:
         return frozenset((*self.other, *self.missing))
 
     def notes(self) -> Iterator[str]:
-        """What the user is told."""
+        """Notes for the user about the differences."""
         if self.other:
             number, (ours, theirs) = next(iter(self.other.items()))
             yield (
@@ -60,9 +60,9 @@ class Tokens:
 
 
 def compare_tokens(vlm: Checkpoint, other: Checkpoint, key: str) -> Tokens | None:
-    """The tokenizers of the VLM and of another checkpoint; None where one of them has no tokenizer.json.
+    """Compare the tokenizers of the VLM and another checkpoint; None if one of them has no tokenizer.json.
 
-    Raises CheckpointError where such a file is no JSON.
+    Raises CheckpointError if a tokenizer.json is not valid JSON.
     """
     raws = [_raw(checkpoint) for checkpoint in (vlm, other)]
     if None in raws:
@@ -81,7 +81,7 @@ def compare_tokens(vlm: Checkpoint, other: Checkpoint, key: str) -> Tokens | Non
 
 
 def _raw(checkpoint: Checkpoint) -> bytes | None:
-    """The bytes of a checkpoint's tokenizer.json (of an adapter without one, its base's), or None."""
+    """The bytes of a checkpoint's tokenizer.json (for an adapter without one, its base's), or None."""
     files = [folder / FILE for folder in (checkpoint.path, checkpoint.adapter_of) if folder is not None]
     if is_hub_id(checkpoint.path) and (found := small_file(str(checkpoint.path), FILE)):
         files = [found]
@@ -90,13 +90,13 @@ def _raw(checkpoint: Checkpoint) -> bytes | None:
 
 
 def _by_number(tokenizer: dict[str, Any]) -> dict[int, str]:
-    """Number → token, of the vocabulary and of what was added to it."""
+    """Token id → token, of the vocabulary and the added tokens."""
     model, added = tokenizer.get("model"), tokenizer.get("added_tokens")
     entries = model.get("vocab") if isinstance(model, dict) else None
     found: dict[int, str] = {}
     if isinstance(entries, dict):
         found = {number: token for token, number in entries.items() if isinstance(number, int)}
-    elif isinstance(entries, list):  # of a unigram model, with their scores
+    elif isinstance(entries, list):  # a unigram model lists tokens with scores
         found = {number: str(entry[0]) for number, entry in enumerate(entries) if isinstance(entry, list) and entry}
     for entry in added if isinstance(added, list) else ():
         if isinstance(entry, dict) and isinstance(entry.get("id"), int):

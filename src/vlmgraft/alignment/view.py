@@ -25,12 +25,12 @@ Group = Literal["attention", "mlp", "norm", "embeddings", "head", "bias", "route
 GROUPS: tuple[Group, ...] = ("attention", "mlp", "norm", "embeddings", "head", "bias", "router", "other")
 
 VISION = "vision_layers."
-"""What the roles of parts of decoder layers begin with that only images use."""
+"""Role prefix of parts of decoder layers that only images use."""
 MOST_EXPERTS = 10_000
 _FUSED = re.compile(r"\.(?:self_attn|mlp|shared_experts?)\.(wqkv|att_proj|gate_up_proj|ff_proj)\.")
-"""Matrices one below the other: q, k, v, interleaved (InternLM2) or not (Molmo2); gate, up; up, gate (Molmo2)."""
+"""Fused matrices: q, k, v interleaved (InternLM2) or stacked (Molmo2); gate, up; up, gate (Molmo2)."""
 _STACK = re.compile(r"(?:^|\.)(?:layers?|blocks?|h)\.\d+\.")
-"""Layers of something else: a tower may be made of a language model, and stand under the same name."""
+"""Layers outside the decoder's stack: those of a tower, which may itself be a language model."""
 _EXPERT = re.compile(r"mlp\.experts\.(\d{1,9})\.")
 _MLP = re.compile(r"mlp|ffn|feed_forward|moe|expert|fc\d|(gate|up|down)_proj|per_layer")
 
@@ -72,7 +72,7 @@ def group_of(role: str, shape: tuple[int, ...] = (2, 2)) -> Group:
 
 @lru_cache(maxsize=1 << 14)
 def _group(inside: str, ndim: int, single: bool) -> Group:
-    """`single`: the weight of one output, as a shared expert's gate has."""
+    """single: whether the weight has a single output, as a shared expert's gate does."""
     *path, last = inside.split(".")
     module = path[-1] if path else last
     if inside.startswith("embed_tokens") and ndim > 1:
@@ -95,9 +95,9 @@ def _group(inside: str, ndim: int, single: bool) -> Group:
 
 @dataclass(frozen=True)
 class _Sight:
-    """What of the decoder layers only images use: layers of cross-attention (Llama 3.2 Vision), which stand between the
-    others and count with them, experts from a number on (ERNIE 4.5 VL), both by the text config; adapters for pictures
-    and speech (Phi-4-multimodal's files)."""
+    """Parts of the decoder that only images use. The text config names cross-attention layers (Llama 3.2 Vision), which
+    are numbered among the others, and the first vision expert (ERNIE 4.5 VL). Adapters for pictures and speech
+    (Phi-4-multimodal's files) are recognised by name."""
 
     cross_layers: frozenset[int]
     text_experts: int | None
@@ -110,7 +110,7 @@ class _Sight:
         return cls(frozenset(layers), first if isinstance(first, int) else None)
 
     def role(self, number: int, inside: str) -> tuple[str, int | None]:
-        """(role, layer among those that text uses, None of what only images use) of a tensor in layer `number`."""
+        """(role, layer number among those that text uses; None if only images use it) of a tensor in layer `number`."""
         layer = number - sum(cross < number for cross in self.cross_layers)
         expert = _EXPERT.match(inside)
         beyond = expert is not None and self.text_experts is not None and int(expert[1]) >= self.text_experts
@@ -159,7 +159,7 @@ def text_view(checkpoint: Checkpoint, place: Place | None = None) -> TextView:
     """The text model of a checkpoint, at `place` or where `find_place` finds it.
 
     Raises:
-        AlignmentError: no place fits, layers are missing in the count, or a fused tensor does not fit its head layout.
+        AlignmentError: no place fits, layer numbers have gaps, or a fused tensor does not fit its head layout.
     """
     place = place or find_place(checkpoint)
     sight, towers = _Sight.of(text_config(checkpoint.config)), _towers(checkpoint, place)
@@ -191,7 +191,7 @@ def text_view(checkpoint: Checkpoint, place: Place | None = None) -> TextView:
 
 
 def _tied(checkpoint: Checkpoint, place: Place) -> bool:
-    """Whether a head that is not on disk is the embeddings: as the config says, else unless it is a headless model."""
+    """Whether a head that is not on disk is tied to the embeddings: as the config says, else unless it is headless."""
     config = checkpoint.config
     said = config.get("tie_word_embeddings", text_config(config).get("tie_word_embeddings"))
     if said is not None:

@@ -1,8 +1,8 @@
-"""A LoRA adapter in PEFT's format seen as the model that it makes of its base: W + s · B · A, from headers alone.
+"""A PEFT LoRA adapter presented as its merged model, W + s · B · A, from headers alone.
 
-s is lora_alpha / r, or lora_alpha / √r with `use_rslora`; r is the matrix's own (`alpha_pattern` may give alpha, too).
-What was trained as a whole beside (`modules_to_save`) takes the base's place. The sums are float32, and not rounded to
-the base's dtype as PEFT's `merge_and_unload` does.
+s is lora_alpha / r, or lora_alpha / √r with `use_rslora`. r comes from a matrix's shape; `alpha_pattern` may set
+another alpha for it. Modules that were trained in full (`modules_to_save`) replace the base's. The sums stay in
+float32, whereas PEFT's `merge_and_unload` rounds them to the base's dtype.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _KNOWN = {
     "inference_mode", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
     "qalora_group_size", "ensure_weight_tying", "runtime_config",
 }  # fmt: skip
-"""Settings that leave a matrix at W + s · B · A. Others (use_dora, target_parameters, …) do not when they are set."""
+"""Settings that keep a matrix at W + s · B · A. Any other (use_dora, target_parameters, …) is refused if it is set."""
 _PLAIN = (True, False, "gaussian", "orthogonal", "eva")
-"""Values of init_lora_weights that leave the base's weights as they are."""
+"""Values of init_lora_weights that do not change the base's weights."""
 
 
 @dataclass(frozen=True)
 class Adapted(Packed):
-    """Part "values" plus scaling times the product of parts "B" and "A", or (`turned`) times its transpose."""
+    """The sum values + scaling · B · A of its three `parts`; `turned`: B · A is transposed."""
 
     scaling: float = 1.0
     turned: bool = False
@@ -43,9 +43,9 @@ class Adapted(Packed):
 def adapted(
     folder: Path, config: Mapping[str, Any], header: Mapping[str, TensorInfo], base: Mapping[str, TensorInfo]
 ) -> tuple[dict[str, TensorInfo], dict[str, Packed]]:
-    """The base's tensors as the adapter in `folder` makes them, and how those are kept that are sums; by name on disk.
+    """The base's tensors with the adapter in `folder` applied, and an `Adapted` for each sum; both by name on disk.
 
-    Raises CheckpointError, with the command that merges the adapter, where it does anything else.
+    Raises CheckpointError, with the command that merges the adapter, if the adapter does anything else.
     """
     odd = sorted(key for key, value in config.items() if value and key not in _KNOWN)
     odd += [f"{key} {config[key]!r:.40}" for key, plain in (("peft_type", ("LORA",)), ("init_lora_weights", _PLAIN))
@@ -77,7 +77,7 @@ def adapted(
 
 
 def _scaling(folder: Path, config: Mapping[str, Any], name: str, rank: int) -> float:
-    """s of a matrix; patterns are matched with the end of its module's name."""
+    """The scaling s of a matrix. A key of `alpha_pattern` matches a module's whole name, or its end after a dot."""
     module, patterns = name.removesuffix(".weight"), config.get("alpha_pattern") or {}
     try:
         found = (value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module))
@@ -95,7 +95,7 @@ def _refused(folder: Path, why: str) -> CheckpointError:
 
 
 def merging(folder: Path) -> str:
-    """The command that merges an adapter into its base with PEFT, into a folder beside it."""
+    """The shell command that merges an adapter into its base with PEFT and saves the result in a folder beside it."""
     return (
         'python -c "import sys; from peft import AutoPeftModelForCausalLM as M; '
         "M.from_pretrained(sys.argv[1], dtype='auto').merge_and_unload().save_pretrained(sys.argv[2])\" "

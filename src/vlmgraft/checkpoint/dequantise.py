@@ -1,4 +1,4 @@
-"""The matrices that quantised tensors stand for, one at a time."""
+"""Dequantises tensors to matrices, one at a time."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from vlmgraft.checkpoint.packed import Coded
 from vlmgraft.errors import CheckpointError
 
 FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
-"""The values of FP4 (one bit of sign, two of exponent, one of mantissa), by their bits."""
+"""The values of FP4 (one sign, two exponent bits, one mantissa bit), indexed by their bits."""
 
 
 def dequantise(packed: Packed, read: Callable[[TensorInfo], Tensor]) -> Tensor:
     """The matrix in float32: (values − zero point) · scale, or with an adapter values + scaling · B · A.
 
     Args:
-        read: gives a tensor on disk.
+        read: reads a tensor from disk.
     Raises:
         CheckpointError: the scales do not fit the values.
     """
@@ -39,7 +39,7 @@ def dequantise(packed: Packed, read: Callable[[TensorInfo], Tensor]) -> Tensor:
         if zero is not None and zero.dtype == torch.int32:
             zero = unpacked(zero.T.contiguous(), packed.bits).T[: len(values)]
     scale, groups = read(packed.parts["scale"]), None
-    if scale.dtype == torch.uint8:  # exponents of two, as E8M0 has them
+    if scale.dtype == torch.uint8:  # E8M0: exponents of two
         scale = (scale.float() - 127).exp2()
     if "g_idx" in packed.parts and int((index := read(packed.parts["g_idx"])).min()) >= 0:
         groups = index.long()
@@ -56,9 +56,9 @@ def dequantise(packed: Packed, read: Callable[[TensorInfo], Tensor]) -> Tensor:
 
 
 def decoded(packed: Coded, values: Tensor, read: Callable[[TensorInfo], Tensor]) -> Tensor:
-    """The matrix of values that are numbers of 4 bits in a table: bitsandbytes' own, or that of FP4."""
+    """The matrix whose values are 4-bit indices into a table: bitsandbytes' own, or FP4's."""
     scale, values = read(packed.parts["scale"]), values.view(torch.uint8)
-    if "table" not in packed.parts:  # mxfp4, the lower half of a byte first
+    if "table" not in packed.parts:  # mxfp4: the low half of a byte comes first
         codes = torch.stack([values & 15, values >> 4], -1).flatten(-2).long()
         return (FP4[codes] * (scale.float() - 127).exp2().unsqueeze(-1)).flatten(-2).transpose(1, 2)
     length, of_scales = packed.block or (1, 1)
@@ -71,9 +71,9 @@ def decoded(packed: Coded, values: Tensor, read: Callable[[TensorInfo], Tensor])
 
 
 def spread(scale: Tensor, shape: torch.Size, packed: Packed, groups: Tensor | None = None) -> Tensor:
-    """Scales of a whole matrix, of its rows, of blocks or of groups of columns, so that they broadcast over `shape`.
+    """Expand the scales of a matrix, of rows, of blocks or of column groups so that they broadcast over `shape`.
 
-    The last blocks may reach beyond the matrix. groups: the group of every column, where they are not in order.
+    The last blocks may extend beyond the matrix. groups: the group of each column, if these are not in group order.
     """
     if scale.numel() == 1:
         return scale.reshape(())
@@ -90,8 +90,8 @@ def spread(scale: Tensor, shape: torch.Size, packed: Packed, groups: Tensor | No
 
 
 def unpacked(words: Tensor, bits: int) -> Tensor:
-    """int8 values [rows, columns · 32 / bits] of words of int32 that hold them from the lowest bits up, each plus half
-    of its range (compressed-tensors)."""
+    """Unpack int32 words into int8 values [rows, columns · 32 / bits], lowest bits first. compressed-tensors stores
+    each value plus half its range."""
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
     values = (words.unsqueeze(-1) >> shifts) & (2**bits - 1)
     return (values.flatten(-2) - 2 ** (bits - 1)).to(torch.int8)

@@ -1,7 +1,7 @@
-"""Opening files that nobody vouched for: only regular ones, only so large, only the JSON that JSON is.
+"""Reading untrusted files: regular files only, of bounded size, with standard JSON.
 
-A folder that was downloaded or unpacked may hold anything under the name of a file: a FIFO or a device, on which `open`
-or `read` waits for ever, a link that leads elsewhere, or text that takes a hundred times its size once it is parsed.
+A folder that was downloaded or unpacked may hold anything under a file's name: a FIFO or a device on which `open` or
+`read` blocks forever, a link to another place, or text that takes a hundred times its size once it is parsed.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 _COMMAS = 12
-"""Per tensor in a header, at most: three fields, two offsets, and a shape of up to eight numbers."""
+"""Most commas per tensor in a header: three fields, two offsets, and a shape of up to eight numbers."""
 
 
 def open_regular(file: Path) -> BufferedReader:
-    """The file opened for reading, if it is a regular file or a link to one; never waits.
+    """Open a file for reading if it is a regular file or a link to one; never blocks.
 
     Raises:
         CheckpointError: it is something else. OSError: it cannot be opened.
@@ -38,9 +38,9 @@ def open_regular(file: Path) -> BufferedReader:
 
 
 def refuse_special(folder: Path) -> None:
-    """Raise CheckpointError where a folder holds something that is neither a file nor a folder, or leads nowhere.
+    """Raise CheckpointError if a folder holds anything but files and folders, such as a FIFO or a broken link.
 
-    For folders that a library will read, which opens by name whatever it finds.
+    For folders that a library will read: it opens whatever has an expected name.
     """
     for entry in os.scandir(folder):
         if not (entry.is_file() or entry.is_dir()):
@@ -49,7 +49,7 @@ def refuse_special(folder: Path) -> None:
 
 
 def _kind(path: Path) -> str:
-    """What a path leads to, in words."""
+    """The kind of file that a path leads to, in words."""
     try:
         return kind_of(path.stat().st_mode)
     except OSError:
@@ -57,7 +57,7 @@ def _kind(path: Path) -> str:
 
 
 def kind_of(mode: int) -> str:
-    """What has this `st_mode`, in words."""
+    """The kind of file with this `st_mode`, in words."""
     kinds = {
         stat.S_ISFIFO: "a FIFO",
         stat.S_ISCHR: "a device",
@@ -70,10 +70,10 @@ def kind_of(mode: int) -> str:
 
 
 def parse_json(raw: bytes, where: str, *, strict: bool = True) -> dict[str, Any]:
-    """A JSON object in UTF-8 with not more values than a checkpoint can need.
+    """Parse a JSON object in UTF-8 that holds no more values than a checkpoint can need.
 
-    strict: as the standard has it, no key twice and no NaN; configs written by Python hold Infinity now and then. -0 is
-    no whole number then, as in the safetensors library.
+    strict: standard JSON without duplicate keys or NaN (configs written by Python may contain Infinity). -0 is then not
+    read as an integer, as in the safetensors library.
     Raises:
         CheckpointError: naming `where`.
     """
@@ -124,15 +124,15 @@ def _no_constant(text: str) -> Any:
 
 
 def inside(file: Path, folder: Path) -> bool:
-    """Whether a file, its links followed, lies in `folder`, or in the repository of the hub's cache that `folder`
-    (snapshots/REVISION) is part of."""
+    """Whether a file, with links resolved, lies in `folder`, or in the repository of the hub's cache that `folder`
+    (snapshots/REVISION) belongs to."""
     real, home = file.resolve(), folder.resolve()
     blobs = [home.parent.parent / "blobs"] if home.parent.name == "snapshots" else []
     return any(parent in real.parents for parent in (home, *blobs))
 
 
 def public_name(folder: Path) -> str:
-    """What others know a folder by: its own name, or of a snapshot in the hub's cache organisation/name."""
+    """The public name of a folder: organisation/name for a snapshot in the hub's cache, else the folder's own name."""
     if folder.parent.name != "snapshots":
         return folder.name
     return folder.parents[1].name.removeprefix("models--").replace("--", "/", 1)

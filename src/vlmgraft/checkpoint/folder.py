@@ -12,7 +12,7 @@ from vlmgraft.storage.limits import MAX_FILE_NAME, MAX_HEADER, MAX_TENSORS
 
 
 def is_folder(source: str | Path) -> bool:
-    """Whether a model is given as a folder that exists; raises CheckpointError where no file can be called so."""
+    """Whether a model is given as an existing folder; raises CheckpointError if no file can have that name."""
     if not str(source).strip():
         raise CheckpointError("the name of a model is empty, which would mean this folder; give a folder or hub id")
     try:
@@ -24,7 +24,7 @@ def is_folder(source: str | Path) -> bool:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter and no model; raises CheckpointError where it holds both."""
+    """Whether a folder holds an adapter and no model; raises CheckpointError if it holds both."""
     if not (folder / adapter.CONFIG).exists():
         return False
     own = [path for pattern in ("model*.safetensors", "pytorch_model*.bin") for path in folder.glob(pattern)]
@@ -71,7 +71,7 @@ def weight_files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
 
 
 def pickled(folder: Path, stem: str) -> str:
-    """What to do about pickled weights: a command that keeps names, dtypes and the files beside them."""
+    """The message about pickled weights, with a command that converts them and keeps names, dtypes and other files."""
     out = SINGLE if stem == "pytorch_model" else f"{stem}.safetensors"
     code = (
         "import pathlib, sys, torch; from safetensors.torch import save_file; p = pathlib.Path(sys.argv[1]); w = {}; "
@@ -85,7 +85,7 @@ def pickled(folder: Path, stem: str) -> str:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """The map from tensor to file of an index; every file is a plain name, to be found beside it."""
+    """The index's map from tensor to file; every file must be a plain name beside the index."""
     again = "download the index again"
     weight_map = load_json(index, MAX_HEADER, strict=True).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

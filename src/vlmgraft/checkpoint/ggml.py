@@ -1,8 +1,8 @@
-"""A GGUF file of a text model seen as the checkpoint that it was converted from.
+"""A GGUF file of a text model, presented as the checkpoint that it was converted from.
 
-Names, settings and the order of rows (llama.cpp turns the heads of Llama's q and k) are undone as transformers undoes
-them, with its tables; the package `gguf` reads the file and dequantises, one tensor at a time. What needs several
-tensors at once (experts) or another layout is refused. The libraries are imported when a GGUF file is met.
+Names, settings and row order (llama.cpp permutes the heads of Llama's q and k) are restored with transformers' own
+tables; the package `gguf` reads the file and dequantises one tensor at a time. Conversions that combine several tensors
+(experts) or use other layouts are refused. Both libraries are imported only when a GGUF file is opened.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
 SUFFIX = ".gguf"
 GGUF = {"quant_method": "gguf"}
 LLAMA_IN_GGUF = ("mistral", "ministral", "ministral3", "internlm3")
-"""Kinds of text models beside Llama whose GGUF files name the architecture llama."""
+"""Types of text models besides Llama whose GGUF files name the architecture llama."""
 _UNTURNED = ("TensorProcessor", "LlamaTensorProcessor", "Gemma2TensorProcessor")
-"""transformers' classes that undo a conversion tensor by tensor."""
+"""transformers' classes that reverse a conversion tensor by tensor."""
 _FAILURES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""What gguf and transformers raise over numbers that are damaged, or of an architecture that they do not know: the
-model is made from whatever the header says. Only their calls are in such blocks."""
+"""Exceptions of gguf and transformers for damaged numbers or unknown architectures, since they build the model from
+whatever the header says. Only their calls are in blocks that catch these."""
 _ROPE = "rope_freqs.weight"
-"""A table that transformers computes."""
+"""A rotary table that transformers computes itself."""
 
 
 @dataclass(frozen=True)
 class Ggml(Packed):
-    """One tensor of a GGUF file. kind: of its numbers, such as "Q4_K". shape: as transformers has it. architecture and
-    heads (of queries, of keys): what its conversion depends on."""
+    """One tensor of a GGUF file. kind: its number format, such as "Q4_K". shape: in transformers' layout. architecture,
+    heads (query, key-value): needed to reverse its conversion."""
 
     kind: str = "F32"
     shape: tuple[int, ...] = ()
@@ -46,15 +46,15 @@ class Ggml(Packed):
 
     @property
     def error(self) -> str:
-        """How far a value may be from what it was rounded from."""
+        """The largest rounding error of a value, in words."""
         return "" if self.kind in ("F32", "F16", "BF16") else f"half a step of {self.kind}"
 
 
 def gguf_tensors(file: Path) -> tuple[dict[str, TensorInfo], dict[str, Packed], dict[str, Any]]:
-    """The tensors by transformers' names, how they are kept, and the config, of a GGUF file.
+    """A GGUF file's tensors by transformers' names, how each is stored, and the config.
 
     Raises:
-        CheckpointError: gguf is not installed, the file is damaged, or its layout is not undone tensor by tensor.
+        CheckpointError: gguf is not installed, the file is damaged, or its layout cannot be reversed tensor by tensor.
     """
     tensors, config, architecture, names = _parsed(file)
     if missing := [tensor.name for tensor in tensors if tensor.name not in names and tensor.name != _ROPE]:
@@ -77,7 +77,7 @@ def gguf_tensors(file: Path) -> tuple[dict[str, TensorInfo], dict[str, Packed], 
 
 
 def _parsed(file: Path) -> tuple[list[Any], dict[str, Any], str, dict[str, str]]:
-    """What gguf and transformers read in a file: tensors, config, architecture, transformers' names by those there."""
+    """A file as gguf and transformers read it: tensors, config, architecture, and transformers' names by the file's."""
     with _explained(file):
         import gguf
         import transformers.modeling_gguf_pytorch_utils as library
@@ -101,7 +101,7 @@ def _parsed(file: Path) -> tuple[list[Any], dict[str, Any], str, dict[str, str]]
 
 
 def _names(config: dict[str, Any], processor: Any, library: Any) -> dict[str, str]:
-    """Name in the file → name in transformers' class, which is made without memory for weights."""
+    """Name in the file → name in transformers' model, which is built without memory for weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -112,7 +112,7 @@ def _names(config: dict[str, Any], processor: Any, library: Any) -> dict[str, st
 
 
 def gguf_matrix(packed: Ggml, data: numpy.ndarray) -> numpy.ndarray:
-    """The float32 tensor of its bytes, in transformers' layout."""
+    """The float32 tensor in transformers' layout, from its bytes in the file."""
     part = packed.parts["values"]
     with _explained(part.file):
         import gguf
@@ -127,7 +127,7 @@ def gguf_matrix(packed: Ggml, data: numpy.ndarray) -> numpy.ndarray:
 
 @contextmanager
 def _explained(file: Path) -> Iterator[None]:
-    """What the libraries raise over a file, with the command that converts it by transformers alone."""
+    """Turn the libraries' errors into CheckpointError with the command that converts the file by transformers."""
     from huggingface_hub.errors import StrictDataclassError
 
     try:

@@ -1,6 +1,6 @@
-"""What reading and writing share: open files, only so many at a time, and safetensors' dtypes and bytes in torch.
+"""Shared by reader and writer: a bounded pool of open files, and safetensors' dtypes and bytes in torch.
 
-A checkpoint of a thousand shards is read where 256 files may be open.
+A checkpoint of a thousand shards can be read where a process may open only 256 files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 MAX_OPEN = 32
-"""Open files of one checkpoint: four inputs and the output stay far below the usual limit of 256 or more."""
+"""Most open files per checkpoint: four inputs and the output stay far below the usual limit of 256 or more."""
 
 
 @dataclass
@@ -28,9 +28,9 @@ class _Opened:
 
 
 class Handles:
-    """Handles by file, opened when they are needed; of more than `most`, the one unused for longest is closed.
+    """File handles, opened on demand; beyond `most`, the least recently used one is closed.
 
-    Safe among threads: what a thread is using is never closed, so that there may be as many more as threads.
+    Thread-safe: a handle in use is never closed, so up to one more per thread may be open.
     """
 
     def __init__(self, flags: int, most: int = MAX_OPEN) -> None:
@@ -40,13 +40,13 @@ class Handles:
 
     @contextmanager
     def of(self, file: Path) -> Iterator[int]:
-        """A handle of `file` that stays open inside; raises OSError."""
+        """A handle of `file` that stays open inside the context; raises OSError."""
         with self._lock:
             opened = self._files.pop(file, None)
             if opened is None:
                 self._make_room()
                 opened = _Opened(os.open(file, self._flags))
-            self._files[file] = opened  # the last in order: just used
+            self._files[file] = opened  # last in order: most recently used
             opened.users += 1
         try:
             yield opened.handle
@@ -55,7 +55,7 @@ class Handles:
                 opened.users -= 1
 
     def close(self) -> None:
-        """Close everything; nobody may be using any."""
+        """Close all handles; none may be in use."""
         with self._lock:
             for opened in self._files.values():
                 os.close(opened.handle)

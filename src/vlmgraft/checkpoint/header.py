@@ -1,9 +1,9 @@
-"""What one safetensors file holds, from its header alone: names, dtypes, shapes and where the bytes lie.
+"""The content of one safetensors file from its header alone: names, dtypes, shapes and byte offsets.
 
-Also how tensors are cut into such files, and the headers of those.
+Also the division of tensors into shards, and the shards' headers.
 
-Everything a header claims is checked against the file before anyone relies on it: lengths, offsets, overlaps, holes,
-dtypes, names. Nothing here loads torch.
+Everything a header claims is checked against the file before it is used: lengths, offsets, overlaps, holes, dtypes,
+names. Nothing here loads torch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ITEM_SIZES: Mapping[str, int] = {
 """Bytes per element of each safetensors dtype that is read; dtypes below one byte are refused."""
 
 LARGEST = 1 << 63
-"""Sizes and offsets are below: what a file can have."""
+"""Sizes and offsets must be below this limit of a file's size."""
 _AGAIN = "its header lies: download it again, or write it anew with safetensors"
 
 
@@ -50,14 +50,14 @@ class TensorInfo(NamedTuple):
 
 
 QUANTISED = {"F8_E4M3": "1/16 of itself", "F8_E5M2": "1/8 of itself", "I8": "1/255 of the largest in its group"}
-"""Dtypes of quantised values, and how far one may be from what it was rounded from: half a step."""
+"""Dtypes of quantised values, and the largest rounding error of each: half a step."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """One matrix in several tensors. parts: "values", and where they are on disk "scale", "zero_point", "g_idx".
-    block: rows and columns that share a scale, where the config says so. bits: of a value among those in an int32.
-    unit: what a scale is counted in."""
+    """One matrix stored as several tensors. parts: "values", and if on disk "scale", "zero_point", "g_idx". block:
+    (rows, columns) that share a scale, if the config gives it. bits: per value, if values are packed into int32. unit:
+    factor of every scale."""
 
     parts: Mapping[str, TensorInfo]
     block: tuple[int, int] | None = None
@@ -66,14 +66,14 @@ class Packed:
 
     @property
     def error(self) -> str:
-        """How far a value may be from what it was rounded from."""
+        """The largest rounding error of a value, in words."""
         if self.bits is not None:
             return f"1/{2**self.bits - 1} of the largest in its group"
         return QUANTISED.get(self.parts["values"].dtype, "1/6 of the largest in its block")
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file in the order of their bytes; raises CheckpointError where it lies."""
+    """The tensors of a safetensors file in the order of their bytes; raises CheckpointError if the header is wrong."""
     raw, start, size = _raw_header(file)
     metadata = raw.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -114,13 +114,13 @@ def _raw_header(file: Path) -> tuple[dict[str, Any], int, int]:
 
 
 def is_name(name: str) -> bool:
-    """Whether a tensor's name can be printed, and be a file's name that leads nowhere else."""
+    """Whether a tensor's name is printable, not too long, and a plain file name."""
     length = len(name.encode("utf-8", "replace"))
     return 0 < length <= MAX_TENSOR_NAME and name.isprintable() and not set(name) & set("/\\")
 
 
 def _entry(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
-    """One tensor of a header; its length must be what dtype and shape say, its name fit to be printed."""
+    """One tensor of a header; its name must be printable, and its length must agree with dtype and shape."""
     if not is_name(name):
         raise CheckpointError(
             f"{file}: a tensor's name is {name!r:.120}; rename it to 1 to {MAX_TENSOR_NAME} printable characters "
@@ -166,7 +166,7 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes it takes."""
+        """Size in bytes."""
         return ITEM_SIZES[self.dtype] * math.prod(self.shape)
 
 
@@ -181,7 +181,7 @@ class Shard:
 
 
 def plan_shards(tensors: Sequence[TensorSpec], shard_size: int) -> tuple[Shard, ...]:
-    """Cut the tensors, in their order, into files of at most `shard_size` bytes of data (one tensor at least)."""
+    """Split the tensors, in their order, into files of at most `shard_size` bytes of data, but at least one tensor."""
     groups: dict[int, list[TensorSpec]] = {0: []}
     for tensor, number in zip(tensors, _numbers([tensor.nbytes for tensor in tensors], shard_size), strict=True):
         groups.setdefault(number, []).append(tensor)
@@ -214,7 +214,7 @@ def _shard(name: str, tensors: Sequence[TensorSpec]) -> Shard:
 
 
 def header_of(tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
-    """What stands before the data of a safetensors file with these tensors, one behind the other."""
+    """The bytes before the data of a safetensors file that holds these tensors without gaps."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for tensor in tensors:

@@ -1,8 +1,8 @@
 """Checkpoints on the Hugging Face hub: `organisation/name` or `organisation/name@revision`.
 
 `fetch` downloads what a merge needs (weights in safetensors, configs, tokenizer, processor, remote code) into
-huggingface_hub's cache. `remote_headers` reads the headers alone, by range requests of some kilobytes a shard: enough
-to align and to plan. huggingface_hub is imported when a hub id is met, not before.
+huggingface_hub's cache. `remote_headers` reads the headers alone, by range requests of some kilobytes per shard: enough
+to align and to plan. huggingface_hub is imported only when a hub id is used.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ SKIPPED = ("*/*", "consolidated*", "optimizer*", "training_args*")
 
 BUSY = (429, 500, 502, 503, 504)
 PAUSES = (1.0, 4.0)
-"""Seconds before a request is made a second and a third time."""
+"""Seconds before the first and the second retry of a request."""
 T = TypeVar("T")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
 
 
 class UnreachableError(CheckpointError):
-    """The hub gives no answer; the model may be in the cache."""
+    """The hub does not answer; the model may be in the cache."""
 
 
 class NoSafetensorsError(CheckpointError):
-    """The model on the hub has no weights that are read; it may be an adapter."""
+    """The model on the hub has no weights in a supported format; it may be an adapter."""
 
 
 def split_id(source: str) -> tuple[str, str | None]:
     """("organisation/name", revision or None) of a hub id.
 
     Raises:
-        CheckpointError: neither a folder that exists nor the form of a hub id.
+        CheckpointError: neither an existing folder nor the form of a hub id.
     """
     name, _, revision = source.partition("@")
     if not _HUB_ID.fullmatch(name) or len(name) > 200:
@@ -53,7 +53,7 @@ def split_id(source: str) -> tuple[str, str | None]:
 
 
 def fetch(source: str, *, headers_only: bool = False) -> Path:
-    """Download a model from the hub and give its local folder; files in the cache are not downloaded again.
+    """Download a model from the hub and return its local folder; cached files are not downloaded again.
 
     Args:
         headers_only: leave the weights out (configs, index and tokenizer only); `remote_headers` reads their headers.
@@ -69,7 +69,7 @@ def fetch(source: str, *, headers_only: bool = False) -> Path:
 
 
 def small_file(source: str, file: str) -> Path | None:
-    """One small file of a model on the hub, downloaded; None where it has none, or cannot be reached."""
+    """Download one small file of a model on the hub; None if the model lacks it or the hub cannot be reached."""
     name, revision = split_id(source)
     with explained(source):
         from huggingface_hub import errors, hf_hub_download
@@ -81,9 +81,9 @@ def small_file(source: str, file: str) -> Path | None:
 
 
 def check_access(sources: Iterable[object]) -> None:
-    """Ask for every model that is on the hub and not in the cache, before the first of them is downloaded.
+    """Check access to every hub model that is not in the cache, before the first one is downloaded.
 
-    Raises CheckpointError for one that is missing, gated or private: by a request of a few bytes each.
+    Takes a request of a few bytes per model. Raises CheckpointError for a model that is missing, gated or private.
     """
     for source in dict.fromkeys(str(source) for source in sources if source is not None and is_hub_id(source)):
         name, revision = split_id(source)
@@ -99,7 +99,7 @@ def check_access(sources: Iterable[object]) -> None:
 
 
 def cached_folder(source: str) -> Path | None:
-    """Where the cache keeps a model whose weights were all downloaded; None where it does not."""
+    """The cache folder of a model whose weights were all downloaded, or None."""
     from huggingface_hub import errors
 
     try:
@@ -126,7 +126,7 @@ def _snapshot(
 
 
 def retried(request: Callable[[], T]) -> T:
-    """The request's result; asked again where the hub was busy, or the connection broke."""
+    """The request's result; retried if the hub was busy or the connection broke."""
     from huggingface_hub import errors
 
     for pause in PAUSES:
@@ -140,7 +140,7 @@ def retried(request: Callable[[], T]) -> T:
 
 
 def is_passing(error: Exception) -> bool:
-    """Whether a failed request may succeed a moment later: the hub was busy (429, 5xx), or no answer came."""
+    """Whether a failed request is worth a retry: the hub was busy (429, 5xx), or did not answer."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError):
@@ -171,7 +171,7 @@ def explained(source: str) -> Iterator[None]:
         raise CheckpointError(f"{source}: the header of its weights is damaged ({error}); tell its authors") from None
     except errors.HFValidationError as error:
         raise CheckpointError(f"{source}: no such folder, and not a hub id ({error})") from None
-    except (OSError, *errors.HfHubHTTPError.__bases__) as error:  # the HTTP client's own base, whichever it is
+    except (OSError, *errors.HfHubHTTPError.__bases__) as error:  # the base error of either HTTP client
         first = next(filter(None, str(error).splitlines()), type(error).__name__)
         if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
             raise CheckpointError(

@@ -1,7 +1,6 @@
-"""What a checkpoint holds, from its config, its index and the headers of its files.
+"""The content of a checkpoint, from its config, its index and the headers of its files.
 
-An index may name plain files of its own folder only, and nothing that the files' headers do not bear out. Nothing here
-loads torch.
+An index may only name plain files in its own folder, and must agree with the files' headers. Nothing here loads torch.
 """
 
 from __future__ import annotations
@@ -38,9 +37,9 @@ from vlmgraft.storage.resources import collection_paused
 class Checkpoint:
     """A folder of safetensors: its tensors in disk order (shard order, then offset), its files, its config.json.
 
-    stamps: size and modification time of each file from before its header was read; () of a checkpoint on the hub.
-    packed: how those of the tensors are kept that are made of several on disk; `tensors` has them as they are read.
-    adapter_of: the base's folder, where this one holds an adapter.
+    stamps: size and modification time of each file, taken before its header was read; () for a checkpoint on the hub.
+    packed: the storage of quantised and adapted tensors; `tensors` lists them as they are read.
+    adapter_of: the base's folder, if this one holds an adapter.
     """
 
     path: Path
@@ -53,7 +52,7 @@ class Checkpoint:
 
     @cached_property
     def stored(self) -> dict[str, TensorInfo]:
-        """What is on disk, by name: the tensors, and for those that are made of several their parts."""
+        """The tensors on disk, by name; a packed tensor is replaced by its parts."""
         parts = {part.name: part for packed in self.packed.values() for part in packed.parts.values()}
         return {name: info for name, info in self.tensors.items() if name not in self.packed} | parts
 
@@ -63,15 +62,15 @@ class Checkpoint:
         return sum(info.nbytes for info in self.tensors.values())
 
     def refuse_changes(self) -> None:
-        """Raise CheckpointError where a file has another size or modification time than when it was opened: what was
-        read of it may be half of one version and half of another. To be called before a result is published."""
+        """Raise CheckpointError if a file's size or modification time has changed since it was opened: what was read
+        may mix two versions. Call this before a result is published."""
         for file, stamp in zip(self.files, self.stamps, strict=False):
             if stamp_of(file) != stamp:
                 raise CheckpointError(f"{file}: changed while it was read; run it again once nobody writes there")
 
 
 def stamp_of(file: Path) -> tuple[int, int]:
-    """Size in bytes and modification time in nanoseconds; (-1, 0) of a file that is not there."""
+    """Size in bytes and modification time in nanoseconds; (-1, 0) if the file is missing."""
     try:
         status = file.stat()
     except OSError:
@@ -83,12 +82,12 @@ def stamp_of(file: Path) -> tuple[int, int]:
 def open_checkpoint(source: str | Path, *, adapters: bool = True) -> Checkpoint:
     """Index a local folder, or download a hub id (`organisation/name`, optionally `@revision`) and index that.
 
-    A text that names an existing folder is that folder. A Path is never a hub id. An adapter's folder gives the model
-    that the adapter makes of its base; adapters: whether it may be one.
+    A string that names an existing folder means that folder. A Path is never a hub id. An adapter's folder gives its
+    base with the adapter applied; adapters: whether an adapter is accepted.
 
     Raises:
-        CheckpointError: no such folder or model; pickled weights only; a shard that is missing, truncated or lies about
-            its content; an index that names an absent tensor or a file outside the folder; an unknown dtype.
+        CheckpointError: no such folder or model; pickled weights only; a shard that is missing, truncated or has a
+            wrong header; an index that names an absent tensor or a file outside the folder; an unknown dtype.
     """
     folder = Path(source)
     if not is_folder(source):
@@ -111,7 +110,7 @@ def open_checkpoint(source: str | Path, *, adapters: bool = True) -> Checkpoint:
         shard = file.name
         for name, info in read_header(file).items():
             if weight_map.get(name, shard) != shard:
-                continue  # the index gives this name to another shard: that one counts
+                continue  # the index assigns this name to another shard
             if name in tensors:
                 raise CheckpointError(f"{name}: in {tensors[name].file.name} and in {file.name} of {folder}; keep one")
             tensors[name] = info
@@ -129,8 +128,8 @@ def open_checkpoint(source: str | Path, *, adapters: bool = True) -> Checkpoint:
 
 
 def _checked(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with quantised tensors seen whole; refuses what ZeRO-3 left empty, and more layers than there
-    are tensors, which a library would build one by one before it missed their weights."""
+    """The checkpoint with quantised tensors as whole matrices. Refuses tensors that ZeRO-3 left empty, and more layers
+    than tensors: a library would build them all before it noticed that weights are missing."""
     for info in checkpoint.tensors.values():
         if info.shape == (0,) and "weight" in info.name:
             raise CheckpointError(
@@ -162,7 +161,7 @@ def _bytes_of(info: TensorInfo) -> bytes:
 
 
 def _with_adapter(folder: Path, opener: Callable[..., Checkpoint], allowed: bool = True) -> Checkpoint:
-    """The base that an adapter's config names, as the adapter makes it."""
+    """The base that an adapter's config names, with the adapter applied."""
     if not allowed:
         raise CheckpointError(f"{folder}: is an adapter on an adapter; merge it with `{adapter.merging(folder)}`")
     config, weights = load_json(folder / adapter.CONFIG), folder / adapter.WEIGHTS
@@ -190,7 +189,7 @@ def _with_adapter(folder: Path, opener: Callable[..., Checkpoint], allowed: bool
 
 
 def remote_headers(source: str) -> Checkpoint:
-    """A checkpoint on the hub by its headers: names, dtypes and shapes are true, the files are not on this machine.
+    """A checkpoint on the hub from its headers: names, dtypes and shapes are exact, the files are not on this machine.
 
     `files` and `TensorInfo.file` are the hub id joined with the file's name; `begin` is relative to the file's data.
     Only config.json is downloaded.
@@ -216,8 +215,8 @@ def remote_headers(source: str) -> Checkpoint:
 
 
 def open_headers(source: str | Path, *, adapters: bool = True) -> Checkpoint:
-    """A checkpoint for planning: a local folder as `open_checkpoint` gives it, a hub id by its headers alone, which are
-    those of the cache where the hub cannot be reached."""
+    """A checkpoint for planning: a local folder as `open_checkpoint` opens it, a hub id from its headers alone, or from
+    the cache if the hub cannot be reached."""
     if not (isinstance(source, str) and is_hub_id(source)):
         return open_checkpoint(source, adapters=adapters)
     try:
@@ -271,7 +270,7 @@ _EXPERTS = re.compile(r"num_(local_|routed_)?experts|n_routed_experts")
 
 
 def _sections(config: dict[str, Any], prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A config and the configs inside it, each with the dotted path in front of its keys."""
+    """A config and the configs nested in it, each with the dotted prefix of its keys."""
     yield prefix, config
     for key, value in config.items():
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Quantised weights seen as the matrices that they stand for, from headers and quantization_config alone; no torch.
+"""Quantised weights presented as the matrices that they encode, from headers and quantization_config alone; no torch.
 
 | quant_method       | on disk                                               | the matrix                          |
 |--------------------|-------------------------------------------------------|-------------------------------------|
@@ -6,9 +6,9 @@
 | compressed-tensors | X in FP8 or int8, X_scale, X_zero_point               | (X − zero point) · scale            |
 | compressed-tensors | X_packed int32 of 4 or 8 bits a value, X_scale, …     | the same (`pack-quantized`)         |
 | bitsandbytes       | X int8, SCB; X uint8 of two values, X.absmax, …       | X · SCB / 127; table[X] · absmax    |
-| mxfp4              | X_blocks uint8 of two values, X_scales                | table[X] · 2^(scale − 127), turned  |
+| mxfp4              | X_blocks uint8 of two values, X_scales                | (table[X] · 2^(scale − 127))ᵀ       |
 
-Such a matrix has the name, shape and dtype that the model would have unquantised; `checkpoint/dequantise.py` makes it.
+A matrix has the name, shape and dtype of the unquantised model; `checkpoint/dequantise.py` computes it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vlmgraft.checkpoint.header import ITEM_SIZES, QUANTISED, Packed, TensorInfo
 from vlmgraft.errors import CheckpointError
 
 READ = ("fp8", "fbgemm_fp8", "compressed-tensors")
-"""Values of quant_method whose matrices are a tensor and its scales beside it."""
+"""Values of quant_method that store a matrix as one tensor with its scales beside it."""
 _STATE = {"scale": "absmax", "table": "quant_map", "scale_scale": "nested_absmax", "scale_table": "nested_quant_map"}
 _CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _BESIDE = ("scale", "scale_inv", "zero_point", "g_idx", "shape")
@@ -40,9 +40,9 @@ _ACTIVATIONS = (
 
 @dataclass(frozen=True)
 class Coded(Packed):
-    """Two values in a byte, each the number of one in a table. shape: of the matrix; of bitsandbytes, whose parts are
-    "table" and "scale" and where scales are coded, too, "scale_table" and "scale_scale", blocks are `block` values and
-    `block` scales, and coded scales stand above `offset`."""
+    """A matrix of 4-bit codes, two per byte, that index a table. shape: of the matrix. bitsandbytes has parts "table"
+    and "scale", and if scales are coded too, "scale_table" and "scale_scale". Its `block` counts values per scale and
+    scales per outer scale; `offset` is added to decoded scales."""
 
     shape: tuple[int, ...] = ()
     offset: float = 0.0
@@ -56,7 +56,7 @@ def quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json that says nothing of quantised weights."""
+    """A config.json without any quantization_config."""
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     return {key: without_quantisation(value) if isinstance(value, dict) else value for key, value in plain.items()}
 
@@ -75,9 +75,9 @@ def quantised_like(config: Mapping[str, Any], layout: Mapping[str, Any]) -> dict
 def seen_whole(
     tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], read: Callable[[TensorInfo], bytes] = lambda info: b""
 ) -> tuple[dict[str, TensorInfo], dict[str, Packed]]:
-    """The tensors as they would be unquantised, and how those that are not so on disk are kept; both by name.
+    """The tensors as they would be unquantised, and how the quantised ones are stored; both by name.
 
-    read: the bytes of a small tensor, b"" where they are not at hand.
+    read: reads the bytes of a small tensor; gives b"" if the file is not local.
     """
     settings = quantisation(config)
     method = settings.get("quant_method")
@@ -104,7 +104,7 @@ def seen_whole(
 def _bitsandbytes(
     tensors: Mapping[str, TensorInfo], read: Callable[[TensorInfo], bytes]
 ) -> Iterator[tuple[str, Packed]]:
-    """Matrices of 4 bits a value, as their `quant_state` says, and of int8 with a scale a row."""
+    """4-bit matrices as their `quant_state` describes them, and int8 matrices with a scale per row."""
     for name, info in tensors.items():
         module = name.removesuffix("weight")
         stem, _, kind = name.partition(".quant_state.bitsandbytes__")
@@ -126,7 +126,7 @@ def _bitsandbytes(
 
 
 def _mxfp4(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, Packed]]:
-    """Fused experts, [experts, in, out], whose files hold [experts, out, in / 32, 16] bytes and an exponent a block."""
+    """Fused experts [experts, in, out], stored as [experts, out, in / 32, 16] bytes with one exponent per block."""
     for name, info in tensors.items():
         stem = name.removesuffix("_blocks")
         if stem != name and info.dtype == "U8" and len(info.shape) == 4 and f"{stem}_scales" in tensors:
@@ -136,7 +136,7 @@ def _mxfp4(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, Packed]]:
 
 
 def _packed(tensors: Mapping[str, TensorInfo], settings: Mapping[str, Any]) -> Iterator[tuple[str, Packed]]:
-    """Every matrix that is quantised and has its scale."""
+    """Every quantised matrix that has a scale."""
     block, bits = settings.get("weight_block_size"), _bits(settings)
     for name, info in tensors.items():
         stem = name.removesuffix("_packed")
@@ -151,7 +151,7 @@ def _packed(tensors: Mapping[str, TensorInfo], settings: Mapping[str, Any]) -> I
 
 
 def _bits(settings: Mapping[str, Any]) -> int | None:
-    """Bits of a value of compressed-tensors, where all groups of modules have as many."""
+    """Bits per value of compressed-tensors, if all groups of modules have the same number; else None."""
     groups = settings.get("config_groups")
     listed = groups.values() if isinstance(groups, dict) else ()
     weights = [group.get("weights") for group in listed if isinstance(group, dict)]
@@ -175,7 +175,7 @@ def _beside(name: str, packed: Mapping[str, Packed]) -> bool:
 
 
 def _dtype(config: Mapping[str, Any]) -> str:
-    """The dtype that a config gives its model; bfloat16 where it gives none."""
+    """The dtype that a config names; bfloat16 if it names none."""
     sections = [config, *(section for section in config.values() if isinstance(section, dict))]
     named = (str(section.get(key)) for section in sections for key in ("dtype", "torch_dtype"))
     return next((_CODES[name] for name in named if name in _CODES), "BF16")

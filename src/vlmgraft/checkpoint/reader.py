@@ -1,7 +1,6 @@
-"""Reads tensors, whole or in pieces, from safetensors shards by `pread`: never memory-mapped, safe among threads.
+"""Reads tensors, whole or in pieces, from safetensors shards by `pread`: thread-safe, without memory mapping.
 
-What is read is digested on the way, block by block, so that a receipt can say what it was made from without another
-read.
+Blocks are digested as they are read, so that a receipt can record its sources without a second pass.
 """
 
 from __future__ import annotations
@@ -25,15 +24,15 @@ if TYPE_CHECKING:
     from vlmgraft.checkpoint.index import Checkpoint
 
 DEQUANTISED = 2
-"""Matrices of a checkpoint that are kept: threads work at one tensor, or at two that follow each other."""
+"""Dequantised matrices cached per checkpoint: threads work on one tensor, or on two consecutive ones."""
 DIGEST = 16
-"""Bytes of the digest of a block."""
+"""Bytes of a block's digest."""
 
 
 class Reader:
-    """Context manager over the open files of a checkpoint; a clean exit raises CheckpointError where they changed.
+    """Context manager over the open files of a checkpoint; a clean exit raises CheckpointError if they changed.
 
-    Quantised tensors are read as what they stand for; the last few such matrices are kept.
+    Quantised tensors are read dequantised; the last few such matrices are cached.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -57,7 +56,7 @@ class Reader:
         """The whole tensor in the file's dtype; it owns its memory.
 
         Raises:
-            CheckpointError: the checkpoint has no such tensor, or its file got shorter.
+            CheckpointError: the checkpoint has no such tensor, or its file was truncated.
         """
         info = self.info(name)
         if name in self.checkpoint.packed:
@@ -68,10 +67,10 @@ class Reader:
         return out
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
-        """Fill `out` (1-D, contiguous) with the elements from number `start` on, in the dtype of `out`.
+        """Fill `out` (1-D, contiguous) with the elements from index `start` on, converted to its dtype.
 
         Raises:
-            CheckpointError: as `tensor`. ValueError: the piece reaches beyond the tensor.
+            CheckpointError: as `tensor`. ValueError: the piece extends beyond the tensor.
         """
         info = self.info(name)
         if start < 0 or start + out.numel() > info.elements:
@@ -87,7 +86,7 @@ class Reader:
     def read_bytes(self, info: TensorInfo, offset: int, out: memoryview) -> None:
         """Fill `out` with the bytes of a tensor from `offset` on.
 
-        Raises CheckpointError where the file got shorter, cannot be read, or holds other bytes than before.
+        Raises CheckpointError if the file was truncated, cannot be read, or changed since an earlier read.
         """
         if info.name in self.checkpoint.packed:
             out[:] = as_bytes(self._matrix(info))[offset : offset + len(out)]
@@ -96,7 +95,7 @@ class Reader:
         self._record(info, offset, out)
 
     def _matrix(self, info: TensorInfo) -> Tensor:
-        """The matrix that a quantised tensor stands for, in the dtype of `info`."""
+        """The matrix of a packed tensor, in the dtype of `info`."""
         with self._lock:
             if info.name not in self._dequantised:
                 matrix = dequantise(self.checkpoint.packed[info.name], self._part).to(TORCH_DTYPES[info.dtype])
@@ -129,9 +128,9 @@ class Reader:
             raise CheckpointError(f"{info.file}: cannot be read ({error.strerror}); read it again") from None
 
     def digests(self, names: Iterable[str] | None = None) -> dict[str, str]:
-        """The digests of what was read whole, in whole blocks, by its name on disk; those of `names` or of all.
+        """Digests, by name on disk, of the tensors (of `names`, or all) that were read completely and in whole blocks.
 
-        Of a tensor that is made of several on disk, theirs.
+        A packed tensor is represented by its parts on disk.
         """
         packed = self.checkpoint.packed
         parts = (part.name for name in names or () if name in packed for part in packed[name].parts.values())
@@ -146,7 +145,7 @@ class Reader:
     def _record(self, info: TensorInfo, offset: int, data: memoryview) -> None:
         """Keep the digests of whole blocks (the tensor's last one may be short); zeros stand for blocks not read.
 
-        Raises CheckpointError where a block was read before and was another.
+        Raises CheckpointError if a block differs from an earlier read of it.
         """
         if offset % BLOCK or (len(data) % BLOCK and offset + len(data) != info.nbytes):
             return

@@ -1,9 +1,9 @@
 """Checks a folder against its receipt: names, dtypes, shapes, sizes, and a digest of every byte.
 
-For folders of `merge`, `tune`, `decompose`, `gates`, `evaluate` and `export --to lora`. Digests of what we write were
-taken from memory, before the bytes went to the disk; those of what a library wrote, and of copied files, afterwards.
-What the disk, a copy or a later edit changed is found. No link is followed, and only regular files are opened. Needs no
-torch.
+For folders that `merge`, `tune`, `decompose`, `gates`, `evaluate` and `export --to lora` wrote. Digests of vlmgraft's
+own output were taken from memory before the bytes went to disk; those of copied files, and of files that a library
+wrote, afterwards. Changes by the disk, by a copy or by a later edit are found. No link is followed, and only regular
+files are opened. Needs no torch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ REMEDY = "give a folder that `merge --out`, `tune`, `decompose`, `gates`, `evalu
 
 @dataclass(frozen=True)
 class Fault:
-    """What is not as the receipt says. file: relative to the folder; of a source, absolute. tensor: None where it is
+    """A difference from the receipt. file: relative to the folder; absolute for a source. tensor: None if the fault is
     the file as a whole, its header or its size."""
 
     file: str
@@ -44,8 +44,8 @@ class Fault:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was checked, and the faults found. unlisted: files, links and others in the folder that the receipt does not
-    know; they were not opened."""
+    """What was checked, and the faults found. unlisted: files, links and other entries of the folder that the receipt
+    does not list; they were not opened."""
 
     path: str
     files: int
@@ -56,8 +56,8 @@ class Verification:
 
     @property
     def unchanged(self) -> bool:
-        """Whether the folder holds exactly what its receipt says. A file more can change what a library loads from it:
-        model.safetensors is read instead of the shards, adapter_config.json puts an adapter on the model."""
+        """Whether the folder holds exactly what its receipt lists. An extra file can change what a library loads from
+        it: model.safetensors is read instead of the shards, adapter_config.json adds an adapter to the model."""
         return not self.faults and not self.unlisted
 
 
@@ -68,15 +68,15 @@ def verify(
     threads: int = 2,
     progress: Progress | None = None,
 ) -> Verification:
-    """Compare every byte of a folder with the receipt that the command which made it wrote into it.
+    """Compare every byte of a folder with its receipt, which was written by the command that made the folder.
 
-    sources: checkpoints that it was made from, by their names in the receipt ("vlm", "donor", "donor_base", …): of
-    those, the tensors that were read are compared, too.
+    sources: checkpoints that it was made from, by their names in the receipt ("vlm", "donor", "donor_base", …). The
+    tensors that were read from them are compared, too.
 
     Raises:
-        CheckpointError: no such folder, no receipt, or a receipt whose rows cannot be those of a receipt: without
-            digests, with file names outside the folder, with a file or tensor twice; a source that the receipt does
-            not name, or that is no checkpoint.
+        CheckpointError: no such folder, no receipt, or a receipt with invalid rows: without digests, with file names
+            outside the folder, with a file or tensor twice; a source that the receipt does not name, or that is not a
+            checkpoint.
     """
     folder, progress = Path(folder), progress or LogProgress()
     present = _present(folder)
@@ -110,17 +110,17 @@ def verify(
 
 
 def _present(folder: Path) -> dict[str, os.stat_result]:
-    """What is in a folder and its folders but folders: names relative to it, with slashes. A link to a folder counts as
-    a link."""
+    """Everything in a folder and its subfolders except folders: relative names with slashes. A link to a folder counts
+    as a link."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; {REMEDY}")
-    if not os.path.lexists(folder / RECEIPT):  # before anything is walked through
+    if not os.path.lexists(folder / RECEIPT):  # before the walk
         raise CheckpointError(f"{folder}: has no {RECEIPT}; {REMEDY}")
     present = {}
     for parent, folders, names in os.walk(folder):
         for name in (*folders, *names):
             path = Path(parent, name)
-            with suppress(FileNotFoundError):  # it went meanwhile, and will be missed
+            with suppress(FileNotFoundError):  # removed meanwhile: reported as missing
                 status = path.lstat()
                 if not stat.S_ISDIR(status.st_mode):
                     present[path.relative_to(folder).as_posix()] = status
@@ -130,9 +130,9 @@ def _present(folder: Path) -> dict[str, os.stat_result]:
 def _check_file(
     folder: Path, row: Mapping[str, Any], status: os.stat_result | None, header: dict[str, TensorInfo]
 ) -> Iterator[Fault]:
-    """A file's kind, size, the bytes that its own digest covers, and which tensors it holds, put into `header`.
+    """Check a file's kind, size and own digest, and put the tensors that it holds into `header`.
 
-    What the file's digest does not cover must be covered by those of its tensors: all of them, listed.
+    Bytes that the file's digest does not cover must be covered by tensors, all of them listed in the receipt.
     """
     name, path = row["name"], folder / row["name"]
     if status is None:
@@ -161,13 +161,13 @@ def _check_file(
 
 
 def _keys(receipt: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """File and name of every tensor row; a row names its file where several files hold tensors of one name."""
+    """File and name of every tensor row; a row names its file if several files hold tensors of the same name."""
     shards = {name: row["name"] for row in receipt["files"] for name in row["tensors"]}
     return [(row.get("file") or shards[row["name"]], row["name"]) for row in receipt["tensors"]]
 
 
 def _check_tensor(folder: Path, file: str, row: Mapping[str, Any], info: TensorInfo | None) -> list[Fault]:
-    """A tensor's place, dtype, shape and bytes."""
+    """Check a tensor's file, dtype, shape and bytes."""
     name = row["name"]
     if info is None:
         return [Fault(file, name, "is not there")]
@@ -179,7 +179,7 @@ def _check_tensor(folder: Path, file: str, row: Mapping[str, Any], info: TensorI
 
 
 def _check_source(checkpoint: Checkpoint, read: Mapping[str, str], pool: ThreadPoolExecutor) -> Iterator[Fault]:
-    """The tensors of a checkpoint that were read, against their digests."""
+    """Compare the tensors that were read from a checkpoint with their digests."""
 
     def differs(name: str) -> Fault | None:
         info = checkpoint.stored.get(name)
@@ -192,7 +192,7 @@ def _check_source(checkpoint: Checkpoint, read: Mapping[str, str], pool: ThreadP
 
 
 def _digest(path: Path, begin: int, size: int) -> str:
-    """The digest of a range of a file, or why there is none."""
+    """The digest of a range of a file, or the error that prevents it."""
     try:
         return range_digest(path, begin, size)
     except OSError as error:
@@ -230,8 +230,8 @@ _TENSOR = {"name": str, "dtype": str, "shape": list, "digest": str}
 
 
 def _refuse_rows(path: Path, receipt: Mapping[str, Any]) -> None:
-    """Raise CheckpointError unless the rows are such as a command writes: typed, each file and tensor once, every file
-    in the folder, every tensor in a file that lists it."""
+    """Raise CheckpointError unless the rows are well-formed: typed, each file and tensor once, every file in the
+    folder, every tensor in a file that lists it."""
     files, tensors = receipt.get("files"), receipt.get("tensors")
     for rows, types in ((files, _FILE), (tensors, _TENSOR)):
         if not isinstance(rows, list):

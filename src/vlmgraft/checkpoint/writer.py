@@ -1,7 +1,7 @@
 """Writes a checkpoint as streamed, preallocated safetensors shards in a hidden folder, published by one rename.
 
 Names, dtypes and shapes are known before the first byte, so headers are written first, tensors in any order and from
-any thread, the index last. Until the rename nobody sees a folder of the final name.
+any thread, the index last. No folder of the final name exists before the rename.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from vlmgraft.storage.resources import cannot_write
 
 JOURNAL = ".journal.jsonl"
 FLUSH = 1 << 28
-"""Bytes of finished tensors after which they are flushed to the disk, beside the work that goes on."""
+"""Bytes of finished tensors after which they are flushed to disk in the background."""
 
 
 class Writer:
@@ -39,10 +39,10 @@ class Writer:
 
     Args:
         tensors: in the order of the files.
-        shard_size: bytes of data per file, at most.
-        resume: a key of what is being written. An interrupted folder of the same key is then kept and continued: what
-            `finish` recorded is in `done`. Without a key an interrupted folder is removed.
-        anew: with a key, do not go on with such a folder, but leave one where a person stops it.
+        shard_size: largest number of data bytes per file.
+        resume: a key that identifies the content. An interrupted folder with the same key is kept and resumed: `done`
+            holds what `finish` recorded. Without a key an interrupted folder is removed.
+        anew: with a key, start from nothing; what is written is kept only if the user interrupts the run.
     Raises:
         OutputError: `out` exists, cannot be written, the disk is too small, or another process is writing it.
     """
@@ -96,7 +96,7 @@ class Writer:
         self.write_at(name, 0, tensor.reshape(-1))
 
     def write_at(self, name: str, start: int, tensor: Tensor) -> None:
-        """Write elements from number `start` on; thread-safe for pieces that do not overlap."""
+        """Write elements from index `start` on; thread-safe for pieces that do not overlap."""
         spec = self._layout[name][2]
         if tensor.dtype != TORCH_DTYPES[spec.dtype]:
             raise ValueError(f"{name}: {tensor.dtype} written, {spec.dtype} planned")
@@ -123,14 +123,14 @@ class Writer:
         return self._layout[name][2]
 
     def digest(self, name: str) -> str:
-        """The digest of a tensor that this process wrote, in pieces that begin and end with blocks."""
+        """The digest of a tensor that this process wrote, in pieces that begin and end at block boundaries."""
         blocks = self._digests.pop(name, {})
         if sorted(blocks) != list(range(-(-self._layout[name][2].nbytes // BLOCK))):
             raise ValueError(f"{name}: not written in whole blocks of {BLOCK} bytes")
         return joined(blocks[number] for number in sorted(blocks))
 
     def files(self) -> tuple[FileReceipt, ...]:
-        """The index and the other files of the folder with their digests; of a shard, that of its header."""
+        """Write the index and give the receipts of all files in the folder; a shard's digest covers only its header."""
         self._write_index()
         shards = [
             FileReceipt(
@@ -143,7 +143,7 @@ class Writer:
         return (*shards, *(whole_file(path, self.folder) for path in others))
 
     def finish(self, name: str, facts: Mapping[str, Any]) -> None:
-        """Record that a tensor is complete, with JSON values about it; survives an interruption of this process."""
+        """Record that a tensor is complete, with JSON facts about it; the record survives an interruption."""
         self.done[name] = dict(facts)
         if self._resume is not None:
             append_row(self.folder / JOURNAL, {"name": name, **facts})
@@ -157,7 +157,7 @@ class Writer:
                 flush.result()
 
     def _flush(self, shard: str) -> None:
-        """Wait until the disk has what was written of a shard; raises OutputError."""
+        """Flush a shard to disk; raises OutputError."""
         try:
             with self._handles.of(self.folder / shard) as handle:
                 os.fsync(handle)
@@ -170,8 +170,8 @@ class Writer:
         self._stack.__exit__(kind, error, trace)
 
     def _complete(self, kind: type[BaseException] | None, *_: object) -> None:
-        """After a clean exit: the index, the tensors on disk, and only then the journal is removed. So it is where the
-        disk failed: the system says so once, and nothing may be gone on with."""
+        """On a clean exit write the index, flush the tensors, then remove the journal. After a failed flush remove it
+        too: the system reports such an error once, and the folder must not be resumed."""
         journal = self.folder / JOURNAL
         if kind is not None:
             if any(flush.done() and flush.exception() for flush in self._flushes):
@@ -195,14 +195,14 @@ class Writer:
             write_json(self.folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
     def _load_journal(self) -> None:
-        """Take over what an interrupted run finished; after a restart of the machine nothing of it is trusted."""
+        """Take over the tensors that an interrupted run finished, unless the machine was restarted since."""
         if self._resume is None:
             return
         journal, names = self.folder / JOURNAL, {shard.name for shard in self.shards}
         head = {"boot": _boot_id(), "block": BLOCK, "shards": [[shard.name, shard.size] for shard in self.shards]}
         for path in self.folder.iterdir():
             status = path.lstat()
-            if stat.S_ISDIR(status.st_mode):  # of side files, which are written again
+            if stat.S_ISDIR(status.st_mode):  # side files are written again
                 shutil.rmtree(path)
             elif not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:  # a link would be written through
                 raise OutputError(f"{path}: is a link or no file; remove {self.folder}, and begin anew")
@@ -212,12 +212,12 @@ class Writer:
             rows = list(read_rows(journal)) if JOURNAL in present else []
         if rows and rows[0] == head and names <= present:
             self.done = {row.pop("name"): row for row in rows[1:] if "name" in row}
-        for stray in present - names - {JOURNAL}:  # side files and temporary ones, which are written again
+        for stray in present - names - {JOURNAL}:  # side and temporary files are written again
             (self.folder / stray).unlink()
         write_rows(journal, (head, *({"name": name, **facts} for name, facts in self.done.items())))
 
     def _allocate(self, shard: Shard) -> None:
-        """Create (or take over) a file of its final size with its header in place."""
+        """Create or take over a shard file, with its final size and its header."""
         path = self.folder / shard.name
         try:
             path.touch(0o644)
@@ -231,13 +231,13 @@ class Writer:
 
 
 def _boot_id() -> str:
-    """Changes when the machine restarts: page cache that was not flushed is gone then."""
+    """An id that changes when the machine restarts; a restart loses page cache that was not flushed."""
     path = Path("/proc/sys/kernel/random/boot_id")
     return path.read_text().strip() if path.exists() else "unknown"
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a small set of tensors as one safetensors file that is whole under its name or absent.
+    """Write a small set of tensors as one safetensors file, atomically.
 
     safetensors' own `save_file` writes beside its target under a random name and does not flush. Here equal tensors
     give equal bytes: the header's keys are sorted.

@@ -1,1 +1,1 @@
-"""What leaves the house: LoRA adapters, model cards, folders on a hub."""
+"""LoRA adapters, FP8 checkpoints, model cards, and uploads to a hub."""

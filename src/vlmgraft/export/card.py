@@ -1,4 +1,4 @@
-"""What goes beside the weights of a merged folder: the VLM's side files, the recipe, and the model card."""
+"""The files beside the weights of a merged folder: the VLM's side files, the recipe, and the model card."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vlmgraft.storage.jsonl import write_json, write_text
 SIDE_SUFFIXES = (".json", ".txt", ".jinja", ".model", ".py", ".tiktoken")
 NOT_SIDE = (
     "model.safetensors.index.json", "pytorch_model.bin.index.json", "trainer_state.json", "receipt.json",
-    "adapter_config.json",  # transformers would look for its weights
+    "adapter_config.json",  # would make transformers look for adapter weights
 )  # fmt: skip
 REPLAY = """\
 # `vlmgraft merge recipe.yaml --out DIR` replays this merge. `./NAME` was a local folder or file that is not published:
@@ -61,7 +61,8 @@ def copy_side_files(folder: Path, out: Path) -> None:
 
 
 def declare_dtype(config: Path, dtype: str) -> None:
-    """Name another dtype in a folder's config.json, wherever it names one, so that loaders do not round the weights."""
+    """Set the dtype in a config.json, at the top and wherever one is named, so that loaders do not round the
+    weights."""
 
     def replaced(value: Any) -> Any:
         if not isinstance(value, dict):
@@ -81,9 +82,9 @@ def model_card(
     """The README.md of a merged folder: hub metadata, what was merged and how, and the recipe that replays it.
 
     Args:
-        recipe: as `vlmgraft.recipe.portable` gives it, so that no path of this machine is published.
+        recipe: as `vlmgraft.storage.portable` gives it, so that no path of this machine is published.
         figures: further lines of the summary, such as the time it took.
-        divergence: what was measured against the VLM, by its name; in nats per token.
+        divergence: measured divergences from the VLM by name, in nats per token.
     """
     method = recipe["method"]
     licences = {
@@ -174,6 +175,6 @@ def _roles(recipe: Mapping[str, Any], licences: Mapping[str, str | None]) -> str
 
 
 def _divergence(divergence: Mapping[str, float]) -> str:
-    """The table of what was measured against the VLM."""
+    """The table of measured divergences from the VLM."""
     rows = [f"| {name} | {value:.4g} |" for name, value in divergence.items()]
     return "\n".join(["## Divergence from the VLM", "", "| measured | nats per token |", "|---|---|", *rows])

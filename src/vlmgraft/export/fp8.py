@@ -1,4 +1,4 @@
-"""A merged folder in FP8 again: the matrices that the VLM's files keep in FP8, quantised in the same layout."""
+"""Writes a merged folder in FP8: matrices that the VLM stores in FP8 are quantised again in the same layout."""
 
 from __future__ import annotations
 
@@ -38,14 +38,13 @@ def write_fp8(
 ) -> float:
     """Write the folder `merged` to the new folder `out` with the VLM's FP8 matrices in FP8 and its quantization_config.
 
-    Scales are the largest absolute value of a block, row or matrix over 448, or the power of two above where the VLM's
-    are such, so every value keeps three bits of
-    mantissa. Other tensors are copied. Gives ‖quantised − merged‖ / ‖merged‖ over the quantised matrices. An
-    interrupted one goes on where it stopped.
+    A scale is the largest absolute value of a block, row or matrix over 448, rounded up to a power of two if the VLM's
+    scales are powers of two, so every value keeps three bits of mantissa. Other tensors are copied. Returns ‖quantised
+    − merged‖ / ‖merged‖ over the quantised matrices. An interrupted run is resumed.
 
     Raises:
-        CheckpointError: the VLM keeps no matrix in FP8 with scales of weights alone, or the two folders hold other
-            tensors or shapes. OutputError: `out` exists or cannot be written.
+        CheckpointError: the VLM has no matrix in FP8 with scales of weights alone, or the two folders differ in tensors
+            or shapes. OutputError: `out` exists or cannot be written.
     """
     source, layout = open_checkpoint(merged), open_checkpoint(vlm)
     _check(source, layout)
@@ -70,7 +69,7 @@ def write_fp8(
 
 
 def _write(writer: Writer, name: str, tensor: Tensor, packed: Packed | None, powers: bool) -> dict[str, Any]:
-    """Write a tensor, quantised where the VLM's is; gives digests, and squares of what rounding took and was there."""
+    """Write a tensor, quantised if the VLM's is; gives digests, and the squared norms of rounding error and tensor."""
     if packed is None:
         writer.write(name, tensor)
         return {"lost": 0.0, "whole": 0.0, "digests": {name: writer.digest(name)}}
@@ -86,7 +85,7 @@ def _write(writer: Writer, name: str, tensor: Tensor, packed: Packed | None, pow
 def quantised(matrix: Tensor, packed: Packed, powers: bool = False) -> tuple[Tensor, Tensor]:
     """FP8 values and scales, in the shapes and dtypes of `packed`, of a float32 matrix [..., rows, columns].
 
-    powers: scales are powers of two, the next above (`scale_fmt: ue8m0`, which kernels keep as exponents alone).
+    powers: round scales up to powers of two (`scale_fmt: ue8m0`, which kernels store as exponents alone).
     """
     of_scales, shape = packed.parts["scale"], matrix.shape
     single = of_scales.elements == 1
@@ -108,7 +107,7 @@ def quantised(matrix: Tensor, packed: Packed, powers: bool = False) -> tuple[Ten
 
 
 def _check(source: Checkpoint, layout: Checkpoint) -> None:
-    """Raise CheckpointError where the VLM's layout is not FP8 with scales of weights alone, or not of these tensors."""
+    """Raise CheckpointError unless the VLM is in FP8 with scales of weights alone, and has the same tensors."""
     if not layout.packed:
         raise CheckpointError(f"{layout.path}: keeps no matrix in FP8; give the FP8 VLM that was merged")
     if strange := set(source.tensors) ^ set(layout.tensors):
@@ -131,7 +130,7 @@ def _check(source: Checkpoint, layout: Checkpoint) -> None:
 
 
 def _specs(source: Checkpoint, layout: Checkpoint, name: str) -> list[TensorSpec]:
-    """What is written of a tensor: itself, or FP8 values and their scales."""
+    """The tensors that are written for a tensor: itself, or its FP8 values and their scales."""
     parts = [source.tensors[name]]
     if name in layout.packed:
         parts = [layout.packed[name].parts[key] for key in ("values", "scale")]

@@ -1,4 +1,4 @@
-"""A finished folder to the hub: what would be published, then the upload."""
+"""Uploads a finished folder to the hub, and lists beforehand what would be published."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 @dataclass(frozen=True)
 class PublishedFile:
-    """One file of an upload: its name from the folder's root, and its bytes."""
+    """One file of an upload: its name relative to the folder, and its size in bytes."""
 
     name: str
     nbytes: int
 
 
 def published(folder: Path) -> list[PublishedFile]:
-    """The files that `push_to_hub` would upload, by name; hidden ones stay here.
+    """The files that `push_to_hub` would upload, sorted by name; hidden files are not uploaded.
 
     Raises:
         OutputError: the folder is not a finished checkpoint.
@@ -40,10 +40,10 @@ def published(folder: Path) -> list[PublishedFile]:
 def push_to_hub(
     folder: Path, name: str, *, private: bool = True, token: str | None = None, revision: str | None = None
 ) -> str:
-    """Upload a finished folder to the hub as `organisation/name` and give the address of the commit.
+    """Upload a finished folder to the hub as `organisation/name` and return the address of the commit.
 
     Raises:
-        InputError: the name is no hub id, the folder is not a finished checkpoint, or the hub refuses.
+        InputError: the name is not a hub id, the folder is not a finished checkpoint, or the hub refuses.
     """
     if not HUB_ID.fullmatch(name):
         raise InputError(f"{name!r}: a hub id is organisation/name")
@@ -66,7 +66,7 @@ def push_to_hub(
 
 
 def _refuse_unfinished(folder: Path) -> None:
-    """Refuse a folder without a config or with a shard that its index names missing."""
+    """Refuse a folder without config or card, or without a shard that its index names."""
     for name in ("config.json", "README.md"):
         if not (folder / name).is_file():
             raise OutputError(f"{folder}: no {name}; push the folder that `vlmgraft merge --out` wrote")

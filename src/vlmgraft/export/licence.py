@@ -1,8 +1,8 @@
-"""What a model card states: its base model and its licence; and from these the licence of a merged model.
+"""The base model and the licence that a model card states, and the licence of a merged model.
 
 A checkpoint states its licence in its card (`license:` in the head of README.md) or by a LICENSE file of a known text.
-Where all state the same, it is the merged model's too. What differs is never decided here: the card then says `other`
-and names each.
+If all checkpoints state the same licence, it is the merged model's too. Different licences are never reconciled here:
+the card then says `other` and names each.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TEXTS = {
     "LLAMA 2 COMMUNITY": "llama2", "META LLAMA 3 COMMUNITY": "llama3", "LLAMA 3.1 COMMUNITY": "llama3.1",
     "LLAMA 3.2 COMMUNITY": "llama3.2", "LLAMA 3.3 COMMUNITY": "llama3.3", "Gemma Terms of Use": "gemma",
 }  # fmt: skip
-"""Words in the first lines of a licence's text, and its identifier on the hub."""
+"""Words in the first lines of a licence's text, and the licence's identifier on the hub."""
 HEAD = 100_000
 """Characters of a card or a licence that are read."""
 
@@ -37,7 +37,7 @@ def card_head(folder: Path) -> dict[str, Any]:
 
 
 def stated_licence(folder: Path) -> str | None:
-    """The licence that a checkpoint's folder states, by the hub's identifier (of `other`, its name), or None."""
+    """The licence that a checkpoint's folder states, by the hub's identifier (for `other`, its name), or None."""
     head = card_head(folder)
     stated = head.get("license")
     if isinstance(stated, str):
@@ -77,8 +77,8 @@ def merged_licence(stated: Mapping[str, str | None]) -> tuple[dict[str, str], st
 
 
 def stated_base(model: str) -> str | None:
-    """The base model that a model's card names, if it names one: of a local folder, or of a hub id, whose card is
-    fetched; None where there is no card or no network."""
+    """The base model that a model's card names, if it names exactly one, for a local folder or for a hub id (its card
+    is downloaded); None without a card or network."""
     folder = Path(model)
     if not folder.is_dir():
         from huggingface_hub import errors, hf_hub_download

@@ -1,11 +1,11 @@
 """The injected update as a LoRA adapter in PEFT's format, for PEFT and for servers that load adapters.
 
 λ U diag(σ(g) ⊙ s) Vh is already a singular value decomposition, so its best rank-r part is the r largest entries of the
-spectrum: lora_B = U_r √c, lora_A = √c Vh_r, lora_alpha = r. What the rank drops is reported per matrix.
+spectrum: lora_B = U_r √c, lora_A = √c Vh_r, lora_alpha = r. The error of this truncation is reported per matrix.
 
-Of fused experts, a parameter [experts, out, in], every expert has an update of this rank, as PEFT's `target_parameters`
-keep it; servers may not read these. lora_A is [experts · rank, in] with the expert first, lora_B [out, rank · experts]
-with the expert last, and PEFT itself says what its tensors are called.
+For fused experts, a parameter [experts, out, in], every expert has an update of this rank, in the layout of PEFT's
+`target_parameters`; servers may not support it. lora_A is [experts · rank, in] with the expert first, lora_B [out, rank
+· experts] with the expert last. PEFT itself determines the names of these tensors.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class LoraReport:
 def lora_factors(
     factors: Factors, spectrum: Float[Tensor, "*experts r"], rank: int
 ) -> tuple[Float[Tensor, "*experts rank in"], Float[Tensor, "*experts out rank"], float, float]:
-    """lora_A, lora_B (float32, zero rows where the update has fewer directions), and the squared norms of what is
-    dropped and of the whole update. lora_B @ lora_A is the best approximation of the update at this rank."""
+    """lora_A, lora_B (float32, zero rows if the update has fewer directions), and the squared norms of the dropped part
+    and of the whole update. lora_B @ lora_A is the best approximation of the update at this rank."""
     order = spectrum.abs().sort(dim=-1, descending=True, stable=True).indices
     kept = order[..., :rank]
     values = spectrum.take_along_dim(kept, -1)
@@ -108,8 +108,8 @@ def write_loras(
     rank: int,
     dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, LoraReport]:
-    """An adapter of the same rank for each of several gates, in folders of their names in the new folder `out`, so that
-    PEFT or a server switches between them; arguments and errors as `write_lora`."""
+    """Write an adapter of the same rank for each entry of `path`, in a folder of its name in the new folder `out`, so
+    that PEFT or a server can switch between them; arguments and errors as `write_lora`."""
     out = Path(out)
     if out.exists():
         raise OutputError(f"{out}: exists already; choose a new folder")
@@ -121,8 +121,8 @@ def write_loras(
 
 @dataclass(frozen=True)
 class AdapterPlace:
-    """Where a matrix's adapter goes: its module (of a stack, its parameter) in the transformers model, the prefix of
-    its tensors in PEFT's file, and of a stack whether PEFT's in and out are ours exchanged."""
+    """Where a matrix's adapter goes. path: its module (for an expert stack, its parameter) in the transformers model.
+    prefix: of its tensors in PEFT's file. inputs_first: whether PEFT exchanges our in and out of a stack."""
 
     path: str
     prefix: str
@@ -147,7 +147,7 @@ def adapter_places(
             linears[name] = paths[id(layer)]
     places = {name: AdapterPlace(path, f"base_model.model.{path}") for name, path in linears.items()}
     if stacks:
-        # asked before PEFT wraps the model: a module whose files hold any stack transposed has all of them so
+        # found before PEFT wraps the model: if one stack of a module is transposed on disk, all of them are
         turned = {id(s.module) for n, (_, s) in stacks.items() if tuple(s.weight.shape) != factors[n].shape}
         flipped = {
             n: (id(s.module) in turned) != getattr(s.module, "is_transposed", False) for n, (_, s) in stacks.items()
@@ -178,8 +178,8 @@ def _config(base: str, places: Sequence[AdapterPlace], rank: int) -> dict[str, A
 def _stack_keys(model: Any, modules: Sequence[str], stacks: Sequence[str], rank: int) -> dict[str, str]:
     """Path of a parameter (module and key) → prefix of its adapter's tensors.
 
-    model: on the meta device; PEFT wraps it, so it serves for nothing else afterwards. modules: paths of the linear
-    layers that the adapter also holds; stacks: those of the parameters. Raises RecipeError where peft is missing.
+    model: on the meta device; PEFT wraps it, so it cannot be used afterwards. modules: paths of the linear layers that
+    the adapter also holds; stacks: those of the parameters. Raises RecipeError if peft is missing.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -198,8 +198,8 @@ def _stack_keys(model: Any, modules: Sequence[str], stacks: Sequence[str], rank:
 def _stack_tensors(
     A: Float[Tensor, "experts rank in"], B: Float[Tensor, "experts out rank"], inputs_first: bool
 ) -> tuple[Float[Tensor, "experts*rank in"], Float[Tensor, "out rank*experts"]]:
-    """lora_A and lora_B of a stack whose update is B @ A per expert; `inputs_first`: the model keeps its parameter as
-    [experts, in, out], so that what is out here is in to PEFT."""
+    """lora_A and lora_B of a stack whose update is B @ A per expert; `inputs_first`: the model stores its parameter as
+    [experts, in, out], so that PEFT exchanges our in and out."""
     if inputs_first:
         A, B = B.mT, A.mT
     return A.reshape(-1, A.shape[-1]).contiguous(), B.permute(1, 2, 0).reshape(B.shape[1], -1).contiguous()

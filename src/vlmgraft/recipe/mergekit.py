@@ -1,12 +1,12 @@
 """Reads mergekit's recipe format for the methods both tools have, or says what to write instead.
 
-mergekit merges equals; here one model is the VLM (it keeps its tower and its names) and one the donor. The VLM is the
-model whose config.json names a VLM family when its folder is local, else the first of `models`. With `base_model: B`,
+mergekit treats its models alike; here one is the VLM (it keeps its tower and its names) and one the donor. The VLM is
+the model whose local config.json mentions a vision tower, else the first of `models`. With `base_model: B`,
 
     B + 1·(V − B) + w·(D − B)  =  V + w·(D − B),
 
-so mergekit's task_arithmetic with a weight of one on the VLM is ours with `scale: w`. Where mergekit breaks ties of
-equal magnitudes by position, ours keeps them together; random numbers are ours.
+so mergekit's task_arithmetic with a weight of one on the VLM is ours with `scale: w`. mergekit breaks ties of equal
+magnitudes by position; here they are kept or dropped together. Random numbers differ from mergekit's.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SHARED: Mapping[str, tuple[str, ...]] = {
     "sce": ("select_topk",),
     "model_stock": ("filter_wise",),
 }
-"""mergekit's methods that are translated, and the parameters that it reads of each, beside int8_mask."""
+"""The mergekit methods that are translated, and the parameters that mergekit reads for each, besides int8_mask."""
 _ONLY_MERGEKIT = ("merge_method", "models", "base_model", "slices")
 _DROPPED = {
     "dtype": "dtypes are the VLM's",
@@ -121,7 +121,7 @@ def _method(name: str, ours: Mapping[str, Any], theirs: Mapping[str, Any], share
         return {"name": name, "scale": scale * weights[1]}
     densities = [options.get("density", shared.get("density", 1.0)) for options in (ours, theirs)]
     electing = name in _ELECTING
-    if not electing and normalize and abs(sum(weights)) > 1e-8:  # no sign decides who shares
+    if not electing and normalize and abs(sum(weights)) > 1e-8:  # no sign election excludes one
         weights = [weight / sum(weights) for weight in weights]
     method: dict[str, Any] = {"density": densities[0], "weights": weights, "scale": scale}
     if densities[0] != densities[1]:
@@ -142,7 +142,7 @@ def _linear(weights: list[float], normalize: bool) -> dict[str, Any]:
 
 
 def _thinning(name: str, parameters: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Options of how task vectors are thinned out. parameters: of VLM and donor, those of the recipe included."""
+    """Options for sparsifying task vectors. parameters: of VLM and donor, each merged with the recipe's."""
     rescale = parameters[0].get("rescale")
     if name == "ties" or name.startswith("breadcrumbs"):
         if rescale:
@@ -157,7 +157,7 @@ def _thinning(name: str, parameters: Sequence[Mapping[str, Any]]) -> dict[str, A
 
 
 def _common(key: str, parameters: Sequence[Mapping[str, Any]], default: float) -> float:
-    """A parameter that both models must have alike."""
+    """A parameter that must be equal for both models."""
     values = [_number(options.get(key, default), key) for options in parameters]
     if values[0] != values[1]:
         raise RecipeError(f"{key}: {values} differ between the models; give both the same")
@@ -206,9 +206,9 @@ def _roles(raw: Mapping[str, Any], name: str) -> tuple[Any, Any, str | None, lis
 
 
 def _reference(value: Any, where: str, notes: list[str]) -> str:
-    """The folder or hub id that a reference names: a text, `base+lora`, or mergekit's mapping of both with revisions.
+    """The folder or hub id that a reference names: a string, `base+lora`, or mergekit's mapping of both with revisions.
 
-    An adapter stands for the model that it makes of its base, which must be the base given here.
+    An adapter stands for its base with the adapter applied; that base must be the one given here.
     """
     known = {"model", "lora"} if isinstance(value, Mapping) else set()
     pair: Any = value
@@ -230,7 +230,7 @@ def _reference(value: Any, where: str, notes: list[str]) -> str:
 
 
 def _path(value: Any, where: str) -> str:
-    """A model's path, with its revision behind an @."""
+    """A model's path, with its revision after an @."""
     if isinstance(value, Mapping) and isinstance(value.get("path"), str) and set(value) <= {"path", "revision"}:
         return f"{value['path']}@{value['revision']}" if value.get("revision") else str(value["path"])
     if not isinstance(value, str):
@@ -239,7 +239,7 @@ def _path(value: Any, where: str) -> str:
 
 
 def _is_vlm(model: str) -> bool:
-    """Whether a local folder's config.json speaks of a vision tower."""
+    """Whether a local folder's config.json mentions a vision tower."""
     return is_folder(model) and has_tower(read_config(Path(model)))
 
 
@@ -254,8 +254,8 @@ def _known(parameters: Mapping[str, Any], where: str, name: str) -> Mapping[str,
 
 
 def _number(value: Any, key: str) -> float:
-    """A plain number; gradients and filters are mergekit's own."""
-    if isinstance(value, str):  # YAML reads 3e-1 as a text; mergekit takes it for the number
+    """A plain number; mergekit's gradients and filters are refused."""
+    if isinstance(value, str):  # YAML reads 3e-1 as a string; mergekit converts it
         with suppress(ValueError):
             return float(value)
     if isinstance(value, bool) or not isinstance(value, int | float):

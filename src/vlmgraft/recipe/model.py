@@ -1,8 +1,8 @@
 """The recipe: what is merged into what, by which method, over which modules and layers, and how it is written.
 
-Loading is strict: an unknown key is refused with the nearest valid one named, a value that does not fit with its path
-and the value itself. A loaded recipe holds the method as the frozen dataclass of its file in `methods/`; dumping writes
-every option with the value it has, so that the file replays the run. Nothing here loads torch or transformers.
+Loading is strict: the error for an unknown key names the nearest valid one, the error for an invalid value its path and
+the value. A loaded recipe holds the method as a frozen dataclass from `methods/`; dumping writes every option with its
+value, so that the file replays the run. Nothing here loads torch or transformers.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Recipe(Strict):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a translation from another tool's format changed."""
+        """Notes on what the translation from another tool's format changed."""
         return self._notes
 
 

@@ -1,4 +1,4 @@
-"""From a recipe to a job: checkpoints opened and aligned, questions read, once; and to a plan, from headers alone."""
+"""Turns a recipe into a job (checkpoints opened and aligned, questions read, once) or a plan (from headers alone)."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ RecipeSource = str | Path | Mapping[str, Any] | Recipe
 
 
 class Questions(NamedTuple):
-    """The questions of a gated method: learned from, held out, of every donor ([] without donor matching), and of the
-    budget's guarantee ([] without one)."""
+    """The questions of a gated method: the calibration set, held-out prompts, each donor's text questions (empty
+    without donor matching), and unseen prompts for the budget guarantee (empty without one)."""
 
     learned: list[Question]
     held_out: list[Question]
@@ -36,7 +36,7 @@ class Questions(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe and what it names, opened once; what checks, decomposes, learns and folds is handed this.
+    """A recipe with its checkpoints and questions, opened once; passed to checking, decomposing, learning and folding.
 
     alignments: one per donor. questions: of a gated method, with their images read. digests: fingerprints of the
     questions, part by part.
@@ -54,14 +54,14 @@ class Job:
 
     @property
     def asked(self) -> Questions:
-        """The questions; a job that was resolved without them has no learning stage, and raises RecipeError."""
+        """The questions; raises RecipeError if the job was resolved without them: it then has no learning stage."""
         if self.questions is None:
             raise RecipeError(f"method.name: {self.recipe.method.name}: the job was resolved without questions")
         return self.questions
 
     @property
     def alignment(self) -> Alignment:
-        """Of the first donor."""
+        """The first donor's alignment."""
         return self.alignments[0]
 
     @property
@@ -76,12 +76,12 @@ class Job:
 
     @property
     def folders(self) -> list[Path]:
-        """Where all checkpoints lie."""
+        """The folders of all checkpoints."""
         return [checkpoint.path for checkpoint in self.sources]
 
 
 def resolve(recipe: RecipeSource, overrides: Sequence[str] = (), *, questions: bool = True) -> Job:
-    """Read a recipe, align its checkpoints by their headers, prove its options, and read its questions and images.
+    """Read a recipe, align its checkpoints by their headers, check its options, and read its questions and images.
 
     questions: False for a job without a learning stage.
 
@@ -102,7 +102,7 @@ def resolve(recipe: RecipeSource, overrides: Sequence[str] = (), *, questions: b
 
 
 def gated_method(recipe: Recipe) -> GatedMethod:
-    """The recipe's method if it has factors and gates; raises RecipeError else."""
+    """The recipe's method if it has factors and gates; otherwise raises RecipeError."""
     if not isinstance(recipe.method, GatedMethod):
         raise RecipeError(f"method.name: {recipe.method.name} has no factors or gates; write frism or curvature")
     return recipe.method
@@ -125,7 +125,7 @@ def read_questions(recipe: Recipe) -> Questions:
 
 
 def calibration_questions(method: GatedMethod, *, check_images: bool = True) -> list[Question]:
-    """What gates are learned and measured on, in that order; raises DataError, also where a budget has too few."""
+    """The questions that gates are learned and then measured on; raises DataError, also if a budget has too few."""
     from vlmgraft.data.questions import load_questions
 
     guarantee = method.budget_guarantee if isinstance(method, Frism) else None
@@ -150,7 +150,7 @@ def calibration_questions(method: GatedMethod, *, check_images: bool = True) -> 
 
 
 def text_questions(recipe: Recipe) -> list[list[Question]]:
-    """The text questions of every donor, [[]] where the method has none; raises DataError, RecipeError."""
+    """The text questions of every donor, [[]] if the method has none; raises DataError, RecipeError."""
     from vlmgraft.data.questions import load_questions
 
     method = recipe.method
@@ -165,7 +165,7 @@ def text_questions(recipe: Recipe) -> list[list[Question]]:
 
 
 def _warn_of_order(file: str, learned: Sequence[Question], measured: Sequence[Question]) -> None:
-    """Warn where the drift is measured on categories that nothing is learned from: the file is sorted."""
+    """Warn if the KL is measured on categories without calibration questions, as in a sorted file."""
     unseen = {question.category for question in measured} - {question.category for question in learned}
     if unseen:
         names = ", ".join(sorted(str(name) for name in unseen)[:5])
@@ -225,7 +225,7 @@ def pairs(recipe: Recipe) -> list[Alignment]:
 
 
 def inspect(recipe: RecipeSource, overrides: Sequence[str] = ()) -> Plan:
-    """What pairs with what, reading headers only (of hub ids by range requests)."""
+    """Which tensors pair, and why, from headers only (of hub ids by range requests)."""
     loaded = read_recipe(recipe, overrides, need_method=False)
     return plan(loaded, pair(loaded, headers_only=True))
 

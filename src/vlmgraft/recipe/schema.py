@@ -37,7 +37,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """The strings below the fields of a class, by field; empty for fields without one."""
+    """The docstrings below the fields of a class, by field; fields without one are absent."""
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
     return {
         node.target.id: inspect.cleandoc(after.value.value)

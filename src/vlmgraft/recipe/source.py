@@ -1,7 +1,7 @@
-"""What the recipes of merging and of fine-tuning share: YAML read safely, keys set from the command line, and errors
-that name the file, the key and what to write.
+"""Shared by the recipes of merging and fine-tuning: safe YAML, keys set from the command line, and errors that name the
+file, the key and the remedy.
 
-A recipe that grows or nests while it is read is refused before it does.
+A recipe that would grow or nest without bound is refused while it is parsed.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ PATHS = {
 
 @contextmanager
 def naming(source: object) -> Iterator[None]:
-    """Put the recipe's file before the errors of the block, unless they name it already."""
+    """Prefix the errors of the block with the recipe's file, unless they name it already."""
     try:
         yield
     except (RecipeError, CheckpointError) as error:
@@ -116,7 +116,7 @@ def naming(source: object) -> Iterator[None]:
 
 
 def folder_of(source: object) -> Path:
-    """The folder of a recipe file; of a mapping the working directory."""
+    """The folder of a recipe file; the working directory for a mapping."""
     return Path(source).parent if isinstance(source, str | Path) else Path()
 
 
@@ -147,9 +147,9 @@ def read_mapping(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_odd_values(raw: Any, value: Any, prefix: str = "") -> None:
-    """Raise RecipeError where a number is infinite or no number, or where true or false was taken for a number.
+    """Raise RecipeError if a number is infinite or NaN, or if true or false was taken for a number.
 
-    raw: what was written. value: what became of it, a mapping or an object with fields.
+    raw: the value as written. value: the value as validated, a mapping or an object with fields.
     """
     if isinstance(raw, float) and not math.isfinite(raw):
         raise RecipeError(f"{prefix}: {raw} is not a finite number; write one")
@@ -210,7 +210,7 @@ def with_name(method: Any) -> dict[str, Any] | None:
 
 
 def as_recipe_error(error: ValidationError, prefix: str, keys: Any) -> RecipeError:
-    """Pydantic's complaints in our words: path, value, what is expected; the branches of a union become one line."""
+    """Pydantic's errors in our words: path, value, what is expected; the branches of a union become one line."""
     lines: dict[str, tuple[list[str], str]] = {}
     found = error.errors(include_url=False)
     for item in found:
@@ -232,10 +232,10 @@ def as_recipe_error(error: ValidationError, prefix: str, keys: Any) -> RecipeErr
 
 
 def located(raw: Any, folder: Path, prefix: str = "") -> Any:
-    """The raw mapping of a recipe file in `folder`, with relative paths that are there made true from here.
+    """The raw mapping of a recipe file, with relative paths that exist only in its `folder` resolved against it.
 
     Raises:
-        RecipeError: a path that begins with ./ or ../ is neither here nor there.
+        RecipeError: a path that begins with ./ or ../ exists neither in the working directory nor in `folder`.
     """
     if not isinstance(raw, dict):
         return raw

@@ -45,8 +45,8 @@ layers: all                  # or a range such as 8-27
 
 
 def shares(questions: int) -> tuple[int, int]:
-    """How many of so many questions to learn from and to measure on: 512 and 128, of fewer than 640 a third (at most
-    128) is measured on."""
+    """Split a number of questions into calibration set and held-out ones: 512 and 128; of fewer than 640, a third (at
+    most 128) is held out."""
     held_out = min(128, questions // 3)
     return min(512, questions - held_out), held_out
 
@@ -54,7 +54,7 @@ def shares(questions: int) -> tuple[int, int]:
 def recipe_template(
     vlm: str | None, donor: str | None, donor_base: str | None, data: str | None = None, questions: int = 640
 ) -> str:
-    """A recipe as YAML with comments: task arithmetic, or FRISM where `data` names its file of so many questions.
+    """A recipe as YAML with comments: task arithmetic, or FRISM if `data` names a file with this number of `questions`.
 
     A model that is not given becomes a hub id to be replaced, a base that is not known a comment.
     """

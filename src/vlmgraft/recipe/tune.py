@@ -1,4 +1,4 @@
-"""The recipe of a fine-tuning: VLM and donor as everywhere, the prior on gradients, the data, the trainer's fields."""
+"""The recipe of a fine-tuning run: VLM and donor, the prior on gradients, the data, the trainer's arguments."""
 
 from __future__ import annotations
 

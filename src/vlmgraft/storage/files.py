@@ -1,8 +1,8 @@
-"""Files that are whole under their name or absent, on disk when they appear, and traces of killed writers removed.
+"""Atomic and durable file writes, and removal of what killed writers left.
 
 A file is written under a hidden name beside its own, `.NAME.PID.N.tmp`, and locked while its writer lives. It is
-flushed, renamed, and the folder is flushed. The lock ends with the writer, however that ends, so whoever comes later
-can tell what is being written from what a killed process left.
+flushed, renamed, and the folder is flushed. The lock ends with the writer's process, however that ends, so a later
+process can tell a file that is being written from one that a killed process left.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 UNKNOWN = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
-"""What file systems answer that cannot flush a folder, such as some over a network."""
+"""Errors of file systems that cannot flush a folder, such as some network file systems."""
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
-"""What a file system answers that knows no locks."""
+"""Errors of file systems without locks."""
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it that are missing, each flushed into the one above; raises OSError."""
+    """Make a folder and its missing parents, and flush each into its own parent; raises OSError."""
     if not folder.is_dir():
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
@@ -35,20 +35,20 @@ def make_folder(folder: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Put a folder's list of names on disk, where the file system can; raises OSError."""
+    """Flush a folder's list of names to disk, if the file system can; raises OSError."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
         if error.errno not in UNKNOWN:
-            error.filename = str(folder)  # os.fsync knows no name
+            error.filename = str(folder)  # os.fsync does not set it
             raise
     finally:
         os.close(handle)
 
 
 FOREIGN = re.compile(r"\.tmp\w{6}")
-"""What the safetensors library leaves beside a file, if it is killed while it saves."""
+"""Temporary files that the safetensors library leaves beside a file if it is killed while saving."""
 _numbers = itertools.count()
 
 
@@ -65,14 +65,14 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
             temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # a write knows no name
+        if isinstance(error, OSError) and error.filename is None:  # a failed write does not set it
             error.filename = str(path)
         raise
     flush_folder(path.parent)
 
 
 def sweep_files(folder: Path, name: str = "") -> None:
-    """Remove what killed writers left of the file `name` in a folder of ours, or of every file; others' are left."""
+    """In a folder of vlmgraft, remove the temporary files of killed writers: of the file `name`, or of every file."""
     prefix = f".{name}." if name else "."
     with os.scandir(folder) as entries:
         strays = [
@@ -111,7 +111,7 @@ def _remove_if_dead(path: Path, kind: int, remove: Callable[[Path], Any]) -> Non
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """An empty folder among the system's temporary ones, removed at the end; those that killed processes left, too."""
+    """An empty temporary folder, removed at the end. Folders that killed processes left are removed first."""
     prefix = f"vlmgraft-{os.getuid()}-"
     with os.scandir(tempfile.gettempdir()) as entries:
         leftovers = [Path(entry) for entry in entries if entry.name.startswith(prefix)]
@@ -120,10 +120,10 @@ def scratch_folder() -> Iterator[Path]:
     handle = -1
     while handle < 0 or not os.fstat(handle).st_nlink:
         if handle >= 0:
-            os.close(handle)  # a sweep came between the folder and its lock
+            os.close(handle)  # a sweep removed the folder before it was locked
             handle = -1
         folder = Path(tempfile.mkdtemp(prefix=prefix))
-        with suppress(FileNotFoundError):  # it came before the folder was opened
+        with suppress(FileNotFoundError):  # a sweep removed it before it was opened
             handle = os.open(folder, os.O_RDONLY)
             lock(handle, wait=True)
     try:
@@ -134,7 +134,7 @@ def scratch_folder() -> Iterator[Path]:
 
 
 def lock(handle: int, *, wait: bool) -> None:
-    """Lock an open file or folder, where its file system knows locks; raises BlockingIOError unless `wait`."""
+    """Lock an open file or folder, if its file system has locks; raises BlockingIOError unless `wait`."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
@@ -143,12 +143,12 @@ def lock(handle: int, *, wait: bool) -> None:
 
 
 def _locked(path: Path) -> BinaryIO:
-    """A new hidden file beside `path` with a lock on it; again if a sweep came between the two. A file or link that is
-    there already is never opened."""
+    """A new hidden file beside `path`, locked; retried if a sweep removes it before it is locked. An existing file or
+    link is never opened."""
     while True:
         try:
             file = path.with_name(f".{path.name}.{os.getpid()}.{next(_numbers)}.tmp").open("xb")
-        except FileExistsError:  # of a killed process with this number
+        except FileExistsError:  # left by a killed process with this id
             continue
         lock(file.fileno(), wait=True)
         if os.fstat(file.fileno()).st_nlink:

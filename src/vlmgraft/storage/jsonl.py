@@ -28,7 +28,7 @@ def as_dict(row: Any) -> dict[str, Any]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` in UTF-8 as a file that is whole or absent; what killed writers of it left is removed."""
+    """Write `text` in UTF-8, atomically, and remove what killed writers of the file left."""
     with new_file(path) as file:
         file.write(text.encode())
     sweep_files(path.parent, path.name)
@@ -55,9 +55,9 @@ def append_row(path: Path, row: Any, *, flush: bool = False) -> None:
 
 
 def append_rows(path: Path, rows: Iterable[Any], *, flush: bool = False) -> None:
-    """Append rows as lines in one write, in place of a line that an interruption cut short. flush: put them on disk.
+    """Append rows as lines in one write, in place of a line that an interruption cut short. flush: flush them to disk.
 
-    Raises OutputError where the file is a link or no regular file: what it leads to is not ours to append to.
+    Raises OutputError if the file is a link or not a regular file: its target may belong to somebody else.
     """
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise OutputError(f"{path}: is not a regular file; remove it")
@@ -69,7 +69,7 @@ def append_rows(path: Path, rows: Iterable[Any], *, flush: bool = False) -> None
 
 
 def drop_cut_line(path: Path) -> None:
-    """Cut off what stands behind the last line end, where there is such a file."""
+    """Remove an incomplete last line from a file, if the file exists."""
     if path.is_file():
         with path.open("r+b", buffering=0) as file:
             _drop_cut_line(file)
@@ -108,7 +108,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
         if line.strip():
             yield _mapping(line, f"{path}, line {number}")
     with suppress(DamagedError):
-        yield _mapping(cut, path)  # a whole row but for its line's end
+        yield _mapping(cut, path)  # a complete row without its newline
 
 
 def _mapping(text: bytes, where: object) -> dict[str, Any]:

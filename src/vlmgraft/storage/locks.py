@@ -1,8 +1,8 @@
-"""One process at a time at a folder, by an advisory lock on `.NAME.lock` beside it.
+"""One process at a time per folder, by an advisory lock on `.NAME.lock` beside it.
 
-The system lets go of a lock when its process ends, however it ends, so a dead one never blocks; the file that a killed
-process leaves is taken over and removed by the next. Where the file system knows no locks there are none. Two
-machines see each other's as far as their file system carries `flock`.
+The system releases a lock when its process ends, however it ends, so a dead process never blocks. The next process
+takes over and removes the file that a killed one left. On a file system without locks nothing is locked. Locks hold
+across machines if their shared file system supports `flock`.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from vlmgraft.storage.torchrun import rank_and_world
 
 ATTEMPTS = 100
 MARK = b"process "
-"""How a lock file begins."""
+"""First bytes of a lock file."""
 READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 @dataclass
 class _Lock:
-    """A lock of this process: how often its thread entered; what to close, and what to remove."""
+    """A lock of this process. times: how often its thread entered. file, made: the file and the folders to remove."""
 
     thread: int
     shared: bool
@@ -50,12 +50,12 @@ _guard = threading.Lock()
 
 @contextmanager
 def locked(folder: str | Path, *, shared: bool = False) -> Iterator[None]:
-    """Hold `folder`, which need not exist, until the context ends; the same thread may enter again.
+    """Lock `folder`, which need not exist, until the context ends; the same thread may enter again.
 
-    shared: for reading, together with others that read. Under torchrun the first process holds it for all.
+    shared: for reading, together with other readers. Under torchrun the first process holds the lock for all.
 
     Raises:
-        OutputError: another process, or another thread, holds it, or a folder to write cannot be written.
+        OutputError: another process or another thread holds it, or a folder to write cannot be written.
     """
     if rank_and_world()[0] > 0:
         yield
@@ -86,13 +86,13 @@ def locked(folder: str | Path, *, shared: bool = False) -> Iterator[None]:
 def at_work(
     out: str | Path, doing: str, lower: str, inputs: Iterable[str | Path] = (), keeps: Iterable[str] | None = None
 ) -> Iterator[None]:
-    """What every function that fills a folder needs: the folder is apart from the inputs, nobody else is working in it,
-    and a full disk or memory becomes an error that says what to do.
+    """Guard a function that fills a folder: the folder must be apart from the inputs, is locked, and a full disk or
+    memory becomes an error with a remedy.
 
     Args:
-        doing, lower: for the message where memory runs out: what was done, and which settings to lower.
+        doing, lower: for the message if memory runs out: what was being done, and which settings to lower.
         inputs: folders that are read, see `refuse_place`.
-        keeps: of what is filled step by step, see `refuse_others_folder`.
+        keeps: patterns of a folder that is filled step by step, see `refuse_others_folder`.
     """
     refuse_place(out, inputs)
     if keeps is not None:
@@ -105,7 +105,7 @@ def at_work(
 
 
 def _open(path: Path, named: Path, shared: bool) -> tuple[int, Path | None]:
-    """A handle that holds the lock (-1: there are no locks here), and the file to remove at the end."""
+    """A handle that holds the lock (-1: no lock is possible here), and the file to remove at the end."""
     file, how = path.with_name(f".{path.name}.lock"), fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     for _ in range(ATTEMPTS):
         try:
@@ -114,7 +114,7 @@ def _open(path: Path, named: Path, shared: bool) -> tuple[int, Path | None]:
             handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
         except OSError as error:
             if error.errno == errno.ENOENT and not shared:
-                continue  # who held it removed the folder that was made for it
+                continue  # the previous holder removed the folder made for it
             if error.errno in READ_ONLY and path.is_dir():  # lock the folder itself
                 file, handle = path, os.open(path, os.O_RDONLY)
             elif shared and error.errno != errno.ELOOP:
@@ -126,8 +126,8 @@ def _open(path: Path, named: Path, shared: bool) -> tuple[int, Path | None]:
             if file == path:
                 return handle, None
             _refuse_foreign(handle, file)
-            if _same(handle, file):  # else whoever held it removed it between our two calls
-                with suppress(OSError):  # on a full disk the file stays empty, and is a lock all the same
+            if _same(handle, file):  # else the previous holder removed it between our two calls
+                with suppress(OSError):  # on a full disk the file stays empty but still locks
                     os.ftruncate(handle, 0)
                     os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
                 return handle, file
@@ -140,7 +140,7 @@ def _open(path: Path, named: Path, shared: bool) -> tuple[int, Path | None]:
             if error.errno in NO_LOCKS:
                 return -1, None
             raise cannot_write(file, error) from None
-        except BaseException:  # an interruption: this process, if it goes on, must not be locked out by itself
+        except BaseException:  # interrupted: this process must not lock itself out if it continues
             os.close(handle)
             raise
         os.close(handle)
@@ -148,7 +148,7 @@ def _open(path: Path, named: Path, shared: bool) -> tuple[int, Path | None]:
 
 
 def _release(held: _Lock) -> None:
-    """Remove the file, unless others share it, and let go."""
+    """Remove the lock file, unless others share it, and release the lock."""
     if held.handle < 0:
         return
     if held.file is not None and _same(held.handle, held.file):
@@ -157,13 +157,13 @@ def _release(held: _Lock) -> None:
                 fcntl.flock(held.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             held.file.unlink()
     with suppress(OSError):
-        for folder in held.made:  # made for the lock alone, if nothing else came to be in them
+        for folder in held.made:  # made for the lock; kept if they hold anything else
             folder.rmdir()
     os.close(held.handle)
 
 
 def _same(handle: int, file: Path) -> bool:
-    """Whether the open file is still the one of this name."""
+    """Whether the open file still has this name."""
     try:
         return os.path.samestat(os.fstat(handle), file.stat(follow_symlinks=False))
     except FileNotFoundError:
@@ -171,8 +171,8 @@ def _same(handle: int, file: Path) -> bool:
 
 
 def _refuse_foreign(handle: int, file: Path) -> None:
-    """Raise OutputError where a lock file is something else, which must not be emptied: a link to it was not followed,
-    but it may have a second name, or may have been there before."""
+    """Raise OutputError if the file is not a lock file and must not be truncated: symbolic links are not followed, but
+    it may be a hard link, or an earlier file of that name."""
     status = os.fstat(handle)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1 or os.pread(handle, 8, 0) not in (b"", MARK):
         raise OutputError(f"{file}: is not a lock file of vlmgraft; remove it, or name another folder")

@@ -1,4 +1,4 @@
-"""What may be written where: one decision for every command that fills a folder or writes a file."""
+"""Where results may be written: the same rules for every command that fills a folder or writes a file."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pathlib import Path
 from vlmgraft.errors import OutputError
 
 KERNEL = (Path("/proc"), Path("/sys"), Path("/dev"))
-"""File systems of the kernel: a folder made there fails in ways that no retry mends."""
+"""File systems of the kernel: a folder made there fails in ways that no retry can fix."""
 SHARED_MEMORY = Path("/dev/shm")
 
 
 def refuse_place(out: str | Path, inputs: Iterable[str | Path] = ()) -> None:
-    """Raise OutputError where `out` is no place for results, whether it exists or not.
+    """Raise OutputError if `out` must not hold results, whether it exists or not.
 
     Refused: a folder of the kernel; an input, a folder inside one, and a folder around one. inputs: folders and files;
-    a text that names nothing that exists may be a hub id, and is passed over.
+    a string that names nothing on disk may be a hub id, and is skipped.
     """
     real = Path(os.path.realpath(out))
     if any(real == root or root in real.parents for root in KERNEL) and SHARED_MEMORY not in real.parents:
@@ -35,10 +35,10 @@ def refuse_place(out: str | Path, inputs: Iterable[str | Path] = ()) -> None:
 
 
 def refuse_output(out: Path, inputs: Iterable[str | Path] = (), *, ours: Callable[[str], bool] | None = None) -> None:
-    """Raise OutputError unless a command may make the folder `out`: see `refuse_place`, and nothing may be there yet.
+    """Raise OutputError unless a command may make the folder `out`: `refuse_place` accepts it, and it does not exist.
 
-    ours: whether a name in the folder is of a file that the command itself writes; with it, a folder that holds
-    nothing else may be there, to be continued or replaced.
+    ours: whether a file name is one that the command itself writes; if given, `out` may exist with only such files, to
+    be resumed or replaced.
     """
     refuse_place(out, inputs)
     if ours is not None and out.is_dir():
@@ -54,7 +54,7 @@ def refuse_output(out: Path, inputs: Iterable[str | Path] = (), *, ours: Callabl
 
 def refuse_others_folder(out: Path, patterns: Iterable[str]) -> None:
     """Raise OutputError unless a command may fill the folder `out` step by step: it is absent, empty, or holds a file
-    or folder whose name matches one of the patterns, which the command left there itself."""
+    or folder that the command left there, with a name that matches one of the patterns."""
     if out.is_dir():
         names = [path.name for path in out.iterdir()]
         if names and not any(fnmatch(name, pattern) for name in names for pattern in patterns):
@@ -64,10 +64,10 @@ def refuse_others_folder(out: Path, patterns: Iterable[str]) -> None:
 
 
 def refuse_file(out: Path, ours: Callable[[bytes], bool], inputs: Iterable[str | Path] = ()) -> None:
-    """Raise OutputError unless a command may write the file `out`: it is absent, or one that the command wrote.
+    """Raise OutputError unless a command may write the file `out`: it is absent, or the command wrote it.
 
     ours: whether the first 4096 bytes of a file are those of one that the command wrote. inputs: files that are read;
-    `out` may be none of them.
+    `out` must not be one of them.
     """
     real = Path(os.path.realpath(out))
     refuse_place(out)
@@ -84,13 +84,13 @@ def refuse_file(out: Path, ours: Callable[[bytes], bool], inputs: Iterable[str |
 
 
 def disk_of(out: Path) -> tuple[Path, int]:
-    """The folder that exists and will hold `out`, and bytes that are free on its disk."""
+    """The existing folder that will hold `out`, and the free bytes on its disk."""
     folder = next(folder for folder in out.resolve().parents if folder.exists())
     return folder, shutil.disk_usage(folder).free
 
 
 def free_space(out: Path, nbytes: int) -> None:
-    """Raise OutputError where the disk that `out` will lie on has less than `nbytes` free."""
+    """Raise OutputError if the disk of `out` has less than `nbytes` free."""
     _, free = disk_of(out)
     if free < nbytes:
         raise OutputError(

@@ -1,4 +1,4 @@
-"""Paths that may leave this machine: nothing that is published says where files lie here."""
+"""Removes local paths from values, so that nothing published says where files lie on this machine."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 SERVERS = ("endpoint", "donor_endpoint")
-"""Keys of addresses on somebody's network, without which the same is computed."""
+"""Keys of addresses in somebody's network; the results do not depend on them."""
 
 
 def portable(value: Any, out: Path) -> Any:
-    """Plain values, such as a recipe's, with every absolute path replaced, as a file in the folder `out` holds them.
+    """Plain values, such as a recipe's, with every absolute path replaced, for a file in the folder `out`.
 
-    What lies below the folder that `out` lies in is written relative to `out` (`../models/vlm`), anything else as
-    `./NAME`, which says no more than its name; so too a path behind a name and a colon (`mathvista:/data/rows.jsonl`).
-    `SERVERS` are left out.
+    A path below the parent of `out` becomes relative to `out` (`../models/vlm`); any other becomes `./NAME`, which
+    reveals only its name. Paths after a name and a colon (`mathvista:/data/rows.jsonl`) are replaced, too. `SERVERS`
+    are left out.
     """
     if isinstance(value, Mapping):
         return {key: portable(item, out) for key, item in value.items() if key not in SERVERS}
@@ -40,7 +40,7 @@ _PATH = re.compile(r"(?<![\w.:/~<])/(?:[\w.@+-]+/)+([\w.@+-]+)")
 
 
 def nameless(value: Any) -> Any:
-    """Plain values with every absolute path in their texts, such as `/home/me/vlm`, as `./vlm`."""
+    """Plain values with every absolute path in their strings, such as `/home/me/vlm`, replaced by `./vlm`."""
     if isinstance(value, Mapping):
         return {key: nameless(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

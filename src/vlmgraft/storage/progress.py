@@ -1,4 +1,4 @@
-"""How long work reports where it stands: by calls of a `Progress`, and in the log of `vlmgraft`."""
+"""Progress of long work: by calls of a `Progress`, and in the log of `vlmgraft`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ Progress = Callable[[int, int, str], None]
 """progress(done, total, label): called after each unit of work, in the process that does it."""
 
 EVERY = 30.0
-"""Seconds between two lines where progress is written and not drawn."""
+"""Seconds between two lines if progress is logged and not drawn."""
 LOG = logging.getLogger("vlmgraft")
 
 
 def duration(seconds: float) -> str:
-    """Such as "3.2 s", "4 min 10 s", "2 h 05 min"."""
+    """A duration in words, such as "3.2 s", "4 min 10 s", "2 h 05 min"."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -23,13 +23,13 @@ def duration(seconds: float) -> str:
 
 
 class Meter:
-    """A `Progress` that keeps where the work stands, and says it in a line."""
+    """A `Progress` that records the state of the work and formats it as a line."""
 
     def __init__(self) -> None:
         self.began = time.monotonic()
         self.done, self.total, self.label = 0, 0, "starting"
         self.stage = (0, self.began)
-        """Units done and the time when the stage at hand was first heard of."""
+        """Units done, and the time, at the first report of the current stage."""
 
     def __call__(self, done: int, total: int, label: str) -> None:
         if total != self.total or done < self.done:
@@ -37,7 +37,7 @@ class Meter:
         self.done, self.total, self.label = done, total, label
 
     def line(self) -> str:
-        """Such as "1 min 00 s: q_proj: 12 of 196 (6 %), 0.4/s, 7 min 40 s left"."""
+        """The state, such as "1 min 00 s: q_proj: 12 of 196 (6 %), 0.4/s, 7 min 40 s left"."""
         now = time.monotonic()
         text = f"{duration(now - self.began)}: {self.label}"
         if not self.total:

@@ -1,8 +1,8 @@
-"""Folders that are whole under their name or absent: made hidden beside it, flushed to disk, and renamed.
+"""Atomic publication of folders: they are made under a hidden name, flushed to disk, and renamed.
 
-The hidden folder is `.NAME.partial-PID`, or `.NAME.partial-KEY` if it can be continued, and locked while its writer
-lives. What a killed writer left is removed by the next one of the same output; what can be continued, once there is an
-output that makes it pointless.
+The hidden folder is `.NAME.partial-PID`, or `.NAME.partial-KEY` if it can be resumed, and locked while its writer
+lives. The next writer of the same output removes what killed writers left, but a resumable folder only once there is an
+output that makes it obsolete.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ AT_FDCWD = -100
 NO_REPLACE, EXCHANGE = 1, 2
 OLD = ".old"
 UNKNOWN = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM}
-"""What a file system answers that cannot exchange two names."""
+"""Errors of file systems that cannot exchange two names."""
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def new_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def partial_folder(out: Path, key: str) -> Path:
-    """Where what will be `out` is made."""
+    """The hidden folder in which `out` is made."""
     return out.with_name(f".{out.name}.partial-{key}")
 
 
@@ -43,10 +43,10 @@ class Publication:
     """Context manager over the hidden folder that becomes `out`.
 
     Args:
-        key: of what is being made. An interrupted folder of the same key is kept and continued; not one whose inputs
-            were refused, as the next run would meet the same refusal, unless `keep_refused`.
-        anew: begin with nothing, and keep what is made only where a person stops it.
-        replace: take the place of a folder that exists, in one step: there is always the old one or the new one.
+        key: identifies the content. An interrupted folder with the same key is kept and resumed. After refused inputs
+            it is kept only with `keep_refused`, since the next run would refuse them again.
+        anew: start from nothing; what is written is kept only if the user interrupts the run.
+        replace: replace an existing folder in one step: there is always the old one or the new one.
     Raises:
         OutputError: `out` appeared, cannot be written, or another process is writing the same hidden folder.
     """
@@ -93,7 +93,7 @@ class Publication:
             os.close(self._lock)
 
     def _acquire(self) -> int:
-        """Make the folder, or take over one of the same key, and lock it; again if a sweep removed it in between."""
+        """Make the folder, or take over one with the same key, and lock it; retried if a sweep removes it meanwhile."""
         while True:
             self.folder.mkdir(exist_ok=self.key is not None)
             handle = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -107,7 +107,7 @@ class Publication:
             os.close(handle)
 
     def _publish(self) -> None:
-        """Put everything on disk, and give the folder its name."""
+        """Flush everything to disk, and rename the folder."""
         if not os.path.samestat(os.fstat(self._lock), self.folder.lstat()):
             raise OutputError(f"{self.folder}: was replaced while it was written; nothing was published")
         try:
@@ -123,7 +123,7 @@ class Publication:
 
 
 def sweep_folders(out: Path, *, finished: bool = False) -> None:
-    """Remove hidden folders of `out` whose writers are dead; of those that can be continued only if `out` is there."""
+    """Remove hidden folders of `out` whose writers are dead; resumable ones only if `out` is `finished`."""
     prefix = f".{out.name}.partial-"
     with os.scandir(out.parent) as entries:
         leftovers = [
@@ -138,7 +138,7 @@ def sweep_folders(out: Path, *, finished: bool = False) -> None:
 
 
 def flush_tree(folder: Path) -> None:
-    """Put a folder and everything in it on disk; raises OSError, also where a link is in it."""
+    """Flush a folder and everything in it to disk; raises OSError, also if it contains a link."""
     for parent, _, names in os.walk(folder, topdown=False):
         for name in names:
             handle = os.open(Path(parent, name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -158,7 +158,7 @@ def _empty(folder: Path) -> None:
 
 
 def _rename(folder: Path, out: Path) -> None:
-    """Rename, but never over something: a plain rename would replace an empty folder in silence."""
+    """Rename without replacing anything: a plain rename would silently replace an empty folder."""
     try:
         if not _renameat2(folder, out, NO_REPLACE):
             if out.exists() or out.is_symlink():
@@ -169,7 +169,7 @@ def _rename(folder: Path, out: Path) -> None:
 
 
 def _exchange(folder: Path, out: Path) -> None:
-    """Give `folder` the name of `out` and the other way round, in one step where the file system can."""
+    """Exchange the names of `folder` and `out`, in one step if the file system can."""
     if not _renameat2(folder, out, EXCHANGE):
         aside = folder.with_name(folder.name + OLD)
         out.rename(aside)
@@ -178,7 +178,7 @@ def _exchange(folder: Path, out: Path) -> None:
 
 
 def _renameat2(source: Path, target: Path, flags: int) -> bool:
-    """Linux's renameat2; False where system or file system do not know it. Raises OSError."""
+    """Linux's renameat2; False if the system or the file system does not support it. Raises OSError."""
     with suppress(AttributeError):
         call = ctypes.CDLL(None, use_errno=True).renameat2
         if call(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), flags) == 0:

@@ -1,4 +1,4 @@
-"""Disk and memory that run out, said plainly: which file, what happened, what to do. Loads no torch."""
+"""Plain errors when disk or memory runs out: which file, what happened, what to do. Loads no torch."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ REMEDIES = {
     errno.ENAMETOOLONG: "give it a shorter name",
     errno.EMFILE: "raise `ulimit -n`",
 }
-"""What to do about an error of writing, by its number."""
+"""What to do about a write error, by its number."""
 ONLY_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
-"""Numbers that no reading gives."""
+"""Error numbers that only writing can cause."""
 
 _MEMORY = re.compile(
     r"out of memory|not enough memory|can't allocate memory|cannot allocate memory|alloc(ation)?_failed", re.IGNORECASE
@@ -40,8 +40,8 @@ _NUMBER = re.compile(r"\(os error (\d+)\)")
 
 
 def free_memory() -> int:
-    """Bytes of this machine's memory that can be had, those of cached files included where the system tells them; a
-    gigabyte where it does not say."""
+    """Bytes of available memory, including reclaimable file cache if the system reports it; one gigabyte if the system
+    reports nothing."""
     told = Path("/proc/meminfo")
     if told.is_file() and (available := re.search(r"MemAvailable:\s*(\d+) kB", told.read_text())):
         return 1024 * int(available[1])
@@ -55,21 +55,21 @@ def usable_cores() -> int:
 
 
 def cannot_write(path: str | Path, error: OSError) -> OutputError:
-    """The error to raise where `path` cannot be written: why, and what to do."""
+    """The error to raise if `path` cannot be written: why, and what to do."""
     remedy = REMEDIES.get(error.errno or 0, "name another folder")
     return OutputError(f"{path}: cannot be written ({error.strerror or error}); {remedy}")
 
 
 class _TimeIsUp(BaseException):
-    """Not an Exception, which libraries would catch and go on."""
+    """Not an Exception: libraries would catch that and continue."""
 
 
 @contextmanager
 def bounded(seconds: float, memory: int) -> Iterator[None]:
-    """Limit short, untrusted work to `seconds` of processor time and `memory` bytes beyond what the process has.
+    """Limit short work on untrusted input to `seconds` of processor time and `memory` bytes more than the process has.
 
-    In the main thread only, where signals arrive and nobody else changes limits, and of memory only on Linux; elsewhere
-    nothing is bounded. Raises TimeoutError, and MemoryError from whatever asks for more.
+    Works in the main thread only, where signals arrive and nobody else changes limits; memory is limited only on Linux.
+    Elsewhere nothing is limited. Raises TimeoutError; an allocation beyond the limit raises MemoryError.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
@@ -93,7 +93,7 @@ def bounded(seconds: float, memory: int) -> Iterator[None]:
 
 
 def _limit_memory(more: int) -> tuple[int, int] | None:
-    """Let the process have so many bytes of addresses more; the limits before, or None where it cannot be done."""
+    """Limit the process to `more` bytes of additional addresses; the limits before, or None if that is impossible."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         soft, hard = before = resource.getrlimit(resource.RLIMIT_AS)
@@ -106,15 +106,15 @@ def _limit_memory(more: int) -> tuple[int, int] | None:
 
 @contextmanager
 def explained(out: str | Path) -> Iterator[None]:
-    """Turn what a full or read-only disk raises inside into OutputError naming the file, or else `out`.
+    """Turn errors of a full or read-only disk into OutputError naming the file, or else `out`.
 
-    Errors of reading stay what they are. Libraries that write by themselves are understood too: safetensors gives the
-    system's number in a text, torch.save none.
+    Read errors pass unchanged. Errors of libraries that write files themselves are recognised: safetensors gives the
+    system's error number in its message, torch.save gives none.
     """
     try:
         yield
     except OSError as error:
-        named = error.filename2 or error.filename  # of two, as in a copy, the second is the one that is written
+        named = error.filename2 or error.filename  # of two names, as in a copy, the second is written
         if error.errno in ONLY_WRITING or _inside(named, Path(out)):
             raise cannot_write(os.fsdecode(named) if isinstance(named, str | bytes) else out, error) from error
         raise
@@ -140,7 +140,7 @@ def _inside(name: object, out: Path) -> bool:
 
 
 def _in_a_library(error: Exception) -> OSError | None:
-    """The system's error behind one of safetensors' or torch.save's, if it is one of writing."""
+    """The system's error behind one of safetensors or torch.save, if it is a write error."""
     text = str(error)
     if type(error).__name__ == "SafetensorError" and (match := _NUMBER.search(text)):
         number = int(match[1])
@@ -151,13 +151,13 @@ def _in_a_library(error: Exception) -> OSError | None:
 
 
 def is_memory(error: BaseException) -> bool:
-    """Whether memory ran out: Python's own error, torch's on a GPU, or on the CPU, which is a plain RuntimeError."""
+    """Whether memory ran out: Python's MemoryError, torch's error on a GPU, or its plain RuntimeError on the CPU."""
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_MEMORY.search(str(error))))
 
 
 @contextmanager
 def out_of_memory(doing: str, remedy: str) -> Iterator[None]:
-    """Turn memory that runs out inside the context into VlmgraftError: what was being done, and what to lower."""
+    """Turn errors of exhausted memory into VlmgraftError: what was being done, and what to lower."""
     try:
         yield
     except VlmgraftError:
@@ -173,7 +173,7 @@ def out_of_memory(doing: str, remedy: str) -> Iterator[None]:
 def collection_paused() -> Iterator[None]:
     """Turn the garbage collector off inside the context; for short work that makes many live objects.
 
-    Making 100,000 rows takes half as long again with it.
+    With the collector, making 100,000 rows takes half as long again.
     """
     before = gc.isenabled()
     gc.disable()

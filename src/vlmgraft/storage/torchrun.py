@@ -1,5 +1,5 @@
-"""The processes of one job: what `torchrun` and `accelerate launch` say of them in the environment, what they decide
-together about folders that all of them see, some later than others, and leaving the group."""
+"""The processes of one job: ranks from the environment that `torchrun` and `accelerate launch` set, common decisions
+about shared folders whose files some processes see later than others, and leaving the process group."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from vlmgraft.errors import InputError, VlmgraftError
 T = TypeVar("T")
 
 SETTLING = 1.0
-"""Seconds that gloo's threads have to end their work; milliseconds would do on an idle machine."""
+"""Seconds given to gloo's threads to finish; milliseconds would suffice on an idle machine."""
 
 
 def rank_and_world() -> tuple[int, int]:
     """This process's number, from 0, and the number of processes: RANK and WORLD_SIZE; (0, 1) without them.
 
     Raises:
-        InputError: they are set to what no launcher sets.
+        InputError: they have values that no launcher sets.
     """
     rank, world = whole_number("RANK", 0), whole_number("WORLD_SIZE", 1)
     if not 0 <= rank < max(1, world):
@@ -39,7 +39,7 @@ def whole_number(name: str, default: int) -> int:
 
 
 def _group() -> Any:
-    """torch.distributed, where this process is in a group; else None. torch is not loaded for that."""
+    """torch.distributed if this process is in a process group, else None; does not import torch."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return None
@@ -53,14 +53,14 @@ def process() -> tuple[int, int]:
 
 
 def agreed(decide: Callable[[], T]) -> T:
-    """What the first process decides, in every process: on a network file system they may not see the same files.
+    """The first process's decision, in every process: on a network file system they may not see the same files.
 
     A VlmgraftError that it raises is raised in every process.
     """
     rank, world = process()
     if world == 1:
         return decide()
-    decision: list[Any] = [None, None]  # the value, and what went wrong
+    decision: list[Any] = [None, None]  # the value, and the error
     failure: VlmgraftError | None = None
     if rank == 0:
         try:
@@ -87,12 +87,12 @@ def check_same(what: str, digest: str) -> None:
 
 
 def await_file(path: Path, seconds: float = 60.0) -> None:
-    """Wait until this process sees a file that another one wrote, as network file systems let one; then go on."""
+    """Wait up to `seconds` for another process's file to become visible here: network file systems may delay it."""
     end = time.monotonic() + seconds
     while not path.is_file() and time.monotonic() < end:
         time.sleep(0.2)
         if path.parent.is_dir():
-            list(path.parent.iterdir())  # asks the server anew
+            list(path.parent.iterdir())  # asks the server again
 
 
 def barrier() -> None:
@@ -102,10 +102,10 @@ def barrier() -> None:
 
 
 def leave_group() -> None:
-    """Leave torch's process group, if there is one, so that this process may end.
+    """Leave torch's process group, if there is one, so that this process can end.
 
     Gloo's threads need the interpreter to free the tensors of the last calls, and `destroy_process_group` does not wait
-    for them: a process that ends first is aborted (pytorch/pytorch issue 190489).
+    for them: a process that ends earlier is aborted (pytorch/pytorch issue 190489).
     """
     group = _group()
     if group is None:

@@ -1,4 +1,4 @@
-"""YAML that nobody vouched for: no tags, no key twice, and nothing that grows or nests while it is read."""
+"""Untrusted YAML: no tags, no duplicate keys, and nothing that grows or nests without bound while it is read."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _OPENED = re.compile(rf"(?:[\[{{] ?){{{MAX_YAML_DEPTH + 1}}}")
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text that nobody vouched for; every text from outside goes through here.
+    """The value of an untrusted YAML text; all YAML from outside is read by this function.
 
     Raises:
-        ValueError: saying what is wrong: no YAML, a tag, a key twice, or more levels or aliases than a recipe needs.
+        ValueError: the problem: not YAML, a tag, a duplicate key, or more levels or aliases than a recipe needs.
     """
     try:
         _refuse_growth(text)
@@ -25,12 +25,12 @@ def parse_yaml(text: str) -> Any:
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except (yaml.YAMLError, LookupError, TypeError, AttributeError, OverflowError) as error:
-        # yaml reports its own mistakes over odd scalars (0b_, 2001-99-99, !!binary) as Python's errors
+        # yaml raises Python's own errors for odd scalars (0b_, 2001-99-99, !!binary)
         raise ValueError(f"not YAML: {error!s:.300}") from None
 
 
 def _refuse_growth(text: str) -> None:
-    """Refuse what takes exponential or quadratic time or memory; events come one by one, so this stops early."""
+    """Refuse text that needs exponential or quadratic time or memory; events come one by one, so this stops early."""
     if _OPENED.search(text):  # yaml looks a thousand characters ahead at every bracket
         raise ValueError(f"nested too deeply: at most {MAX_YAML_DEPTH} levels")
     aliases = depth = 0
@@ -46,7 +46,7 @@ def _refuse_growth(text: str) -> None:
 
 
 def _refuse_twice(node: yaml.Node | None, prefix: str = "") -> None:
-    """Refuse a mapping that gives a key twice: YAML readers keep the last one in silence."""
+    """Refuse a mapping with a duplicate key: YAML readers silently keep the last one."""
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
             _refuse_twice(item, prefix)
