@@ -1,4 +1,4 @@
-"""What carries what: distances, spectra, knock-outs, bands of directions, sweeps, choice, attention, divergence.
+"""Analyses of models and merges: distances, spectra, knock-outs, rank bands, sweeps, choice, attention, divergence.
 
 Functions are loaded when first used: importing the package loads neither torch nor transformers.
 """
@@ -34,7 +34,7 @@ _HOME = {
     "ranks": "rank_bands",
     "steer": "direction",
     "sweep": "recipe_sweep",
-}  # no module is called as a function is: importing it would replace the function
+}  # no module has the name of a function: importing it would replace the function
 __all__ = list(_HOME)
 
 

@@ -1,7 +1,7 @@
-"""One model in memory that an analysis changes, asks and puts back, and the folder that keeps what was measured.
+"""One loaded model that an analysis modifies, evaluates and restores, and the folder that logs its measurements.
 
-The folder is a resumable log: one JSON line per measured cell, and what all of them have in common in `run.json`
-beside it: which models and questions it belongs to. A run with other ones does not continue it.
+The folder is a resumable log: one JSON line per measured cell, and beside it a `.run.json` file with the settings that
+all cells share, such as models and questions. A run with other settings does not resume it.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from vlmgraft.storage.jsonl import append_row, read_json, read_rows, write_json,
 from vlmgraft.storage.progress import LogProgress, Progress
 
 REMEDY = "lower batch_size or max_new_tokens"
-"""Where memory runs out."""
+"""Advice when memory runs out."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """settings: JSON values that rows depend on. kl_from: KL of the model as it is now from the VLM, nats per token.
-    resume: go on with the rows that `folder` holds."""
+    """A loaded model with its questions and its log. settings: JSON values that the rows depend on. kl_from:
+    measures the KL of a model from the VLM, nats per token. resume: continue from the rows that `folder` holds."""
 
     model: Any
     processor: Any
@@ -47,7 +47,7 @@ class Bench:
         return text_parameters(self.model)
 
     def ask(self) -> dict[str, Any]:
-        """Accuracies of the model as it is now, and its KL or None."""
+        """Accuracies of the model in its current state, and its KL (None without prompts for it)."""
         scores = asdict(summarise(self.evaluator(self.model), self.evaluator))
         return {**scores, "kl": None if self.kl_from is None else self.kl_from(self.model)}
 
@@ -58,7 +58,7 @@ class Bench:
         cells: Sequence[Mapping[str, Any]],
         figures: Callable[[Mapping[str, Any]], Mapping[str, Any]],
     ) -> Iterator[dict[str, Any]]:
-        """The rows of all cells, in `folder/name.jsonl` too; `figures(cell)` of those that are not there yet.
+        """Rows of all cells, also written to `folder/name.jsonl`; `figures(cell)` measures cells that have no row yet.
 
         Raises OutputError as `CellLog` does, before the first cell.
         """
@@ -68,19 +68,19 @@ class Bench:
 
 
 def load_bench(model: str | Path, data: EvalData, folder: Path, **more: Any) -> Bench:
-    """The loaded model on its bench, with the questions of `data` and those of its KL. more: the other fields."""
+    """Load a model and make its bench, with the questions and KL prompts of `data`. more: the other fields."""
     loaded, processor = open_vlm(model)
     evaluator = data.evaluator(processor)
     return Bench(loaded, processor, evaluator, folder, kl_from=data.kl_from(loaded, processor), **more)
 
 
 class CellLog:
-    """The rows of one analysis in `folder/name.jsonl`, found again by their `keys`.
+    """The rows of one analysis in `folder/name.jsonl`, identified by their `keys`.
 
-    settings: JSON values that the rows depend on. resume: go on with the rows that are there.
+    settings: JSON values that the rows depend on. resume: continue from the rows that exist.
 
     Raises:
-        OutputError: rows are there and `resume` is False, or they were measured with other settings.
+        OutputError: rows exist and `resume` is False, or they were measured with other settings.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class CellLog:
         return next((row for row in self.rows if [row[key] for key in self.keys] == wanted), None)
 
     def add(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Append one measured row, in memory as it will be read again."""
+        """Append one measured row; return it as it will be read back from JSON."""
         plain = json.loads(json.dumps(row))
         append_row(self.path, plain, flush=True)
         self.rows.append(plain)
@@ -131,7 +131,7 @@ class CellLog:
         measure: Callable[[Mapping[str, Any]], Mapping[str, Any]],
         progress: Progress | None = None,
     ) -> Iterator[dict[str, Any]]:
-        """The rows of `cells` in their order; `measure(cell)` gives the figures of those that are not there yet."""
+        """Rows of `cells` in their order; `measure(cell)` gives the figures of the cells that have no row yet."""
         progress = progress or LogProgress()
         for done, cell in enumerate(cells):
             progress(done, len(cells), " ".join(str(cell[key]) for key in self.keys))

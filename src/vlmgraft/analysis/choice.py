@@ -1,11 +1,11 @@
-"""Choose: the rules that fit a pair, raced at equal drift, and the winner's recipe.
+"""Choose: compare the rules that fit a model pair at equal KL, and write the recipe of the best one.
 
-1. Every rule is brought to the strength at which its KL from the VLM is just within the budget, on the same prompts.
-2. The rules answer the validation questions in rounds. After each, a rule is dropped when its reasoning is below the
-   leader's by more than chance: the paired bootstrap interval of the difference, at level 1 − 0.05/m for m rules
-   (Bonferroni), lies below zero.
-3. The best of the remaining ones on all validation questions wins. It and all that remained are measured on the test
-   questions, which chose nothing; differences from the winner are paired, with intervals at level 1 − 0.05/(m − 1).
+1. Every rule is set to the strength at which its KL from the VLM, on the same prompts, is just within the budget.
+2. The rules answer the validation questions in rounds. After each round but the last, a rule is dropped if its
+   reasoning is significantly below the leader's: the paired bootstrap interval of the difference, at level 1 − 0.05/m
+   for m rules (Bonferroni), lies below zero.
+3. The remaining rule that reasons best on all validation questions wins. All m rules that remain are measured on test
+   questions, not used to choose; differences from the winner are paired, with intervals at level 1 − 0.05/(m − 1).
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Choice:
-    """rows: the VLM's and one per rule, in the order of the race. winner: its name; None where no rule met the budget.
-    recipe: the file that merges it."""
+    """rows: the VLM's, then one per rule. winner: name of the best rule; None where no rule met the budget. recipe:
+    the file that merges with the winner."""
 
     rows: tuple[Row, ...]
     winner: str | None
@@ -60,16 +60,16 @@ def choose(
     resume: bool = False,
     progress: Progress | None = None,
 ) -> Choice:
-    """Race the rules that fit a recipe; rows in `out`/choose.jsonl, the winner's recipe in `out`/winner.yaml.
+    """Compare the rules that fit a recipe; rows in `out`/choose.jsonl, the best rule's recipe in `out`/winner.yaml.
 
     Args:
-        recipe: its models, modules and layers; its method takes part when it learns gates.
-        data: questions of reasoning and perception. Of registered sources the splits "validation" and "test" are
-            asked; of anything else, every other question of a task is validation. `drift` or a registered source's
-            split "divergence" gives the prompts of the KL.
-        budget: KL from the VLM, nats per token, that every rule is brought to.
+        recipe: gives models, modules and layers; its method takes part when it learns gates.
+        data: questions of reasoning and perception. Registered sources are asked in their splits "validation" and
+            "test"; of other data, every other question of a task is for validation. The KL is measured on the prompts
+            of `drift`, or of a registered source's split "divergence".
+        budget: KL from the VLM, nats per token, to which the strength of every rule is set.
         rules: names of `contenders.RULES`; default: all that fit.
-        rounds: of validation, after each of which but the last rules are dropped; 1 measures all of them.
+        rounds: number of validation rounds; rules are dropped after each but the last, so that 1 measures all of them.
     Raises:
         RecipeError, DataError, CheckpointError, AlignmentError, OutputError: before the first rule is measured.
     """
@@ -102,7 +102,7 @@ def _splits(data: EvalData, bench: Bench) -> tuple[SuiteEvaluator, SuiteEvaluato
 
 @dataclass(frozen=True)
 class Race:
-    """One model on its bench, the contenders, and the questions that choose and those that measure."""
+    """The comparison: one model on its bench, the contenders, and the validation and test questions."""
 
     bench: Bench
     contenders: Contenders
@@ -110,7 +110,7 @@ class Race:
     test: SuiteEvaluator
 
     def run(self, names: Sequence[str], rounds: int = ROUNDS) -> Choice:
-        """Strengths, rounds of validation, test; everything measured before is found again."""
+        """Find the strengths, run the validation rounds and the test; results measured before are reused."""
         levels = {row["rule"]: row for row in self._levels(names)}
         alive = [name for name in names if levels[name]["strength"] is not None]
         marks: dict[str, dict[str, str]] = {name: {} for name in (VLM, *alive)}
@@ -163,7 +163,7 @@ class Race:
     def _asked(
         self, split: str, number: int, evaluator: SuiteEvaluator, names: Sequence[str], levels: Mapping[str, Row]
     ) -> list[Row]:
-        """The answers of these rules to one part of the questions, in `split-number.jsonl`."""
+        """The results of these rules on one part of the questions, logged in `split-number.jsonl`."""
         bench = replace(self.bench, evaluator=evaluator, kl_from=None)
 
         def ask(cell: Mapping[str, Any]) -> Row:
@@ -182,7 +182,7 @@ class Race:
 
 
 def dominated(scores: Mapping[str, Scores], tasks: Sequence[str], rules: int) -> list[str]:
-    """The rules whose reasoning is below the leader's beyond the interval of the paired difference."""
+    """The rules whose reasoning is below the leader's: the interval of the paired difference lies below zero."""
     if len(scores) < 2:
         return []
     leader = max(scores, key=lambda name: scores[name].reasoning.mean)

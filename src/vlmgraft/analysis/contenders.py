@@ -1,7 +1,7 @@
-"""The rules that fit a recipe, each with one strength that drift grows with, and the strength at which it meets a KL.
+"""The rules that fit a recipe, each with a strength that its KL grows with, and the strength that meets a given KL.
 
-A strength of 0 is the VLM, or, for the rules that thin out the VLM's own task vector too, the VLM without a donor. The
-recipe's own method is a contender when it has gates: they are learned at the budget, and λ is their strength.
+Strength 0 gives the VLM; for rules that also trim the VLM's own task vector, the trimmed VLM without a donor. The
+recipe's own method is a contender if it has gates: they are learned at the budget, and λ is their strength.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from vlmgraft.spectral.gate_store import save_gates
 from vlmgraft.storage.progress import Progress
 
 LEAST = 2.0**-10
-"""Of the largest strength: a rule that drifts more than the budget at this share of it is out."""
+"""Share of a rule's largest strength below which none is tried: a rule whose KL exceeds the budget there drops out."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """options: the method's mapping at a strength from 0 to `limit`. needs: checkpoints of the recipe. A rule without a
-    strength has `limit` 0 and is compared as it is."""
+    """options: the recipe's `method` at a strength from 0 to `limit`. needs: checkpoints that the recipe must name.
+    A rule without a strength has `limit` 0 and is compared as it is."""
 
     options: Callable[[float], dict[str, Any]]
     limit: float = 4.0
@@ -65,7 +65,7 @@ RULES: Mapping[str, Rule] = {
     "sce": Rule(lambda x: {"name": "sce"}, 0.0, ("donor_base", "vlm_base")),
     "model_stock": Rule(lambda x: {"name": "model_stock"}, 0.0, ("donor_base", "vlm_base")),
 }
-"""Cheap ones first. Iso-C, a negative control, and FRANK, which needs the shares of attention, are not raced."""
+"""Cheap rules first. Left out: Iso-C, a negative control, and FRANK, which needs measured shares of attention."""
 
 
 def fitting(recipe: Recipe, wanted: Sequence[str] | None = None) -> list[str]:
@@ -95,7 +95,7 @@ class Contenders:
         self._bases: dict[str, Any] = {}
 
     def check(self, names: Sequence[str]) -> None:
-        """Prove every contender's recipe and read its questions, before a model is loaded."""
+        """Validate every contender's recipe and its questions before a model is loaded."""
         for name in names:
             job = resolve(self.recipe_at(name, min(1.0, self.limit(name))))
             if isinstance(job.recipe.method, GatedMethod):
@@ -106,7 +106,7 @@ class Contenders:
         return RULES[name].limit if name in RULES else 4.0
 
     def recipe_at(self, name: str, strength: float) -> Recipe:
-        """The recipe that `merge` runs; a gated method's has the budget, and its gates the strength."""
+        """The recipe that `merge` runs. Of a gated method it holds the budget; the strength is applied to the gates."""
         if name in RULES:
             method = RULES[name].options(strength)
         else:
@@ -124,7 +124,7 @@ class Contenders:
         return self.rebuilder.with_spectra(spectra, factors)
 
     def _gates(self, name: str) -> tuple[Any, Mapping[str, Any]]:
-        """The gates as they were learned at the budget, with their factors, kept in `folder/name`."""
+        """The gates as learned at the budget, at strength 1, and their factors; both stored in `folder/name`."""
         if name not in self._bases:
             work = self.folder / name
             job = resolve(self.recipe_at(name, 1.0))
@@ -136,7 +136,7 @@ class Contenders:
         return self._bases[name]
 
     def keep(self, name: str, strength: float) -> Recipe:
-        """The recipe that merges a contender at its strength; gates are kept at that strength in `folder/name`."""
+        """The recipe that merges a contender at its strength; gates are stored at that strength in `folder/name`."""
         if name not in RULES:
             gates, _ = self._gates(name)
             settings = {**gates.settings, "strength": strength}
@@ -144,9 +144,9 @@ class Contenders:
         return self.recipe_at(name, strength)
 
     def strength_within(self, name: str, kl_of: Callable[[Mapping[str, Tensor]], float]) -> tuple[float | None, float]:
-        """The strength at which the KL is just within the budget, and that KL; None and the least KL where none is.
+        """The strength whose KL is just within the budget, and that KL; None and the least strength's KL if none is.
 
-        kl_of: KL of the VLM with other weights from the VLM, nats per token.
+        kl_of: KL from the VLM of the VLM with these weights swapped in, nats per token.
         """
 
         def kl_at(strength: float) -> float:

@@ -1,13 +1,13 @@
-"""Steer: the direction from answers without a chain of thought to answers with one, of a donor of any architecture.
+"""Steer: a donor's direction from answers without a chain of thought to answers with one; any donor architecture works.
 
 L2V-CoT (arXiv 2511.17910): d = mean over questions of (hidden state with a chain of thought − without), at one middle
 layer of the donor, low-pass filtered and resampled to the VLM's width (`hf/steering.py`). No code was released. Two
-readings of "with" and "without":
+readings of "with" and "without" are implemented:
 
-- `prompts`: the question with either of two instructions behind it; the state is that of the prompt's last token. The
+- `prompts`: the question followed by one of two instructions; the state is that of the prompt's last token. The
   paper's prompts ask for steps, or for a direct answer.
-- `answers`: the donor's own answer as it is, and what it says after its thinking; the state is the mean over the
-  positions that predict the answer. Ours, for donors that think whatever they are told.
+- `answers`: the donor's whole answer, and the part of it after the thinking; the state is the mean over the positions
+  that predict the answer. This reading is ours, for donors that think regardless of the instruction.
 
 Layer, share of frequencies and strength are our choices: half of the depth (the paper: middle layers), 0.25 and 0.1.
 """
@@ -57,15 +57,15 @@ def steer(
     overrides: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Steering:
-    """Take the direction from a recipe's donor for its VLM, and write it to the file `out`.
+    """Compute the direction from a recipe's donor for its VLM, and write it to the file `out`.
 
     Args:
-        recipe: its vlm and donor are read, nothing else; they need not be of one family.
+        recipe: only its vlm and donor are read; they need not be of one family.
         questions: a file of text questions; answers in it are not read. instructions: with and without a chain of
             thought, for `prompts`.
         donor_layer, vlm_layer: counted from 0; default: the middle. kept: share of the donor's frequencies.
     Raises:
-        RecipeError, DataError, CheckpointError: before the donor is loaded. OutputError: `out` is another's file.
+        RecipeError, DataError, CheckpointError: before the donor is loaded. OutputError: `out` is no steering file.
     """
     out = Path(out)
     refuse_file(out, lambda head: b'"steering"' in head)
@@ -148,7 +148,7 @@ def contrast_direction(
 
 
 def without_chain(processor: Any, answer: Sequence[int]) -> list[int]:
-    """The tokens of an answer after its thinking; empty where there is none, or nothing comes after it."""
+    """The tokens of an answer after its thinking; empty if it has no thinking, or nothing follows it."""
     decode = tokenizer_of(processor).decode
     if not without_reasoning(decode(answer)).strip():
         return []

@@ -25,8 +25,8 @@ def kl_divergence(
 ) -> float:
     """KL(P_vlm ‖ P_model) in nats per token of the VLM's own greedy answers: what `kl_budget` bounds.
 
-    Of a finished folder, so that rounding to the checkpoint's dtype counts too; on questions that gates were not
-    learned on, it says what a budget was worth.
+    Measured on a saved checkpoint, so that rounding to its dtype is included. On questions that the gates were not
+    learned on, it shows whether a budget holds.
 
     Args:
         questions: a question file, or questions; answers are not read.

@@ -1,4 +1,4 @@
-"""What an analysis asks a model in memory: suites that `vlmgraft evaluate` reads, scored right or wrong per item."""
+"""Questions for a model in memory: suites that `vlmgraft evaluate` reads, scored right or wrong per item."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vlmgraft.hf.models import load_processor, load_vlm
 from vlmgraft.hf.placement import default_device, default_dtype
 
 RIGHT = 0.5
-"""A partial score, as VQA gives it, counts as right from here on."""
+"""Partial scores, such as VQA's, count as right from this value on."""
 KL_TOKENS = 64
 PROMPTS = 128
 """Prompts that mean ablation averages over."""
@@ -34,8 +34,8 @@ PROMPTS = 128
 class SuiteEvaluator:
     """Greedy answers to a suite, scored as an evaluation scores them; a task is a category of one kind.
 
-    reasoning: the categories or tasks that count as reasoning, all others are perception; None: as the items' `kind`
-    says. Items without a reference answer are left out.
+    reasoning: the categories or tasks that count as reasoning, all others are perception; None: each item's `kind`
+    decides. Items without a reference answer are left out.
 
     Raises:
         DataError: an item cannot be asked, or there is no reasoning or no perception among them.
@@ -72,7 +72,7 @@ class SuiteEvaluator:
         self.label = f"{suite.name}: {len(items)} items, {self.suite.digest}, reasoning {list(reasoning or [])}"
 
     def part(self, index: int, of: int) -> SuiteEvaluator:
-        """Every `of`-th item of each task, from number `index` on; raises DataError where a task would have none."""
+        """Every `of`-th item of each task, from item `index` on; raises DataError if a task has too few items."""
         counts: Counter[str] = Counter()
         items = []
         for item in self.suite.items:
@@ -89,8 +89,8 @@ class SuiteEvaluator:
         return part
 
     def __call__(self, model: Any) -> Right:
-        """Right or wrong by task, per unit that an evaluation's score is the mean of: an item, all rotations of a
-        question together, a problem with its steps."""
+        """Right or wrong by task, one value per unit that an evaluation averages over: an item, all rotations of a
+        question, or a problem with its steps."""
         engine = TransformersEngine(model, self.processor, self.sampling)
         records: dict[str, list[Record]] = {}
         for record in ask(engine, self.suite, batch_size=self.batch_size):
@@ -100,13 +100,13 @@ class SuiteEvaluator:
 
 @dataclass(frozen=True)
 class EvalData:
-    """What the analyses ask.
+    """The questions of an analysis.
 
-    data: what `vlmgraft evaluate` reads: registered sources (`lab`, `lab:SEED`), question files, data sets, benchmarks;
-    several together. reasoning: categories or tasks that count as reasoning, all others are perception; None: as the
-    data says. samples: at most so many rows of each. drift: a question file on whose answers the KL from the VLM is
-    measured; None takes the split "divergence" of a registered source. max_new_tokens, batch_size: None is the data's.
-    split: of data that has splits.
+    data: one or several inputs of `vlmgraft evaluate`: registered sources (`lab`, `lab:SEED`), question files, data
+    sets, benchmarks. reasoning: categories or tasks that count as reasoning, all others are perception; None: as the
+    data says. samples: at most this many rows of each input. drift: a question file on whose answers the KL from the
+    VLM is measured; None takes the split "divergence" of a registered source. max_new_tokens, batch_size: None takes
+    the data's own value. split: of data that has splits.
     """
 
     data: tuple[str, ...] = ("lab",)
@@ -119,12 +119,12 @@ class EvalData:
 
     @property
     def questions_at_a_time(self) -> int:
-        """batch_size, or what the data's sources say."""
+        """batch_size; None takes the smallest of the registered sources' own, or 16."""
         sources = [source for data in self.data if (source := registered_source(data))]
         return self.batch_size or min((source.batch_size for source, _ in sources), default=16)
 
     def evaluator(self, processor: Any) -> SuiteEvaluator:
-        """The questions, read and checked; raises DataError. Of registered sources the split "validation" is asked."""
+        """Read and check the questions; registered sources use the split "validation" by default. Raises DataError."""
         suites = [load_suite(data, split=self._split(data), limit=self.samples) for data in self.data]
         return SuiteEvaluator(
             merge_suites(suites),
@@ -146,7 +146,7 @@ class EvalData:
         return as_questions(merge_suites(suites) if suites else evaluator.suite, count)
 
     def kl_from(self, model: Any, processor: Any) -> Callable[[Any], float] | None:
-        """A function that measures a model's KL from this one, in nats per token; None without questions for it."""
+        """A function that measures a model's KL from this one, in nats per token; None without prompts for it."""
         suites = self._suites("divergence")
         if self.drift is not None:
             prompts, length = load_questions(self.drift), KL_TOKENS
@@ -164,7 +164,7 @@ class EvalData:
 
 
 def as_questions(suite: Suite, count: int | None = None) -> list[Question]:
-    """The first prompts as they are asked, without answers."""
+    """The first `count` items as questions with the suite's suffix, without answers."""
     return [
         Question(with_suffix(item.question, suite.suffix), tuple(map(open_image, item.images)), choices=item.choices)
         for item in suite.items[:count]
@@ -172,7 +172,7 @@ def as_questions(suite: Suite, count: int | None = None) -> list[Question]:
 
 
 def _task(item: Item) -> str:
-    """The category, or the task where a problem's steps may be of several."""
+    """The item's category; its task where the steps of one problem may have several categories."""
     return item.task if item.pairing == "four_way" else item.category or item.task
 
 
@@ -183,13 +183,13 @@ def _kind(item: Item, reasoning: Sequence[str] | None) -> str:
 
 
 def open_vlm(path: str | Path) -> tuple[Any, Any]:
-    """The model and its processor, where `hf.placement` says."""
+    """Load a VLM and its processor, with the device and dtype that `hf.placement` chooses."""
     device = default_device()
     return load_vlm(path, default_dtype(device), device), load_processor(path)
 
 
 def layer_list(text: str | Sequence[int] | None, depth: int) -> list[int] | None:
-    """Layers as recipes write them: None or "all", "3", "0-5" or numbers; raises DataError."""
+    """Layer numbers from a recipe's notation ("3", "0-5" or numbers); None for None and "all". Raises DataError."""
     if text is None or text == "all":
         return None
     try:

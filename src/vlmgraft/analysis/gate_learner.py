@@ -1,4 +1,4 @@
-"""Gates for the points of a sweep, learned on the model that is loaded already."""
+"""Gates for the points of a sweep, learned on the model that is already loaded."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vlmgraft.storage.progress import Progress
 
 
 class GateLearner:
-    """One model for many trainings: the teacher's and the donor's answers are cached, the model is put back."""
+    """One model for many trainings: the teacher's and the donor's answers are cached, the weights are restored."""
 
     def __init__(self, model: Any, processor: Any, progress: Progress | None = None) -> None:
         self.model, self.processor, self.progress = model, processor, progress
@@ -36,7 +36,7 @@ class GateLearner:
     def gates_of(
         self, recipe: Recipe, alignment: Alignment, factors: Mapping[str, Factors]
     ) -> tuple[Gates, Mapping[str, Factors]]:
-        """The gates of a `frism` or `curvature` recipe, and the factors, truncated as it says, that they belong to."""
+        """Learn the gates of a `frism` or `curvature` recipe; also returns their factors, cut to the recipe's rank."""
         method = gated_method(recipe)
         if recipe.more_donors:
             raise RecipeError("more_donors: a sweep learns gates of one donor; sweep the donors one by one")

@@ -1,4 +1,4 @@
-"""Grids over recipe fields, as a command line writes them, and the Pareto front of what was measured. Pure."""
+"""Grids over recipe fields in the command line's notation, and the Pareto front of measured points. Pure functions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def parse_grid(text: str) -> tuple[str, list[Any]]:
     """The key and the values of `key=start:stop:step` (stop included) or `key=value,value,…` (YAML values).
 
     Raises:
-        RecipeError: not of that form, a step that leads nowhere, or more than 1,000 values.
+        RecipeError: another form, steps that do not lead from start to stop, or more than 1,000 values.
     """
     key, equals, written = text.partition("=")
     if not equals or not key.strip() or not written.strip():
@@ -46,7 +46,7 @@ def parse_grid(text: str) -> tuple[str, list[Any]]:
 
 
 def _tidy(value: float) -> float:
-    """0.30000000000000004 as 0.3; whole numbers as such, so that fields of whole numbers take them."""
+    """Remove rounding noise (0.30000000000000004 → 0.3); whole numbers become int, for integer fields."""
     rounded = float(f"{value:.12g}")
     return int(rounded) if rounded.is_integer() and abs(rounded) < 1e15 else rounded
 
@@ -68,12 +68,12 @@ def grid_points(grids: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def as_override(key: str, value: Any) -> str:
-    """The point's field as `--set` takes it."""
+    """A field of a point in the syntax of `--set`."""
     return f"{key}={yaml.safe_dump(value, default_flow_style=True).removesuffix('...' + chr(10)).strip()}"
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Which points no other one beats: none is at least as good in both numbers and better in one. Larger is better."""
+    """Which points are Pareto-optimal: none is at least as good in both numbers and better in one. Larger is better."""
     return [
         not any(other != point and other[0] >= point[0] and other[1] >= point[1] for other in points)
         for point in points

@@ -1,8 +1,8 @@
-"""What a method makes of an alignment's tensors, in memory: no checkpoint is written, no model is loaded again.
+"""Merging in memory: a method's tensors are swapped into a loaded model; no checkpoint is written, no model reloaded.
 
-The weights of a model are swapped by role, inside a context. A role is a tensor's name inside the text model under
-Llama's names, such as "layers.3.self_attn.q_proj.weight": the end of its name on disk and of its parameter's name, in
-every family whose tensors are modules of their own.
+The weights of a model are swapped by role, inside a context. A role is a tensor's name inside the text model in Llama's
+naming, such as "layers.3.self_attn.q_proj.weight". It is the end of the tensor's name on disk and of its parameter's
+name in every family in which each tensor belongs to a module of its own.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from vlmgraft.spectral.factors import Factors
 
 
 class Rebuilder:
-    """Context manager: merged tensors of one alignment, for one method after the other.
+    """Context manager: computes the merged tensors of one alignment, for one method after the other.
 
-    factors: of the donor's task vector by VLM tensor name; where given, a `spectral` method that only
-    changes the spectrum is rebuilt from them in place of a decomposition of its own.
+    factors: of the donor's task vector, by VLM tensor name. If given, a `spectral` method that only changes the
+    spectrum uses them instead of a decomposition of its own.
     """
 
     def __init__(self, alignment: Alignment, factors: Mapping[str, Factors] | None = None) -> None:
@@ -51,7 +51,7 @@ class Rebuilder:
         self._stack.close()
 
     def weights(self, method: Any) -> dict[str, Tensor]:
-        """Role → merged tensor, float32 and in its shape; tensors that the method leaves as they are are left out.
+        """Role → merged float32 tensor in the VLM's shape; tensors that the method does not change are omitted.
 
         Raises:
             RecipeError, AlignmentError: the method does not fit. WeightsError: an input is not finite.
@@ -84,9 +84,9 @@ class Rebuilder:
     def with_spectra(
         self, spectra: Mapping[str, Float[Tensor, " r"]], factors: Mapping[str, Factors] | None = None
     ) -> dict[str, Tensor]:
-        """Role → W_vlm + U diag(spectrum) Vh in float32, with one spectrum per VLM tensor name, such as gates give.
+        """Role → W_vlm + U diag(spectrum) Vh in float32; spectra: one per VLM tensor name, for example from gates.
 
-        factors: those that the spectra belong to, if they are not this object's.
+        factors: those that the spectra belong to, if not this object's own.
         """
         matrices = factors or self.factors or {}
         merged = [tensor for tensor in self.alignment.merged if tensor.name in spectra]
@@ -97,7 +97,7 @@ class Rebuilder:
 
 
 def text_parameters(model: Any) -> dict[str, nn.Parameter]:
-    """Role → parameter of the text model; a tied head is the embeddings and is not listed."""
+    """Role → parameter of the text model; a tied head shares the embeddings' parameter and is not listed."""
     text = text_model(model)
     parameters = dict(text.named_parameters())
     head = model.get_output_embeddings()
@@ -108,10 +108,10 @@ def text_parameters(model: Any) -> dict[str, nn.Parameter]:
 
 @contextmanager
 def swapped(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """The model with `weights` (role → tensor) in the place of its own, in its dtype, inside the context.
+    """Inside the context the model has `weights` (role → tensor), cast to its dtype, in place of its own.
 
-    On exit the parameters have the very memory they had before, also after an exception. Raises AlignmentError where
-    the model has no parameter of a role and its shape.
+    On exit, also after an exception, the parameters refer to their original memory again. Raises AlignmentError where
+    the model has no parameter of a role and shape.
     """
     before: dict[str, Tensor] = {}
     for role, weight in weights.items():
@@ -132,7 +132,7 @@ def swapped(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor
 
 
 class StoredWeights(Mapping[str, Tensor]):
-    """Role → tensor of a checkpoint's text model, read from disk when asked for; close it, or use it in `with`."""
+    """Role → tensor of a checkpoint's text model, read from disk on access; use it in a `with` statement."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.names = {held.role: name for name, held in text_view(checkpoint).held.items()}

@@ -1,9 +1,9 @@
-"""`inspect`: how far the models moved, what they do not share, and which base the donor was tuned from.
+"""`inspect`: how far the weights moved, how the models differ, and which base the donor was tuned from.
 
-Some differences are harmless (a longer context), some change what a weight means: a task vector of attention weights
-carries over badly between models with other rotary frequencies or other heads. The donor's base is the one that leaves
-the shortest task vector: DeepSeek-R1-Distill-Qwen-7B, for one, was tuned from Qwen2.5-Math-7B, not from Qwen2.5-7B,
-from which Qwen2.5-VL descends; a task vector from the wrong base holds the difference of the two bases as well.
+Some differences are harmless (a longer context); others change what a weight means: task vectors of attention weights
+transfer badly between models with different rotary frequencies or heads. The donor's base is the candidate with the
+shortest task vector: DeepSeek-R1-Distill-Qwen-7B, for example, was tuned from Qwen2.5-Math-7B, not from Qwen2.5-7B,
+from which Qwen2.5-VL descends. A task vector from the wrong base also contains the difference of the two bases.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from vlmgraft.checkpoint.index import Checkpoint
 
 CLEAR = 1.5
-"""A base is called the donor's when the next one leaves a task vector this many times as long; our choice."""
+"""A base is reported as the donor's if the next one's task vector is at least this many times as long; our choice."""
 
 
 def differences(alignment: Alignment) -> tuple[Difference, ...]:
@@ -90,7 +90,7 @@ def compare_bases(
 
 
 def name_base(candidates: Sequence[Candidate]) -> str:
-    """Which base explains the donor best, in words; `candidates` as `compare_bases` orders them."""
+    """A sentence on which base explains the donor best; `candidates` in the order of `compare_bases`."""
     best, *others = candidates
     if not others:
         return f"from {best.base}, the only base given, ‖τ‖ is {best.donor_ratio:.3f} of ‖W‖"
@@ -105,8 +105,8 @@ def name_base(candidates: Sequence[Candidate]) -> str:
 
 @dataclass(frozen=True)
 class Inspection:
-    """extent: the distances in figures. distances: per layer and group. spectra: per matrix, when asked for. bases: the
-    candidates, nearest first, and `base`, which of them the donor was tuned from, in words."""
+    """extent: summary of the distances. distances: per layer and group. spectra: per matrix, if requested. bases: the
+    candidates, nearest first. base: a sentence on which of them the donor was tuned from."""
 
     extent: Extent
     distances: tuple[Distance, ...]

@@ -1,17 +1,17 @@
-"""Knock-out: which layer carries what, before and after merging (Bring Reason to Vision, arXiv 2505.05464).
+"""Knock-out: what each layer carries, before and after merging (Bring Reason to Vision, arXiv 2505.05464).
 
-Every cell is one layer × part × mode on one model. All cells use one loaded model: the merged one, and the VLM's
-weights are swapped in where the VLM itself is examined. What a mode makes of a layer's attention or feed-forward block:
+A cell is one layer × part × mode on one model. All cells use one loaded model, the merged one; the VLM's weights are
+swapped in where the VLM itself is examined. The modes change a layer's attention or feed-forward block:
 
 | mode     | what the block becomes                                                                          |
 |----------|-------------------------------------------------------------------------------------------------|
-| constant | every entry of its projections is 1/d_out, as the code of Bring Reason to Vision (2505.05464) has it |
+| constant | every entry of its projections is 1/d_out, as in the code of Bring Reason to Vision (2505.05464) |
 | zero     | every entry of its projections is 0: the layer passes its input on                              |
 | mean     | its output is its own mean over prompts, at every position (mean ablation)                      |
-| restore  | its weights are the VLM's: this block un-merged                                                 |
-| only     | its weights are the merged ones, and those of everything else are the VLM's                     |
+| restore  | its weights are the VLM's: this block is un-merged                                              |
+| only     | its weights are the merged ones, all other weights are the VLM's                                |
 
-Biases and norms stay as they are in the first two. d_out is the number of rows of a projection.
+The first two leave biases and norms unchanged. d_out is the number of rows of a projection.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Blocks:
 
     @contextmanager
     def knocked_out(self, layer: int, part: Part, mode: Mode, means: Means | None = None) -> Iterator[None]:
-        """The model with one block, or both of a layer, changed; bit for bit as before on exit, whatever happens.
+        """Change one block, or both of a layer, inside the context; the model is always restored bit for bit on exit.
 
         Raises:
             RecipeError: no such layer, part or mode, or the mode needs the VLM's weights or means that are not given.
@@ -120,7 +120,7 @@ class Blocks:
         """The mean output of every block over the tokens of prompts, padding left out, float32 [hidden].
 
         Raises:
-            AlignmentError: the model's sequence is not the processor's, so that padding cannot be told apart.
+            AlignmentError: the model's sequence length is not the processor's, so padding cannot be identified.
         """
         sums: dict[Block, Tensor] = {}
         tokens = 0
@@ -174,11 +174,11 @@ def knockout(
     resume: bool = False,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """Knock out every layer × part by every mode; rows in `out`/knockout.jsonl. One model is loaded, once.
+    """Knock out every layer × part in every mode; rows in `out`/knockout.jsonl. One model is loaded, once.
 
     Args:
-        vlm: the VLM that `model` was merged from, which is then examined too, and whose weights `restore` and `only`
-            put back; default: what the recipe.yaml of a merged folder says. alone: examine `model` by itself.
+        vlm: the VLM that `model` was merged from; it is examined too, and `restore` and `only` use its weights;
+            default: the one named in the recipe.yaml of the merged folder. alone: examine `model` by itself.
     Raises:
         RecipeError, DataError, CheckpointError, OutputError: before the first cell.
     """
@@ -210,7 +210,7 @@ def _vlm_of(model: Path) -> str | None:
 def knockout_cells(
     layers: Iterable[int], parts: Sequence[Part] = PARTS, modes: Sequence[Mode] = MODES, *, both_models: bool
 ) -> list[dict[str, Any]]:
-    """All cells, the intact models first. `restore` and `only` exist for a merged model beside its VLM."""
+    """All cells, the intact models first. `restore` and `only` apply only to a merged model examined beside its VLM."""
     models = [VLM, MERGED] if both_models else [ALONE]
     knocked_out = [
         {"model": model, "layer": layer, "part": part, "mode": mode}
@@ -240,13 +240,13 @@ class Knockout:
     def run(
         self, *, layers: Sequence[int] | None = None, parts: Sequence[Part] = PARTS, modes: Sequence[Mode] = MODES
     ) -> list[dict[str, Any]]:
-        """Measure all cells into knockout.jsonl, and give the rows.
+        """Measure all cells, write them to knockout.jsonl and return the rows.
 
-        A row has the accuracies of its cell and their change against the intact model: for `only`, which is the VLM
-        with one merged block, against the VLM.
+        A row has the accuracies of its cell and their change from the intact model. `only`, which is the VLM with one
+        merged block, is compared with the intact VLM.
 
         Raises:
-            RecipeError: a mode needs what is not given. OutputError: as `CellLog`.
+            RecipeError: no such layer, or an input that a mode needs is missing. OutputError: as `CellLog`.
         """
         if "mean" in modes and not self.prompts:
             raise RecipeError("mode mean needs prompts to average over; give some, or leave the mode out")
@@ -280,7 +280,7 @@ class Knockout:
         return {**scores, **changes, "against": against}
 
     def _block_means(self, model: str) -> Means:
-        """The means of the model as it is now, taken once per model; the caller has swapped its weights in."""
+        """Block means with the current weights, computed once per model; the caller has swapped its weights in."""
         if model not in self._means:
             self._means[model] = self.blocks.means(self.bench.processor, self.prompts)
         return self._means[model]

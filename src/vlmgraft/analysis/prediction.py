@@ -1,9 +1,9 @@
-"""Predict whether perception survives a merge: the KL on prompts of your own, read by what it meant for other pairs.
+"""Predict whether perception survives a merge, from the KL on your own prompts and from measurements on other pairs.
 
-The KL from the VLM of task arithmetic at several λ, in memory: the prompts are answered once, and read once for each λ.
-Pairs on which the same was measured beside what perception lost (docs/explanation/rules.md has them all) give the
-chance that perception falls by no more than two points, as a logistic curve over the logarithm of the KL. Whether
-reasoning will gain is not predicted: what was tried told it no better than AUROC 0.7.
+The KL of task arithmetic from the VLM is measured in memory at several λ: the VLM answers the prompts once, and its
+answers are scored once per λ. A logistic curve over the logarithm of the KL, fitted to pairs whose loss of perception
+was measured (listed in docs/explanation/rules.md), gives the chance that perception falls by at most two points. Gains
+in reasoning are not predicted: no predictor that was tried exceeded an AUROC of 0.7.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from vlmgraft.storage.progress import Progress
 
 SCALES = (0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 INTERCEPT, SLOPE = -13.41, -3.23
-"""Of the log odds over the KL in nats per token, as benchmarks/results/lab/prediction.md has them."""
+"""Of the log odds as a linear function of log KL (nats per token), from benchmarks/results/lab/prediction.md."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """scale: λ. kl: of task arithmetic at λ from the VLM, nats per token. holds: chance, 0 to 1, that perception falls
-    by at most two points."""
+    """scale: λ. kl: KL of task arithmetic at λ from the VLM, nats per token. holds: chance, 0 to 1, that perception
+    falls by at most two points."""
 
     scale: float
     kl: float
@@ -38,7 +38,7 @@ class Prediction:
 
 
 def chance_that_perception_holds(kl: float) -> float:
-    """From a KL in nats per token on image prompts, of any merge."""
+    """Chance that perception falls by at most two points, from the KL of any merge on image prompts, nats per token."""
     if kl <= 0:
         return 1.0
     odds = INTERCEPT + SLOPE * math.log(kl)
@@ -54,10 +54,10 @@ def predict_perception(
     batch_size: int = 16,
     progress: Progress | None = None,
 ) -> tuple[Prediction, ...]:
-    """Task arithmetic of a recipe's pair, in its modules and layers, at every λ of `scales`; its method plays no part.
+    """Predict task arithmetic of a recipe's models, modules and layers at every λ of `scales`; its method is ignored.
 
     Args:
-        questions: a question file, or questions, with images of the kinds that shall be kept; answers are not read.
+        questions: a question file, or questions, with the kinds of images that matter; answers are not read.
     Raises:
         RecipeError, AlignmentError: the pair does not fit, or has no donor_base. DataError: the questions cannot be
             asked. CheckpointError: the VLM cannot be loaded. WeightsError: an input is not finite.
@@ -65,7 +65,7 @@ def predict_perception(
     prompts = load_questions(questions) if isinstance(questions, str | Path) else list(questions)
     alignment = pair(read_recipe(recipe, (), need_method=False))
     with Rebuilder(alignment) as rebuilder:
-        first = rebuilder.weights(TaskArithmetic(scales[0]))  # what does not fit is found before the model is loaded
+        first = rebuilder.weights(TaskArithmetic(scales[0]))  # a mismatch is found before the model is loaded
         teacher = open_vlm(alignment.vlm.path)
         parameters = text_parameters(teacher[0])
         with swapped(parameters, first):  # weights that cannot be exchanged are found before questions are answered

@@ -1,4 +1,4 @@
-"""Which singular directions carry what: one band of them at a time, over λ (FRISM, arXiv 2601.21187, figure 3).
+"""What singular directions carry: one band of them at a time, over λ (FRISM, arXiv 2601.21187, figure 3).
 
     W = W_vlm + λ Σ_{i in band} s_i u_i v_iᵀ
 
@@ -44,7 +44,7 @@ def ranks(
 ) -> list[dict[str, Any]]:
     """Inject one band of directions at a time over λ; rows in `out`/ranks.jsonl. The recipe's method is not used.
 
-    The factors are kept in `out`/factors. Raises as `pipeline.decompose`, DataError and OutputError.
+    The factors are kept in `out`/factors. Raises the errors of `pipeline.decompose`, DataError and OutputError.
     """
     data, out = data or EvalData(), Path(out)
     rank_cells(bands, scales, by)
@@ -62,8 +62,8 @@ def ranks(
 def band_of(s: Float[Tensor, " r"], band: int, of: int, by: By = "rank") -> slice:
     """Directions of band number `band` (from 0, the largest singular values first) of `of` bands.
 
-    by rank: cut at round(r · k / of). by energy: cut where the running Σ s² first reaches k / of of the whole. Bands
-    do not overlap and together hold all directions; with few directions some hold none.
+    by rank: cut at round(r · k / of). by energy: cut where the cumulative Σ s² first reaches k / of times the total.
+    Bands do not overlap and together hold all directions; with few directions some are empty.
     """
     if by == "rank":
         return slice(round(len(s) * band / of), round(len(s) * (band + 1) / of))
@@ -85,10 +85,10 @@ def rank_cells(of: int, scales: Sequence[float], by: By) -> list[dict[str, Any]]
 
 
 def measure_ranks(bench: Bench, rebuilder: Rebuilder, cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Measure every band at every λ into ranks.jsonl, and give the rows.
+    """Measure every band at every λ, write ranks.jsonl and return the rows.
 
     A row has the accuracies, `energy`, the share of Σ‖τ‖² in its band (1 for all directions), and `injected`, λ times
-    the norm of the band over the norm of τ: the length of the step that was taken.
+    the norm of the band over the norm of τ: the relative length of the update.
     """
     factors = rebuilder.factors or {}
     total = sum(float(matrix.s.double().square().sum()) for matrix in factors.values())
@@ -104,7 +104,7 @@ def measure_ranks(bench: Bench, rebuilder: Rebuilder, cells: Sequence[Mapping[st
 
 
 def _band_only(s: Float[Tensor, "*experts r"], cell: Mapping[str, Any]) -> Tensor:
-    """The spectrum with zeros outside the band; of fused experts each has its own band."""
+    """The spectrum with zeros outside the band; each of the fused experts is cut by itself."""
     if cell["band"] is None:
         return s
     if s.ndim > 1:
@@ -116,7 +116,7 @@ def _band_only(s: Float[Tensor, "*experts r"], cell: Mapping[str, Any]) -> Tenso
 
 
 def peaks(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """For all directions (band None) and every band, the λ with the best reasoning, and what it was there."""
+    """For all directions (band None) and every band, the λ with the best reasoning, and the results at that λ."""
     best = []
     for band in dict.fromkeys(row["band"] for row in rows if row["scale"]):
         of_band = [row for row in rows if row["band"] == band and row["scale"]]

@@ -1,4 +1,4 @@
-"""Sweep: recipes over grids of their fields on one loaded model, perception against reasoning.
+"""Sweep: perception and reasoning of recipes over grids of their fields, on one loaded model.
 
 Weights are swapped in place, so a point costs a rebuild and one evaluation. Methods on singular directions share one
 decomposition; gates are learned on the same loaded model.
@@ -43,8 +43,8 @@ VLM_POINT = "VLM"
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One setting. id: equal for equal recipes. method: what it is called in tables and plots. setting: the fields of
-    the grid. weights: gives the merged tensors by role when the point's turn comes."""
+    """One setting. id: equal for equal recipes. method: its name in tables and plots. setting: the fields of the grid.
+    weights: computes the merged tensors by role, when the point is measured."""
 
     id: str
     method: str
@@ -53,7 +53,7 @@ class SweepPoint:
 
     @property
     def cell(self) -> dict[str, Any]:
-        """What a row says of the point beside its figures; `order` sorts a curve's points."""
+        """A row's entries besides its results; `order` sorts the points of a curve."""
         numbers = [value for value in self.setting.values() if isinstance(value, int | float)]
         setting = ", ".join(f"{_short(key)} {_shown(value)}" for key, value in self.setting.items())
         order = float(numbers[0]) if numbers else 0.0
@@ -61,9 +61,9 @@ class SweepPoint:
 
 
 def run_sweep(bench: Bench, points: Sequence[SweepPoint]) -> list[dict[str, Any]]:
-    """Measure the VLM and every point into sweep.jsonl, and give the rows, with the Pareto front marked.
+    """Measure the VLM and every point, write sweep.jsonl and return the rows, with the Pareto front marked.
 
-    A row's `seconds` are those of rebuilding and of asking.
+    A row's `seconds` are the times of rebuilding the weights and of asking the questions.
     """
     vlm = SweepPoint(VLM_POINT, VLM_POINT, {}, dict)
     known = {point.id: point for point in (vlm, *points)}
@@ -80,7 +80,7 @@ def run_sweep(bench: Bench, points: Sequence[SweepPoint]) -> list[dict[str, Any]
 
 
 def with_front(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with `front`: no other row is at least as good in perception and in reasoning, and better in one."""
+    """The rows with `front`: whether no other row is at least as good in perception and reasoning and better in one."""
     front = pareto([(row["perception"]["mean"], row["reasoning"]["mean"]) for row in rows])
     return [{**row, "front": on} for row, on in zip(rows, front, strict=True)]
 
@@ -108,11 +108,11 @@ def sweep(
     """Measure every recipe at every point of the grids; rows in `out`/sweep.jsonl, with the Pareto front marked.
 
     Args:
-        recipes: by the name that tables and plots give them; all of one VLM.
-        grids: `key=start:stop:step` or `key=a,b,c`, or with `name:` before it for one recipe alone; a key of a method's
-            options is left out for recipes whose method does not have it, and must fit one of them.
+        recipes: by their name in tables and plots; all of one VLM.
+        grids: `key=start:stop:step` or `key=a,b,c`, prefixed with `name:` for one recipe alone. An option of a method
+            is skipped for recipes whose method does not have it; at least one recipe must have it.
     Raises:
-        RecipeError and what alignment and question files raise: before anything is measured.
+        RecipeError and the errors of alignment and question files: before anything is measured.
     """
     data, out = data or EvalData(), Path(out)
     named = [
@@ -163,7 +163,7 @@ def _parts(grid: str) -> tuple[str | None, str, str]:
 
 
 def _grids_of(name: str, grids: Sequence[str]) -> list[str]:
-    """The grids that a recipe is to take, without its name; its own replace general ones of the same key."""
+    """The grids of one recipe, without its name; its own grids override general ones of the same key."""
     parts = [_parts(grid) for grid in grids]
     special = {key for only, key, _ in parts if only == name}
     return [key + values for only, key, values in parts if only == name or (only is None and key not in special)]
@@ -189,7 +189,7 @@ class SweepInputs:
         self.gates: GateLearner | None = None
 
     def check(self, recipe: Recipe) -> None:
-        """Align a recipe's checkpoints and prove its options, before anything is loaded."""
+        """Align a recipe's checkpoints and validate its options, before a model is loaded."""
         key = _sources(recipe)
         if key not in self.alignments:
             self.alignments[key] = pair(recipe)

@@ -1,8 +1,7 @@
-"""What an analysis asks of a model: right or wrong per question, by task, summed up as reasoning and perception.
+"""Scores of a model in an analysis: right or wrong per question, by task, summarised as reasoning and perception.
 
-An analysis does not know where questions come from. It is given an `Evaluator`: something that takes a model in
-memory and gives back right or wrong per item, and that says which of its tasks count as reasoning and which as
-perception.
+An analysis does not depend on where questions come from. It is given an `Evaluator`, which takes a model in memory,
+returns right or wrong per item, and says which of its tasks count as reasoning and which as perception.
 """
 
 from __future__ import annotations
@@ -20,22 +19,22 @@ Right = Mapping[str, Sequence[bool]]
 
 
 class Evaluator(Protocol):
-    """Questions that a model in memory can be asked, the same ones every time."""
+    """A fixed set of questions for a model in memory."""
 
     reasoning: Sequence[str]
     perception: Sequence[str]
 
     @property
     def label(self) -> str:
-        """What was asked, such that equal labels mean equal questions; a log is resumed by it."""
+        """Identifies the questions: equal labels mean equal questions; a log is resumed only under the same label."""
 
     def __call__(self, model: Any) -> Right:
-        """Right or wrong of the model as it is now."""
+        """Right or wrong per item, for the model in its current state."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """A model's results: accuracies in [0, 1] with 95 % intervals, and the items behind them as texts of 0 and 1."""
+    """A model's results: accuracies in [0, 1] with 95 % intervals, and the marks of the items as strings of 0 and 1."""
 
     reasoning: Estimate
     perception: Estimate
@@ -44,12 +43,12 @@ class Scores:
 
 
 def summarise(right: Right, evaluator: Evaluator) -> Scores:
-    """The accuracies of one run of an evaluator; tasks count alike, whatever their number of items."""
+    """The accuracies of one run of an evaluator; tasks have equal weight, whatever their number of items."""
     return from_marks({task: "".join("01"[bool(mark)] for mark in marks) for task, marks in right.items()}, evaluator)
 
 
 def from_marks(right: Mapping[str, str], evaluator: Evaluator) -> Scores:
-    """The accuracies of texts of 0 and 1 by task."""
+    """The accuracies from strings of 0 and 1 by task."""
     marks = {task: _marks(text) for task, text in right.items()}
     return Scores(
         score_interval([marks[task] for task in evaluator.reasoning]),

@@ -1,4 +1,4 @@
-"""Spectra of the donor's task vector: how many directions it really has, and how much the first ones hold.
+"""Spectra of the donor's task vector: its effective rank, and the energy in its first directions.
 
 Per matrix, with s the singular values of τ:
 
@@ -6,9 +6,9 @@ Per matrix, with s the singular values of τ:
     effective_rank  (Σ s²)² / Σ s⁴                   participation ratio: k for k equal singular values
     stable_rank     Σ s² / s₁²
 
-Small matrices are decomposed in full. Of large ones the first directions come from block Krylov iteration, Σ s² from
+Small matrices are decomposed in full. For large ones the first directions come from block Krylov iteration, Σ s² from
 the entries, and the rest of Σ s⁴ from random probes: E‖RᵀR z‖² = ‖RᵀR‖_F² for the residual R and Gaussian z
-(Hutchinson), with the large values taken out first, as in Hutch++ (arXiv 2010.09649). `exact` says which way it went.
+(Hutchinson); the large values are removed first, as in Hutch++ (arXiv 2010.09649). `exact`: decomposed in full.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from vlmgraft.spectral.task_vector import TaskVectors
 
 FIRST = (1, 8, 64)
 SMALL = 1024
-"""Short sides up to this are decomposed in full: a second or two each."""
+"""Matrices with a short side up to this are decomposed in full: a second or two each."""
 DIRECTIONS = 64
 PROBES = 16
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """One matrix. shown: at most 64 singular values, spread evenly over those known, from the largest on, with their
-    index; first: share of energy by number of directions. norm: ‖τ‖."""
+    """The spectrum of one matrix. shown: (index, singular value) of at most 64 values, evenly spread over the known
+    ones, largest first. first: share of energy by number of directions. norm: ‖τ‖."""
 
     name: str
     layer: int | None
@@ -90,7 +90,7 @@ def spectrum_of(
 
 
 def _fourth_of_rest(rest: Float[Tensor, "out in"]) -> float:
-    """Σ s⁴ of a matrix from random probes, the same for the same shape."""
+    """Σ s⁴ of a matrix, estimated from random probes that are the same for the same shape."""
     generator = torch.Generator().manual_seed(0)
     probes = torch.randn(rest.shape[1], PROBES, generator=generator).to(rest)
     return float((rest.mT @ (rest @ probes)).double().square().sum()) / PROBES

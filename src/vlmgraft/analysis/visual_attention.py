@@ -1,8 +1,8 @@
-"""How much each decoder layer looks at the image: the share of attention that text gives to visual tokens.
+"""Visual attention of each decoder layer: the share of attention that text tokens give to visual tokens.
 
-FRANK (arXiv 2505.16151) fits its prior to these shares. Of every text token that comes after an image token (those
-before cannot see it), the attention weights on visual tokens are summed, averaged over heads, and then over tokens and
-prompts. Which text tokens count, the paper does not say: our choice.
+FRANK (arXiv 2505.16151) fits its prior to these shares. For every text token after an image token (earlier tokens
+cannot see it), the attention weights on visual tokens are summed, then averaged over heads, tokens and prompts. The
+paper does not say which text tokens count; this is our choice.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def attention(
 
     Args:
         data: a question file with images, answers are not read; or a registered source with a split "calibration".
-        samples: at most so many questions.
+        samples: at most this many questions.
     Raises:
-        DataError, CheckpointError, AlignmentError: as loading and measuring say.
+        DataError, CheckpointError, AlignmentError: from loading or measuring.
     """
     if registered_source(data):
         prompts = as_questions(load_suite(data, split="calibration", limit=samples), samples)
@@ -58,8 +58,8 @@ def visual_attention(
     """One share per decoder layer, each in [0, 1]; holds one layer's weights [batch, heads, length, length] at a time.
 
     Raises:
-        DataError: there are no questions with images, or their prompts hold no visual tokens (a model that looks at
-            images through cross-attention). AlignmentError: the model's layers do not hand out their weights.
+        DataError: there are no questions with images, or their prompts hold no visual tokens (a model with
+            cross-attention to images). AlignmentError: the model's layers do not return attention weights.
     """
     prompts = [question for question in questions if question.images]
     if not prompts:
@@ -89,8 +89,8 @@ def visual_attention(
 
 @contextmanager
 def _weights(model: Any, use: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """Hand every layer's attention weights to `use` while the model runs, by transformers' plain attention; the model
-    is as before on exit."""
+    """Pass every layer's attention weights to `use` while the model runs with transformers' eager attention; on exit
+    the model is as before."""
     decoder = text_model(model)
 
     def record(index: int, module: Any, args: Any, output: Any) -> None:

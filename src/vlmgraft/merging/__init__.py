@@ -1,6 +1,6 @@
 """Merging: a plan from headers alone, then a stream of chunks into a new checkpoint, published with its receipt.
 
-`plan_merge` loads no torch; the rest of this package does, so it is loaded when it is asked for.
+`plan_merge` loads no torch; the rest of this package does, so it is loaded on first use.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""A chunk of bfloat16 weights merged in one pass over its bytes, compiled by numba (the extra `fast`).
+"""Merging a chunk of bfloat16 weights in one pass over its bytes, compiled by numba (the extra `fast`).
 
-What `engine.py` does to a chunk in some twenty passes of torch (widen, merge, norms, round, what of the change
-survived) is done here to 1,024 elements at a time, which stay in the core's first cache. The weights are torch's to the
-bit: the same float32 operations in the same order, fused multiply-adds where torch has them. Nothing is taken on trust:
-`is_torch` merges a probe both ways, and where they differ, as on a processor for which torch rounds otherwise, torch
-merges. Norms are summed in another order than torch's, so that a receipt may differ in the last digits.
+`engine.py` makes some twenty torch passes over a chunk (widen, merge, norms, round, surviving change). This module does
+the same work on 1,024 elements at a time, which stay in the core's L1 cache. The weights equal torch's bit for bit: the
+same float32 operations in the same order, with fused multiply-adds where torch has them. This is verified: `is_torch`
+merges a probe both ways, and where they differ, as on a processor for which torch rounds differently, torch merges.
+Norms are summed in another order than in torch, so that a receipt may differ in the last digits.
 
-Importing this module imports numba. Compiling takes seconds, once for a machine: numba keeps what it made beside this
+Importing this module imports numba. Compiling takes seconds, once per machine: numba caches the result beside this
 file, or in the user's cache.
 """
 
@@ -30,16 +30,16 @@ from vlmgraft.methods.base import Fused, Method, TensorContext
 
 VERSION = str(numba.__version__)
 BLOCK = 1024
-"""Elements that are worked on at a time: four float32 arrays of them fit into a first cache of 32 KB."""
+"""Elements processed at a time: four float32 arrays of this length fit into an L1 cache of 32 KB."""
 PROBE = 8 * BLOCK + 37
-"""Elements of the probe: torch treats the last ones, which fill no vector, apart."""
+"""Elements of the probe: torch has a separate path for the last ones, which fill no vector."""
 ADD, LERP, SUM, TIES = range(4)
 LARGEST = 0.5 * torch.finfo(torch.bfloat16).max
 SOURCES = ("vlm", "donor", "donor_base", "vlm_base")
 FORMS = {"add": ADD, "lerp": LERP, "sum": SUM, "ties": TIES}
 OWN, MOVED, ADDED, ERROR, ALONG, CHANGED, ABOVE, KEPT, DONOR_ABOVE, DONOR_KEPT, OTHER, FACTS = range(12)
-"""What `merge_chunk` finds: ‖VLM‖², ‖donor − base‖², ‖d‖², ‖w − d‖², ⟨w − d, d⟩ and the entries with w ≠ 0 (d and w as
-in `rounding.py`); of trimmed task vectors the magnitudes above, and at or above, the threshold; ‖VLM − its base‖²."""
+"""What `merge_chunk` computes: ‖VLM‖², ‖donor − base‖², ‖d‖², ‖w − d‖², ⟨w − d, d⟩, entries with w ≠ 0 (d and w as in
+`rounding.py`); per trimmed task vector the magnitudes above, and at or above, the threshold; ‖VLM − its base‖²."""
 
 
 @intrinsic
@@ -67,12 +67,12 @@ def _fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 def _compiled(*signature: str, **options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """numba's decorator; where no folder can be written, without its cache."""
+    """numba's decorator; without its cache if no cache folder can be written."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return numba.njit(*signature, nogil=True, cache=True, **options)(function)
-        except (RuntimeError, OSError):  # no place for the cache, or no room
+        except (RuntimeError, OSError):  # no folder for the cache, or a full disk
             return numba.njit(*signature, nogil=True, **options)(function)
 
     return decorate
@@ -100,7 +100,7 @@ def _plus_scaled(start: Any, step: Any, factor: Any, out: Any) -> None:
 
 @_compiled()
 def _lerp(start: Any, end: Any, weight: Any, out: Any) -> None:
-    """`torch.lerp`, which goes from the nearer end."""
+    """`torch.lerp`, which interpolates from the nearer end."""
     if abs(weight) < np.float32(0.5):
         for i in range(start.size):
             out[i] = _fma(end[i] - start[i], weight, start[i])
@@ -117,7 +117,7 @@ def _weighted_sum(left: Any, right: Any, a: Any, b: Any, out: Any) -> None:
 
 @_compiled()
 def _trim(tau: Any, least: Any, facts: Any, at: Any) -> None:
-    """τ where |τ| ≥ least, else 0, in place; counts as `trim.Tally` does."""
+    """τ where |τ| ≥ least, else 0, in place; updates the counts of `trim.Tally`."""
     above = 0
     kept = 0
     if least > 0:
@@ -136,7 +136,7 @@ def _trim(tau: Any, least: Any, facts: Any, at: Any) -> None:
 
 @_compiled()
 def _merge_signs(vlm: Any, donor: Any, base: Any, numbers: Any, out: Any) -> None:
-    """base + λ·(mean of the weighted τ with the sign of their sum), as `task_vectors.merge_signs` rounds it."""
+    """base + λ·(mean of the weighted τ that have the sign of their sum), rounded like `task_vectors.merge_signs`."""
     own, other, scale = numbers[2], numbers[3], numbers[4]
     zero, one = np.float32(0), np.float32(1)
     for i in range(vlm.size):
@@ -147,14 +147,14 @@ def _merge_signs(vlm: Any, donor: Any, base: Any, numbers: Any, out: Any) -> Non
         right = right if right > zero else zero
         merged = _fma(right, other, left * own)
         both = one if left > zero and right > zero else zero
-        merged += np.float32(-0.5) * merged * both  # of neither too: it takes the sign off a zero
+        merged += np.float32(-0.5) * merged * both  # if both are zero, too: this removes the sign of a zero
         bits = np.uint32(np.uint32(base[i]) << np.uint32(16))
         out[i] = merged * sign * scale + _float_of(bits)
 
 
 @_compiled()
 def _round(vlm: Any, merged: Any, bits: Any, out: Any, error: Any) -> int:
-    """Write `merged` in bfloat16, to nearest even; `merged` becomes d, `error` w − d. Gives the changed entries."""
+    """Write `merged` in bfloat16, to nearest even; `merged` becomes d, `error` w − d. Returns how many changed."""
     changed = 0
     for i in range(vlm.size):
         whole = np.uint32(_bits_of(merged[i]))
@@ -182,9 +182,9 @@ def _merge_block(
     form: Any, numbers: Any, vlm: Any, donor: Any, base: Any, vlm_base: Any, facts: Any,
     own: Any, tau: Any, merged: Any, other: Any,
 ) -> None:  # fmt: skip
-    """own, tau, merged: become the VLM's weights, donor − base and the merged weights, float32; other: scratch.
+    """own, tau, merged: outputs for the VLM's weights, donor − base and the merged weights, float32; other: scratch.
 
-    Each is an array of its own: over rows of a cut matrix, whose stride is not known, no vectors are used.
+    Each is a separate array: over rows of a sliced matrix, whose stride is unknown, the loops are not vectorised.
     """
     _widen(vlm, own)
     _difference(donor, base, tau)
@@ -222,8 +222,8 @@ def _merge_chunk(form: Any, numbers: Any, vlm: Any, donor: Any, base: Any, vlm_b
 
 
 def merge_chunk(fused: Fused, pieces: Mapping[str, memoryview], out: memoryview) -> ChunkFacts | None:
-    """Merge a chunk's bytes into `out`; None, and nonsense in `out`, where not all weights are finite, or a result may
-    be beyond bfloat16."""
+    """Merge a chunk's bytes into `out`. None, with `out` undefined, where a weight is not finite or a result may exceed
+    bfloat16."""
     bits = {key: np.frombuffer(view, np.uint16) for key, view in pieces.items()}
     base = bits.get("donor_base", bits["donor"])  # without a base ‖donor − base‖ is 0
     facts = np.zeros(FACTS)
@@ -248,9 +248,9 @@ def merge_chunk(fused: Fused, pieces: Mapping[str, memoryview], out: memoryview)
 
 @cache
 def is_torch(form: str) -> bool:
-    """Whether this processor's merges of a form are torch's to the bit: on a probe with small, equal, zero values.
+    """Whether this processor's merges of a form equal torch's bit for bit, on a probe with tiny, equal and zero values.
 
-    They are compared in float32, where one rounding more or less shows: in bfloat16 it would in one of 10,000.
+    They are compared in float32, which shows every difference in rounding; bfloat16 shows one in 10,000.
     """
     from vlmgraft.methods.linear import Linear
     from vlmgraft.methods.task_arithmetic import TaskArithmetic
@@ -280,7 +280,7 @@ def is_torch(form: str) -> bool:
 
 
 def _probe() -> dict[str, torch.Tensor]:
-    """Weights of four checkpoints, some of them tiny, zero of either sign, or equal in several."""
+    """Weights of four checkpoints; some are subnormal, zero of either sign, or equal in several checkpoints."""
     generator = torch.Generator().manual_seed(0)
     start = 0.02 * torch.randn(PROBE, generator=generator)
     start[::7] *= 1e-38  # below the smallest normal

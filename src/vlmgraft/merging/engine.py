@@ -1,10 +1,10 @@
-"""Merges range by range: ranges of tensors go to threads, chunks through their memory.
+"""Merging range by range: threads take ranges of tensors, and process them chunk by chunk in their own memory.
 
-Element methods run over chunks of 262,144 elements: they stay in the cache, and are long enough that threads seldom
+Element methods run over chunks of 262,144 elements, small enough for the cache and large enough that threads seldom
 wait for the interpreter. Arithmetic is float32; the cast to the VLM's dtype rounds to nearest even, or stochastically,
-and what of the change survives it is accounted for (`rounding.py`). Tensors that are kept or excluded are copied byte
-for byte, and so is a chunk that the method gives back unchanged. A large tensor is shared among threads; its norms are
-summed chunk by chunk in order, so that the receipt, like the weights, does not depend on the number of threads.
+and the share of the change that survives the cast is recorded (`rounding.py`). Kept and excluded tensors are copied
+byte for byte, as is a chunk that the method returns unchanged. A large tensor is shared among threads; its norms are
+summed chunk by chunk in order, so that neither the receipt nor the weights depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from vlmgraft.methods.scratch import reused
 from vlmgraft.spectral.threads import in_order
 
 RANGE = 16 * CHUNK
-"""Elements per task: small enough to share a tensor between threads, large enough that handing out costs nothing."""
+"""Elements per task: few enough to share a tensor between threads, enough that scheduling costs nothing."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A range of one tensor, in elements of a merged and bytes of a copied one; `last` of the tensor."""
+    """A range of one tensor, in elements if merged and in bytes if copied. last: the final range of its tensor."""
 
     tensor: AlignedTensor
     start: int
@@ -48,9 +48,9 @@ class Task:
 class Merger:
     """The open inputs and the output; `work` is called from several threads.
 
-    clamp: values beyond the VLM's dtype become its largest, and are counted; else they are refused. allow_nonfinite:
-    the same of values in copied tensors that are NaN or infinite. seed: of stochastic rounding; None: to nearest even.
-    compiled: take `compiled.py`'s pass where it can be taken; the weights are the same.
+    clamp: clamp and count values beyond the VLM's dtype; otherwise they are refused. allow_nonfinite: accept and count
+    NaN and infinity in copied tensors; otherwise they are refused. seed: of stochastic rounding; None: to nearest even.
+    compiled: use the pass of `compiled.py` where possible; the weights are the same.
     """
 
     inputs: Inputs
@@ -62,7 +62,7 @@ class Merger:
     compiled: bool = False
 
     def run(self, pool: ThreadPoolExecutor, threads: int) -> Iterator[str]:
-        """Copy and merge everything that is not done yet; gives the name of each tensor once it is written."""
+        """Copy and merge all tensors that are not done yet; yields the name of each tensor once it is written."""
         chunks: list[ChunkFacts] = []
         for task, made in in_order(self.work, self._tasks(), pool, AHEAD * threads):
             chunks += made
@@ -79,7 +79,7 @@ class Merger:
                 yield task.tensor.name
 
     def _refuse_nonfinite(self, tensor: AlignedTensor, count: int) -> None:
-        """Raise WeightsError where a tensor that is copied has such values, unless they are allowed."""
+        """Raise WeightsError for NaN or infinity in a copied tensor, unless they are allowed."""
         if not self.allow_nonfinite:
             raise WeightsError(
                 f"{tensor.name} in {self.inputs.info(tensor).file}: is {tensor.verdict}, and {count} of its values are "
@@ -98,7 +98,7 @@ class Merger:
         return facts | ({"clamped": clamped} if clamped else {})
 
     def _task_vector(self, tensor: AlignedTensor, chunks: list[ChunkFacts]) -> float | None:
-        """‖donor − base‖ from the chunks' squares, or as the method knows it; None without a base."""
+        """‖donor − base‖ from the chunks' squares, or from the method; None without a base."""
         if not self.method.reads_sources:
             return self.method.task_vector_norm(tensor.name)
         return math.sqrt(math.fsum(one.task_vector for one in chunks)) if tensor.donor_base else None
@@ -107,7 +107,7 @@ class Merger:
         return tensor.verdict == "merged" and self.inputs.info(tensor).elements > 0
 
     def _recast(self, tensor: AlignedTensor) -> bool:
-        """Whether the output has another dtype than the VLM, so that its bytes cannot be copied."""
+        """Whether the output's dtype differs from the VLM's, so that bytes cannot be copied."""
         return self.writer.spec(tensor.name).dtype != self.inputs.info(tensor).dtype
 
     def _tasks(self) -> Iterator[Task]:
@@ -122,7 +122,7 @@ class Merger:
                 yield Task(tensor, start, min(size, start + step), start + step >= size)
 
     def work(self, task: Task) -> tuple[Task, list[ChunkFacts]]:
-        """Copy or merge one range; what is known of its chunks."""
+        """Copy or merge one range; returns the facts of its chunks."""
         lane = self.inputs.lanes.get()
         try:
             if not self._merges(task.tensor):
@@ -135,7 +135,7 @@ class Merger:
             self.inputs.lanes.put(lane)
 
     def _chunks(self, task: Task, lane: Lane) -> Iterator[ChunkFacts]:
-        """Merge a range chunk by chunk: in the compiled pass where it can, else in torch."""
+        """Merge a range chunk by chunk: in the compiled pass if possible, else in torch."""
         tensor, fast = task.tensor, self.compiled and self._in_bfloat16(task.tensor)
         step = WIDE * CHUNK if fast else task.stop - task.start
         for start in range(task.start, task.stop, step):
@@ -147,7 +147,7 @@ class Merger:
                 yield self._chunk(tensor, context, raw, pieces, lane)
 
     def _in_bfloat16(self, tensor: AlignedTensor) -> bool:
-        """Whether all that is read and written of a tensor is bfloat16 in one order, and rounded to nearest."""
+        """Whether all inputs and the output of a tensor are bfloat16 in the same order, rounded to nearest."""
         sources = self.inputs.sources(tensor)
         if self.seed is not None or any(source.layout.kind != "whole" for source in sources.values()):
             return False
@@ -155,7 +155,7 @@ class Merger:
         return dtypes | {self.inputs.info(tensor).dtype, self.writer.spec(tensor.name).dtype} == {"BF16"}
 
     def _fused(self, tensor: AlignedTensor, start: int, count: int, lane: Lane) -> ChunkFacts | None:
-        """Merge one chunk in the compiled pass and write it; None, and nothing written, where torch must decide."""
+        """Merge one chunk in the compiled pass and write it; None, with nothing written, where torch must merge it."""
         fused = self.method.fused(self.inputs.context(tensor, start))
         names = {key: source.names[0] for key, source in self.inputs.sources(tensor).items()}
         if fused is None or (fused.form == "ties") != ("vlm_base" in names):
@@ -175,7 +175,7 @@ class Merger:
         return facts
 
     def _copy(self, task: Task, lane: Lane) -> int:
-        """Copy a range; how many of its values are NaN or infinite."""
+        """Copy a range; returns how many of its values are NaN or infinite."""
         info, buffer = self.inputs.info(task.tensor), lane.views["vlm"]
         nonfinite = 0
         for offset in range(task.start, task.stop, len(buffer)):
@@ -238,7 +238,7 @@ class Merger:
     ) -> ChunkFacts:
         """Cast to the output's dtype and write a merged piece; squares: ‖before‖² and ‖donor − base‖².
 
-        No element is larger than the norm, so that only a piece of enormous norm is looked at element by element.
+        No element is larger than the norm, so that only a piece of very large norm is checked element by element.
         """
         spec = self.writer.spec(tensor.name)
         dtype = TORCH_DTYPES[spec.dtype]
@@ -264,7 +264,7 @@ class Merger:
                 )
             cast.copy_(merged.clamp(-largest, largest))
         self.writer.write_bytes(tensor.name, start * dtype.itemsize, lane.views["out"][: len(raw)])
-        # the VLM's bytes are not needed any more: their memory takes what is written
+        # the VLM's bytes are no longer needed: their memory takes the written values
         written = lane.raw["vlm"][: 4 * merged.numel()].view(torch.float32).copy_(cast).sub_(before)
         changed = int(np.count_nonzero(written.numpy() != 0))  # six times as fast as torch's
         error = written.sub_(meant)
@@ -274,12 +274,12 @@ class Merger:
 
 
 def count_nonfinite(raw: Tensor, dtype: torch.dtype) -> int:
-    """How many values of `raw`, bytes of a tensor of this dtype, are NaN or infinite; 0 of whole numbers."""
+    """How many values of `raw`, the bytes of a tensor of this dtype, are NaN or infinite; 0 for integer dtypes."""
     dtype = torch.float32 if dtype.is_complex else dtype
     if not dtype.is_floating_point:
         return 0
     total = 0
-    for part in raw.view(dtype).split(1 << 16):  # torch reduces bfloat16 by way of a copy in float32
+    for part in raw.view(dtype).split(1 << 16):  # torch reduces bfloat16 through a float32 copy
         values = part if dtype.itemsize > 1 else part.float()
         norm = torch.linalg.vector_norm(values, dtype=torch.float32 if dtype.itemsize < 4 else None)
         if not math.isfinite(norm):

@@ -32,7 +32,7 @@ from vlmgraft.storage.progress import Progress
 from vlmgraft.storage.publish import partial_folder
 
 WORTH_COMPILING = 1 << 27
-"""Merged elements in bfloat16 from which loading the pass, half a second, costs less than it saves on two cores."""
+"""Merged bfloat16 elements from which the compiled pass saves more time on two cores than loading it takes (0.5 s)."""
 
 
 def merge_tensors(
@@ -52,14 +52,14 @@ def merge_tensors(
 ) -> Receipt:
     """Write the merged checkpoint `out`: the VLM's names, shapes and dtypes, and receipt.json.
 
-    float32: merged tensors are written in float32 rather than the VLM's dtype. fill: writes the side files into the
-    folder that it is called with. clamp, allow_nonfinite, seed: see `Merger`. resume: go on with what an interruption,
-    or with `resume` any failure but a refusal, left; whoever stops a merge can resume it.
+    float32: merged tensors are written in float32. fill: writes the side files into a given folder. clamp,
+    allow_nonfinite, seed: see `Merger`. resume: continue an interrupted merge. What is written is then also kept after
+    an error, unless the inputs were refused; after an interruption by the user it is always kept.
 
     Raises:
         OutputError: `out` exists or is an input. AlignmentError: a checkpoint that the method needs is missing, or the
             task vector is zero. WeightsError: an input holds NaN or infinity, naming tensor and file. NumericalError:
-            overflow on the cast. Nothing is published then and no partial folder stays.
+            overflow on the cast. Nothing is published then, and without `resume` no partial folder stays.
     """
     began = time.perf_counter()
     check_needs(alignment, method)
@@ -97,12 +97,12 @@ def _merge(
     may_guess: bool,
     options: Mapping[str, Any],
 ) -> Method:
-    """Write all tensors; the method as it was prepared. options: of `Merger`. Raises MisjudgedError."""
+    """Write all tensors; returns the prepared method. options: of `Merger`. Raises MisjudgedError."""
     with ExitStack() as stack:
         read = alignment.opened if method.reads_sources else {"vlm": alignment.vlm}
         inputs = Inputs(alignment, {name: stack.enter_context(Reader(one)) for name, one in read.items()})
         pool = stack.enter_context(ThreadPoolExecutor(threads))
-        stack.enter_context(one_core_each())  # our threads share the work; torch's own would get in their way
+        stack.enter_context(one_core_each())  # our threads share the work; torch's own would compete with them
         for _ in range(threads):
             inputs.lanes.put(Lane(read))
         prepared = method.prepare(MergedPasses(inputs, pool, threads, may_guess))
@@ -112,7 +112,7 @@ def _merge(
                 if progress is not None:
                     progress(len(writer.done), len(alignment.tensors), name)
         except NumericalError as error:
-            if prepared.guessed:  # the right thresholds may not overflow
+            if prepared.guessed:  # the exact thresholds may not overflow
                 raise MisjudgedError(str(error)) from error
             raise
         merged = [tensor.name for tensor in alignment.merged if inputs.info(tensor).elements]
@@ -122,7 +122,7 @@ def _merge(
 
 
 def _numba(alignment: Alignment, method: Method) -> dict[str, str]:
-    """numba's version where it works, and a merge is large enough to load the compiled pass (half a second)."""
+    """numba's version if it works and the merge is large enough to load the compiled pass; else empty."""
     merged = [alignment.vlm.tensors[tensor.name] for tensor in alignment.merged]
     elements = sum(info.elements for info in merged if info.dtype == "BF16")
     if elements < WORTH_COMPILING or type(method).fused is Method.fused:
@@ -132,25 +132,25 @@ def _numba(alignment: Alignment, method: Method) -> dict[str, str]:
 
 @cache
 def _compiled_by() -> dict[str, str]:
-    """numba's version where it is installed and works; a line in the log where it does not: torch merges then."""
+    """numba's version if it is installed and works; else empty, and torch merges. A failure is logged."""
     try:
         if find_spec("numba") is None:
             return {}
         from vlmgraft.merging.compiled import FORMS, VERSION, is_torch
 
-        right = [is_torch(form) for form in FORMS]  # here, where whatever they raise is caught
+        right = [is_torch(form) for form in FORMS]  # here, where all exceptions are caught
         return {"numba": VERSION} if any(right) else {}
-    except Exception as error:  # noqa: BLE001  (of whatever a library, its cache or a full disk may raise)
+    except Exception as error:  # noqa: BLE001  (a library, its cache or a full disk may raise anything)
         logging.getLogger("vlmgraft").warning("numba does not work here (%r): merging in torch", error)
         return {}
 
 
 class MisjudgedError(VlmgraftError):
-    """What a method guessed is not so."""
+    """A method's guess proved wrong during the merge."""
 
 
 def _key(alignment: Alignment, method: object, shard_size: int) -> str:
-    """Changes with everything that the merged bytes depend on."""
+    """Resume key: a hash of everything that the merged bytes depend on."""
     opened = list(alignment.opened.values())
     made_from = fingerprint([file for checkpoint in opened for file in checkpoint.files])
     return hashlib.sha256(repr((method, made_from, opened, alignment.tensors, shard_size)).encode()).hexdigest()[:16]

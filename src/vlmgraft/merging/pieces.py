@@ -2,8 +2,8 @@
 
 A `Lane` is the memory of one thread: it is allocated once, and every chunk is read and converted into it. A chunk is
 checked by its squared norm, which is needed anyway and is finite only if every element is: one reduction instead of a
-mask. Where the square overflows, the elements decide. `MergedPasses` goes over the same pieces for methods that must
-see all weights before they can merge any.
+mask. If the square overflows, the elements are checked. `MergedPasses` iterates over the same pieces for methods that
+must see all weights before they can merge any.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ Pieces = dict[str, Tensor]
 S = TypeVar("S")
 T = TypeVar("T")
 AHEAD = 4
-"""Tasks per thread that wait their turn: enough that no thread idles, few enough to stop soon after an error."""
+"""Queued tasks per thread: enough that no thread idles, few enough to stop soon after an error."""
 
 
 WIDE = 4
-"""Chunks that are sampled together, and that a pass hands to a thread at a time."""
+"""Chunks that are sampled together, and that a thread takes at a time."""
 
 
 def squared_norm(piece: Tensor) -> float:
     """‖piece‖² of a flat float32 piece; NaN exactly where the piece holds NaN or infinity."""
-    found = math.fsum(float(torch.dot(part, part)) for part in piece.split(1 << 16))  # longer sums lose digits
+    found = math.fsum(float(torch.dot(part, part)) for part in piece.split(1 << 16))  # longer sums lose precision
     if math.isfinite(found):
         return found
     return float(piece.double().square().sum()) if torch.isfinite(piece).all() else math.nan
@@ -65,18 +65,18 @@ class Lane:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The checkpoints of an alignment that are read, by key; every method may be called from several threads."""
+    """The open checkpoints of an alignment, by key; every method may be called from several threads."""
 
     alignment: Alignment
     readers: dict[str, Reader]
     lanes: SimpleQueue[Lane] = field(default_factory=SimpleQueue)
 
     def sources(self, tensor: AlignedTensor) -> dict[str, Source]:
-        """The sources of a tensor beside the VLM's own that are open, by checkpoint."""
+        """The sources of a tensor in the open checkpoints other than the VLM, by checkpoint."""
         return {key: source for key, source in sources_of(tensor).items() if key in self.readers}
 
     def digests(self, tensor: AlignedTensor) -> dict[str, dict[str, str]]:
-        """Checkpoint → tensor on disk → digest of its bytes, of what was read whole to make a tensor."""
+        """Checkpoint → tensor on disk → digest of its bytes, for the inputs of a tensor that were read whole."""
         names = {"vlm": (tensor.name,)} | {key: source.names for key, source in self.sources(tensor).items()}
         return {key: self.readers[key].digests(of_key) for key, of_key in names.items()}
 
@@ -90,7 +90,7 @@ class Inputs:
         return TensorContext(tensor.name, shape, self.alignment.layers, tensor.layer, tensor.group, start)
 
     def whole(self, tensor: AlignedTensor) -> tuple[Tensor, Pieces]:
-        """The VLM's tensor as on disk, and all checkpoints' in float32 and the VLM's shape; not checked."""
+        """The VLM's tensor as on disk, and every checkpoint's in float32 and the VLM's shape; not checked for NaN."""
         own = self.readers["vlm"].tensor(tensor.name)
         pieces = {"vlm": own.float()}
         for key, source in self.sources(tensor).items():
@@ -111,7 +111,7 @@ class Inputs:
         return piece
 
     def chunk(self, tensor: AlignedTensor, start: int, count: int, lane: Lane) -> tuple[memoryview, Pieces]:
-        """Elements from `start` on in the lane: the VLM's bytes as on disk, and all checkpoints' in float32."""
+        """Elements from `start` on, in the lane's memory: the VLM's bytes as on disk, and all checkpoints' float32."""
         info = self.info(tensor)
         pieces = {"vlm": lane.floats["vlm"][:count]}
         raw = self._read("vlm", tensor.name, start, pieces["vlm"], lane)
@@ -126,12 +126,12 @@ class Inputs:
                 self._read(key, source.names[0], start, pieces[key][:shared], lane)
             kept, width = source.layout.kept, info.elements // info.shape[0]
             for row in kept[bisect_left(kept, start // width) : bisect_left(kept, -(-(start + count) // width))]:
-                inside = slice(max(0, row * width - start), (row + 1) * width - start)  # its token is another one's
+                inside = slice(max(0, row * width - start), (row + 1) * width - start)  # the row is another token's
                 pieces[key][inside] = pieces["vlm"][inside]
         return raw, pieces
 
     def _read(self, key: str, name: str, start: int, out: Tensor, lane: Lane) -> memoryview:
-        """Fill `out` with elements of a tensor on disk; gives their bytes."""
+        """Fill `out` with elements of a tensor on disk; returns their bytes."""
         info = self.readers[key].info(name)
         dtype = TORCH_DTYPES[info.dtype]
         raw = lane.views[key][: out.numel() * dtype.itemsize]
@@ -163,9 +163,9 @@ class Inputs:
 def chunks_of(
     inputs: Inputs, tensor: AlignedTensor, start: int, stop: int, lane: Lane, sample: int = 1
 ) -> Iterator[tuple[TensorContext, memoryview, Pieces]]:
-    """(context, the VLM's bytes, float32 pieces) of every chunk of a range, in the lane's memory where they line up.
+    """(context, the VLM's bytes, float32 pieces) of every chunk of a range, in the lane's memory if sources line up.
 
-    sample: only one element in so many (at least `WIDE`, when not 1): the first of every `WIDE` chunks, rounded up.
+    sample: only one in `sample` elements (at least `WIDE`, unless 1): the first of every `WIDE` chunks, rounded up.
     """
     step = CHUNK if sample == 1 else WIDE * CHUNK
     if lines_up(tensor):
@@ -203,7 +203,7 @@ class MergedPasses:
     def map(
         self, function: Callable[[Mapping[str, Tensor], TensorContext], T], *, sample: int = 1
     ) -> Iterator[tuple[TensorContext, T]]:
-        """`function` of every chunk, in the threads, results in order."""
+        """Call `function` for every chunk, in the threads; results in order."""
 
         def work(task: tuple[AlignedTensor, int, int]) -> list[tuple[TensorContext, T]]:
             tensor, start, stop = task
@@ -231,7 +231,7 @@ class MergedPasses:
 
 
 def ranges(tensor: AlignedTensor, elements: int, step: int) -> Iterator[tuple[int, int]]:
-    """Cut a tensor whose element order on disk is the VLM's into ranges; another one is a range of its own."""
+    """Cut a tensor into ranges if all sources have the VLM's element order on disk; any other tensor is one range."""
     if not lines_up(tensor):
         step = elements
     for start in range(0, elements, step):

@@ -1,4 +1,4 @@
-"""What a merge will read, write, take and need, from headers alone; no torch, and work linear in the tensors."""
+"""What a merge reads and writes, its time and its memory, from headers alone; no torch, work linear in the tensors."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from vlmgraft.methods.base import Method
 
 CHUNK = 1 << 18
-"""Elements per piece: four float32 pieces stay in a core's cache, whole tensors take ten times as long an element."""
+"""Elements per piece: four float32 pieces stay in a core's cache; whole tensors take ten times as long per element."""
 
 WIDEST = max(ITEM_SIZES.values())
 OTHERS = ("donor", "donor_base", "vlm_base")
 DEQUANTISING = 24
-"""Bytes per element of the largest quantised matrix: float32 values, scales and product, and two results kept."""
+"""Bytes per element of the largest quantised matrix: float32 values, scales and product, and two kept results."""
 ASSUMED_RATE = 10**9
 """Bytes read and written per second that `plan_merge` assumes: a disk of 1 GB/s, or two cores on cached files."""
 
@@ -31,7 +31,7 @@ class MergePlan:
     """A merge before it runs. The output has exactly the VLM's tensors, so it is complete by construction.
 
     merged, kept, excluded: tensors by verdict. read, written: bytes, read over all passes. files: shards written. rate:
-    bytes per second that `seconds` assumes. memory: private bytes beside the libraries' own, at most.
+    bytes per second assumed for `seconds`. memory: upper bound on private bytes, besides those of the libraries.
     """
 
     method: str
@@ -61,7 +61,7 @@ def plan_merge(
     Args:
         shard_size: bytes of data per output file, at most.
         float32: merged tensors are written in float32.
-        rate: bytes per second, read and written, to reckon the time with. Methods that decompose matrices take longer.
+        rate: bytes read and written per second, for the time estimate. Methods that decompose matrices take longer.
     Raises:
         AlignmentError: a checkpoint that the method needs is missing. ValueError: a shard size or rate below 1.
     """
@@ -90,7 +90,7 @@ def plan_merge(
 
 
 def written_specs(alignment: Alignment, float32: bool = False) -> list[TensorSpec]:
-    """Name, dtype and shape of every tensor of the output: the VLM's, with `float32` merged ones in float32."""
+    """Name, dtype and shape of every output tensor: as in the VLM, but with `float32` merged tensors are float32."""
     wide = {tensor.name for tensor in alignment.tensors if float32 and tensor.verdict == "merged"}
     return [
         TensorSpec(info.name, "F32" if info.name in wide else info.dtype, info.shape)
@@ -106,13 +106,13 @@ def check_needs(alignment: Alignment, method: Method | type[Method]) -> None:
 
 
 def sources_of(tensor: AlignedTensor) -> dict[str, Source]:
-    """The sources of a tensor beside the VLM's own, by checkpoint."""
+    """The sources of a tensor in checkpoints other than the VLM, by checkpoint."""
     found = {key: getattr(tensor, key) for key in OTHERS}
     return {key: source for key, source in found.items() if source is not None}
 
 
 def lines_up(tensor: AlignedTensor) -> bool:
-    """Whether all sources have the VLM's element order on disk (rows that one lacks apart), so that chunks line up."""
+    """Whether all sources have the VLM's element order on disk (missing rows aside), so that their chunks line up."""
     return all(
         source is None or source.layout.kind in ("whole", "rows")
         for source in (tensor.donor, tensor.donor_base, tensor.vlm_base)
@@ -120,12 +120,12 @@ def lines_up(tensor: AlignedTensor) -> bool:
 
 
 def streamed(tensor: AlignedTensor, method: Method | type[Method]) -> bool:
-    """Whether a tensor is merged chunk by chunk from the files, and never held whole."""
+    """Whether a tensor is merged chunk by chunk from the files, without being held whole."""
     return not method.whole_tensors and lines_up(tensor)
 
 
 def _bytes_read(alignment: Alignment, tensor: AlignedTensor, sources: bool) -> int:
-    """Bytes of a merged tensor in all checkpoints; without `sources` in the VLM and as float32 factors of full rank."""
+    """Bytes of a merged tensor in all checkpoints; without `sources`, of the VLM's and float32 factors of full rank."""
     info = alignment.vlm.tensors[tensor.name]
     total = info.nbytes
     if not sources:
@@ -143,11 +143,11 @@ def _bytes_read(alignment: Alignment, tensor: AlignedTensor, sources: bool) -> i
 
 
 def _memory(alignment: Alignment, whole: int, threads: int, sources: bool) -> int:
-    """Buffers of every thread, and whole tensors of `whole` elements where a tensor cannot be streamed.
+    """Memory of every thread: buffers, and whole tensors of `whole` elements where a tensor cannot be streamed.
 
-    Such a tensor is held in float32 by every checkpoint, once more in the files' dtype, and once as result and change.
+    Such a tensor is held in float32 for every checkpoint, once more in the files' dtype, and as result and change.
     """
-    others = sum(getattr(alignment, key) is not None for key in OTHERS) if sources else 2  # else U and Vh
+    others = sum(getattr(alignment, key) is not None for key in OTHERS) if sources else 2  # or U and Vh
     opened = [getattr(alignment, key) for key in ("vlm", *(OTHERS if sources else ()))]
     largest = [max(one.tensors[name].elements for name in one.packed) for one in opened if one and one.packed]
     keys = 1 + others

@@ -1,4 +1,4 @@
-"""What a merge did, tensor by tensor: made from what was written, sealed as receipt.json, and read again."""
+"""The record of a merge, tensor by tensor: made from the written tensors, sealed as receipt.json, and read again."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vlmgraft.spectral.task_vector import zero_everywhere
 
 FAR = 0.5
 """‖τ‖ / ‖W_vlm‖ from which a merge warns. Measured pairs have 0.007 (a trio of 135 M) and 0.09, at most 0.12 in a layer
-(the lab); two unrelated matrices of one norm are 1.41 apart. Half is four times the one and a third of the other."""
+(the lab); unrelated matrices of equal norm have 1.41. The limit is four times 0.12 and a third of 1.41."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,9 @@ def receipt_of(
     fill: Callable[[Path, Survival], object] | None,
     versions: Mapping[str, str],
 ) -> Receipt:
-    """What a merge did whose tensors are all written, before its time is known and it is sealed; adds the side files.
+    """The receipt of a merge whose tensors are all written, before it is timed and sealed; also writes the side files.
 
-    fill: writes them. versions: of libraries beside torch that had a part in it.
+    fill: writes the side files. versions: of libraries other than torch that took part.
     Raises AlignmentError where the task vector is zero.
     """
     opened = alignment.opened
@@ -125,14 +125,14 @@ def _read_from(method: Method, facts: Iterable[dict[str, Any]]) -> dict[str, dic
 
 
 def _values_noted(rows: Sequence[TensorReceipt]) -> list[str]:
-    """A note for every tensor with clamped values, then for every one with copied values that are not finite."""
+    """A note for every tensor with clamped values, then for every tensor with copied NaN or infinite values."""
     beyond = [f"{row.name}: {row.clamped} values clamped to the largest of {row.dtype}" for row in rows if row.clamped]
     copied = [f"{row.name}: {row.nonfinite} values are NaN or infinite, as in the VLM" for row in rows if row.nonfinite]
     return beyond + copied
 
 
 def _far(alignment: Alignment, rows: Sequence[TensorReceipt], weights: Sequence[float]) -> tuple[str, ...]:
-    """A note where the task vector is so long, against the VLM's weights, that the base is hardly the donor's."""
+    """A warning if the task vector is so long, against the VLM's weights, that the base is hardly the donor's."""
     weight = math.hypot(*weights)
     ratio = math.hypot(*(row.task_vector or 0.0 for row in rows)) / weight if weight else 0.0
     if ratio < FAR or alignment.donor_base is None:
@@ -145,7 +145,7 @@ def _far(alignment: Alignment, rows: Sequence[TensorReceipt], weights: Sequence[
 
 
 def _warning(kept: Survival) -> tuple[str, ...]:
-    """A note where too little of the change survived the cast."""
+    """A warning if too little of the change survived the cast."""
     if kept.effective is None or kept.effective >= LEAST_EFFECTIVE:
         return ()
     return (
@@ -155,7 +155,7 @@ def _warning(kept: Survival) -> tuple[str, ...]:
 
 
 def finished_receipt(out: Path, inputs: Sequence[Path]) -> Receipt | None:
-    """The receipt of a merged folder, unless there is none or it was made from other input files."""
+    """The receipt of a merged folder; None if there is none, or if it was made from other input files."""
     try:
         found = json.loads((out / RECEIPT).read_text(encoding="utf-8"))
         if found["digest"] != seal(found) or found["inputs"] != fingerprint(inputs):
@@ -168,7 +168,7 @@ def finished_receipt(out: Path, inputs: Sequence[Path]) -> Receipt | None:
 
 
 def fingerprint(files: Sequence[Path]) -> str:
-    """Changes when a file is replaced. Times are compared for being equal, never for order: clocks jump."""
+    """A hash that changes when a file is replaced. Times are tested for equality, never ordered: clocks jump."""
     stats = [(str(file), file.stat()) for file in files]
     known = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     return hashlib.sha256(repr(known).encode()).hexdigest()[:16]

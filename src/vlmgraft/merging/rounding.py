@@ -1,11 +1,11 @@
-"""What of a merge survives the cast to the file's dtype, and a cast that keeps it on average.
+"""How much of a merge survives the cast to the file's dtype, and a cast that preserves it on average.
 
-bfloat16 has 8 bits: a change smaller than half a step of a weight is lost by rounding to nearest, so that a merge with
-a small λ may leave most entries as they were. With d = merged − VLM in float32 and w = written − VLM,
+bfloat16 has 8 significant bits: rounding to nearest loses a change smaller than half a step of a weight, so that a
+merge with a small λ may leave most entries unchanged. With d = merged − VLM in float32 and w = written − VLM,
 
     effective λ = ⟨w, d⟩/‖d‖²      noise = ‖w − effective·d‖/‖d‖      changed = share of entries with w ≠ 0
 
-An effective λ of 1 means that the file holds the meant change (as a factor on it), 0 that nothing of it is left.
+An effective λ of 1 means that the file holds the intended change (as a factor on it), 0 that it holds nothing of it.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from vlmgraft.methods.base import TensorContext
 from vlmgraft.methods.draws import draws
 
 LEAST_EFFECTIVE = 0.9
-"""Below it the receipt warns."""
+"""The receipt warns below this effective λ."""
 
 
 @dataclass(frozen=True)
 class ChunkFacts:
-    """Of one chunk. task_vector: ‖donor − base‖². added: ‖d‖². error: ‖w − d‖². along: ⟨w − d, d⟩. changed: entries.
+    """Facts of a chunk. task_vector: ‖donor − base‖². added: ‖d‖². error: ‖w − d‖². along: ⟨w − d, d⟩. changed: count.
 
-    clamped: values beyond the dtype that became its largest. nonfinite: NaN and infinite values of a copied chunk.
+    clamped: values beyond the dtype, set to its largest value. nonfinite: NaN and infinite values of a copied chunk.
     weight: ‖VLM‖².
     """
 
@@ -45,7 +45,7 @@ class ChunkFacts:
 
 @dataclass(frozen=True)
 class Survival:
-    """The figures of the module's text; effective and noise are None where nothing was to be added."""
+    """The figures of the module's docstring; effective and noise are None if there was no change to add."""
 
     effective: float | None
     noise: float | None
@@ -62,7 +62,7 @@ class Survival:
 
 
 def survival(added: float, error: float, along: float, changed: int, elements: int) -> Survival:
-    """The figures from sums of `ChunkFacts` over `elements` entries; w − d loses no digits where it is small."""
+    """The figures from sums of `ChunkFacts` over `elements` entries; sums of w − d stay precise where it is small."""
     share = changed / max(1, elements)
     if not added > 0:
         return Survival(None, None, share)
@@ -71,7 +71,7 @@ def survival(added: float, error: float, along: float, changed: int, elements: i
 
 
 def survival_of(parts: Iterable[tuple[float, Survival, int]]) -> Survival:
-    """The figures of several tensors together, of each ‖d‖, its own figures and its entries."""
+    """The figures of several tensors together, from each tensor's ‖d‖, figures and number of entries."""
     added = error = along = changed = 0.0
     elements = 0
     for norm, part, count in parts:
@@ -85,16 +85,16 @@ def survival_of(parts: Iterable[tuple[float, Survival, int]]) -> Survival:
 
 
 def inner(left: Tensor, right: Tensor) -> float:
-    """⟨left, right⟩ of flat float32 tensors; longer sums would lose digits."""
+    """⟨left, right⟩ of flat float32 tensors, in parts, because longer sums lose precision."""
     pairs = zip(left.split(1 << 16), right.split(1 << 16), strict=True)
     return math.fsum(float(torch.dot(a, b)) for a, b in pairs)
 
 
 def round_stochastically(values: Tensor, out: Tensor, seed: int, context: TensorContext) -> None:
-    """Round flat float32 values into `out`, up or down with the probabilities that keep the mean.
+    """Round flat float32 values into `out`, up or down with the probabilities that preserve the mean.
 
-    The probability is exact to 2⁻¹⁶ for bfloat16 and to 2⁻³² else. Which way is a function of (seed, tensor name,
-    entry) alone. What is beyond the dtype becomes infinite.
+    The probability is exact to 2⁻¹⁶ for bfloat16 and to 2⁻³² for other dtypes. The direction is a function of (seed,
+    tensor name, entry) alone. Values beyond the dtype become infinite.
     """
     words = draws(seed, "rounding", context, values.numel())
     raw = values.contiguous().numpy()

@@ -1,11 +1,11 @@
-"""What a merging method is: a frozen dataclass whose fields are its recipe, with one function on float32 tensors.
+"""The interface of merging methods: a frozen dataclass of the recipe's options, with one function on float32 tensors.
 
-A merge calls `check(alignment)` on headers, then `prepare(passes)` once, and streams `apply` of what `prepare` gives
-back. Most methods need no preparation and are their own result; one that must see the weights first (a global
-threshold, say) gives back another `Method` that holds what its passes found.
+A merge calls `check(alignment)` on headers, then `prepare(passes)` once, and streams `apply` of the method that
+`prepare` returns. Most methods need no preparation and return themselves; one that must see the weights first (for a
+global threshold, say) returns another `Method` that holds the results of its passes.
 
-Options that are numbers are annotated `Number`, `Number | None` or `Pair`, so that `check_numbers` finds them and reads
-every one for every tensor before a merge starts.
+Numeric options are annotated `Number`, `Number | None` or `Pair`, so that `check_numbers` finds them and evaluates each
+of them for every tensor before a merge starts.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ DEFAULT_MODULES = ("attention", "mlp")
 
 @dataclass(frozen=True)
 class TensorContext:
-    """Where a piece belongs. name: the VLM's name on disk. layer: None outside the layers. start: of the chunk."""
+    """Where a piece belongs. name: the VLM's name on disk. layer: None outside the layers. start: first element."""
 
     name: str
     shape: tuple[int, ...]
@@ -50,15 +50,15 @@ class TensorContext:
 
 @dataclass(frozen=True)
 class Fused:
-    """What a method does to one element, for a pass that is compiled (`merging/compiled.py`); `apply` is its twin.
+    """A method's operation on one element, for the compiled pass (`merging/compiled.py`); it must agree with `apply`.
 
     add          vlm + λ·(donor − donor_base)        numbers: λ
     lerp         donor + a·(vlm − donor)             a
     sum          a·vlm + b·donor                     a, b
-    ties         as `ties.py`, by the mean of what agrees with an unweighted election: both thresholds, both weights, λ
+    ties         `ties.py` with an unweighted election and the mean: both thresholds, both weights, λ
 
-    tally: of `ties`, called with the elements and, of each task vector, its magnitudes above the threshold and at or
-    above it.
+    tally: for `ties`, called with the number of elements and, for each task vector, the numbers of magnitudes above the
+    threshold and at or above it.
     """
 
     form: Literal["add", "lerp", "sum", "ties"]
@@ -70,7 +70,7 @@ class Passes(Protocol):
     """Passes over the merged tensors, in disk order, for `prepare`. Every call starts a new pass over the files.
 
     Keys are "vlm", "donor" and the bases that the recipe gives. All pieces are float32 and finite: WeightsError names
-    the tensor and file that is not. may_guess: a merge follows that tells whether a guess was right (`bears_out`).
+    tensor and file otherwise. may_guess: guesses are allowed, since the merge that follows verifies them (`bears_out`).
     """
 
     @property
@@ -80,15 +80,15 @@ class Passes(Protocol):
         """Every merged tensor with a loader: `loader(key)` reads the whole tensor of that checkpoint, in its shape."""
 
     def chunks(self) -> Iterator[tuple[TensorContext, Mapping[str, Tensor]]]:
-        """Every flat chunk that `apply` of a method of chunks will be given, one after the other; yours to keep."""
+        """Every flat chunk that a method without `whole_tensors` will get, in order; the caller may keep it."""
 
     def map(
         self, function: Callable[[Mapping[str, Tensor], TensorContext], T], *, sample: int = 1
     ) -> Iterator[tuple[TensorContext, T]]:
-        """`function(chunk, context)` of every chunk, called from several threads, results in order: the fast pass.
+        """Call `function(chunk, context)` for every chunk from several threads, results in order: the fast pass.
 
-        sample: read only about one element in so many of every tensor, in pieces spread over it.
-        The chunk's memory is used again after the call: the function gives back a number or a small tensor of its own.
+        sample: read only about one in `sample` elements of every tensor, in pieces spread over the tensor.
+        The chunk's memory is reused after the call: the function must return a number or a small tensor of its own.
         """
 
 
@@ -97,11 +97,11 @@ class Method:
     """Base of all methods.
 
     name: in recipes. needs: checkpoints beside VLM and donor ("donor_base", "vlm_base"). default_modules: merged where
-    the recipe names none. whole_tensors: `apply` is given whole tensors in their shape; else flat chunks (of 262,144
-    elements in a merge, the last one shorter; `context.start` is the first element's number), in which it treats every
-    element alike. matrices_only: `check_numbers` refuses tensors without singular directions.
-    passes: over the merged weights that `prepare` makes, for the plan's estimate. reads_sources: False for a method
-    that brings its own update (FRISM's factors): it is given the VLM alone.
+    the recipe names none. whole_tensors: `apply` gets whole tensors in their shape; else flat chunks (of 262,144
+    elements in a merge, the last one shorter; `context.start` is the index of the first element), in which it must
+    treat every element alike. matrices_only: `check_numbers` refuses tensors without singular directions. passes: how
+    many passes over the merged weights `prepare` makes, for the plan's estimate. reads_sources: False for a method that
+    brings its own update (FRISM's factors): it gets the VLM's tensors only.
     """
 
     name: ClassVar[str]
@@ -116,55 +116,51 @@ class Method:
         """Refuse options that do not fit the aligned models; raises RecipeError before a merge starts."""
 
     def prepare(self, passes: Passes) -> Method:
-        """The method that is streamed: this one, or another that holds what `passes` over the weights found."""
+        """The method that the merge applies: this one, or another that holds results of `passes` over the weights."""
         return self
 
     @property
     def guessed(self) -> bool:
-        """Whether a prepared method holds guesses, which `bears_out` decides about."""
+        """Whether a prepared method holds guesses, which `bears_out` verifies."""
         return False
 
     def tally(self, name: str) -> Any:
-        """What a prepared method that guessed counted while it merged a tensor, as JSON values; None: nothing."""
+        """Counts that a method with guesses made while it merged a tensor, as JSON values; None without counts."""
         return None
 
     def bears_out(self, tallies: Sequence[Any]) -> bool:
-        """Whether the tallies of all merged tensors bear out what `prepare` guessed. If not, the merge is made again
+        """Whether the tallies of all merged tensors confirm the guesses of `prepare`. If not, the merge is repeated
         without guesses."""
         return True
 
     def notes(self) -> tuple[str, ...]:
-        """What a prepared method has to say in the receipt and on the terminal."""
+        """Notes of a prepared method for the receipt and the terminal."""
         return ()
 
     def task_vector_norm(self, name: str) -> float | None:
-        """‖τ‖_F of a tensor, by a method that knows it without the sources (`reads_sources` is False)."""
+        """‖τ‖_F of a tensor, from a method that knows it without reading sources (`reads_sources` is False)."""
         return None
 
     def sources_read(self) -> Mapping[str, Mapping[str, str]]:
-        """Checkpoint → tensor → digest of what was read before the merge, by such a method."""
+        """Checkpoint → tensor → digest of what a method without `reads_sources` read before the merge."""
         return {}
 
     def apply(self, tensors: Mapping[str, Tensor], context: TensorContext) -> Tensor:
-        """The merged piece in float32 from float32 pieces of "vlm", "donor" and what `needs` names.
+        """The merged float32 piece from float32 pieces of "vlm", "donor" and the checkpoints in `needs`.
 
-        Inputs are not changed and not kept: a merge uses their memory again, and the result's too where it comes from
-        `scratch`, which a method of chunks should take all its memory from. A result that is the VLM's piece is that
-        very object, so that its bits survive. Called from several threads.
+        Inputs must be neither changed nor kept: a merge reuses their memory, and the memory of a result from `scratch`,
+        from which a method on chunks should allocate. If the result is the VLM's piece, `apply` must return that very
+        object, so that its bytes are kept. Called from several threads.
         """
         raise NotImplementedError(f"{self.name}: a merge streams what `prepare` gives back")
 
     def fused(self, context: TensorContext) -> Fused | None:
-        """`apply` of a chunk as one of the forms that are compiled; None: it is none of them, or gives the VLM back."""
+        """`apply` of a chunk as one of the compiled forms; None if no form fits or the result is the VLM's piece."""
         return None
 
 
 def number_for(value: Number, context: TensorContext, option: str) -> float:
-    """The number that holds for one tensor: itself, interpolated over depth, or its group's.
-
-    Raises:
-        RecipeError: an empty list, a list for a tensor outside the layers, or a map without the tensor's group.
-    """
+    """The option's number for one tensor: the number itself, interpolated over depth, or its group's."""
     if isinstance(value, dict):
         if context.group not in value:
             raise RecipeError(f"method.{option}: has no value for group {context.group!r} ({context.name})")
@@ -210,12 +206,12 @@ def check_range(
 
 
 def check_numbers(method: Method, alignment: Alignment) -> None:
-    """Prove before a merge that the method's options hold for every tensor that it will be given.
+    """Validate the method's options for every tensor that it will merge, before a merge starts.
 
     Raises:
         RecipeError: a map with an unknown group or without a tensor's group, a list for a tensor outside the layers, or
-            what the method's own `check(alignment)` refuses.
-        AlignmentError: a method of matrices is given a tensor that is none.
+            an option that the method's own `check(alignment)` refuses.
+        AlignmentError: a method with `matrices_only` would get a tensor that is not a matrix.
     """
     merged = {(tensor.group, tensor.layer is None): tensor for tensor in reversed(alignment.merged)}
     for option, value in numbers_of(method):

@@ -4,9 +4,9 @@
 
 Of the n entries of a tensor, β drops the ⌊γ·n⌋ of largest magnitude as outliers and keeps the next ⌊density·n⌋; where
 fewer are left, fewer outliers are dropped, as in mergekit. The paper writes γ for the quantile below the outliers
-(1 − γ here). Each matrix of a stack of experts is thinned by itself. Entries as large as a boundary's are kept
-together; mergekit breaks such ties by position, and drops every entry where ⌊γ·n⌋ is 0. With an `election`, signs are
-elected and merged as `ties` does: mergekit's `breadcrumbs_ties` is `election: weighted`, `combine: sum`.
+(1 − γ here). Each matrix of a stack of experts is thinned by itself. Entries that tie with a boundary are all
+kept; mergekit breaks such ties by position, and drops every entry where ⌊γ·n⌋ is 0. With an `election`, signs are
+elected and merged as in `ties`: mergekit's `breadcrumbs_ties` is `election: weighted`, `combine: sum`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Breadcrumbs(SignMethod):
-    """Drop what is small and what is an outlier, add."""
+    """Drop the smallest entries and the outliers, then add."""
 
     name: ClassVar[str] = "breadcrumbs"
     whole_tensors: ClassVar[bool] = True
@@ -31,7 +31,7 @@ class Breadcrumbs(SignMethod):
     gamma: Number = 0.01
     """γ, the share of the entries that are dropped as outliers, 0 to 1."""
     election: Election = field(default="none", kw_only=True)
-    """Of signs, as in `ties`; none, the default: both task vectors are added."""
+    """Election of signs, as in `ties`; with none, the default, both task vectors are added."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,7 +43,7 @@ class Breadcrumbs(SignMethod):
 
 
 def without_extremes(tau: Tensor, density: float, outliers: float) -> Tensor:
-    """τ with zeros but for the ⌊density·n⌋ entries that follow the ⌊outliers·n⌋ largest in magnitude; in place."""
+    """Zero τ except the ⌊density·n⌋ entries that follow the ⌊outliers·n⌋ largest in magnitude; in place."""
     if density >= 1:
         return tau
     count = tau.numel()

@@ -1,4 +1,4 @@
-"""The prompts of methods with gates, as a recipe names them."""
+"""The calibration prompts of methods with gates, as a recipe gives them."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from vlmgraft.errors import RecipeError
 from vlmgraft.storage.urls import check_url
 
 BATCHES = ("batch_size", "batch_tokens", "answer_batch_size", "answer_batch_tokens")
-"""The limits of a batch, of the training and of the answering."""
+"""Fields that limit the batches of training and of answering."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The prompts that gates are learned on, and those on which the drift is measured."""
+    """The prompts that gates are learned on, and those on which the KL is measured."""
 
     data: str
     """Question file with images, relative to where the command runs, or a data set, with its split as NAME:SPLIT."""
     samples: int = 512
     """Questions that are learned from."""
     held_out: int = 128
-    """Further questions, on which the drift is measured."""
+    """Further questions, on which the KL is measured."""
     max_new_tokens: int = 64
     """Length of the VLM's answers, tokens."""
     batch_size: int = 8
@@ -34,13 +34,13 @@ class Calibration:
     batch_tokens: int = 16384
     """Tokens of a batch of the training, images and padding included: longer prompts make smaller batches."""
     max_pixels: int = 1_003_520
-    """Larger images are shrunk to so many pixels, 1,280 tokens of a Qwen2.5-VL."""
+    """Larger images are scaled down to this many pixels, 1,280 tokens of a Qwen2.5-VL."""
     packing: Literal["length", "shuffle"] = "length"
     """Batches of similar length (little padding), or shuffled."""
     tokens: Literal["answer", "all"] = "answer"
-    """The drift is that of the answer, or of all text."""
+    """Tokens on which the KL is taken: those of the answer, or of all text."""
     columns: Mapping[str, str] = field(default_factory=dict)
-    """Our name of a column (question, image, …): the data's."""
+    """Column names: ours (question, image, …) → the data's."""
     endpoint: str | None = None
     """Address of a server of the VLM (vLLM, SGLang) that answers the questions in its place, http://…/v1."""
 

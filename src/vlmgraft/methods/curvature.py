@@ -15,7 +15,7 @@ from vlmgraft.methods.frism import DEFAULT_RANK, GatedMethod
 
 @dataclass(frozen=True)
 class Curvature(GatedMethod):
-    """The recipe: directions open until the drift, measured on held-out prompts, reaches the budget."""
+    """The recipe: directions open until the KL, measured on held-out prompts, reaches the budget."""
 
     name: ClassVar[str] = "curvature"
     needs: ClassVar[frozenset[str]] = frozenset({"donor_base"})
@@ -23,19 +23,19 @@ class Curvature(GatedMethod):
     scale: float = 1.0
     """λ, a factor on the open part of the task vector."""
     kl_budget: float = 0.01
-    """Allowed drift from the VLM, nats per token."""
+    """Allowed KL from the VLM, nats per token."""
     rank: Literal["full"] | int | dict[Literal["energy"], float] = DEFAULT_RANK
     """Directions per matrix: a number, full, or {energy: share}."""
     draws: int = 1
     """Passes over the calibration questions, each with its own tokens drawn from the VLM."""
     seed: int = 0
-    """Of the random numbers; one seed gives one result."""
+    """Seed of the random numbers; equal seeds give equal results."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
-    """Less memory, more time, the same gates; auto: where the backward pass would not fit without it."""
+    """Less memory, more time, the same gates; auto: if the backward pass would not fit otherwise."""
     offload: Literal["auto"] | bool = "auto"
-    """Layers wait in the host's memory, more time, the same gates; auto: on a GPU that they would not fit otherwise."""
+    """Keep layers in host memory: more time, the same gates; auto: if they would not fit on the GPU otherwise."""
     calibration: Calibration = field(default_factory=lambda: Calibration("calibration.jsonl"))
-    """The image questions on which drift is estimated and measured."""
+    """The image questions on which the KL is estimated and measured."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,17 +3,17 @@
     dare_linear   W = W_vlm_base + λ·(w₁·δ(τ_vlm) + w₂·δ(τ))        τ_vlm = W_vlm − W_vlm_base,  τ = W_donor − W_base
     dare_ties     W = W_vlm_base + λ·merge(δ(τ_vlm), δ(τ))
 
-δ keeps an entry with probability `density` (the paper's 1 − p) and divides it by `density`, so that its expectation
-stays; `merge` elects signs and merges as `ties` does, with the same options and defaults. Which entries are kept is a
-function of (seed, source, tensor name, entry) alone: every block of 65,536 entries has a random stream of its own
-(numpy's SFC64, whose streams are fixed), whatever the order, the number of threads, the chunks or the shards. The
-probability is exact to 2⁻³². Where implementations differ:
+δ keeps an entry with probability `density` (the paper's 1 − p) and divides it by `density`, so that its expectation is
+unchanged; `merge` elects signs and merges as in `ties`, with the same options and defaults. Which entries are kept
+depends only on (seed, source, tensor name, entry): every block of 65,536 entries has its own random stream (numpy's
+SFC64, whose streams are fixed), independent of order, number of threads, chunks and shards. The probability is exact
+to 2⁻³². Where implementations differ:
 
-- a copy of the BR2V code that circulates computes the division and drops the result: `rescale: false` reproduces it.
-- mergekit keeps the L1 norm of what it rescales in some versions; the paper and PEFT divide by density.
+- a circulating copy of the BR2V code computes the division and discards the result: `rescale: false` reproduces it.
+- some versions of mergekit rescale to the old L1 norm; the paper and PEFT divide by density.
 - the paper draws one mask per run; here a mask is a function of seed, tensor and entry.
-- PEFT merges signs as the defaults here do; mergekit elects on the weighted sum (`election: weighted`) and divides by
-  nothing (`combine: sum`) unless told to normalize.
+- PEFT merges signs like the defaults here; mergekit elects on the weighted sum (`election: weighted`) and does not
+  divide (`combine: sum`) unless `normalize` is set.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def keep_mask(seed: int, source: str, context: TensorContext, count: int, densit
 
 
 def drop(tau: Tensor, seed: int, source: str, context: TensorContext, density: float, rescale: bool) -> Tensor:
-    """τ with entries dropped and, when `rescale`, the others divided by `density`; τ's own memory where it can be."""
+    """τ with entries dropped and, with `rescale`, the others divided by `density`; in τ's own memory if possible."""
     import numpy as np
 
     if density >= 1:
@@ -55,9 +55,9 @@ class DareLinear(TwoVectorMethod):
     name: ClassVar[str] = "dare_linear"
 
     rescale: bool = True
-    """Divide what is kept by the density, as the paper does."""
+    """Divide the kept entries by the density, as in the paper."""
     seed: int = 0
-    """Of the random numbers; one seed gives one result."""
+    """Seed of the random numbers; equal seeds give equal results."""
 
     def thinned(self, tau: Tensor, source: str, context: TensorContext) -> Tensor:
         """δ(τ) of one chunk."""

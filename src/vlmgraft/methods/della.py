@@ -1,13 +1,13 @@
-"""DELLA (arXiv 2406.11617): as DARE, but the larger an entry in its row, the likelier it stays.
+"""DELLA (arXiv 2406.11617): like DARE, but the larger an entry is within its row, the more likely it is kept.
 
     W    = W_vlm_base + λ·merge(δ(τ_vlm), δ(τ))        τ_vlm = W_vlm − W_vlm_base,  τ = W_donor − W_base
     p_ij = density − ε + 2ε·(r_ij − 1)/(n − 1)         r_ij: rank of |τ_ij| among the n entries of row i, 1 the smallest
 
-δ keeps an entry with probability p_ij (density ± ε, mergekit's reading; the paper's ε is the whole width and it states
-what is dropped). `rescale` then divides it by p_ij, so that its expectation stays (the paper's); or it gives the whole
-tensor its old L1 norm back (mergekit's); or it does neither. With ε = 0 this is DARE, the same entries for the same
-seed: random numbers are DARE's, a function of seed, source, tensor and entry. `merge` elects signs as `ties` does; with
-`election: none` both are added, which is mergekit's `della_linear`.
+δ keeps an entry with probability p_ij (density ± ε as in mergekit; the paper's ε is the whole width, and it gives the
+probability of dropping). `rescale` then divides the entry by p_ij, which preserves its expectation (the paper's rule),
+or restores the old L1 norm of the whole tensor (mergekit's rule), or does neither. ε = 0 gives DARE, with the same
+entries for the same seed: the random numbers are DARE's, a function of seed, source, tensor and entry. `merge` elects
+signs as in `ties`; with `election: none` both are added, which is mergekit's `della_linear`.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Della(SignMethod):
     epsilon: Number = 0.15
     """ε, how far the probability of the smallest and the largest entry of a row lies from the density."""
     rescale: Literal["probability", "l1", "none"] = "probability"
-    """Divide what is kept by its probability, give the tensor its L1 norm back, or neither."""
+    """Divide kept entries by their probability, restore the tensor's L1 norm, or neither."""
     seed: int = 0
-    """Of the random numbers; one seed gives one result."""
+    """Seed of the random numbers; equal seeds give equal results."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,7 +64,7 @@ class Della(SignMethod):
 
 
 def keep_probabilities(tau: Tensor, density: float, epsilon: float) -> Tensor:
-    """p_ij, float32 in the shape of τ, [out, in] or [n]; entries of one magnitude in the order of their position."""
+    """p_ij, float32 in the shape of τ, [out, in] or [n]; entries of equal magnitude are ranked by position."""
     import torch
 
     ranks = tau.abs().argsort(dim=-1, stable=True).argsort(dim=-1)

@@ -1,4 +1,4 @@
-"""FRANK (arXiv 2505.16151): the two task vectors weighted layer by layer, by their size and by where the VLM looks.
+"""FRANK (arXiv 2505.16151): two task vectors, weighted layer by layer by their norms and the VLM's visual attention.
 
     W   = W_vlm_base + λ_V·τ_vlm + λ_R·τ           τ_vlm = W_vlm − W_vlm_base,  τ = W_donor − W_base
     λ_t = w_t‖τ_t‖² / (w_V‖τ_vlm‖² + w_R‖τ‖²)      norms over one decoder layer,  λ_V + λ_R = 1,  w_R = 1 − w_V
@@ -9,11 +9,11 @@ a_l of attention that text tokens give to visual tokens in each layer (`visual_a
 
 How w_V is normalised over layers (`prior`):
 
-- `literal`: as the paper words it, over layers: Σ_l w_V = 1. With 28 layers w_V is about 1/28, so that the donor takes
-  nearly all of every layer.
-- `max_rescaled`, the default: the largest w_V is 1, so that one layer, the first when attention falls, stays the
+- `literal`: as written in the paper, over layers: Σ_l w_V = 1. With 28 layers w_V is about 1/28, so that the donor has
+  nearly all the weight in every layer.
+- `max_rescaled`, the default: the largest w_V is 1, so that one layer, the first if attention falls, stays the
   VLM's. Our choice.
-- `none`: w_V = ½ everywhere, the norms alone decide.
+- `none`: w_V = ½ everywhere, only the norms decide.
 
 Tensors outside the layers, which have no share of attention, form one more unit with w_V = ½: our choice too.
 """
@@ -47,11 +47,11 @@ class Frank(Method):
     passes: ClassVar[int] = 1
 
     prior: Literal["max_rescaled", "literal", "none"] = "max_rescaled"
-    """How w_V, the weight of sight, is normalised over layers; none: ½ everywhere."""
+    """How w_V, the weight of vision, is normalised over layers; none: ½ everywhere."""
     decay: Literal["fitted"] | float = "fitted"
     """b of w_V = c·exp(−b·layer), or fitted to visual_attention."""
     visual_attention: list[float] | None = None
-    """Share of the attention of text on visual tokens, 0 to 1, one per decoder layer."""
+    """Share of attention that text gives to visual tokens, 0 to 1, one per decoder layer."""
 
     def __post_init__(self) -> None:
         shares = self.visual_attention
@@ -90,7 +90,7 @@ class Frank(Method):
         return tuple(weight / total for weight in weights)
 
     def prepare(self, passes: Passes) -> WeighedFrank:
-        """Sum both task vectors' squares per layer in one pass; the method that merges with the λ that follow."""
+        """Sum the squares of both task vectors per layer in one pass; returns the method with the resulting λ."""
         import torch
 
         def squares(pieces: Mapping[str, Tensor], context: TensorContext) -> tuple[float, ...]:
@@ -160,7 +160,7 @@ def _curve(decay: float, layers: int) -> list[float]:
 
 
 def _weigh(layer: int | None, prior: float, vlm_square: float, donor_square: float) -> LayerWeights:
-    """λ of one layer from ‖τ_vlm‖² and ‖τ‖²; the VLM's alone where both terms are zero."""
+    """λ of one layer from ‖τ_vlm‖² and ‖τ‖²; λ_V = 1 if both terms are zero."""
     vlm, donor = prior * vlm_square, (1 - prior) * donor_square
     share = vlm / (vlm + donor) if vlm + donor > 0 else 1.0
     return LayerWeights(layer, prior, share, 1 - share, math.sqrt(vlm_square), math.sqrt(donor_square))

@@ -1,9 +1,9 @@
-"""FRISM: the donor's task vector through one learned gate per singular direction (arXiv 2601.21187).
+"""FRISM: the donor's task vector with one learned gate per singular direction (arXiv 2601.21187).
 
     W = W_vlm + λ U diag(σ(g) ⊙ s) Vh
 
 The dataclass holds the recipe; the gates are learned elsewhere (distillation/distill.py) from factors that are computed
-once (spectral/decompose.py). `fold` is the last step: a plain matrix again, in float32, before the cast to the file's
+once (spectral/decompose.py). `fold` is the last step: it gives a plain float32 matrix, before the cast to the file's
 dtype. `GatedFold` is the method that a merge runs once factors and gates exist.
 """
 
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
 
 
 MEMORY_REMEDY = "lower method.calibration.batch_size, method.calibration.max_new_tokens or method.rank"
-"""What to change where learning gates does not fit into memory."""
+"""Advice when learning gates runs out of memory."""
 
 
 DEFAULT_RANK = 128
-"""Directions per matrix where the recipe does not say. On the lab's small models that is all of them; on a larger pair
-16 of 576 carried the skill that is merged and the damage alike (docs/measured.md)."""
+"""Default number of directions per matrix. On the lab's small models these are all; on a larger pair 16 of 576 carried
+both the merged skill and the damage (docs/measured.md)."""
 
 
 WHOLE = 0.9995
-"""A share of ‖τ‖² above this is not worth a note."""
+"""Share of ‖τ‖² above which a truncation is not noted."""
 
 
 def check_budget(kl_budget: float, option: str = "kl_budget") -> None:
@@ -49,7 +49,7 @@ def check_budget(kl_budget: float, option: str = "kl_budget") -> None:
 
 
 class GatedMethod(Method):
-    """Base of the methods that are merged by factors and gates, which are made from this recipe first."""
+    """Base of the methods that merge with factors and gates, which are first made from this recipe."""
 
     whole_tensors: ClassVar[bool] = True
 
@@ -72,26 +72,26 @@ class GatedMethod(Method):
 
     @property
     def donor_length(self) -> int:
-        """The most tokens of a donor's answer."""
+        """Maximum length of a donor's answer, tokens."""
         return self.donor_tokens or self.calibration.max_new_tokens
 
     def bind(self, factors: Mapping[str, Factors], gates: Gates, device: str = "cpu") -> GatedFold:
-        """The method that a merge runs, once the gates are known; device: where it folds."""
+        """The method that a merge runs with these factors and gates; device: where it folds."""
         return GatedFold(factors, gates, device)
 
 
 @dataclass(frozen=True)
 class BudgetGuarantee:
-    """A bound on the drift of prompts that nobody measured: gates are scaled back until it is within kl_budget."""
+    """A bound on the KL on unseen prompts: gates are scaled back until the bound is within kl_budget."""
 
     kind: Literal["confidence", "expectation"] = "confidence"
-    """The bound is right with probability `level`, or on average over calibration sets."""
+    """The bound holds with probability `level`, or on average over calibration sets."""
     level: float = 0.9
-    """Of confidence: above 0, below 1."""
+    """Confidence level: above 0, below 1."""
     prompts: int = 256
-    """Further questions of the calibration file, on which nothing else is learned or measured."""
+    """Further questions of the calibration file, which are used for nothing else."""
     cap: float | None = None
-    """Drift of a prompt above which it counts as the cap, nats per token; default 10 times kl_budget (our choice)."""
+    """Maximum that the KL of one prompt counts as, nats per token; default 10 times kl_budget (our choice)."""
 
     def __post_init__(self) -> None:
         if not 0 < self.level < 1:
@@ -112,26 +112,26 @@ class Frism(GatedMethod):
     scale: float = 1.0
     """λ, a factor on the gated task vector."""
     inject: Literal["energy", "donor"] = "energy"
-    """Why gates open: `energy` is the published term, `donor` matches the donor's answers."""
+    """The term that opens gates: `energy` is the published one, `donor` matches the donor's answers."""
     inject_weight: float | None = None
-    """α, the weight of that term; not beside kl_budget; default 0.1 for energy, 1 for donor."""
+    """α, the weight of that term; excludes kl_budget; default 0.1 for energy, 1 for donor."""
     kl_budget: float | None = None
-    """Allowed drift from the VLM, nats per token; α follows."""
+    """Allowed KL from the VLM, nats per token; α is adjusted to it."""
     budget_guarantee: BudgetGuarantee | None = None
-    """Keep unseen prompts of the calibration file's kind within kl_budget, too."""
+    """Keep the KL on unseen prompts of the calibration file's kind within kl_budget, too."""
     questions: str | list[str] | None = None
-    """Of inject: donor, a file of text questions, or one file per donor."""
+    """For inject: donor, a file of text questions, or one file per donor."""
     donor_endpoint: str | list[str] | None = None
-    """Address of a server that answers them in the donor's place, or one per donor."""
+    """Address of a server that answers `questions` in the donor's place, or one per donor."""
     donor_tokens: int | None = None
-    """Length of the donor's answers to them, tokens; default calibration.max_new_tokens, of the VLM's."""
+    """Maximum length of the donor's answers, tokens; default calibration.max_new_tokens."""
     rank: Literal["full"] | int | dict[Literal["energy"], float] = DEFAULT_RANK
     """Directions per matrix: a number (our choice), full as in the paper, or {energy: share}."""
     granularity: Literal["direction", "matrix", "layer"] = "direction"
     """One gate per singular direction, per matrix or per layer."""
     start: Literal["half", "curvature"] = "half"
-    """Gates start half open, or (with a kl_budget) as the calibration set's curvature has them at the budget; several
-    processes then hold whole weights."""
+    """Gates start half open, or (with a kl_budget) as set by the curvature on the calibration set at the budget;
+    several processes then hold whole weights."""
     steps: int = 200
     """Training steps."""
     learning_rate: float = 0.05
@@ -139,13 +139,13 @@ class Frism(GatedMethod):
     batches_per_step: int = 1
     """Batches averaged for one step: as many as there are GPUs, or a multiple."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
-    """Less memory, more time, the same gates; auto: where the training would not fit without it."""
+    """Less memory, more time, the same gates; auto: if the training would not fit otherwise."""
     offload: Literal["auto"] | bool = "auto"
-    """Layers wait in the host's memory, more time, the same gates; auto: on a GPU that they would not fit otherwise."""
+    """Keep layers in host memory: more time, the same gates; auto: if they would not fit on the GPU otherwise."""
     seed: int = 0
-    """Of the order of batches."""
+    """Seed of the order of batches."""
     calibration: Calibration = field(default_factory=lambda: Calibration("calibration.jsonl"))
-    """The image questions on which the VLM is kept."""
+    """The image questions on which the VLM's answers are preserved."""
 
     def __post_init__(self) -> None:
         if self.inject_weight is not None and self.kl_budget is not None:
@@ -173,8 +173,8 @@ class Frism(GatedMethod):
 def fold(
     weight: Float[Tensor, "*experts out in"], factors: Factors, spectrum: Float[Tensor, "*experts r"]
 ) -> Float[Tensor, "*experts out in"]:
-    """W + U diag(spectrum) Vh in float32; directions whose spectrum is zero are left out, so that closed gates give
-    back W bit for bit. Fused experts one by one."""
+    """W + U diag(spectrum) Vh in float32. Directions with a zero spectrum are skipped, so that closed gates return W
+    bit for bit. Fused experts are folded one by one."""
     weight = weight.float()
     if weight.ndim == 3:
         merged = weight.clone()
@@ -195,7 +195,7 @@ def _fold(weight: Tensor, U: Tensor, spectrum: Tensor, Vh: Tensor) -> Tensor:
 class GatedFold(Method):
     """Factors and gates that belong together, as a method that a merge runs on whole matrices.
 
-    Its `repr` names what it holds by digest, the same in every process: a merge is resumed by it.
+    Its `repr` contains their digests and is equal in every process, because the resume key of a merge depends on it.
     """
 
     name: ClassVar[str] = "frism"
@@ -224,13 +224,13 @@ class GatedFold(Method):
         return f"GatedFold({stored_digest(self.factors)}, {state.hexdigest()[:16]}{where})"
 
     def task_vector_norm(self, name: str) -> float | None:
-        """‖τ‖_F as the factors have it, of several donors over all of them."""
+        """‖τ‖_F from the factors; with several donors, over all of them."""
         from vlmgraft.spectral.factor_store import Store
 
         return math.sqrt(self.factors.energy(name) if isinstance(self.factors, Store) else self.factors[name].energy)
 
     def sources_read(self) -> Mapping[str, Mapping[str, str]]:
-        """Digests of the donors and their bases as they were decomposed."""
+        """Digests of the donors and their bases at the time of the decomposition."""
         from vlmgraft.spectral.factor_store import sources_of_factors
 
         return sources_of_factors(self.factors)
@@ -247,8 +247,8 @@ class GatedFold(Method):
 
     @property
     def divergence(self) -> dict[str, float]:
-        """KL from the VLM's own answers in nats per token, by the prompts it was measured on; from both sides where
-        only the likeliest tokens of a large vocabulary were compared."""
+        """KL from the VLM on its own answers in nats per token, by prompt set; a lower and an upper bound where only
+        the likeliest tokens of a large vocabulary were compared."""
         settings = self.gates.settings
         measured = {"KL from the VLM on held-out prompts": settings.get("held_out_kl")}
         if (upper := settings.get("held_out_kl_upper")) is not None:
@@ -258,7 +258,7 @@ class GatedFold(Method):
         return {name: float(kl) for name, kl in measured.items() if kl is not None}
 
     def notes(self) -> tuple[str, ...]:
-        """How far the VLM's answers moved, what of the task vector the factors hold, and the bound that was kept."""
+        """The measured KL, the share of the task vector inside the factors, and the guaranteed bound."""
         from vlmgraft.spectral.factor_store import Store
 
         bound = self.gates.settings.get("guarantee")

@@ -1,8 +1,8 @@
-"""IP-Merging (arXiv 2510.14387): identify the matrices where both models moved alike, project the donor's move, add it.
+"""IP-Merging (arXiv 2510.14387): find the matrices that changed alike in both models, project the donor's change, add.
 
     τ_vlm = W_vlm − W_vlm_base = U diag(s) Vh,   τ = W_donor − W_base = U' diag(s') Vh'       first k directions each
 
-The script that was released and the paper's text are two procedures, whose updates differ several times in norm.
+The released script and the paper's text are two procedures, whose updates differ in norm by a factor of several.
 `variant: released`, the default:
 
     identify   c_i = ⟨v_i, v'_i⟩ for i ≤ k; matrices with max c_i < T stay the VLM's
@@ -15,13 +15,13 @@ The script that was released and the paper's text are two procedures, whose upda
     rescale    τ' = τ·‖τ_vlm‖/‖τ‖                                 Frobenius norms
     project    W = W_vlm + λ·U_k U_kᵀ τ' V_k V_kᵀ                 output and input side; nothing for k = full rank
 
-T = 0.4 in both. k is 1,024 in the script; the text names none, 256 is our choice, as is the largest |c_i| for a
-matrix. Each matrix is taken by itself. The script's c_i have the signs of a randomised SVD, which are arbitrary: here
-every pair has the signs with which ⟨u_i, u'_i⟩ ≥ 0, so that c_i > 0 says that both sides agree and the result does not
-depend on the SVD. The script takes one base for both models, ours are two. Singular directions are matched by their
-number: where singular values lie close together, so that their order is an accident, so is the similarity.
+T = 0.4 in both. k is 1,024 in the script; the text gives none, and 256 is our choice, as is the largest |c_i| as a
+matrix's similarity. Each matrix is treated by itself. The script's c_i have the arbitrary signs of a randomised SVD.
+Here signs are chosen so that ⟨u_i, u'_i⟩ ≥ 0: c_i > 0 then means that both sides agree, and the result does not
+depend on the SVD. The script uses one base for both models, we use two. Singular directions are matched by index:
+where singular values are so close that their order is arbitrary, the similarity is arbitrary too.
 
-Fused matrices count as one, as they are stored; a stack of experts [experts, out, in] is a matrix per expert.
+Fused matrices count as one matrix, as stored; a stack of experts [experts, out, in] is one matrix per expert.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class IpMerging(Method):
     def update(
         self, receiver: Float[Tensor, "out in"], donor: Float[Tensor, "out in"], threshold: float, name: str
     ) -> Float[Tensor, "out in"] | None:
-        """The rescaled and projected task vector of the donor, or None where the two are not alike."""
+        """The rescaled and projected task vector of the donor, or None where the two task vectors are not similar."""
         from vlmgraft.spectral.svd import decompose_matrix
 
         if not (receiver.any() and donor.any()):

@@ -9,8 +9,8 @@ to one, 0.9·W_vlm + 0.2·W_base: that is the base as `donor`, `modules: [attent
 `vlm_weight: 0.9` and `weight_sum: 1.1`.
 
 The released run of layer_swap keeps layers 0 to 5 (k = 5) with a = 0.9. A tensor outside the layers (final norm, say)
-is in no kept layer and is averaged. The name also stands for another method (arXiv 2410.01335), which replaces whole
-layers by those of the other model: that is `vlm_weight: 0` here.
+is in no kept layer and is averaged. Another method of this name (arXiv 2410.01335) replaces whole layers by those of
+the other model: that is `vlm_weight: 0` here.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ANY_DEPTH = 1 << 20
 
 @dataclass(frozen=True)
 class Linear(Method):
-    """Every tensor of the language model but embeddings and head; needs no base."""
+    """A weighted mean of every tensor of the language model except embeddings and head; needs no base."""
 
     name: ClassVar[str] = "linear"
     default_modules: ClassVar[tuple[str, ...]] = ("all",)
@@ -62,7 +62,7 @@ class Linear(Method):
         return torch.lerp(tensors["donor"], tensors["vlm"], weight, out=merged)
 
     def fused(self, context: TensorContext) -> Fused | None:
-        """The same for the compiled pass."""
+        """`apply` as a form of the compiled pass."""
         weight = number_for(self.vlm_weight, context, "vlm_weight")
         total = number_for(self.weight_sum, context, "weight_sum")
         if weight == total == 1:
@@ -84,7 +84,7 @@ class LayerSwap(Method):
 
     def __post_init__(self) -> None:
         check_range(self, "vlm_weight")
-        self.kept  # noqa: B018  (reads the range, to refuse what is none)
+        self.kept  # noqa: B018  (parses the range, to refuse an invalid one)
 
     @cached_property
     def kept(self) -> frozenset[int]:
@@ -113,5 +113,5 @@ class LayerSwap(Method):
         return Linear(self.vlm_weight).apply(tensors, context)
 
     def fused(self, context: TensorContext) -> Fused | None:
-        """The same for the compiled pass."""
+        """`apply` as a form of the compiled pass."""
         return None if context.layer in self.kept else Linear(self.vlm_weight).fused(context)

@@ -1,11 +1,11 @@
-"""Model Stock (arXiv 2403.19522): as far from the base as the angle between the two fine-tuned models allows.
+"""Model Stock (arXiv 2403.19522): the mean of two fine-tuned models, pulled to the base by the angle between them.
 
     W = t·(W₁ + W₂)/2 + (1 − t)·W_base,   t = 2 cos θ / (1 + cos θ)
 
-θ is the angle between the task vectors of the VLM and the donor in one tensor (`filter_wise`: in one row). Written for
-models of one base; with two bases, W = W_vlm_base + t·(τ_vlm + τ)/2. Task vectors at a right angle, and a tensor that
-one of the two left as it was, give t = 0, the VLM's base, as in mergekit: there is no λ that makes this the VLM. At an
-obtuse angle t is negative; opposite task vectors, for which it has no value, give t = 0, too.
+θ is the angle between the task vectors of the VLM and the donor in one tensor (`filter_wise`: in one row). The paper
+assumes one base; with two bases, W = W_vlm_base + t·(τ_vlm + τ)/2. Orthogonal task vectors, and a tensor that one of
+the two models left unchanged, give t = 0, the VLM's base, as in mergekit: no option makes this the VLM. At an obtuse
+angle t is negative; opposite task vectors, for which t is undefined, give t = 0, too.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelStock(Method):
-    """The mean of both, pulled to the base by the angle between them; no option but that angle's unit."""
+    """The mean of both models, pulled to the base by the angle between them, per tensor or per row."""
 
     name: ClassVar[str] = "model_stock"
     needs: ClassVar[frozenset[str]] = frozenset({"donor_base", "vlm_base"})
     whole_tensors: ClassVar[bool] = True
 
     filter_wise: bool = False
-    """An angle for every row of a matrix, in place of one for every tensor."""
+    """One angle for every row of a matrix, instead of one for every tensor."""
 
     def apply(self, tensors: Mapping[str, Tensor], context: TensorContext) -> Tensor:
         """vlm_base + t·(τ_vlm + τ)/2, matrix by matrix."""

@@ -2,12 +2,12 @@
 
     τ₁ = W_vlm − W_vlm_base,  τ₂ = W_donor − W_base
     select   keep the ⌊density·n⌋ entries with the largest variance over τ₁ and τ₂ (n: those whose variance is not 0)
-    weigh    w_t = Σ τ_t² / (Σ τ₁² + Σ τ₂²), over what is selected of the tensor
+    weigh    w_t = Σ τ_t² / (Σ τ₁² + Σ τ₂²), over the selected entries of the tensor
     erase    drop the τ_t whose sign is not that of τ₁ + τ₂, entry by entry
     W        = W_vlm_base + λ·Σ w_t τ_t / Σ w_t                                          sums over the τ_t that are left
 
-Each matrix of a stack of experts is merged by itself. Entries whose variance equals the last one's are kept together,
-and where τ₁ + τ₂ = 0 nothing is added; mergekit breaks the first kind of tie by position and elects "+" in the second.
+Each matrix of a stack of experts is merged by itself. Entries that tie in variance with the last one are all selected,
+and where τ₁ + τ₂ = 0 nothing is added; mergekit breaks the first kind of tie by position and elects "+" for the second.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Sce(Method):
         check_range(self, "scale")
 
     def apply(self, tensors: Mapping[str, Tensor], context: TensorContext) -> Tensor:
-        """vlm_base + λ·(the weighted mean of what agrees), matrix by matrix."""
+        """vlm_base + λ·(the weighted mean of the entries that agree), matrix by matrix."""
         density = number_for(self.density, context, "density")
         scale = number_for(self.scale, context, "scale")
 
@@ -61,7 +61,7 @@ class Sce(Method):
 
 
 def selection(vlm: Tensor, donor: Tensor, density: float) -> Tensor:
-    """Which entries have the largest variance over both, bool in their shape; of two numbers it is (a − b)²/4."""
+    """Which entries have the largest variance over both, bool in their shape; that of two numbers is (a − b)²/4."""
     variance = (vlm - donor).abs()
     count = int(density * int(variance.count_nonzero()))
     if count == 0:

@@ -1,5 +1,5 @@
-"""Memory that a thread uses again for every chunk: a fresh megabyte per chunk costs more than the arithmetic on it,
-since the system hands out zeroed pages one by one and takes them back from all cores."""
+"""Memory that a thread reuses for every chunk: allocating a megabyte per chunk costs more than the arithmetic on it,
+because the system maps zeroed pages one by one and unmaps them on all cores."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class _Own(threading.local):
-    """One thread's memory by name, and whether `scratch` gives it out."""
+    """One thread's memory by name, and whether `scratch` reuses it."""
 
     def __init__(self) -> None:
         self.held: dict[str, Tensor] = {}
@@ -25,7 +25,7 @@ _own = _Own()
 
 @contextmanager
 def reused() -> Iterator[None]:
-    """Inside, in this thread, `scratch` gives the same memory for the same name again and again."""
+    """Inside the context, in this thread, `scratch` returns the same memory whenever it gets the same name."""
     before, _own.reused = _own.reused, True
     try:
         yield

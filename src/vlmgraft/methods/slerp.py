@@ -1,9 +1,9 @@
-"""Spherical interpolation of VLM and donor, tensor by tensor, as mergekit's `slerp` does it; needs no base.
+"""Spherical interpolation of VLM and donor, tensor by tensor, as in mergekit's `slerp`; needs no base.
 
     W = (sin((1 − t)·θ)·W_vlm + sin(t·θ)·W_donor) / sin θ,    cos θ = ⟨W_vlm, W_donor⟩/(‖W_vlm‖·‖W_donor‖)
 
 t = 0 is the VLM bit for bit, t = 1 the donor. Where |cos θ| > 0.9995 the mean (1 − t)·W_vlm + t·W_donor is taken:
-tensors of models of one base are about that close, so that this rule often is `linear` with `vlm_weight: 1 − t`.
+tensors of models of one base are about that close, so that slerp often equals `linear` with `vlm_weight: 1 − t`.
 The angle is computed in float64.
 """
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 COLLINEAR = 0.9995
-"""|cos θ| above which the mean is taken; mergekit's."""
+"""|cos θ| above which the mean is taken, as in mergekit."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Slerp(Method):
 
 
 def great_circle_weights(vlm: Tensor, donor: Tensor, t: float) -> tuple[float, float]:
-    """The factors of both tensors; of their mean where they are collinear or one is zero."""
+    """The weights of both tensors; those of their mean if they are collinear or one is zero."""
     a, b = vlm.double().flatten(), donor.double().flatten()
     norms = float(a.norm() * b.norm())
     cosine = float(a @ b) / norms if norms > 0 else 1.0

@@ -9,13 +9,13 @@
 | iso      | mean of s, everywhere                                                     | Iso-C, arXiv 2502.04959  |
 | sar      | none: U_k U_kᵀ τ V_k V_kᵀ, U_k and V_k the first k of *W_base*'s SVD      | SAR, arXiv 2607.03065    |
 
-`interpolation` a moves the VLM towards the donor's base beside any rule; 0, the default, leaves that term out. With
-rank_k, k = 1 and a = λ it is the donor interpolation of arXiv 2610.08659 (unreviewed; k = 1 and a = λ = 0.05 are best
-of its table), whose (1 − λ)·W_vlm + λ·W_donor has its τ replaced. SAR's k is small: by default 1 % of the directions.
-AdaRank (arXiv 2503.22178), whose f is a binary mask trained on test inputs, is experiments/lab/adarank.py.
+`interpolation` a moves the VLM towards the donor's base, with any rule; 0, the default, leaves that term out. rank_k
+with k = 1 and a = λ is the donor interpolation of arXiv 2610.08659 (unreviewed; k = 1 and a = λ = 0.05 are best in its
+table): (1 − λ)·W_vlm + λ·W_donor with another spectrum of τ. SAR's k is small, by default 1 % of the directions.
+AdaRank (arXiv 2503.22178), whose f is a binary mask trained on test inputs, is in experiments/lab/adarank.py.
 
-Every matrix is decomposed by itself, as it is stored: InternLM2's fused wqkv and fused gate and up projections count as
-one matrix. A stack of experts [experts, out, in] is a matrix per expert. With f(s) = s this is task arithmetic; with
+Every matrix is decomposed by itself, as stored: InternLM2's fused wqkv and fused gate and up projections each count as
+one matrix, a stack of experts [experts, out, in] as one matrix per expert. With f(s) = s this is task arithmetic; with
 f(s) = σ(g) ⊙ s it is FRISM. The rules are pure functions of s, float32 [r] in descending order; their result has as
 many entries, zeros where a direction is closed. Sums are float64. STAR's authors use η = 0.4 and Iso-C sums the task
 vectors of several models first; here there is one donor.
@@ -52,13 +52,13 @@ class Spectral(Method):
     rule: Literal["truncate", "rank_k", "star", "iso", "sar"] = "truncate"
     """Which spectrum f(s) takes the place of s."""
     rank: Literal["full"] | int | dict[Literal["energy"], float] | None = None
-    """Of truncate, rank_k and sar: directions, {energy: share} or full; default {energy: 0.9} (our choice), 1, 1 %."""
+    """For truncate, rank_k and sar: directions, {energy: share} or full; default {energy: 0.9} (our choice), 1, 1 %."""
     eta: float = 0.4
-    """Of star: share of the nuclear norm that is kept, above 0 to 1."""
+    """For star: share of the nuclear norm that is kept, above 0 to 1."""
     scale: Number = 1.0
-    """λ, a factor on what is added; 0 is the VLM, or what interpolation makes of it."""
+    """λ, a factor on the update; 0 is the VLM, moved by interpolation if that is set."""
     interpolation: Number = 0.0
-    """a, how far the VLM is moved towards the donor's base, beside what is added."""
+    """a, how far the VLM is moved towards the donor's base, in addition to the update."""
 
     def __post_init__(self) -> None:
         check_range(self, "scale", "interpolation")
@@ -104,7 +104,7 @@ class Spectral(Method):
         return (svd.U[:, :kept] * spectrum[:kept]) @ svd.Vh[:kept]
 
     def spectrum(self, s: Float[Tensor, " r"], energy: float, rank: Rank | None = None) -> Float[Tensor, " r"]:
-        """f(s) of the rules that have one. energy: Σ s² of all singular values. rank: "full" where s is cut already."""
+        """f(s) of the rules that have one. energy: Σ s² of all singular values. rank: "full" if s is truncated."""
         if self.rule == "truncate":
             return truncate(s, rank or self._rank)
         if self.rule == "rank_k":
@@ -113,7 +113,7 @@ class Spectral(Method):
 
     @property
     def diagonal(self) -> bool:
-        """Whether W_vlm and the factors of τ are all that it takes: a rule with a spectrum, no interpolation."""
+        """Whether W_vlm and the factors of τ are sufficient: for a rule with a spectrum, without interpolation."""
         return self.rule != "sar" and self.interpolation == 0
 
     @property
@@ -131,7 +131,7 @@ def truncate(s: Float[Tensor, " r"], rank: Rank) -> Float[Tensor, " r"]:
 
 
 def rank_k(s: Float[Tensor, " r"], rank: Rank = 1, *, energy: float | None = None) -> Float[Tensor, " r"]:
-    """s_i·‖s‖₂/‖s_{≤k}‖₂ for i ≤ k, else 0: the first k with the Frobenius norm of all of s (arXiv 2610.08659).
+    """s_i·‖s‖₂/‖s_{≤k}‖₂ for i ≤ k, else 0: the first k, rescaled to the norm ‖s‖₂ of all of s (arXiv 2610.08659).
 
     energy: Σ s² of the whole spectrum when `s` holds only its largest values.
     """

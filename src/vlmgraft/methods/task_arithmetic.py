@@ -38,6 +38,6 @@ class TaskArithmetic(Method):
         return torch.add(tensors["vlm"], merged, alpha=scale, out=merged)
 
     def fused(self, context: TensorContext) -> Fused | None:
-        """The same for the compiled pass."""
+        """`apply` as a form of the compiled pass."""
         scale = number_for(self.scale, context, "scale")
         return Fused("add", (scale,)) if scale else None

@@ -1,7 +1,7 @@
-"""What the methods of two task vectors share: their options, the vectors themselves, and merging by sign.
+"""Shared parts of the methods on two task vectors: options, the task vectors themselves, and merging by sign.
 
-τ_vlm = W_vlm − W_vlm_base and τ = W_donor − W_base are thinned out by each method in its own way, weighted, and added
-to W_vlm_base: as they are, or after `merge_signs`.
+Each method thins out τ_vlm = W_vlm − W_vlm_base and τ = W_donor − W_base in its own way. They are then weighted and
+added to W_vlm_base, directly or after `merge_signs`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Election = Literal["unweighted", "weighted", "frequency", "none"]
 Combine = Literal["mean", "weighted_mean", "sum", "max"]
 TINY = 1e-8
-"""A divisor below this, in magnitude, divides nothing; mergekit's."""
+"""Divisors of smaller magnitude are treated as 1, as in mergekit."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class TwoVectorMethod(Method):
     scale: Number = 1.0
     """λ, a factor on the merged task vector."""
     donor_density: Number | None = field(default=None, kw_only=True)
-    """Share that is kept of the donor's task vector, where it is another than the VLM's."""
+    """Share that is kept of the donor's task vector, if different from the VLM's."""
 
     def __post_init__(self) -> None:
         check_range(self, "density", "donor_density", low=0, high=1, above=True)
@@ -48,7 +48,7 @@ class TwoVectorMethod(Method):
         return number_for(self.density, context, "density")
 
     def apply(self, tensors: Mapping[str, Tensor], context: TensorContext) -> Tensor:
-        """vlm_base + λ·(the thinned task vectors, added or merged by sign); of a stack matrix by matrix."""
+        """vlm_base + λ·(the thinned task vectors, added or merged by sign); a stack is merged matrix by matrix."""
 
         def merge(matrices: Mapping[str, Tensor], start: int) -> Tensor:
             piece = replace(context, start=context.start + start)
@@ -58,11 +58,11 @@ class TwoVectorMethod(Method):
         return per_matrix(merge, tensors)
 
     def thinned(self, tau: Tensor, source: str, context: TensorContext) -> Tensor:
-        """δ(τ) of one piece of the "vlm"'s or the "donor"'s task vector, which is used up."""
+        """δ(τ) of one piece of the "vlm" or "donor" task vector; overwrites it."""
         raise NotImplementedError(f"{self.name}: a merge streams what `prepare` gives back")
 
     def merge(self, vlm: Tensor, donor: Tensor, base: Tensor, context: TensorContext) -> Tensor:
-        """base + λ·(merged task vectors), which are used up."""
+        """base + λ·(merged task vectors); overwrites the task vectors."""
         weights = number_for(self.weights[0], context, "weights[0]"), number_for(self.weights[1], context, "weights[1]")
         return times(self.combined(vlm, donor, weights), number_for(self.scale, context, "scale")).add_(base)
 
@@ -73,22 +73,22 @@ class TwoVectorMethod(Method):
 
 @dataclass(frozen=True)
 class SignMethod(TwoVectorMethod):
-    """Base of the methods that elect a sign per entry and merge what agrees."""
+    """Base of the methods that elect a sign per entry and merge the entries that agree with it."""
 
     election: Election = field(default="unweighted", kw_only=True)
-    """Signs by the sum of the thinned task vectors, of the weighted ones, or by their number; none: both are added."""
+    """Sign of the sum of the thinned task vectors, of the weighted ones, or the most frequent; none: both are added."""
     combine: Combine = field(default="mean", kw_only=True)
-    """What the weighted sum is divided by: the number that agree, their weights, nothing; max: the largest alone."""
+    """Divisor of the weighted sum: the number of entries that agree, their weights, or none; max: the largest alone."""
 
     def combined(self, vlm: Tensor, donor: Tensor, weights: tuple[float, float]) -> Tensor:
-        """What the thinned task vectors agree on."""
+        """The thinned task vectors, added or merged by sign."""
         if self.election == "none":
             return super().combined(vlm, donor, weights)
         return merge_signs(vlm, donor, weights, self.election, self.combine)
 
 
 def task_vectors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """{"vlm": vlm − vlm_base, "donor": donor − donor_base} in memory by `scratch`."""
+    """{"vlm": vlm − vlm_base, "donor": donor − donor_base}, in memory from `scratch`."""
     import torch
 
     vlm, donor = scratch(tensors["vlm"], "vlm", "donor")
@@ -99,7 +99,7 @@ def task_vectors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def per_matrix(merge: Callable[[Mapping[str, Tensor], int], Tensor], tensors: Mapping[str, Tensor]) -> Tensor:
-    """`merge(tensors, first element)` of a tensor, or of every matrix of a stack [experts, out, in], stacked again."""
+    """`merge(tensors, first element)` of a tensor, or of every matrix of a stack [experts, out, in], as a stack."""
     import torch
 
     if tensors["vlm"].ndim != 3:
@@ -112,16 +112,16 @@ def per_matrix(merge: Callable[[Mapping[str, Tensor], int], Tensor], tensors: Ma
 def merge_signs(
     vlm: Tensor, donor: Tensor, weights: tuple[float, float], election: Election, combine: Combine
 ) -> Tensor:
-    """Elect a sign per entry and merge the entries that have it; float32 in any one shape.
+    """Elect a sign per entry and merge the entries that have it; float32 tensors of one shape.
 
-    Uses up `vlm` and `donor`, one of which is the result. All steps are float arithmetic: in torch, booleans cost five
-    times as much.
+    Overwrites `vlm` and `donor`, one of which is the result. All steps are float arithmetic: in torch, booleans cost
+    five times as much.
     """
     import torch
 
     vote, count, donor_count = scratch(vlm, "vote", "count", "donor_count")
     divisors = weights
-    if election == "weighted":  # what votes and agrees is w·τ, whose sign a negative weight turns
+    if election == "weighted":  # the votes are w·τ, and a negative weight flips the sign of τ
         for tau, weight in zip((vlm, donor), weights, strict=True):
             if weight < 0:
                 tau.neg_()
@@ -139,7 +139,7 @@ def merge_signs(
         torch.abs(donor.mul_(weights[1]), out=donor_count)
         torch.ge(count, donor_count, out=count)
         return vlm.mul_(count).add_(donor.mul_(count.neg_().add_(1))).mul_(vote)
-    if combine == "mean":  # a half of what both have
+    if combine == "mean":  # halve the sum where both agree
         torch.minimum(vlm, donor, out=count).sign_()
     elif combine == "weighted_mean":
         torch.sign(vlm, out=count).mul_(divisors[0]).add_(torch.sign(donor, out=donor_count), alpha=divisors[1])
@@ -153,5 +153,5 @@ def merge_signs(
 
 
 def times(values: Tensor, factor: float) -> Tensor:
-    """The values times a factor, in place; of 1 nothing is done, which is a pass over memory less."""
+    """The values times a factor, in place; a factor of 1 skips the pass over memory."""
     return values if factor == 1 else values.mul_(factor)

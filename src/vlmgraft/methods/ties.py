@@ -46,10 +46,10 @@ SOURCES = ("vlm", "donor")
 
 @dataclass(frozen=True)
 class Ties(SignMethod):
-    """Trim, elect, merge. A density that is a list or a map needs `trim: tensor`: one threshold has one share.
+    """Trim, elect, merge. A density that is a list or a map needs `trim: tensor`: a global threshold has one density.
 
-    A threshold over all tensors is guessed from a sample where a sample leaves no choice, as with bfloat16 weights; the
-    merge then counts what it trims, and is made again, after a pass over the weights, should the guess be wrong.
+    A global threshold is guessed where a sample determines it uniquely, as with bfloat16 weights. The merge then counts
+    the trimmed entries; if the guess was wrong, the merge is repeated after a pass over all weights.
     """
 
     name: ClassVar[str] = "ties"
@@ -68,7 +68,7 @@ class Ties(SignMethod):
                 )
 
     def prepare(self, passes: Passes) -> TrimmedTies:
-        """The method that merges with the exact thresholds, or with guesses that it proves."""
+        """The method that merges with the exact thresholds, or with guesses that it verifies."""
         from vlmgraft.methods.trim import find_thresholds
 
         guess = passes.may_guess and self.trim == "global"
@@ -76,7 +76,7 @@ class Ties(SignMethod):
         return TrimmedTies(self, found, {} if guess else None)
 
     def unit(self, context: TensorContext) -> str:
-        """What shares a threshold with this tensor."""
+        """Key of the threshold for this tensor: tensors with equal keys share one."""
         return "" if self.trim == "global" else context.name
 
 
@@ -90,7 +90,7 @@ class TrimmedTies(Method):
     recipe: Ties
     thresholds: Mapping[str, Mapping[str, float]]
     counted: dict[tuple[str, int], dict[str, Tally]] | None = field(default=None, compare=False, repr=False)
-    """By tensor and first element, where the thresholds are guesses."""
+    """Tallies by tensor and first element, if the thresholds are guesses."""
 
     def apply(self, tensors: Mapping[str, Tensor], context: TensorContext) -> Tensor:
         """vlm_base + λ·(the merged task vector)."""
@@ -104,7 +104,7 @@ class TrimmedTies(Method):
         return self.recipe.merge(vectors["vlm"], vectors["donor"], tensors["vlm_base"], context)
 
     def fused(self, context: TensorContext) -> Fused | None:
-        """The same for the compiled pass, with the paper's election and mean."""
+        """`apply` as a form of the compiled pass; only with the paper's election and mean."""
         recipe, least = self.recipe, self.thresholds[self.recipe.unit(context)]
         if recipe.election != "unweighted" or recipe.combine != "mean":
             return None
@@ -124,14 +124,14 @@ class TrimmedTies(Method):
         return self.counted is not None
 
     def tally(self, name: str) -> dict[str, list[int]] | None:
-        """Of each source, over a tensor: magnitudes above the threshold, at or above it, and all."""
+        """Counts per source over a tensor: magnitudes above the threshold, at or above it, and all."""
         if self.counted is None:
             return None
         parts = [self.counted.pop(key) for key in [*self.counted] if key[0] == name]
         return {source: [*map(sum, zip(*(astuple(part[source]) for part in parts), strict=True))] for source in SOURCES}
 
     def bears_out(self, tallies: Sequence[Any]) -> bool:
-        """Whether the thresholds are what a pass over all weights would have found."""
+        """Whether a pass over all weights would have found the same thresholds."""
         from vlmgraft.methods.trim import Tally
 
         everywhere = TensorContext("", (), 0)

@@ -1,13 +1,13 @@
-"""Magnitude thresholds that keep the largest share of one or many tensors, exact, without holding them.
+"""Exact magnitude thresholds that keep the largest share of one or many tensors, without holding the tensors.
 
-The bits of |x| of a float32, read as an integer, are ordered as |x| is. A search keeps a bracket of such integers that
-holds the k-th largest. A sample of every tensor gives a narrow first bracket; a pass over all weights then counts what
-lies above it and, integer by integer, what lies inside, and that is the answer. Where the sample misled, or the
-bracket has more integers than a histogram has bins, another pass takes the bin that was found as its bracket: from all
-2³¹ integers two passes suffice. The histogram has 2²⁰ bins, however many values there are.
+The bits of a float32 |x|, read as an integer, have the order of |x|. A search keeps a bracket of such integers that
+contains the k-th largest. A sample of every tensor gives a narrow first bracket. A pass over all weights then counts
+the values above the bracket and, integer by integer, inside it, which determines the threshold. If the sample misled,
+or the bracket has more integers than the histogram has bins, another pass takes the bin that was found as its bracket:
+from all 2³¹ integers two passes suffice. The histogram has 2²⁰ bins, whatever the number of values.
 
-Differences of bfloat16 lie on a grid, so that few values lie in the first bracket, often a single one. Who can find out
-later whether it was the right one (`Tally`) may take it as a guess, and spare the pass.
+Differences of bfloat16 values lie on a grid, so the first bracket often holds a single value. A caller that can verify
+it later (`Tally`) may use it as a guess and skip the pass.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
 BINS, ALL = 1 << 20, 1 << 31
 SAMPLE = 64
-"""One element in so many is looked at first."""
+"""The sample takes one element in this many."""
 MARGIN = 32.0
-"""Ranks on each side of the sample's, in standard deviations of independent draws; neighbours in a matrix are not."""
+"""Half-width of the sample's bracket, in standard deviations for independent draws (neighbours are not)."""
 
 
 def rank_of(density: float, count: int) -> int:
-    """How many of `count` values are kept at least: round(density · count), and one."""
+    """How many of `count` values are at least to be kept: round(density · count), but not fewer than one."""
     return max(1, min(count, round(density * count)))
 
 
@@ -54,14 +54,14 @@ def to_float(bits: int) -> float:
 
 @dataclass(frozen=True)
 class Bracket:
-    """Integers from `low` to below `high`, among which the threshold's bits are sought; all of them at first."""
+    """The integers from `low` to below `high`, which contain the threshold's bits; initially all integers."""
 
     low: int = 0
     high: int = ALL
 
     @property
     def shift(self) -> int:
-        """Bits that a bin of the histogram leaves out."""
+        """Number of low bits that a bin of the histogram ignores."""
         return max(0, math.ceil(math.log2((self.high - self.low) / BINS)))
 
     @property
@@ -79,7 +79,7 @@ class Bracket:
         return Bracket(self.low + (first << self.shift), min(self.high, self.low + (last + 1 << self.shift)))
 
     def count(self, values: Tensor) -> Counts:
-        """Count float32 values, which are used up."""
+        """Count float32 values; overwrites them."""
         bits = values.view(torch.int32).bitwise_and_(0x7FFFFFFF).numpy()
         above, inside = 0, bits
         if self.high < ALL or self.low:
@@ -97,7 +97,7 @@ class Bracket:
 
 @dataclass
 class Counts:
-    """What one chunk has: values, values above the bracket, and the bins of those inside, each so many times."""
+    """Counts of one chunk: values, values above the bracket, and bins of those inside, each counted `times` times."""
 
     total: int
     above: int
@@ -106,7 +106,7 @@ class Counts:
 
 
 class _Search:
-    """One threshold that is sought: its bracket, and the counts of the pass that is under way."""
+    """One threshold search: its bracket, and the counts of the current pass."""
 
     def __init__(self) -> None:
         self.bracket = Bracket()
@@ -124,7 +124,7 @@ class _Search:
         np.add.at(self.histogram, counts.bins, counts.times)
 
     def guess(self, density: float) -> None:
-        """The bracket after a pass over a sample."""
+        """Narrow the bracket after a pass over a sample."""
         rank = rank_of(density, self.total)
         margin = math.ceil(MARGIN * math.sqrt(self.total * density * (1 - density)))
         first = find_from_top(self.histogram, min(self.total, rank + margin))
@@ -132,14 +132,14 @@ class _Search:
         self._restart()
 
     def settle(self, density: float) -> None:
-        """The bracket after the sample was looked at again: one integer, if it holds no other of the sample."""
+        """Narrow the bracket after a second pass over the sample: to one integer, if the sample has no other in it."""
         inside = np.flatnonzero(self.histogram)
         if len(inside) == 1:
             self.bracket = self.bracket.bins(int(inside[0]), int(inside[0]))
         self._restart()
 
     def narrow(self, density: float) -> None:
-        """The bracket after a pass over all values."""
+        """Narrow the bracket after a pass over all values, or move it if it missed the threshold."""
         rank = rank_of(density, self.total)
         if rank <= self.above:
             self.bracket = Bracket(self.bracket.high, ALL)
@@ -164,11 +164,11 @@ def find_thresholds(
 ) -> dict[str, dict[str, float]]:
     """{unit: {source: threshold}}: the round(density·n)-th largest magnitude of each source's task vector in a unit.
 
-    density: of a source in a tensor; a source of which all is kept has the threshold 0. guess: take what a sample
-    leaves no choice about, and make no pass for it.
+    density: of a source in a tensor; a source that is kept in full has the threshold 0. guess: use a threshold that
+    the sample determines uniquely, without a pass over all weights.
 
-    One pass over the weights after a look at a sample; up to two more where the sample was not like the rest. Tensors
-    of one unit follow each other, as do a tensor's chunks; the density is read from a unit's first chunk.
+    Makes one pass over the weights after a sample, and up to two more if the sample was not representative. Tensors of
+    one unit follow each other, as do a tensor's chunks; the density is read from a unit's first chunk.
     """
     searches: dict[str, dict[str, _Search]] = {}
 
@@ -205,7 +205,7 @@ def find_thresholds(
 
 @dataclass(frozen=True)
 class Tally:
-    """Of one task vector, or of a part of it: magnitudes above a threshold, at or above it, and all."""
+    """Counts over one task vector or a part of it: magnitudes above a threshold, at or above it, and all."""
 
     above: int = 0
     kept: int = 0
@@ -213,7 +213,7 @@ class Tally:
 
     @staticmethod
     def of(trimmed: Tensor, threshold: float) -> Tally:
-        """Of values from which those below the threshold were taken (they are 0)."""
+        """Counts over trimmed values: those below the threshold are 0."""
         values = trimmed.numpy()
         kept = int(np.count_nonzero(values != 0)) if threshold > 0 else values.size
         return Tally(int(np.count_nonzero(np.abs(values) > threshold)), kept, values.size)

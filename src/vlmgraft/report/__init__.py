@@ -1,1 +1,1 @@
-"""Pictures and tables from rows; no torch."""
+"""Charts, tables and the HTML report from logged rows; no torch."""

@@ -1,7 +1,7 @@
 """Charts by matplotlib: lines with intervals, heat maps, bars; SVG inside the page, SVG, PDF or PNG for papers.
 
-In the page colours are its CSS variables, so that one picture serves light, dark and print; every mark carries its
-numbers in `aria-label`, for the pointer, the keyboard and screen readers, and attributes that filters look at.
+In the page, colours are CSS variables of the page, so that one SVG serves light mode, dark mode and print. Every mark
+has its numbers in `aria-label`, for pointer, keyboard and screen readers, and the attributes that the filters use.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ STYLE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Dot:
-    """One point. tip: its numbers in words. *_range: the ends of its interval. ring: drawn with a ring. label: written
+    """One point. tip: its numbers in words. *_range: the ends of its interval. ring: draw a ring around it. label: text
     beside it."""
 
     x: float
@@ -56,7 +56,7 @@ class Dot:
 
 @dataclass(frozen=True)
 class Series:
-    """A line with marks. data: attributes that filters look at, such as {"method": "ties"}. style: number of its colour
+    """A line with marks. data: attributes for the filters, such as {"method": "ties"}. style: number of its colour
     and mark, by default its position in the chart."""
 
     name: str
@@ -67,7 +67,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Lines:
-    """A chart of lines; colour and mark change together, so that neither is needed alone."""
+    """A chart of lines; series differ in both colour and mark, so that either is enough to tell them apart."""
 
     series: Sequence[Series]
     x: str
@@ -117,7 +117,7 @@ class Lines:
 
 
 def _thin(axes: Any) -> None:
-    """Leave out labels of points that would lie on another's; tip and table have them."""
+    """Remove point labels that would overlap another label; the tooltip and the table still have them."""
     axes.figure.draw_without_rendering()
     kept: list[Any] = []
     for text in list(axes.texts):
@@ -130,10 +130,10 @@ def _thin(axes: Any) -> None:
 
 @dataclass(frozen=True)
 class Heat:
-    """A heat map: values[row][column], None where there is nothing.
+    """A heat map: values[row][column], None for an empty cell.
 
-    middle: the value in the neutral colour; reach: how far from it the full colour is, below it reach_low where given.
-    unit: written after a value in its tip; written: the format of the number in a cell, None for none.
+    middle: the value shown in the neutral colour. reach: distance from it at which the colour is full; reach_low:
+    the same below it, if different. unit: follows the value in a tooltip. written: number format in a cell, None: none.
     """
 
     rows: Sequence[str]
@@ -161,7 +161,7 @@ class Heat:
         return 4.6, 1.15 + 0.27 * len(self.rows)
 
     def share(self, value: float) -> float:
-        """Where a value lies between the colours, −1 to 1."""
+        """Position of a value on the colour scale, −1 to 1."""
         away = value - self.middle
         reach = self.reach if away >= 0 or self.reach_low is None else self.reach_low
         return max(-1.0, min(1.0, away / reach)) if reach else 0.0
@@ -225,13 +225,13 @@ Chart = Lines | Heat | Bars
 
 
 def _tag(data: Mapping[str, str], tip: str = "") -> str:
-    """Attributes of an SVG element, carried through matplotlib as its id."""
+    """Attributes of an SVG element, passed through matplotlib as the element's id."""
     mark = f' class="mark" tabindex="0" role="img" aria-label="{escape(tip)}"' if tip else ""
     return f"@{mark}{attributes(dict(data))}"
 
 
 def _cell(axes: Any, x: int, y: int, share: float, tip: str = "") -> None:
-    """A cell in the colour of its share; in the page the same mixture of the page's colours."""
+    """A cell in the colour of its share; in the page, the same mixture of the page's colours."""
     from matplotlib.colors import to_rgb
     from matplotlib.patches import Rectangle
 
@@ -266,18 +266,18 @@ def save_chart(chart: Chart, path: Path, title: str = "") -> None:
 
 
 def svg_and_pdf(chart: Chart, title: str, salt: str) -> tuple[str, bytes]:
-    """The picture as an SVG element of the page, with its attributes, and as a PDF file. `salt` keeps ids of several
-    pictures of one page apart."""
+    """The chart as an SVG element of the page, with its attributes, and as a PDF file. `salt` makes ids unique among
+    the charts of one page."""
     text, pdf = io.StringIO(), io.BytesIO()
     with _drawn(chart, salt) as figure:
         figure.savefig(text, format="svg", metadata={"Date": None})
-        figure.set_layout_engine("none")  # it is laid out
+        figure.set_layout_engine("none")  # the layout is done
         figure.savefig(pdf, format="pdf", metadata={"CreationDate": None})
     return _for_page(text.getvalue(), title), pdf.getvalue()
 
 
 def _for_page(svg: str, title: str) -> str:
-    """matplotlib's SVG with the attributes of its marks, the page's colours, and no ids but those that are used."""
+    """matplotlib's SVG with the attributes of its marks and the page's colours, and without unused ids."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.S)
     svg = re.sub(r"<g id='@([^']*)'>", lambda match: f"<g{html.unescape(match[1])}>", svg)

@@ -1,4 +1,4 @@
-"""What a report is made of: the rows that commands left in run folders, found by their names. Data first; no torch.
+"""The data of a report: rows that commands left in run folders, found by file name. Data first; no torch.
 
 | file | written by |
 |---|---|
@@ -34,7 +34,7 @@ QUESTION_LENGTH = 600
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One folder: the model's name, the averages by kind, and a row per item."""
+    """The evaluation in one folder: the model's name, the averages by kind, and a row per item."""
 
     folder: Path
     model: str
@@ -43,7 +43,7 @@ class Evaluation:
 
 
 def read_evaluation(folder: Path) -> Evaluation | None:
-    """The evaluation in a folder; None when it holds something else under these names."""
+    """The evaluation in a folder; None if its files with these names hold something else."""
     records, run = folder / "records.jsonl", folder / "run.json"
     averages = read_json(folder / "summary.json").get("averages") if records.is_file() else None
     if not isinstance(averages, dict):
@@ -66,7 +66,7 @@ def evaluation_points(evaluations: Sequence[Evaluation]) -> Rows:
 
 
 def side_by_side(evaluations: Sequence[Evaluation]) -> Rows:
-    """The first questions of every task that all models were asked, as `answers.jsonl` has them, without images."""
+    """The first questions per task that all models were asked, in the format of `answers.jsonl`, without images."""
     if len(evaluations) < 2:
         return []
     scored = [
@@ -89,7 +89,7 @@ def side_by_side(evaluations: Sequence[Evaluation]) -> Rows:
 BINS = 16
 DEPTH = 5
 ODD = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, OSError, SafetensorError)
-"""What comes of rows that no command wrote."""
+"""Exceptions that malformed rows, not written by a command, can cause."""
 _IN_LAYER = re.compile(r"layers\.(\d+)\.(?:.*\.)?(\w+)$")
 
 
@@ -101,7 +101,7 @@ def layer_and_projection(name: str) -> tuple[int, str] | None:
 
 @dataclass(frozen=True)
 class Run:
-    """Rows of one file with the folder they came from."""
+    """The rows of one file and its folder."""
 
     folder: Path
     rows: Rows
@@ -111,9 +111,9 @@ class Run:
 class GatedRun:
     """One gates folder: its settings, its training log, and per matrix how far its gates are open.
 
-    matrices: rows with layer, projection, directions, mean openness, its mean and standard deviation by sixteenth of
-    the directions (largest singular values first) and, where the factors lie beside the gates, the share of the
-    matrix's energy injected.
+    matrices: rows with layer, projection, number of directions and mean openness; mean and standard deviation of the
+    openness by sixteenth of the directions (largest singular values first); and, if the factors lie beside the gates,
+    the share of the matrix's energy that is injected.
     """
 
     folder: Path
@@ -125,7 +125,7 @@ class GatedRun:
 
 @dataclass(frozen=True)
 class Document:
-    """A receipt (parsed) or a recipe (text), with the folder it is of."""
+    """A receipt (parsed) or a recipe (text), with its folder."""
 
     folder: Path
     content: Any
@@ -133,7 +133,7 @@ class Document:
 
 @dataclass
 class Collected:
-    """Everything found, in the order of the folders."""
+    """All data found, in the order of the folders."""
 
     points: list[Run] = field(default_factory=list)
     knockouts: list[Run] = field(default_factory=list)
@@ -149,11 +149,11 @@ class Collected:
 
 
 def collect(folders: Sequence[str | Path]) -> Collected:
-    """Read every known file under the folders, five levels deep; hidden folders and stores of factors are passed by.
+    """Read every known file in the folders, five levels deep; hidden folders and factor stores are skipped.
 
     Raises:
-        InputError: a folder is missing, or no file of a run is in any of them. CheckpointError: unreadable gates.
-        DamagedError: another file is not what a command wrote.
+        InputError: a folder is missing, or none of them holds a file of a run. CheckpointError: unreadable gates.
+        DamagedError: another file was not written by a command.
     """
     runs = Collected()
     for folder in map(Path, folders):
@@ -168,7 +168,7 @@ def collect(folders: Sequence[str | Path]) -> Collected:
                 raise DamagedError(path, error) from error
     parent = runs.evaluations[0].folder.parent if runs.evaluations else Path()
     for compared, rows in ((runs.points, evaluation_points), (runs.answers, side_by_side)):
-        if made := rows(runs.evaluations):  # of several models one picture and one list of answers
+        if made := rows(runs.evaluations):  # one chart and one list of answers for all models
             compared.append(Run(parent, made))
     if not any(vars(runs).values()):
         names = ", ".join(sorted(_READERS))
@@ -195,7 +195,7 @@ def _rows_into(kind: str) -> Callable[[Collected, Path], None]:
 
 
 def _receipt(runs: Collected, path: Path) -> None:
-    """Of merges; the receipts of stores, adapters and tuned folders say nothing but their bytes."""
+    """Collect a merge's receipt; receipts of stores, adapters and tuned folders only list digests and are skipped."""
     receipt = nameless(read_json(path))
     if "method" in receipt:
         if not isinstance(receipt.get("tensors"), list):
@@ -215,7 +215,7 @@ def _summary(runs: Collected, path: Path) -> None:
 
 
 def read_gates(folder: Path) -> GatedRun:
-    """A gates folder as rows, read without torch; raises CheckpointError when it is not complete."""
+    """A gates folder as rows, read without torch; raises CheckpointError if the folder is incomplete."""
     from safetensors.numpy import load_file
 
     settings, file = read_json(folder / "gates.json"), folder / "gates.safetensors"
@@ -258,7 +258,7 @@ def _matrix(name: str, opened: np.ndarray, factors: Path) -> dict[str, Any]:
 
 
 def _singular_values(path: Path) -> np.ndarray | None:
-    """The `s` of a file of factors, None where there is none; U and Vh are not read."""
+    """The `s` of a file of factors, None without the file; U and Vh are not read."""
     if not path.is_file():
         return None
     from safetensors import safe_open

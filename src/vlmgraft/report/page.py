@@ -1,7 +1,7 @@
 """`vlmgraft report`: one self-contained HTML page from run folders. No network, no torch.
 
-The pictures are SVG by matplotlib, and a hundred lines of script add hover and filters. Plotly was measured: its script
-alone is 4.8 MB, above what a whole page may weigh; pictures of SVG also print, and are there without script.
+Charts are SVG by matplotlib, and a hundred lines of script add hover and filters. Plotly was measured: its script
+alone is 4.8 MB, more than the size limit of a whole page; SVG charts also print, and are shown without scripts.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from vlmgraft.storage.portable import nameless
 
 MAX_BYTES = 3_000_000
 MARK = b'<meta name="generator" content="vlmgraft'
-"""By which a page of ours is known, and may be replaced."""
+"""Identifies a page that vlmgraft wrote, which may be overwritten."""
 FIGURE_MARKS = (b"<dc:title>Matplotlib v", b"%PDF-1.4\n%\xac\xdc \xab\xba")
-"""How figures by matplotlib begin."""
+"""First bytes of figures that matplotlib wrote."""
 HERE = Path(__file__).parent
 
 
 def write_report(
     folders: Sequence[str | Path], out: str | Path, title: str = "What was grafted, and what carries it"
 ) -> Path:
-    """Write the page `out` from everything that is in the run folders, and give its path.
+    """Write the page `out` from all data in the run folders, and return its path.
 
     Raises:
-        InputError: a folder is missing or holds nothing of a run. OutputError: the page would weigh 3 MB or more, or
-            `out` is a file that is no such page.
+        InputError: a folder is missing or holds no data of a run. OutputError: the page would have 3 MB or more, or
+            `out` exists and is not such a page.
     """
     refuse_file(Path(out), lambda head: MARK in head)
     text = render(collect(folders), title, [str(folder) for folder in folders])
@@ -51,11 +51,11 @@ def write_report(
 
 
 def write_figures(folders: Sequence[str | Path], out: str | Path) -> list[Path]:
-    """Every figure of the page as SVG and PDF for papers, into the folder `out`.
+    """Write every figure of the page as SVG and PDF for papers into the folder `out`.
 
     Raises:
-        InputError: as `write_report`, or the runs hold nothing to draw. OutputError: a file of that name that was not
-            drawn by matplotlib.
+        InputError: as `write_report`, or the runs hold nothing to draw. OutputError: a file of that name exists and
+            was not drawn by matplotlib.
     """
     refuse_place(out)
     names = [str(folder) for folder in folders]
@@ -75,7 +75,7 @@ def write_figures(folders: Sequence[str | Path], out: str | Path) -> list[Path]:
 
 @contextmanager
 def _rows_of_ours(folders: Sequence[str]) -> Iterator[None]:
-    """What comes of rows that no command wrote, as an error of the input."""
+    """Turn the exceptions that malformed rows cause into an InputError."""
     try:
         yield
     except VlmgraftError:
@@ -88,7 +88,7 @@ def _rows_of_ours(folders: Sequence[str]) -> Iterator[None]:
 
 
 def render(runs: Collected, title: str, folders: Sequence[str]) -> str:
-    """The page as text; a section appears where there are rows for it."""
+    """The page as HTML text; a section appears if there are rows for it."""
     with _rows_of_ours(folders):
         sections = parts.sections(runs)
         drawn, figures = "\n".join(map(render_section, sections)), parts.summary(runs)

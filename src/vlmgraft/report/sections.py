@@ -18,7 +18,7 @@ Cell = str | float | int | bool | None
 
 @dataclass(frozen=True)
 class Table:
-    """Numbers behind a figure. data: per row, the attributes that filters look at."""
+    """The numbers behind a figure. data: attributes for the filters, per row."""
 
     name: str
     columns: Sequence[str]
@@ -28,7 +28,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """One picture. caption: what it shows, with `note` below in small print. data: for filters."""
+    """One chart. caption: what it shows. note: small print below the caption. data: attributes for the filters."""
 
     caption: str
     chart: Chart
@@ -38,7 +38,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Choice:
-    """Checkboxes: `key` is the attribute, `values` with their labels; those in `off` begin unchecked."""
+    """Filter checkboxes. key: the attribute. values: attribute value → label. off: values that start unchecked."""
 
     key: str
     title: str
@@ -61,7 +61,7 @@ class Section:
     extra: str = ""
 
     def file_name(self, index: int) -> str:
-        """Of one of the figures, without its suffix."""
+        """File name of one of the figures, without suffix."""
         return f"{self.id}-{index + 1}-" + re.sub(r"\W+", "-", self.figures[index].caption.lower()).strip("-")[:48]
 
 
@@ -125,14 +125,14 @@ def _table(table: Table) -> str:
 
 
 def cell_text(value: Any) -> str:
-    """A cell for people."""
+    """A cell as readable text."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "" if value is None else number(value, 4) if isinstance(value, float) else str(value)
 
 
 def as_csv(table: Table) -> str:
-    """The table with full precision."""
+    """The table as CSV, with full precision."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(table.columns)

@@ -1,4 +1,4 @@
-"""Texts for people: escaped, numbers with few digits, sentences."""
+"""Text for readers: escaping, numbers with few digits, sentences."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import math
 
 
 def escape(text: object) -> str:
-    """Text for HTML and SVG, attributes included."""
+    """Escape text for HTML and SVG, including attributes."""
     return html.escape(str(text), quote=True)
 
 
 def attributes(data: dict[str, str]) -> str:
-    """The `data-` attributes by which the page's filters find an element."""
+    """The `data-` attributes that the page's filters match."""
     return "".join(f' data-{key}="{escape(value)}"' for key, value in data.items())
 
 
 def sentence(text: str) -> str:
-    """The text as a sentence: a capital first, a full stop last."""
+    """The text as a sentence: capitalised, with a full stop."""
     return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A number for people: `digits` significant digits, no trailing zeros, no exponent between 1e-4 and 1e6."""
+    """A readable number: `digits` significant digits, no trailing zeros, no exponent between 1e-4 and 1e6."""
     if value is None or not math.isfinite(value):
         return "–"
     if value != 0 and not 1e-4 <= abs(value) < 1e6:

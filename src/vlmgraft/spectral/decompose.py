@@ -25,7 +25,7 @@ from vlmgraft.storage.progress import Progress
 from vlmgraft.storage.torchrun import agreed, await_file, barrier, process
 
 READ_AHEAD = 2
-"""Task vectors that are read, by as many threads, while a GPU decomposes another; one more is written meanwhile."""
+"""Task vectors that as many threads read while a GPU decomposes another; one more is written meanwhile."""
 
 
 def decompose(
@@ -40,11 +40,11 @@ def decompose(
 ) -> FactorStore:
     """Decompose every merged matrix of the alignment into the store at `out`, and return the store.
 
-    A store that already holds the factors of the same inputs is left alone. resume: go on with a store that an
-    interruption left, or whose inputs changed; matrices whose file fits are not computed again. Under `torchrun` the
-    first process decides what is to be done, or refuses, for all; every process takes its share of the matrices (by
-    cost), and the first one, when it sees all files and they fit its own inputs, writes the manifest. The bytes do not
-    depend on the number of cores or processes.
+    A store that already holds the factors of the same inputs is left unchanged. resume: continue an interrupted store,
+    or one whose inputs changed; matrices with a matching file are not recomputed. Under `torchrun` the first process
+    decides for all what to do, or refuses. Every process takes its share of the matrices (by cost), and the first one
+    writes the manifest once it sees all files and they match its own inputs. The bytes do not depend on the number of
+    cores or processes.
 
     Raises OutputError when `out` holds something else and resume is False, AlignmentError when τ is zero everywhere,
     NumericalError naming a tensor that is not finite.
@@ -54,7 +54,7 @@ def decompose(
     with TaskVectors(alignment) as taus:
         work = _Work(taus, store, rank, train_copy, taus.stamp())
         todo = agreed(partial(work.plan, resume))
-        # shares are cut from all matrices, not from those still to do: every process then cuts them alike
+        # shares are cut from all matrices, not only the missing ones, so that every process cuts the same shares
         shared = _my_share(taus.names, [matrix_cost(taus.shape(name), rank) for name in taus.names])
         missing = set(todo)
         mine = [name for name in shared if name in missing]
@@ -82,7 +82,7 @@ def decompose(
 class _Work:
     """What the first process decides about a store, before and after the matrices are decomposed.
 
-    stamp: of the inputs. digests: what this process found files to be of, or made them of. read: τ in memory, by name.
+    stamp: of the inputs. digests: of the inputs, by matrix, for files found or made. read: τ in memory, by name.
     """
 
     taus: TaskVectors
@@ -94,8 +94,8 @@ class _Work:
     read: dict[str, Tensor] = field(default_factory=dict)
 
     def plan(self, resume: bool) -> list[str]:
-        """The matrices to decompose, for which the store is opened; OutputError where the folder is not to be written,
-        AlignmentError where all is to be done and every τ is zero."""
+        """The matrices to decompose; opens the store for them. Raises OutputError where the folder must not be
+        written, and AlignmentError where nothing is done yet and every τ is zero."""
         names, folder, alignment = self.taus.names, self.store.folder, self.taus.alignment
         sources = (alignment.vlm, alignment.donor, alignment.donor_base)
         refuse_output(folder, [source.path for source in sources if source is not None], ours=is_store_file)
@@ -113,9 +113,9 @@ class _Work:
         return todo
 
     def finish(self) -> None:
-        """Write the manifest, once all files are there, other processes' too, and fit what this process reads.
+        """Write the manifest once all files, including those of other processes, exist and match this process's inputs.
 
-        Raises OutputError naming a file that does not, AlignmentError when τ is zero everywhere.
+        Raises OutputError naming a file that does not match, AlignmentError when τ is zero everywhere.
         """
         self.store.sweep()
         if self.store.complete:
@@ -136,7 +136,7 @@ class _Work:
 
 
 def _smallest_that_differs(taus: TaskVectors) -> dict[str, Tensor]:
-    """The smallest τ that is not zero, read, by its name; raises AlignmentError where all are zero."""
+    """The smallest nonzero τ, by its name; raises AlignmentError where all τ are zero."""
     for name in sorted(taus.names, key=lambda name: math.prod(taus.shape(name))):
         tau = taus.load(name)
         if tau.any():
@@ -152,18 +152,18 @@ def _made(
     device: torch.device | str,
     read: dict[str, Tensor],
 ) -> Iterator[tuple[str, Factors]]:
-    """The factors of these matrices in turn: on CPUs several at a time, on a GPU one after the other, read ahead.
+    """The factors of these matrices in order: several at a time on CPUs, one after the other with read-ahead on a GPU.
 
-    A digest that is not there yet is added to `digests`. read: τ that are in memory, taken out as their turn comes.
+    Missing digests are added to `digests`. read: τ that are already in memory; each is removed when it is used.
     """
 
     def load(name: str) -> Tensor:
         tau = read.pop(name) if name in read else taus.load(name)
-        if name not in digests:  # of what was just read, so that no source is read twice
+        if name not in digests:  # of the tensor just read, so that no source is read twice
             digests[name] = _digest(taus, name, rank)
         return tau
 
-    def pinned(name: str) -> Tensor:  # in memory that a GPU copies from by itself
+    def pinned(name: str) -> Tensor:  # in pinned memory, for asynchronous copies to the GPU
         return load(name).pin_memory() if torch.cuda.is_available() else load(name)
 
     def factors_of(name: str) -> Factors:
@@ -178,7 +178,7 @@ def _made(
 
 
 def check_store(alignment: Alignment, store: FactorStore, rank: Rank) -> None:
-    """Refuse factors of another recipe: other models, other modules, another rank.
+    """Refuse factors of another recipe: different models, modules or rank.
 
     Raises CheckpointError naming the store, the first tensor that differs and the remedy.
     """
@@ -204,7 +204,7 @@ def share(costs: Sequence[float], workers: int) -> list[list[int]]:
 
 
 def _my_share(names: list[str], costs: list[float]) -> list[str]:
-    """This process's matrices in a group of processes, all of them otherwise, in disk order."""
+    """This process's share of the matrices, in disk order; all of them if there is one process."""
     worker, workers = process()
     return [names[index] for index in sorted(share(costs, workers)[worker])]
 
@@ -214,9 +214,9 @@ def _digest(taus: TaskVectors, name: str, rank: Rank) -> str:
 
 
 def _digests_of_stored(taus: TaskVectors, store: FactorStore, rank: Rank) -> dict[str, str]:
-    """The digests that the files in the store should have, by name; without those of matrices that have no file.
+    """The digests that the files in the store should have, by name; matrices without a file are left out.
 
-    A finished store of the same stamp is believed: then no source is opened. Else samples of the sources are read.
+    A complete store with the same stamp is trusted, and no source is opened; otherwise the sources are sampled.
     """
     stamp = taus.stamp()
     believed = bool(stamp) and store.complete and store.manifest.get("inputs") == stamp

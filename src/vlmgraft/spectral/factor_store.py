@@ -1,10 +1,10 @@
-"""Factors on disk: one store per donor, read one matrix at a time, and several of them side by side.
+"""Factors on disk: one store per donor, read one matrix at a time, and the stores of several donors joined.
 
 A store is a folder with one safetensors file per matrix, named after the VLM tensor and written atomically: `U`, `s`
-and `Vh` in float32, which the fold needs, and on request `U_train`, `Vh_train` in bfloat16, which is enough to train
-gates and half the reading. Role, energy, error and the digest of the inputs are in each file's header. The manifest
-`factors.json` is written last; what counts for resuming are the files themselves. With several donors the first one's
-store is the folder itself, the others' are folders inside it.
+and `Vh` in float32, which the fold needs, and on request `U_train`, `Vh_train` in bfloat16, which suffice to train
+gates and halve the reading. Role, energy, error and the digest of the inputs are in each file's header. The manifest
+`factors.json` is written last; resuming depends on the matrix files alone. With several donors, the folder itself is
+the first donor's store, and folders inside it are the stores of the others.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Store(Mapping[str, Factors]):
 
     @property
     def names(self) -> list[str]:
-        """Names in the order of the manifest; raises CheckpointError when the store is not complete."""
+        """Names in the order of the manifest; raises CheckpointError if the store is incomplete."""
         return list(self.stores[0].manifest["matrices"])
 
     @property
@@ -90,7 +90,7 @@ class FactorStore(Store):
         try:
             stat = file.stat()
             version = stat.st_ino, stat.st_mtime_ns, stat.st_size
-            if self._read is not None and self._read[0] == version:  # asked for every name
+            if self._read is not None and self._read[0] == version:  # cached: read for every name
                 return self._read[1]
             manifest = read_json(file)
             matrices = manifest.get("matrices")
@@ -105,11 +105,11 @@ class FactorStore(Store):
 
     @property
     def complete(self) -> bool:
-        """Whether the manifest is there: it is written last."""
+        """Whether the manifest exists, which is written last."""
         return (self.folder / MANIFEST).is_file()
 
     def energies(self) -> tuple[float, float]:
-        """Σ‖τ‖_F² inside the factors and in all; a store whose files do not say counts as whole."""
+        """Σ‖τ‖_F² inside the factors, and in total; a file that does not record its share counts as complete."""
         rows = self.manifest["matrices"].values()
         return sum(row.get("kept", row["energy"]) for row in rows), sum(row["energy"] for row in rows)
 
@@ -137,7 +137,7 @@ class FactorStore(Store):
             raise CheckpointError(f"{path}: no factors of this matrix ({error}); run decompose --resume") from error
 
     def header(self, name: str) -> dict[str, str] | None:
-        """The header of one matrix's file, or None when there is no file with a header of ours."""
+        """The header of one matrix's file; None without a file, or without a valid header."""
         path = self.folder / f"{name}{SUFFIX}"
         if not path.is_file():
             return None
@@ -150,7 +150,7 @@ class FactorStore(Store):
         return header if {"role", "digest"} <= header.keys() else None
 
     def sources(self) -> dict[str, dict[str, str]]:
-        """Checkpoint → tensor → digest of its bytes as they were read, from the receipt; {} without one."""
+        """Checkpoint → tensor → digest of the bytes that were read, from the receipt; {} without a receipt."""
         file = self.folder / RECEIPT
         return read_sources(read_json(file), file) if file.is_file() else {}
 
@@ -182,12 +182,12 @@ class FactorStore(Store):
         save_tensors(tensors, path, header)
 
     def reopen(self) -> None:
-        """Remove manifest and receipt: the store is being written."""
+        """Remove manifest and receipt, before the store is written."""
         for name in (MANIFEST, RECEIPT):
             (self.folder / name).unlink(missing_ok=True)
 
     def sweep(self) -> None:
-        """Remove what killed runs left."""
+        """Remove temporary files of killed runs."""
         if self.folder.is_dir():
             sweep_files(self.folder)
 
@@ -218,12 +218,12 @@ class FactorStore(Store):
 
 
 def donor_folder(folder: Path, number: int) -> Path:
-    """Where the factors of donor `number`, counted from 0, are kept."""
+    """Folder of the factors of donor `number`, counted from 0."""
     return folder if number == 0 else folder / f"donor-{number + 1}"
 
 
 class JoinedStore(Store):
-    """Factors of several donors side by side (`join_donors`).
+    """The factors of several donors, joined (`join_donors`).
 
     Raises CheckpointError when the stores do not hold the same tensors.
     """
@@ -242,7 +242,7 @@ class JoinedStore(Store):
 
 
 def open_store(folder: str | Path, *, training: bool = False) -> Store:
-    """The factors in a folder, of as many donors as it holds; training: the bfloat16 copies where there are some."""
+    """The factors in a folder, of all its donors; training: use the bfloat16 copies if there are some."""
     stores = [FactorStore(folder, training=training)]
     while (inner := donor_folder(Path(folder), len(stores))).is_dir():
         stores.append(FactorStore(inner, training=training))
@@ -250,12 +250,12 @@ def open_store(folder: str | Path, *, training: bool = False) -> Store:
 
 
 def stored_digest(factors: Mapping[str, Factors]) -> str | None:
-    """The digest of a store; None of factors in memory."""
+    """The digest of a store; None for factors in memory."""
     return factors.digest if isinstance(factors, Store) else None
 
 
 def sources_of_factors(factors: Mapping[str, Factors]) -> dict[str, dict[str, str]]:
-    """`FactorStore.sources` of a store, of several donors under donor, donor-2 and so on; {} of factors in memory."""
+    """`FactorStore.sources` of a store, several donors as donor, donor-2 and so on; {} for factors in memory."""
     stores = factors.stores if isinstance(factors, Store) else ()
     return {
         key if number == 1 else f"{key}-{number}": read
@@ -265,7 +265,7 @@ def sources_of_factors(factors: Mapping[str, Factors]) -> dict[str, dict[str, st
 
 
 def check_gates(gates: Gates, factors: Mapping[str, Factors]) -> None:
-    """Raise CheckpointError where the gates were made for other factors than this store's; memory has no digest."""
+    """Raise CheckpointError if gates were made for other factors than this store's; factors in memory pass."""
     digest = stored_digest(factors)
     if None not in (digest, gates.factors) and digest != gates.factors:
         folder = factors.folder if isinstance(factors, FactorStore) else "factors"
@@ -276,5 +276,5 @@ def check_gates(gates: Gates, factors: Mapping[str, Factors]) -> None:
 
 
 def is_store_file(name: str) -> bool:
-    """Whether a store of factors holds files of this name: matrices, manifest, receipt, further donors, hidden ones."""
+    """Whether a factor store may hold a file of this name: matrix, manifest, receipt, further donor, hidden file."""
     return name in (MANIFEST, RECEIPT) or name.endswith(SUFFIX) or name.startswith((".", "donor-"))

@@ -17,11 +17,11 @@ from vlmgraft.spectral.svd_stack import decompose_stack
 
 @dataclass(frozen=True)
 class Factors:
-    """τ ≈ U diag(s) Vh for one VLM tensor, a matrix; of fused experts, with a leading dimension [experts] everywhere.
+    """τ ≈ U diag(s) Vh for one VLM tensor: a matrix, or fused experts with a leading dimension [experts] everywhere.
 
     name: the VLM's tensor name on disk. role: its canonical name inside the text model ("layers.3.mlp.up_proj.weight").
-    energy: ‖τ‖_F², also of what a truncation dropped. error: relative residual found by random probes, the largest one
-    of the experts. route: which algorithm made them (see svd.py); not for comparing.
+    energy: ‖τ‖_F², including truncated directions. error: relative residual from random probes, the largest one over
+    the experts. route: the algorithm that computed the factors (see svd.py), for information only.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Factors:
         return (self.U.float() * spectrum.float().unsqueeze(-2)) @ self.Vh.float()
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Factors:
-        """The same factors elsewhere: `dtype` applies to U and Vh only, singular values stay float32."""
+        """The same factors on another device; `dtype` applies to U and Vh only, singular values stay float32."""
         return replace(self, U=self.U.to(device, dtype), s=self.s.to(device), Vh=self.Vh.to(device, dtype))
 
     def shuffled(self, seed: int) -> Factors:
@@ -60,10 +60,10 @@ def factorize(tau: Float[Tensor, "*experts out in"], name: str, role: str, rank:
 
 
 def join_donors(donors: Sequence[Mapping[str, Factors]]) -> dict[str, Factors]:
-    """Factors of several donors side by side: U = [U₁ U₂ …], s and Vh likewise, for every tensor that any donor has.
+    """Factors of several donors, concatenated: U = [U₁ U₂ …], s and Vh likewise, for every tensor that any donor has.
 
-    Every direction of every donor gets its own gate, and one training with one budget opens them together. The joint
-    U and Vh are not orthogonal: everything that gates need holds, a LoRA of smaller rank is no longer the best one.
+    Every direction of every donor gets its own gate, and one training with one budget learns all gates. The joint U and
+    Vh are not orthogonal: gates do not need that, but a LoRA of smaller rank is no longer the best approximation.
     """
     joined = {}
     for name in dict.fromkeys(name for donor in donors for name in donor):

@@ -26,7 +26,7 @@ FILES = ("gates.safetensors", "gates.json", "training.jsonl", RECEIPT)
 
 
 def save_gates(gates: Gates, folder: Path) -> None:
-    """Write the folder, in place of gates that are there; raises OutputError where it holds anything else."""
+    """Write the folder and replace gates in it; raises OutputError if it holds anything else."""
     foreign = sorted(path.name for path in folder.iterdir() if not _is_ours(path)) if folder.is_dir() else []
     if foreign:
         raise OutputError(f"{folder}: holds {foreign[0]}, which is not of gates; choose another folder")
@@ -39,7 +39,7 @@ def save_gates(gates: Gates, folder: Path) -> None:
 
 
 def load_gates(folder: str | Path) -> Gates:
-    """Read a gates folder; raises CheckpointError when it is incomplete, unreadable, or holds what is no number."""
+    """Read a gates folder; raises CheckpointError if it is incomplete, unreadable, or holds NaN or a bad scale."""
     folder = Path(folder)
     log, file = folder / "training.jsonl", folder / "gates.json"
     try:
@@ -59,7 +59,7 @@ def load_gates(folder: str | Path) -> Gates:
 
 
 def unfinished(folder: Path) -> bool:
-    """Whether `folder` holds gates without their settings, as kills left them in an earlier version, and no more."""
+    """Whether `folder` holds only gates without settings, as killed runs of an earlier version left them."""
     return folder.is_dir() and not (folder / "gates.json").exists() and all(map(_is_ours, folder.iterdir()))
 
 

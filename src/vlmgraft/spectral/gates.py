@@ -1,4 +1,4 @@
-"""Gates over singular directions: the result of FRISM's second stage."""
+"""Gates on singular directions, the result of FRISM's second stage."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Gates:
 
 
 def injected_energy(gates: Gates, spectra: Mapping[str, Float[Tensor, " r"]]) -> float:
-    """Σ‖σ(g) ⊙ s‖² / Σ‖s‖² over all tensors, 0 of a zero task vector; spectra: s by tensor, on the CPU."""
+    """Σ‖σ(g) ⊙ s‖² / Σ‖s‖² over all tensors, 0 for a zero task vector; spectra: s by tensor, on the CPU."""
     injected = sum(float((gates.open(name) * s).square().sum()) for name, s in spectra.items())
     return injected / max(sum(float(s.square().sum()) for s in spectra.values()), 1e-30)
 
@@ -55,6 +55,6 @@ def constant_gates(sizes: Mapping[str, int | tuple[int, ...]], logit: float, sca
 
 
 def histogram(opened: Float[Tensor, " n"]) -> list[float]:
-    """Shares of the gates in ten equal bins from closed to open."""
+    """Shares of the gates in ten equal bins, from closed to open."""
     counts = torch.histc(opened.detach().float().cpu(), bins=HISTOGRAM_BINS, min=0, max=1)
     return [round(float(count) / max(1, opened.numel()), 4) for count in counts]

@@ -1,9 +1,9 @@
-"""The first singular directions of a matrix by block Krylov iteration, and what they leave outside.
+"""The first singular directions of a matrix by block Krylov iteration, and bounds on what they miss.
 
 Block Krylov iteration is Musco & Musco's (arXiv 1504.05477), on the tall side: τ [m, n], m ≥ n. The checks of `svd.py`
-see the subspace that was found; two numbers tell what is outside of it: the leak ‖τᵀU − V diag(s)‖_F / ‖s‖, zero for
-singular vectors, and the largest singular value of τ(I − VVᵀ), by power steps, over the smallest that is kept. Where
-the spectrum falls slowly, five blocks do not pass; ten, twenty, and then the full decomposition are tried.
+only test the subspace that was found. Two numbers measure what lies outside it: the leak ‖τᵀU − V diag(s)‖_F / ‖s‖,
+zero for singular vectors, and the largest singular value of τ(I − VVᵀ), by power steps, over the smallest one kept.
+If the spectrum decays slowly, five blocks do not pass; then ten, twenty, and the full decomposition are tried.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ DEPTHS = (5, 10, 20)
 LEAK_TOLERANCE = 0.01
 """With both tolerances, spectra i^-0.01 to i^-0.5 lose at most 0.4 % of the energy that the best truncation keeps."""
 MISSED_TOLERANCE = 0.01
-"""A direction outside may be this much larger than the smallest inside: equal ones are interchangeable."""
+"""A direction outside may be this much larger, relatively, than the smallest inside: equal ones are interchangeable."""
 POWER_STEPS = 6
 POWER_VECTORS = 8
 
 
 def suits(k: int, width: int) -> bool:
-    """Whether `k` of `width` directions are so few that a Krylov space is cheaper than the full decomposition."""
+    """Whether `k` of `width` directions are few enough for a Krylov space to be cheaper than the full decomposition."""
     return k <= MAX_RANK and DEPTHS[0] * k <= width
 
 
 def krylov_bases(tall: Float[Tensor, "m n"], k: int) -> Iterator[Float[Tensor, "n k"]]:
-    """`krylov_basis` for growing depths, as long as the space is smaller than the whole."""
+    """`krylov_basis` for increasing depths, while the Krylov space is smaller than the whole space."""
     width = tall.shape[1]
     for depth in DEPTHS:
         if depth > DEPTHS[0] and depth * _block(width, k) > width:
@@ -42,8 +42,8 @@ def krylov_bases(tall: Float[Tensor, "m n"], k: int) -> Iterator[Float[Tensor, "
 def krylov_basis(tall: Float[Tensor, "m n"], k: int, depth: int = DEPTHS[0]) -> Float[Tensor, "n k"]:
     """Right singular vectors of the k largest singular values, float64, from a block Krylov space of τᵀτ.
 
-    Block k/2 + 4 and depth 5 lose 1e-5 to 4e-5 of the energy on task vectors. The seed is fixed: the same matrix gives
-    the same factors, so that gates carry over.
+    Block size k/2 + 4 and depth 5 lose 1e-5 to 4e-5 of the energy on task vectors. The seed is fixed: equal matrices
+    give equal factors, so that gates remain valid.
     """
     generator = torch.Generator(device="cpu").manual_seed(0)
     width = tall.shape[1]
@@ -63,8 +63,8 @@ def _block(width: int, k: int) -> int:
 
 
 def share_kept(tau: Float[Tensor, "out in"], rank: int) -> float:
-    """Share of ‖τ‖_F² in the `rank` largest directions: a fast estimate from below, by one Krylov space and no check;
-    exact where that space is the whole. 1 for a zero matrix."""
+    """Share of ‖τ‖_F² in the `rank` largest directions: a fast lower estimate from one Krylov space, not checked;
+    exact if that space is the whole space. 1 for a zero matrix."""
     tall = (tau.mT if tau.shape[0] < tau.shape[1] else tau).float()
     width, energy = tall.shape[1], float(torch.linalg.vector_norm(tall, dtype=torch.float64).square())
     if rank >= width or energy == 0:
@@ -77,9 +77,9 @@ def share_kept(tau: Float[Tensor, "out in"], rank: int) -> float:
 
 
 def missed_outside(tall: Tensor, U: Tensor, s: Tensor, Vh: Tensor, energy: float) -> float | None:
-    """The largest singular value outside truncated factors; None where they leak or it is above the smallest inside.
+    """The largest singular value outside truncated factors; None if they leak or it exceeds the smallest inside.
 
-    energy: ‖τ‖_F². What is outside has ‖τ‖_F² − Σ s² of it in all, which bounds the value from above without any work.
+    energy: ‖τ‖_F². The energy outside is ‖τ‖_F² − Σ s², which bounds the value from above at no cost.
     """
     norm = torch.linalg.vector_norm
     if float(norm(tall.mT @ U - Vh.mT * s)) > LEAK_TOLERANCE * float(norm(s)):
@@ -90,12 +90,12 @@ def missed_outside(tall: Tensor, U: Tensor, s: Tensor, Vh: Tensor, energy: float
 
 
 def largest_outside(tall: Float[Tensor, "m n"], Vh: Float[Tensor, "k n"]) -> float:
-    """The largest singular value of τ(I − VVᵀ) from below, by power steps from a few Gaussian vectors."""
+    """Lower estimate of the largest singular value of τ(I − VVᵀ), by power steps from a few Gaussian vectors."""
     generator = torch.Generator(device="cpu").manual_seed(2)
     x = torch.randn(tall.shape[1], POWER_VECTORS, generator=generator).to(tall.device)
     largest = 0.0
     for _ in range(POWER_STEPS):
-        for _ in range(2):  # again after normalising: where nothing is outside, the first difference is rounding noise
+        for _ in range(2):  # twice: if nothing is outside, the first difference is rounding noise
             x = x - Vh.mT @ (Vh @ x)
             x = x / torch.linalg.vector_norm(x, dim=0).clamp_min(torch.finfo(torch.float32).tiny)
         image = tall @ x

@@ -1,4 +1,4 @@
-"""What has singular directions, and how many of them are kept: all, a number, or what holds a share of the energy."""
+"""Which tensors have singular directions, and how many are kept: all, a number, or enough for a share of the energy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_rank(rank: object, option: str = "rank") -> None:
 
 
 def rank_for_energy(s: Float[Tensor, " r"], share: float) -> int:
-    """Smallest k ≥ 1 with Σ_{i≤k} s² ≥ share · Σ s²; every direction when share is 1."""
+    """Smallest k ≥ 1 with Σ_{i≤k} s² ≥ share · Σ s²; all directions if share is 1."""
     if share >= 1:
         return len(s)
     cumulative = s.double().square().cumsum(0)
@@ -32,7 +32,7 @@ def rank_for_energy(s: Float[Tensor, " r"], share: float) -> int:
 
 
 def directions_kept(s: Float[Tensor, "*experts r"], rank: Rank) -> int:
-    """How many of these directions `rank` keeps; of fused experts as many as the expert that needs most."""
+    """How many of these directions `rank` keeps; for fused experts, as many as the expert that needs most."""
     if rank == "full":
         return s.shape[-1]
     if isinstance(rank, int):
@@ -41,7 +41,7 @@ def directions_kept(s: Float[Tensor, "*experts r"], rank: Rank) -> int:
 
 
 def check_matrix(name: str, shape: Sequence[int]) -> None:
-    """Refuse what has no singular directions: all but matrices [out, in] and stacks of them [experts, out, in]."""
+    """Refuse tensors without singular directions: all but matrices [out, in] and stacks of them [experts, out, in]."""
     if len(shape) not in (2, 3) or 0 in shape:
         raise AlignmentError(
             f"{name}: shape {tuple(shape)} is not a matrix and has no singular directions; leave it out of `modules`"

@@ -4,10 +4,10 @@ Shapes: τ [out, in], r = min(out, in) unless truncated, U [out, r], s [r] desce
 
 The full decomposition takes the eigenvectors V of the float64 Gram matrix of the short side and reads U and s from
 B = τV. The Gram matrix squares the condition number, so in float64 directions down to 1e-8 of the largest singular
-value come out right, while in float32 they would not: gates on single directions need the former. Small ranks use
-block Krylov iteration (`krylov.py`). Every result is tested with random probes; what fails is orthogonalised by QR of
-B, and what still fails is handed to LAPACK's gesdd, and where that does not converge to its gesvd. Either is slow; that
-it was needed is warned of, and stands as `route` with the factors.
+value are accurate, as gates on single directions require, while in float32 they would not be. Small ranks use
+block Krylov iteration (`krylov.py`). Every result is tested with random probes. A result that fails is orthogonalised
+by QR of B. If it still fails, LAPACK's gesdd decomposes the matrix, or gesvd where gesdd does not converge. Both are
+slow; their use is warned of, and recorded as `route` with the factors.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vlmgraft.spectral import krylov
 from vlmgraft.spectral.rank import Rank, check_rank, directions_kept
 
 NOT_CONVERGED = (torch.linalg.LinAlgError, numpy.linalg.LinAlgError)  # type: ignore[attr-defined]
-"""What torch, numpy and scipy raise; torch does not declare its own."""
+"""What torch, numpy and scipy raise if a decomposition does not converge; torch does not declare its own error."""
 RESIDUAL_TOLERANCE = 1e-5
 V_TOLERANCE = 1e-5
 U_TOLERANCE = 1e-3
@@ -39,10 +39,10 @@ GRAM_BLOCK = 256
 class SVD:
     """Factors of one matrix: τ ≈ U diag(s) Vh.
 
-    error: relative residual of the factors against what they claim, estimated by random probes inside span(V).
-    energy: ‖τ‖_F², kept or not; Σ s² / energy is the share that a truncation keeps.
+    error: relative residual between τ and the factors, estimated by random probes inside span(V).
+    energy: ‖τ‖_F², including truncated directions; Σ s² / energy is the share that a truncation keeps.
     route: which algorithm produced the factors ("gram", "qr", "krylov", "gesdd", "gesvd").
-    missed: of a Krylov result, the largest singular value outside the factors, as power steps estimate it from below.
+    missed: for a Krylov result, a lower estimate (power steps) of the largest singular value outside the factors.
     """
 
     U: Float[Tensor, "out r"]
@@ -81,7 +81,7 @@ def decompose_matrix(tau: Float[Tensor, "out in"], rank: Rank = "full", *, name:
 
 
 def matrix_cost(shape: Sequence[int], rank: Rank = "full") -> float:
-    """Floating-point operations of one decomposition, to a constant: Gram matrix, eigenvectors, B = τV."""
+    """Floating-point operations of one decomposition, up to a constant factor: Gram matrix, eigenvectors, B = τV."""
     if len(shape) == 3:
         return shape[0] * matrix_cost(shape[1:])
     m, n = max(shape), min(shape)
@@ -91,8 +91,8 @@ def matrix_cost(shape: Sequence[int], rank: Rank = "full") -> float:
 
 
 def decompose_naive(tau: Float[Tensor, "out in"], name: str = "task vector") -> SVD:
-    """The plain float64 decomposition by LAPACK's gesdd: twin of the fast routes in tests, and their last resort; by
-    gesvd where gesdd does not converge. Raises NumericalError where neither does, or s is beyond float32."""
+    """Plain float64 decomposition by LAPACK's gesdd, else gesvd: reference for the fast routes in tests, and their last
+    resort. Raises NumericalError where neither converges, or s is beyond float32."""
     route = "gesdd"
     try:
         U, s, Vh = torch.linalg.svd(tau.double(), full_matrices=False)
@@ -107,7 +107,7 @@ def decompose_naive(tau: Float[Tensor, "out in"], name: str = "task vector") -> 
 
 
 def _gesvd(tau: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """By QR iteration, slower than gesdd's divide and conquer and sturdier."""
+    """SVD by QR iteration, slower and more robust than gesdd's divide and conquer."""
     from scipy.linalg import svd  # type: ignore[import-untyped]
 
     try:
@@ -119,15 +119,15 @@ def _gesvd(tau: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _last_resort(tall: Tensor, count: int, name: str, why: str) -> SVD:
-    """LAPACK's decomposition, and a warning that it was needed."""
+    """LAPACK's decomposition, with a warning that it was needed."""
     result = decompose_naive(tall, name)
     warnings.warn(f"{name}: the fast SVD {why}; decomposed by LAPACK's {result.route}", RuntimeWarning, stacklevel=4)
     return _truncate(result, count)
 
 
 def _checked(tall: Tensor, energy: float, count: int, name: str) -> SVD:
-    """Krylov spaces of growing depth for small ranks, the Gram matrix, gesdd: the first that passes its checks, cut to
-    `count` directions."""
+    """The first result that passes its checks, cut to `count` directions: Krylov spaces of increasing depth for small
+    ranks, the Gram matrix, gesdd."""
     try:
         for V in krylov.krylov_bases(tall, count) if krylov.suits(count, tall.shape[1]) else ():
             result = _probed(tall, energy, V, "krylov")
@@ -144,7 +144,7 @@ def _checked(tall: Tensor, energy: float, count: int, name: str) -> SVD:
 
 
 def _probed(tall: Tensor, energy: float, V: Float[Tensor, "n k"], route: str) -> SVD | None:
-    """The factors that a basis of right singular vectors gives, by columns or else by QR; None if no probe passes."""
+    """The factors from a basis of right singular vectors, by columns or else by QR; None if neither passes."""
     for label, finish in ((route, from_columns), ("qr", _from_qr)):
         U, s, Vh = finish(tall, V)
         errors = probe(tall, U, s, Vh)
@@ -162,8 +162,8 @@ def _truncate(result: SVD, k: int) -> SVD:
 def _gram_basis(tall: Float[Tensor, "m n"]) -> Float[Tensor, "n n"]:
     """Right singular vectors as columns, float64, largest first.
 
-    On the CPU by dsyrk and dsyevd as numpy brings them (OpenBLAS): on an AMD EPYC they take 0.7 and 0.8 of the time of
-    torch's product and eigh (MKL). numpy hands the product of a matrix with its own transpose to dsyrk.
+    On the CPU by numpy's dsyrk and dsyevd (OpenBLAS): on an AMD EPYC they take 0.7 and 0.8 of the time of torch's
+    product and eigh (MKL). numpy computes the product of a matrix with its own transpose by dsyrk.
     """
     wide = tall.double()
     if wide.device.type != "cpu":
@@ -173,7 +173,7 @@ def _gram_basis(tall: Float[Tensor, "m n"]) -> Float[Tensor, "n n"]:
 
 
 def _upper_gram(wide: Float[Tensor, "m n"]) -> Float[Tensor, "n n"]:
-    """Upper triangle of wideᵀ wide, and zeros: by block rows, which is 5/8 of the whole product's work."""
+    """Upper triangle of wideᵀ wide, zeros below: by block rows, with 5/8 of the work of the whole product."""
     width = wide.shape[1]
     gram = wide.new_zeros(width, width)
     step = max(GRAM_BLOCK, -(-width // 4))
@@ -183,8 +183,8 @@ def _upper_gram(wide: Float[Tensor, "m n"]) -> Float[Tensor, "n n"]:
 
 
 def from_columns(tall: Float[Tensor, "*b m n"], V: Float[Tensor, "*b n k"]) -> tuple[Tensor, Tensor, Tensor]:
-    """U, s and Vh from the normalised columns and the column norms of B = τV (float32 product: 3e-7 in
-    reconstruction), of one matrix or a batch."""
+    """U, s and Vh from the normalised columns and the column norms of B = τV (float32 product: reconstruction error
+    3e-7), for one matrix or a batch."""
     V = V.float()
     B = tall @ V
     s, order = torch.linalg.vector_norm(B, dim=-2).sort(dim=-1, descending=True, stable=True)
@@ -196,7 +196,7 @@ def from_columns(tall: Float[Tensor, "*b m n"], V: Float[Tensor, "*b n k"]) -> t
 def _from_qr(tall: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U and s from the QR of B = τV in float64: columns of B whose norm is rounding noise get orthonormal partners.
 
-    R is diagonal to sqrt(float64 epsilon) of the largest singular value: R_ij ≤ min(s_j, ε s_1²/s_i) for j > i.
+    R is diagonal up to sqrt(float64 epsilon) of the largest singular value: R_ij ≤ min(s_j, ε s_1²/s_i) for j > i.
     """
     V = V.double()
     Q, R = torch.linalg.qr(tall.double() @ V)
@@ -207,11 +207,11 @@ def _from_qr(tall: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def probe(tau: Float[Tensor, "*b m n"], U: Tensor, s: Tensor, Vh: Tensor) -> Float[Tensor, "*b 3"]:
-    """Relative residual inside span(V), and orthogonality errors of V and U, each from a few Gaussian probes; of one
-    matrix or each of a batch.
+    """Relative residual inside span(V), and orthogonality errors of V and U, each from a few Gaussian probes; for one
+    matrix, or for each of a batch.
 
     A Gaussian probe's squared image is an unbiased estimate of a squared Frobenius norm; with 8 probes the estimate is
-    within a factor of 2 with overwhelming probability, and the tolerances have room for it.
+    within a factor of 2 with overwhelming probability, and the tolerances allow for it.
     """
     generator = torch.Generator(device="cpu").manual_seed(1)
     x = torch.randn(s.shape[-1], PROBES, generator=generator).to(tau.device)
@@ -227,6 +227,6 @@ def probe(tau: Float[Tensor, "*b m n"], U: Tensor, s: Tensor, Vh: Tensor) -> Flo
 
 
 def passes(errors: Float[Tensor, "*b 3"]) -> Bool[Tensor, "*b"]:
-    """Whether what `probe` measured is within the tolerances."""
+    """Whether the errors from `probe` are within the tolerances."""
     residual, v_error, u_error = errors.unbind(-1)
     return (residual <= RESIDUAL_TOLERANCE) & (v_error <= V_TOLERANCE) & (u_error <= U_TOLERANCE)

@@ -1,8 +1,8 @@
 """SVD of fused experts [experts, out, in], a few experts at a time as one batch.
 
 The same arithmetic as for one matrix (`svd.py`): float64 Gram matrix of the short side, its eigenvectors, B = τV, and a
-check with random probes. An expert that does not pass is decomposed alone, with that file's fallbacks. Small ranks are
-cut from the full decomposition: experts are small.
+check with random probes. An expert that does not pass is decomposed alone, with the fallbacks of `svd.py`. Small ranks
+are cut from the full decomposition, because experts are small.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def decompose_stack(tau: Float[Tensor, "experts out in"], rank: Rank = "full", *
     """SVD of every expert, as one `SVD` with a leading dimension; raises NumericalError naming tensor and expert.
 
     All experts keep the same number of directions: with {energy: share} as many as the expert that needs most. error:
-    the largest of the experts; energy: their sum; route: "gram", or how many were decomposed alone.
+    the largest of the experts; energy: their sum; route: "gram", and how many were decomposed alone, if any.
     """
     check_rank(rank)
     if tau.ndim != 3 or 0 in tau.shape:
@@ -66,7 +66,7 @@ def _batch(tall: Float[Tensor, "b m n"], name: str) -> tuple[Tensor, Tensor, Ten
 
 
 def _eigenvectors(gram: Tensor) -> Tensor:
-    """Of every matrix; NaN where one does not converge, which the check finds: those experts are decomposed alone."""
+    """Eigenvectors of every matrix; all NaN if one does not converge: the check fails and each is decomposed alone."""
     try:
         return torch.linalg.eigh(gram).eigenvectors
     except NOT_CONVERGED:

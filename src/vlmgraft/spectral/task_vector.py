@@ -1,4 +1,4 @@
-"""Task vectors τ = W_donor − W_base of an alignment, one matrix at a time, and fingerprints of what they came from."""
+"""Task vectors τ = W_donor − W_base of an alignment, one matrix at a time, and fingerprints of their inputs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SETTLED = 2.0
 
 
 class TaskVectors:
-    """Context manager over the open checkpoints of an alignment.
+    """Context manager that reads task vectors from the checkpoints of an alignment.
 
     `names` are the VLM's names of the merged tensors, which must all be matrices or fused experts (AlignmentError
     otherwise).
@@ -52,7 +52,7 @@ class TaskVectors:
         return list(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of τ: the VLM tensor's."""
+        """Shape of τ, equal to the VLM tensor's."""
         return self.alignment.vlm.tensors[name].shape
 
     def role(self, name: str) -> str:
@@ -62,7 +62,7 @@ class TaskVectors:
     def load(self, name: str) -> Tensor:
         """τ of one tensor in float32; raises NumericalError naming the tensor when it is not finite.
 
-        The norm of τ is finite only where both sides are, so that one reduction checks them.
+        The norm of τ is finite only if both sides are, so that one reduction checks both.
         """
         tensor, shape = self._tensors[name], self.shape(name)
         sides = []
@@ -76,7 +76,7 @@ class TaskVectors:
         return tau
 
     def _refuse(self, name: str, tau: Tensor) -> None:
-        """Raise for a τ that is not finite, naming the tensor on disk that holds the value; enormous weights pass."""
+        """Raise for a τ that is not finite, naming the tensor on disk with the value; huge finite weights pass."""
         for key in ("donor", "donor_base"):
             source = _source(self._tensors[name], key)
             for part in source.names:
@@ -91,8 +91,8 @@ class TaskVectors:
     def digest(self, name: str) -> str:
         """Fingerprint of the inputs of τ: names, dtypes, shapes, layout and samples of the bytes.
 
-        32 blocks of 4 KiB spread over each tensor, or all of a small one: a tensor that was trained differs everywhere,
-        and copying a checkpoint changes nothing. File times and paths play no part.
+        32 blocks of 4 KiB spread over each tensor, or all of a small one: training changes a tensor everywhere, and
+        copying a checkpoint changes nothing. File times and paths are ignored.
         """
         state = hashlib.sha256(repr(self.shape(name)).encode())
         for key in ("donor", "donor_base"):
@@ -103,13 +103,13 @@ class TaskVectors:
         return state.hexdigest()[:32]
 
     def digests(self, name: str) -> dict[str, dict[str, str]]:
-        """Checkpoint → tensor on disk → digest of its bytes, of the tensors that `load` read for τ."""
+        """Checkpoint → tensor on disk → digest of its bytes, for the tensors that `load` read for τ."""
         sources = {key: _source(self._tensors[name], key) for key in ("donor", "donor_base")}
         return {key: self._readers[key].digests(source.names) for key, source in sources.items()}
 
     def stamp(self) -> str:
-        """What of the inputs can be known without reading them: which tensors pair, and the `file_stamp` of donor and
-        base; "" where that is."""
+        """Identifies the inputs without reading them: which tensors are paired, and the `file_stamp` of donor and
+        base; "" where one of the two has none."""
         stamps = [file_stamp(getattr(self.alignment, key)) for key in ("donor", "donor_base")]
         pairs = [
             (tensor.name, self.shape(tensor.name), tensor.donor, tensor.donor_base) for tensor in self._tensors.values()
@@ -118,7 +118,7 @@ class TaskVectors:
 
 
 def zero_everywhere(alignment: Alignment) -> AlignmentError:
-    """The refusal of a task vector that is zero in all merged tensors: what, where, and what to write instead."""
+    """The error for a task vector that is zero in all merged tensors: what, where, and what to change in the recipe."""
     groups = ", ".join(dict.fromkeys(tensor.group for tensor in alignment.merged))
     base = alignment.donor_base.path if alignment.donor_base is not None else "its base"
     return AlignmentError(
@@ -145,13 +145,12 @@ def checkpoint_digest(checkpoint: Checkpoint) -> str:
 
 
 def file_stamp(checkpoint: Checkpoint) -> str:
-    """Changes whenever a file of the checkpoint is written, replaced or touched; found without opening any.
+    """A stamp that changes whenever a file of the checkpoint is written, replaced or touched; no file is opened.
 
-    What is trusted where a recorded stamp is met again: the file system's inode, size, and times of modification and
-    of change (which no program can set) of every file, beside config and headers as they are now. Equal stamps stand
-    for equal content; where they differ, content is compared by `checkpoint_digest` or `TaskVectors.digest`. A file
-    that changed within the last `SETTLED` seconds has no stamp ("", to be trusted never): times are not exact enough
-    to tell whether it changes again.
+    It trusts the file system's inode, size, and times of modification and of change (which no program can set) of every
+    file, together with the current config and headers. Equal stamps mean equal content; if stamps differ, content is
+    compared by `checkpoint_digest` or `TaskVectors.digest`. A file that changed within the last `SETTLED` seconds has
+    no stamp ("", never trusted): file times are too coarse to show a further change.
     """
     state = hashlib.sha256(repr(sorted(checkpoint.config.items(), key=str)).encode())
     for info in checkpoint.tensors.values():

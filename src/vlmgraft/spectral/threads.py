@@ -1,8 +1,8 @@
-"""One core for each matrix: linear algebra whose bytes do not depend on how many cores there are.
+"""One core per matrix: linear algebra whose bytes do not depend on the number of cores.
 
-LAPACK's results depend on the number of its threads, in their last digits. So a matrix is decomposed by one thread,
-and the cores share out the matrices: as fast where there are many, and the same bytes everywhere. torch's own threads
-(MKL) are set through torch, numpy's (OpenBLAS) through threadpoolctl.
+The last digits of LAPACK's results depend on the number of its threads. So a matrix is decomposed by one thread, and
+the matrices are distributed over the cores: as fast where there are many, and the same bytes everywhere. torch's own
+threads (MKL) are set through torch, numpy's (OpenBLAS) through threadpoolctl.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ S = TypeVar("S")
 T = TypeVar("T")
 PER_THREAD = 4_000_000
 COPIES = 10
-"""Bytes that a decomposition takes, over those of the matrix in float32: float64 copies, Gram matrix, both bases."""
+"""Memory of a decomposition relative to the float32 matrix: float64 copies, Gram matrix, both bases."""
 
 
 @contextmanager
 def one_core_each() -> Iterator[None]:
-    """Inside, torch and numpy use one thread for each call, in every thread of this process."""
+    """Inside the context, torch and numpy use one thread per call, in every thread of this process."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -40,10 +40,10 @@ def one_core_each() -> Iterator[None]:
 
 @contextmanager
 def threads_for(parameters: int) -> Iterator[None]:
-    """Inside, torch uses one thread for every `PER_THREAD` parameters of a model, at most those that it had.
+    """Inside the context, torch uses one thread per `PER_THREAD` parameters of a model, but no more than before.
 
-    More threads wait for each other on products so small, and on a busy machine for its busy core. What
-    OMP_NUM_THREADS says, which `--threads` sets, is left alone.
+    For such small products more threads only wait for each other, and on a busy machine for its busy core. A number
+    from OMP_NUM_THREADS, which `--threads` sets, is left unchanged.
     """
     before = torch.get_num_threads()
     if "OMP_NUM_THREADS" not in os.environ:
@@ -55,14 +55,14 @@ def threads_for(parameters: int) -> Iterator[None]:
 
 
 def workers_for(elements: int) -> int:
-    """How many matrices of so many elements to decompose at a time: one per core, as far as half of the free memory
-    goes. The number changes nothing but the time."""
+    """How many matrices of `elements` elements to decompose at a time: one per core, within half of the free memory.
+    The number affects only the time."""
     fit = free_memory() // 2 // max(1, 4 * COPIES * elements)
     return max(1, min(torch.get_num_threads(), fit))
 
 
 def in_turn(work: Callable[[S], T], tasks: Iterable[S], workers: int) -> Iterator[tuple[S, T]]:
-    """(task, result) in the order of the tasks, `workers` of them at a time; after an error no further one begins."""
+    """(task, result) in the order of the tasks, `workers` of them at a time; after an error no further task starts."""
     if workers == 1:
         yield from ((task, work(task)) for task in tasks)
         return
@@ -71,8 +71,8 @@ def in_turn(work: Callable[[S], T], tasks: Iterable[S], workers: int) -> Iterato
 
 
 def in_order(work: Callable[[S], T], tasks: Iterable[S], pool: ThreadPoolExecutor, ahead: int) -> Iterator[T]:
-    """Results of `work` in the order of the tasks, at most `ahead` of them made before they are asked for; after an
-    error the tasks that have not begun are dropped."""
+    """Results of `work` in the order of the tasks, computing at most `ahead` of them in advance; after an error the
+    tasks that have not started are dropped."""
     waiting: deque[Future[T]] = deque()
     try:
         for task in tasks:

@@ -1,4 +1,4 @@
-"""The sections of a page, each made of the rows of one kind of run."""
+"""The sections of a page, one function for each kind of run."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from vlmgraft.report.text import escape, number
 
 
 def sections(runs: Collected) -> list[Section]:
-    """In the order of the page: what it gave, whether it was wise, what carries it, how to do it again.
+    """Sections in page order: points, answers, distances, spectra, bands, gates, knock-outs, receipts, recipes.
 
-    From the second run of a kind on, id and topic are told apart by number and folder.
+    From the second run of a kind on, the id gets a number and the topic the run's folder.
     """
     styles, inspections = method_styles([row for run in runs.points for row in run.rows]), dict(runs.inspections)
     kinds: list[tuple[list[Any], Callable[[Any], Section]]] = [
@@ -44,7 +44,7 @@ def sections(runs: Collected) -> list[Section]:
 
 
 def summary(runs: Collected) -> str:
-    """The headline as HTML: one model, the best point of the first run, against the VLM; without points, the pair."""
+    """The headline as HTML: the first run's best point against the VLM; without points, the distance of the pair."""
     items: list[tuple[str, str]] = []
     for run in runs.points[:1]:
         vlm, top = vlm_row(run.rows), best(run.rows)

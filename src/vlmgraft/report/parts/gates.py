@@ -1,4 +1,4 @@
-"""What the gates let through: by layer and rank, by matrix, as a histogram, and how the training went."""
+"""The gates' openness by layer and rank and by matrix, as a histogram, and the course of the training."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def _text(run: GatedRun, rows: Sequence[Row]) -> list[str]:
 
 
 def _spread(rows: Sequence[Row]) -> list[str]:
-    """How far gates of large and of small directions scatter: a mean of one half may hide gates at both ends."""
+    """Spread of the gates of the largest and smallest directions: a mean of one half may hide gates at both ends."""
     first, last = (_mean(rows, bin_, "spread") for bin_ in (0, BINS - 1))
     if first is None or last is None:
         return []

@@ -23,7 +23,7 @@ MODES = {
 
 
 def knockout(run: Run) -> Section:
-    """One knock-out."""
+    """The section of one knock-out file."""
     cells = [row for row in run.rows if row["mode"] != "intact" and "reasoning_change" in row]
     models = list(dict.fromkeys(row["model"] for row in cells))
     modes = list(dict.fromkeys(row["mode"] for row in cells))
@@ -73,7 +73,7 @@ def _map(cells: Sequence[Row], model: str, mode: str, kind: str) -> Figure:
 
 
 def centre(cells: Sequence[Row], model: str, mode: str, kind: str) -> float | None:
-    """Σ layer · loss / Σ loss over single layers with both blocks (or all parts) knocked out; None without loss."""
+    """Σ layer · loss / Σ loss over the rows with both blocks knocked out, else over all rows; None without loss."""
     rows = [row for row in cells if row["model"] == model and row["mode"] == mode]
     rows = [row for row in rows if row["part"] == "both"] or rows
     losses = [(row["layer"], max(0.0, -row[f"{kind}_change"]["mean"])) for row in rows]
@@ -82,13 +82,13 @@ def centre(cells: Sequence[Row], model: str, mode: str, kind: str) -> float | No
 
 
 def _gentlest(cells: Sequence[Row]) -> str:
-    """The gentlest knock-out among the cells; empty when there is none."""
+    """The mildest knock-out mode among the cells; empty if there is none."""
     modes = {row["mode"] for row in cells}
     return next((mode for mode in ("mean", "zero", "constant") if mode in modes), "")
 
 
 def _lost(cells: Sequence[Row], kind: str) -> str:
-    """The layers in which a part's change is below zero with its whole interval."""
+    """Layers where a part's change, with its whole interval, is below zero."""
     layers = sorted({row["layer"] for row in cells if row[f"{kind}_change"]["high"] < 0})
     return ", ".join(map(str, layers)) or "none"
 
@@ -145,7 +145,7 @@ def _text(cells: Sequence[Row], intact: Sequence[Row]) -> list[str]:
 
 
 def bands(run: Run) -> Section:
-    """One file of bands of singular directions."""
+    """The section of one file of bands of singular directions."""
     zero = next((row for row in run.rows if row["scale"] == 0), None)
     order = list(dict.fromkeys(row["band"] for row in run.rows if row["scale"]))
     figures = [

@@ -57,7 +57,7 @@ def receipt(document: Document) -> Section:
 
 
 def answers(run: Run) -> Section:
-    """The same questions to several models, with images and verdicts."""
+    """The same questions answered by several models, with images and verdicts."""
     rows = run.rows[:MAX_ANSWERS]
     right: Counter[str] = Counter()
     for row in rows:
@@ -103,7 +103,7 @@ def _card(row: Mapping[str, Any], image: str) -> str:
 
 
 def _image(path: Path) -> str:
-    """The image as data, at most 384 pixels a side; nothing when it is not there."""
+    """The image as a data URL, at most 384 pixels a side; empty if the file is missing."""
     from PIL import Image
 
     if not path.is_file():

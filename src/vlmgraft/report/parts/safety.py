@@ -15,7 +15,7 @@ Row = Mapping[str, Any]
 
 
 def distances(run: Run, inspection: Row) -> Section:
-    """One file of distances, with the inspection that lies beside it."""
+    """One file of distances, and the inspection from the same folder."""
     title = "How far donor and VLM have moved"
     text = [
         "τ is what the donor's tuning changed, τ_vlm what the VLM's did. DRIFT (arXiv 2510.15050) found merging "
@@ -42,7 +42,7 @@ def distances(run: Run, inspection: Row) -> Section:
 
 
 def _names(text: str, bases: Sequence[Row]) -> str:
-    """Folders by their last part: the reader does not know our paths."""
+    """Shorten folders to their last part: our paths mean nothing to the reader."""
     for candidate in bases:
         text = text.replace(candidate["base"], Path(candidate["base"]).name)
     return text
@@ -67,7 +67,7 @@ def _more(inspection: Row) -> list[Table]:
 
 
 def spectra(run: Run) -> Section:
-    """Singular values by layer, and how many directions the task vector really has."""
+    """Singular values by layer, and the effective rank of the task vector."""
     rows = [row for row in run.rows if row["shown"]]
     curves = [_curve(kind, rows) for kind in dict.fromkeys(_kind(row["name"]) for row in rows)]
     share = [row["effective_rank"] / min(row["shape"]) for row in rows]
@@ -104,7 +104,7 @@ def _kind(name: str) -> str:
 
 
 def _curve(kind: str, rows: Sequence[Row]) -> Series:
-    """The mean over layers of the relative singular values; the indices of one kind of matrix are the same."""
+    """The mean over layers of the relative singular values; all matrices of one kind have the same indices."""
     shown = [row["shown"] for row in rows if _kind(row["name"]) == kind]
     count = min(map(len, shown))
     dots = []

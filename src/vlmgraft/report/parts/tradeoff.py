@@ -12,11 +12,11 @@ from vlmgraft.report.text import number
 
 Row = Mapping[str, Any]
 SLACK = 0.01
-"""A point keeps its perception when it is at most a point below the VLM's."""
+"""A point preserves perception if its accuracy is at most this much below the VLM's."""
 
 
 def tradeoff(run: Run, styles: Mapping[str, int]) -> Section:
-    """One file of points; `styles` of `method_styles`, so that a method looks alike in all pictures."""
+    """One file of points; `styles` from `method_styles`, so that a method looks the same in all charts."""
     rows = [row for row in run.rows if row.get("drawn", True)]
     methods = list(dict.fromkeys(row["method"] for row in rows))
     front = _front(rows)
@@ -52,7 +52,7 @@ def tradeoff(run: Run, styles: Mapping[str, int]) -> Section:
 
 
 def tradeoff_chart(rows: Sequence[Row], styles: Mapping[str, int] | None = None) -> Lines:
-    """The picture of the trade-off.
+    """The trade-off as a chart.
 
     Args:
         rows: with `method`, `setting` (text), `order`, and `reasoning` and `perception` as {mean, low, high} in [0, 1].
@@ -70,7 +70,7 @@ def method_styles(rows: Sequence[Row]) -> dict[str, int]:
 
 
 def _front(rows: Sequence[Row]) -> list[bool]:
-    """No other row is at least as good in both, and better in one."""
+    """Whether no other row is at least as good in both, and better in one."""
     points = [(row["perception"]["mean"], row["reasoning"]["mean"]) for row in rows]
     return [not any(o != p and o[0] >= p[0] and o[1] >= p[1] for o in points) for p in points]
 
@@ -90,8 +90,7 @@ def _tip(row: Row) -> str:
 def _series(
     method: str, rows: Sequence[Row], styles: Mapping[str, int], front: Sequence[Row] = (), x: str = "order"
 ) -> Series:
-    """Reasoning of one method over its perception, with rings on the front, in the order of `x`; over KL if that is
-    "kl"."""
+    """Reasoning of one method over its perception, with rings on the front, sorted by `x`; over KL if `x` is "kl"."""
     points = sorted((row for row in rows if row["method"] == method), key=lambda row: row[x])
     dots = []
     for row in points:
@@ -109,7 +108,7 @@ def vlm_row(rows: Sequence[Row]) -> Row | None:
 
 
 def best(rows: Sequence[Row]) -> Row | None:
-    """The best reasoning among the points that keep perception; None without a VLM to compare with."""
+    """The row with the best reasoning among those that preserve perception; None without a VLM row."""
     vlm = vlm_row(rows)
     if vlm is None:
         return None
@@ -118,7 +117,7 @@ def best(rows: Sequence[Row]) -> Row | None:
 
 
 def finding(rows: Sequence[Row]) -> str:
-    """The title: what the best point that keeps perception gains."""
+    """The section's title: the gain of the best point that preserves perception."""
     top, vlm = best(rows), vlm_row(rows)
     if top is None or vlm is None:
         return "Reasoning and perception of every point"
