@@ -17,7 +17,7 @@ from vlmgraft.spectral.gates import Gates
 Granularity = Literal["direction", "matrix", "layer"]
 
 EXTREME = 16.0
-"""Start of a logit that is given as ±inf: σ(±16) differs from 0 and 1 by 1e-7."""
+"""Initial value of a logit that is given as ±inf: σ(±16) differs from 0 and 1 by 1e-7."""
 
 
 class GateVector:

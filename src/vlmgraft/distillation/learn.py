@@ -1,7 +1,7 @@
 """From a recipe to gates: read the questions, load the models, learn the gates and save them to a folder.
 
 Under `torchrun` or `accelerate launch` every process runs the same calls: it reads its shards of the models, the
-teacher's batches are shared out, factors are sharded too, and the first process writes the gates.
+teacher's batches are divided, factors are sharded too, and the first process writes the gates.
 """
 
 from __future__ import annotations

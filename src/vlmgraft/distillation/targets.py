@@ -218,7 +218,7 @@ class Targets:
     def mean_kl(self, model: Any, *, replayed: bool = True) -> float:
         """KL(teacher ‖ model) averaged over all tokens that count; `replayed=False` for a model with other embeddings.
 
-        Under torch.distributed the batches are shared out, and every process gets the whole average.
+        Under torch.distributed the batches are divided among the processes; each of them gets the whole average.
         """
 
         def kl(batch: TargetBatch) -> Tensor:
@@ -254,7 +254,7 @@ class Targets:
         given: the teacher's hidden states by batch, filled in by a first call with the teacher as the model. The KLs
         are then exact or, for batches that are not captured, upper bounds.
 
-        Under torch.distributed the batches are shared out, and every process gets all of them.
+        Under torch.distributed the batches are divided among the processes; each of them gets all KLs.
         """
         means = torch.zeros(self.questions, dtype=torch.float64)
         starts = accumulate((len(batch.predicts) for batch in self.batches), initial=0)

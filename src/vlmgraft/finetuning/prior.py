@@ -1,4 +1,4 @@
-"""DRIFT's gradient prior as pure functions: how far gradients are pushed to the donor's direction (arXiv 2510.15050).
+"""DRIFT's gradient prior as pure functions: how far gradients move along the donor's direction (arXiv 2510.15050).
 
     absolute   g' = g − a·Δ
     grad_norm  g' = g − a·‖g‖·Δ/‖Δ‖
