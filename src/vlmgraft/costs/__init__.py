@@ -1,1 +1,1 @@
-"""What a merge costs on paper, and a merge tried before it runs: bytes, operations, memory and time by stage."""
+"""The predicted cost of a merge, and its dry run: bytes, operations, memory and time by stage."""

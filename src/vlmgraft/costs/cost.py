@@ -1,9 +1,9 @@
 """The cost model: operations, bytes and memory of every stage. Formulas are explained in docs/scale.md.
 
-Notation: P parameters, M elements of the merged matrices, A those that a token meets (M but for experts), L layers,
+Notation: P parameters, M elements of the merged matrices, A those that one token uses (M in a dense model), L layers,
 m × n a matrix with its longer side first, r directions kept, T tokens of a batch, h hidden width, q width of the
-queries, V vocabulary. A multiplication and an addition are two operations. Work on a device follows from its published
-peak rates and the shares of them that are assumed here.
+queries, V vocabulary. A multiplication and an addition are two operations. Times follow from a device's published peak
+rates and from assumed shares of them (`Device`).
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from vlmgraft.merging.plan import ASSUMED_RATE
 from vlmgraft.spectral.svd import matrix_cost
 
 LANDING = 3
-"""Measurements of all held-out prompts after the last step (two or three in seven trainings of the lab's)."""
+"""Measurements of all held-out prompts after the last step (two or three in seven training runs of the lab)."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is done. Defaults: FRISM as docs/gpus.md has it.
+    """The work of a merge with gates. Defaults: FRISM as in docs/gpus.md.
 
-    questions are learned from, `held_out` measured on; `prompt` tokens each, images included, and `answer` tokens,
-    answered `answered` at a time; so many steps of `batch` questions on each GPU, with a KL budget that is observed
-    every `observe_every` steps, or without, beside each of which donor matching has one of `DONOR_BATCH` of its
-    `matched` text questions, of `told` tokens with `replied` tokens of answer; `asked` questions of an evaluation with
-    `said` tokens of answer. served, donor_served: a server answers, whose time is not counted.
+    questions: to train on; held_out: to measure the KL on; each has `prompt` tokens, images included, and `answer`
+    answer tokens, and `answered` of them are answered at once. steps: training steps, each of `batch` questions on
+    every GPU. budget: whether there is a KL budget, observed every `observe_every` steps. With donor matching, each
+    step also has `DONOR_BATCH` of the `matched` text questions, of `told` tokens with `replied` answer tokens. asked:
+    evaluation questions, with `said` answer tokens. served, donor_served: a server answers; its time is not counted.
     """
 
     rank: Rank = "full"
@@ -59,8 +59,8 @@ class Work:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage. operations: all GPUs together; read, written: bytes of disk; memory: bytes on one GPU (of `merge` and
-    `fold` in the host); seconds: predicted, of the disk at 1 GB/s for `merge` and `fold`."""
+    """One stage. operations: of all GPUs; read, written: bytes of disk; memory: bytes on one GPU (for `merge` and
+    `fold`: on the host); seconds: predicted (for `merge` and `fold`: of the disk at 1 GB/s)."""
 
     name: str
     operations: float
@@ -72,7 +72,7 @@ class Stage:
 
 def forward(model: Model, tokens: int, length: int, heads: int = 0) -> float:
     """Operations of a pass of `tokens` tokens in sequences of `length` through the decoder, and the head on `heads` of
-    them: 2AT, attention 4·T·length·q·L (a kernel that skips what is masked does half), 2hV per row of the head."""
+    them: 2AT, attention 4·T·length·q·L (a kernel that skips masked positions does half), 2hV per row of the head."""
     shapes = model.shapes
     attention = 4 * tokens * length * shapes.width("q_proj") * shapes.layers
     return 2.0 * model.active * tokens + attention + 2.0 * shapes.hidden * shapes.vocabulary * heads
@@ -80,7 +80,7 @@ def forward(model: Model, tokens: int, length: int, heads: int = 0) -> float:
 
 def gated_forward(shapes: Shapes, tokens: int, length: int, *, rank: Rank = "full", backend: Backend = "auto") -> float:
     """Operations of a pass of `tokens` tokens in sequences of `length` through the gated decoder: per matrix
-    2T(mn + r(m + n)) factored or 2mn(T + r) rebuilt; of experts 2Tmn for each that a token takes and 2mnr for all;
+    2T(mn + r(m + n)) factored or 2mn(T + r) rebuilt; for experts 2Tmn for each that a token uses and 2mnr for all;
     attention as in `forward`."""
     layer = 4.0 * tokens * length * shapes.width("q_proj")
     for _, out, inner in shapes.projections:
@@ -106,9 +106,9 @@ def gate_step(
 ) -> float:
     """Operations of one training step on `tokens` tokens in sequences of `length`, of which `answers` count.
 
-    The forward pass (`gated_forward`), twice with checkpointing. Backward what is forward, but for the rebuilt matrices
-    and experts, which take 4Tmn + 2mnr, and attention, which takes 2.5 times as much. The head 2hV per answer forward
-    and backward.
+    The forward pass is `gated_forward`, twice with checkpointing. The backward pass takes the same, except for rebuilt
+    matrices and experts, which take 4Tmn + 2mnr, and attention, which takes 2.5 times as much. The head takes 2hV per
+    answer token, forward and backward each.
     """
     forwards = gated_forward(shapes, tokens, length, rank=rank, backend=backend)
     backward = forwards + 1.5 * 4.0 * tokens * length * shapes.width("q_proj") * shapes.layers
@@ -120,17 +120,17 @@ def gate_step(
 
 
 def budget_batches(held_out: int, batch: int, steps: int, every: int) -> int:
-    """Forward passes on held-out batches that a KL budget takes: all at first, a part `every` so many steps, all
-    at the end, as often as the last search measures."""
+    """Forward passes on held-out batches for a KL budget: all batches at first, a part of them `every` so many steps,
+    and all of them for each of the `LANDING` measurements at the end."""
     whole, part = -(-held_out // batch), -(-min(held_out, WATCHED) // batch)
     return whole * (1 + LANDING) + part * max(0, -(-steps // every) - 1)
 
 
 def answering(model: Model, device: Device, questions: int, prompt: int, said: int, batch: int) -> tuple[float, float]:
-    """(operations, seconds on one device) of greedy answers: prompts are read at the bf16 rate, answers written a
-    token at a time, every step of which reads all weights once for the batch (all experts: a batch meets most)."""
+    """(operations, seconds on one device) of greedy answers: prompts are processed at the bf16 rate. Answers are
+    decoded a token at a time; every step reads all weights once per batch (all experts: a batch uses most of them)."""
     tokens = questions * prompt
-    tower = 2.0 * model.tower * 4 * tokens  # four patches to a token, nearly all tokens of the image
+    tower = 2.0 * model.tower * 4 * tokens  # four patches per token; nearly all tokens are of the image
     reading = forward(model, tokens, prompt, questions) + tower
     writing = forward(model, questions * said, prompt + said, questions * said)
     steps = -(-questions // batch) * said
@@ -161,8 +161,8 @@ def training_memory(model: Model, work: Work, width: int = 2) -> Memory:
 
 
 def _answering_memory(model: Model, work: Work) -> float:
-    """Bytes of one GPU while the teacher answers: weights (of several GPUs its shards, and two gathered layers; of
-    offloaded layers what is copied); the cache of all tokens; and what a layer computes of them, its input twice, gate,
+    """Bytes on one GPU while the teacher answers: weights (on several GPUs its shards and two gathered layers; with
+    offloading the layer being copied); the KV cache of all tokens; and one layer's activations: its input twice, gate,
     up and their product."""
     shapes, tokens = model.shapes, work.answered * (work.prompt + work.answer)
     held = memory_of(shapes, rank=0, gpus=work.gpus, offload=work.offload)
@@ -182,8 +182,8 @@ def _matching(model: Model, work: Work, device: Device) -> tuple[float, float, f
 
 
 def _copying(model: Model, work: Work, device: Device) -> tuple[float, float]:
-    """Seconds in which offloaded layers are copied to each GPU, before it works, not meanwhile: by answers, for every
-    token that a batch writes, its prompts and its targets; and by training, forward and backward."""
+    """Seconds spent on copying offloaded layers to each GPU, without overlap with its work: for answers, once per
+    decoded token of a batch, for its prompts and for its targets; and for training, forward and backward."""
     if not work.offload:
         return 0.0, 0.0
     asked, answered = work.questions + work.held_out, work.answered
@@ -194,7 +194,7 @@ def _copying(model: Model, work: Work, device: Device) -> tuple[float, float]:
     steps += budget_batches(*observed) if work.budget else 0
     layers = device.width * model.shapes.layers * model.shapes.layer_parameters
     whole = layers + device.width * model.factors(work.rank)
-    rate = device.link * device.copies * work.gpus * work.gpus  # passes and shards are shared out
+    rate = device.link * device.copies * work.gpus * work.gpus  # passes and shards are divided among the GPUs
     return answers * layers / rate, steps * whole / rate
 
 
@@ -213,7 +213,7 @@ def stages(model: Model, work: Work, device: Device = H100, *, rate: float = ASS
     own = answering(model, device, asked, work.prompt, work.answer, work.answered)
     answered, answer_seconds = (0.0, 0.0) if work.served else own
     again = forward(model, asked * (work.prompt + work.answer), work.prompt + work.answer, asked * work.answer)
-    features = asked * work.prompt * model.shapes.hidden * device.width  # of images; where a prompt has text, fewer
+    features = asked * work.prompt * model.shapes.hidden * device.width  # an upper bound: prompts also have text
     cached = features + asked * work.answer * (4 * (TOP_K + 1) + 4 * TOP_K)
     length = work.prompt + work.answer
     tokens, answers = work.batch * length, work.batch * work.answer

@@ -1,4 +1,4 @@
-"""What a merge's costs are reckoned for: published GPUs, and this machine's cores at a rate that is measured now."""
+"""Devices of the cost model: GPUs at published rates, and this machine's cores at rates measured at run time."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from vlmgraft.storage.resources import free_memory, usable_cores
 
 @dataclass(frozen=True)
 class Device:
-    """Published peaks: bf16 and double precision (tensor cores, dense) in operations per second; memory, its bytes and
-    bytes per second; link, bytes per second from the host's memory (PCIe 4 and 5, 16 lanes). Assumed: the shares of
-    them that training and reading (`products`), writing answers a token at a time (`stream`), decompositions (`eigen`:
-    eigenvectors are no matrix products) and offloaded layers (`copies`) get. width: bytes per weight."""
+    """Published peaks: bf16 and double, operations per second of the tensor cores, dense; memory in bytes, bandwidth in
+    bytes per second; link, bytes per second from host memory (PCIe 4 and 5, 16 lanes). Assumed shares of these peaks:
+    products for training and prompts, stream for decoding a token at a time, eigen for decompositions (eigenvectors are
+    not matrix products), copies for offloaded layers. width: bytes per weight."""
 
     name: str
     bf16: float
@@ -35,9 +35,9 @@ H100 = Device("H100 SXM 80 GB", 989e12, 67e12, 3.35e12, 80e9, link=64e9)
 
 
 def device_of(device: Any = None, dtype: Any = None) -> Device:
-    """The device that a torch device is reckoned as: a GPU as an A100 or H100, whichever its compute capability is
-    nearer to, with its own memory; anything else as this machine's cores, at the rates of one product in `dtype`
-    (float32) and in double precision, measured now."""
+    """The cost model's device for a torch device: a GPU counts as an A100 or H100, whichever is nearer in compute
+    capability, with its own memory; anything else as this machine's cores, at the rates of one matrix product in
+    `dtype` (float32) and in double precision, measured now."""
     import torch
 
     if device is not None and device.type == "cuda":
@@ -46,8 +46,8 @@ def device_of(device: Any = None, dtype: Any = None) -> Device:
         return replace(nearest, name=f"{properties.name}, as {nearest.name}", memory=float(properties.total_memory))
     cores = usable_cores()
     dtype, memory = dtype or torch.float32, float(free_memory())
-    # of the rate of one product: gates of a 135 M model took 0.7, its answers reckoned as short as they were; the route
-    # by the Gram matrix takes 0.67, the one of a small rank 0.06 to 0.12
+    # shares of the rate of one product: gates of a 135 M model took 0.7 (with their actual answer lengths); the
+    # decomposition by the Gram matrix takes 0.67, that to a small rank 0.06 to 0.12
     options: dict[str, Any] = {"products": 0.7, "eigen": 0.2, "is_gpu": False, "width": dtype.itemsize}
     return Device(f"CPU, {cores} cores", product_rate(dtype), product_rate(torch.float64), 20e9, memory, **options)
 

@@ -1,6 +1,6 @@
-"""`merge --dry-run`: what a merge takes, stage by stage, and every input that it will need, opened now.
+"""`merge --dry-run`: the predicted cost of a merge by stage, and a check of every input that it will need.
 
-Nothing is written. Of a model on the hub only small files are read: configs, tokenizer, and headers by range requests.
+Nothing is written. For a model on the hub only small files are read: configs, tokenizer, and headers by range requests.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from vlmgraft.storage.outputs import free_space, refuse_output, refuse_place
 
 @dataclass(frozen=True)
 class DryRun:
-    """A merge before it runs. device: what `stages` are reckoned for. faults: what would make it fail, each with what
-    to do about it. notes: what was chosen for this device, and what the rank holds."""
+    """Predicted cost and faults of a merge. device: where `stages` are predicted to run. faults: what would make the
+    merge fail, each with a remedy. notes: choices for this device, and the share of ‖τ‖² that the rank keeps."""
 
     plan: Plan
     device: str
@@ -41,11 +41,11 @@ def dry_run(
     overrides: Sequence[str] = (),
     tell: Callable[[str], object] = lambda fault: None,
 ) -> DryRun:
-    """Plan a merge and try everything that it will need.
+    """Plan a merge and check everything that it will need.
 
     Args:
-        recipe, out, workdir, overrides: as `merge` takes them; without `out` places and disks are not looked at.
-        tell: is given every fault as it is found, before what takes longer is tried.
+        recipe, out, workdir, overrides: as `merge` takes them; without `out` folders and disks are not checked.
+        tell: is called with every fault as it is found, before slower checks.
     Raises:
         CheckpointError, AlignmentError, RecipeError: the models do not pair, so that there is nothing to plan.
     """
@@ -72,7 +72,7 @@ def dry_run(
 
 
 def _download(key: str, source: str | None, alignment: Alignment) -> StageCost | None:
-    """What of a model on the hub is not in its cache yet; at 100 MB/s."""
+    """The download of files of a hub model that are not cached yet, at 100 MB/s."""
     checkpoint = getattr(alignment, key)
     if source is None or checkpoint is None or not is_hub_id(source):
         return None
@@ -91,7 +91,7 @@ def _download(key: str, source: str | None, alignment: Alignment) -> StageCost |
 def _places(
     recipe: Recipe, alignment: Alignment, out: Path, work: Path, stages: Sequence[StageCost], faults: Faults
 ) -> None:
-    """Whether `out` and the work folder may be made, written to, and hold what comes."""
+    """Check that `out` and the work folder may be created and written, and that their disk has space."""
     inputs = [checkpoint.path for checkpoint in alignment.opened.values()]
     checks: list[Callable[[], Any]] = [
         lambda: refuse_output(out, inputs),
@@ -107,13 +107,13 @@ def _places(
 
 
 def _apart(work: Path, out: Path) -> None:
-    """Raise OutputError where the work folder lies in the output, which appears whole when all is done."""
+    """Raise OutputError if the work folder is inside the output, which appears only when it is complete."""
     if out.resolve() in (work.resolve(), *work.resolve().parents):
         raise OutputError(f"--workdir {work}: lies inside --out {out}; choose a folder beside it")
 
 
 def _writable(path: Path) -> None:
-    """Raise OutputError where the user may not make `path`."""
+    """Raise OutputError if the user may not create `path`."""
     parent = next(folder for folder in path.resolve().parents if folder.exists())
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{path}: {parent} may not be written by this user; choose another folder, or ask for access")

@@ -1,4 +1,4 @@
-"""How a training of gates fits a device's memory: which of the recipe's ways, or what to lower where none does."""
+"""How gate training fits a device's memory: in which of the recipe's ways, or what to lower if it does not fit."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from vlmgraft.methods.frism import GatedMethod
 
 @dataclass(frozen=True)
 class Fit:
-    """How a training of gates fits a device's memory, in `note` in words, with what to lower where it does not. host:
-    bytes of offloaded layers in the host's memory."""
+    """How gate training fits a device's memory. note: the same in words, with a remedy if it does not fit. host: bytes
+    of offloaded layers in host memory."""
 
     fits: bool
     checkpointing: bool
@@ -27,8 +27,8 @@ class Fit:
 
 
 def fitting(model: Model, work: Work, device: Device, method: GatedMethod) -> Fit:
-    """The first of the ways that the recipe allows (`ways_of`) in which the training fits; where none does, what to set
-    or lower, in order: the recipe's ways, questions in a batch, directions per matrix."""
+    """The first way allowed by the recipe (`ways_of`) in which training fits; if there is none, what to set or lower,
+    in this order: the recipe's ways, questions in a batch, directions per matrix."""
 
     def memory(work: Work, way: Way) -> Memory:
         return training_memory(model, replace(work, checkpointing=way[0], offload=way[1]), width=device.width)

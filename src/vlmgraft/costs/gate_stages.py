@@ -1,4 +1,4 @@
-"""The stages of a merge with gates, and what they read: questions and the processor are tried, the rest is reckoned."""
+"""The stages of a merge with gates: questions and the processor are read and checked, the rest is predicted."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from vlmgraft.costs.device import Device
 
 ASSUMED_TEXT = 100
-"""Tokens of a text question that cannot be read."""
+"""Tokens assumed for a text question that cannot be read."""
 ASSUMED_PROMPT = 1000
-"""Tokens of a question that cannot be read, as `costs` assumes."""
+"""Tokens assumed for a question that cannot be read, as `costs` does."""
 
 
 @dataclass(frozen=True)
 class StageCost:
-    """One stage. seconds: expected; gpu_memory, host_memory: bytes at once; disk: bytes written; done: what of it is
-    there already, in words."""
+    """One stage. seconds: predicted; gpu_memory, host_memory: peak bytes; disk: bytes written; done: what exists
+    already, in words."""
 
     name: str
     seconds: float
@@ -42,7 +42,7 @@ class StageCost:
 
 @dataclass
 class Faults:
-    """Collects the refusals of checks that do not depend on each other, and tells each as it is found."""
+    """Collects the errors of independent checks, and reports each as it is found."""
 
     tell: Callable[[str], object]
     texts: list[str] = field(default_factory=list)
@@ -62,7 +62,7 @@ class Faults:
 def gated_stages(
     recipe: Recipe, method: GatedMethod, alignment: Alignment, work: Path | None, faults: Faults
 ) -> tuple[list[StageCost], str, list[str]]:
-    """The stages of a merge with gates, the device and notes, after questions, processor and device were tried."""
+    """The stages of a merge with gates, the device and notes; questions, processor and device are checked first."""
     from vlmgraft.costs.cost import stages
     from vlmgraft.costs.fit import fitting
     from vlmgraft.costs.models import Model
@@ -110,8 +110,8 @@ def gated_stages(
 
 @dataclass(frozen=True)
 class _Read:
-    """Questions about images and of text, as far as they could be read; tokens of each of the former, and of the
-    longest of the latter; what was assumed, in words."""
+    """Image and text questions, as far as they could be read. lengths: tokens of each image question; told: tokens of
+    the longest text question; notes: what was assumed, in words."""
 
     questions: list[Question]
     text: list[Question]
@@ -121,7 +121,7 @@ class _Read:
 
 
 def _read(recipe: Recipe, method: GatedMethod, alignment: Alignment, folder: Path, faults: Faults) -> _Read:
-    """Try questions, servers, the VLM's class and its processor."""
+    """Read the questions, and check servers, the VLM's class and its processor."""
     from vlmgraft.distillation.servers import check_servers
     from vlmgraft.hf.models import empty_vlm
     from vlmgraft.hf.modules import match_projections
@@ -148,7 +148,7 @@ def _read(recipe: Recipe, method: GatedMethod, alignment: Alignment, folder: Pat
 
 
 def _device(alignment: Alignment, faults: Faults) -> tuple[Device, tuple[Any, Any]]:
-    """What times are reckoned for, and the torch device and dtype of the work."""
+    """The device that times are predicted for, and the torch device and dtype of the work."""
     from vlmgraft.costs.device import device_of
     from vlmgraft.hf.placement import default_device, learning_dtype
 
@@ -160,7 +160,7 @@ def _device(alignment: Alignment, faults: Faults) -> tuple[Device, tuple[Any, An
 
 
 def _load(method: GatedMethod, lengths: Sequence[int], matched: int, told: int) -> Work:
-    """The work that a method makes of questions, all as the longest, and of `matched` text questions of `told`."""
+    """A method's work on questions, all as long as the longest, and on `matched` text questions of `told` tokens."""
     from vlmgraft.costs.cost import Work
     from vlmgraft.distillation.fits import largest_batch
     from vlmgraft.distillation.trainer import Training
@@ -189,7 +189,7 @@ def _load(method: GatedMethod, lengths: Sequence[int], matched: int, told: int) 
 
 
 def _held(alignment: Alignment, rank: Any) -> list[str]:
-    """What share of ‖τ‖² so many directions hold in the middle layer, where donor and base lie on this machine."""
+    """The share of ‖τ‖² that `rank` directions keep in the middle layer, if donor and base are on this machine."""
     sources = (alignment.donor, alignment.donor_base)
     local = all(file.is_file() for source in sources if source is not None for file in source.files)
     if not isinstance(rank, int) or not local:
@@ -213,8 +213,8 @@ def _held(alignment: Alignment, rank: Any) -> list[str]:
 
 
 def _prompt_lengths(folder: Path, questions: Sequence[Question], answer: int) -> list[int]:
-    """Tokens of questions with their images, through the chat template and the processor; raises DataError where prompt
-    and answer are longer than the model reads, CheckpointError where there is no processor."""
+    """Tokens of questions with their images, by the chat template and the processor; raises DataError if prompt and
+    answer are longer than the model's context, CheckpointError if there is no processor."""
     from vlmgraft.hf.batches import check_lengths
     from vlmgraft.hf.models import load_config, load_processor
 
@@ -222,8 +222,8 @@ def _prompt_lengths(folder: Path, questions: Sequence[Question], answer: int) ->
 
 
 def _done(work: Path | None, matrices: int) -> dict[str, str]:
-    """What a work folder holds, by stage of the cost model. Whether it was made from these inputs is seen when the
-    merge reads it; what does not fit is made again."""
+    """What a work folder already holds, by stage of the cost model. The merge itself checks whether it was made from
+    these inputs, and makes again what was not."""
     if work is None or not work.is_dir():
         return {}
     done: dict[str, str] = {}
@@ -241,7 +241,7 @@ def _done(work: Path | None, matrices: int) -> dict[str, str]:
 
 
 def _line(label: str, stage: Stage, device: Device, done: str, offloaded: int) -> StageCost:
-    """A stage of the cost model; folding, and everything without a GPU, takes the host's memory."""
+    """A stage of the cost model; folding, and every stage without a GPU, uses host memory."""
     on_host = stage.name == "fold" or not device.is_gpu
     gpu, host = (0, int(stage.memory)) if on_host else (int(stage.memory), 0)
     return StageCost(label, stage.seconds, gpu, host + offloaded, int(stage.written), done)

@@ -1,4 +1,4 @@
-"""The models that docs/scale.md speaks of, as sizes alone. A test builds each from its config and compares."""
+"""Sizes of the models in docs/scale.md. A test builds each model from its config and compares."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Model:
 
     @classmethod
     def of(cls, name: str, config: Any) -> Model:
-        """From a transformers config of a VLM, by building it without memory."""
+        """From a transformers config of a VLM, by building it on the meta device."""
         import torch
         from transformers import AutoModelForImageTextToText
 
@@ -34,12 +34,12 @@ class Model:
 
     @property
     def parameters(self) -> int:
-        """Of the whole model."""
+        """Number of parameters of the whole model."""
         return self.shapes.layers * self.shapes.layer_parameters + self.shapes.other_parameters
 
     @property
     def matrices(self) -> list[tuple[int, int, int]]:
-        """(how many, out, in) of all matrices of all layers, experts included."""
+        """(count, out, in) of all matrices of all layers, experts included."""
         layers = self.shapes.layers
         plain = [(layers, out, inner) for _, out, inner in self.shapes.projections]
         return plain + [(layers * count, out, inner) for count, out, inner in self.shapes.experts]
@@ -51,13 +51,13 @@ class Model:
 
     @property
     def active(self) -> int:
-        """Elements of those matrices that one token is multiplied with."""
+        """Elements of the merged matrices that one token uses."""
         shapes = self.shapes
         plain = sum(out * inner for _, out, inner in shapes.projections)
         return shapes.layers * (plain + sum(shapes.active * out * inner for _, out, inner in shapes.experts))
 
     def directions(self, rank: Rank) -> int:
-        """Gates: kept singular directions of all matrices."""
+        """Number of gates: kept singular directions of all matrices."""
         return sum(count * kept(out, inner, rank) for count, out, inner in self.matrices)
 
     def factors(self, rank: Rank) -> int:
@@ -91,4 +91,4 @@ MODELS = (
     _dense("Qwen2.5-VL-72B", (8192, 29568, 1024, 64, 80, 152_064), 877_684_736, 704_573_696, 3_195_998_464),
     Model("Qwen3-VL-30B-A3B", _MOE, 512, 538_631_408),
 )
-"""Parameters of a layer, of the tower, and of all that is in no layer, in parameters."""
+"""The last three numbers of a dense model: parameters of a layer, of the tower, and of all that is in no layer."""

@@ -1,4 +1,4 @@
-"""How long a VLM's answers are: asked of a few questions, where the model is here and that takes seconds."""
+"""Length of a VLM's answers: measured on a few questions, if the model is local and this takes seconds."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from vlmgraft.merging.plan import ASSUMED_RATE
 from vlmgraft.storage.resources import out_of_memory
 
 SAMPLED, WORTH = 8, 10.0
-"""How many questions are asked, and how many seconds, by the cost model, that may take."""
+"""How many questions are sampled, and the most seconds that this may take by the cost model."""
 
 
 def longest_answer(
     model: Model, folder: Path, questions: Sequence[Question], prompt: int, limit: int, device: Device, place: Any
 ) -> int | None:
-    """Tokens of the longest of a few questions' answers, at most `limit`; None where weights are not in the folder, to
-    ask would take too long, or memory is short. place: the torch device and dtype. Raises CheckpointError where the
-    model cannot be loaded, DataError where it cannot read a question."""
+    """Tokens of the longest answer to a few questions, at most `limit`; None if the folder has no weights, answering
+    would take too long, or memory runs out. place: the torch device and dtype. Raises CheckpointError if the model
+    cannot be loaded, DataError if it cannot read a question."""
     chosen = questions[:: max(1, -(-len(questions) // SAMPLED))]
     seconds = answering(model, device, len(chosen), prompt, limit, SAMPLED)[1] + 2 * model.parameters / ASSUMED_RATE
     if seconds > WORTH or not chosen or not any(folder.glob("*.safetensors")):
@@ -38,6 +38,6 @@ def longest_answer(
                        for batch in batches(chosen, SAMPLED)]  # fmt: skip
     except InputError:
         raise
-    except VlmgraftError:  # others use the device now; the work itself may find room
+    except VlmgraftError:  # out of memory: others use the device now, and the merge may find room later
         return None
     return max(len(answer) for batch in answers for answer in batch)

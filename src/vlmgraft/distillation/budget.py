@@ -2,9 +2,9 @@
 
 log α follows a proportional-integral controller with the error e = clip(log(ε/KL), ±1): the integral grows by 0.2·e per
 training step (dual ascent), the proportional part is 2·e (integral control alone overshoots by a quarter to a third).
-The integral is clamped, so that a budget that cannot be reached does not wind it up. A measurement takes a part of the
-held-out prompts, the next part every time (`Rotation`). After the last step `largest_within` removes the remaining
-error on all of them: all logits are moved by one constant until the KL is just within ε.
+The integral is clamped, so that it does not wind up when the budget cannot be reached. Each measurement takes another
+part of the held-out prompts (`Rotation`). After the last step `largest_within` removes the remaining error, measured on
+all held-out prompts: all logits are shifted by one constant until the KL is just within ε.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ WINDUP_LIMIT = math.log(1e3)
 TOLERANCE = 0.03
 """A KL divergence between 97 % of the budget and the budget itself counts as the budget."""
 KL_FLOOR = 1e-30
-"""Nats: below it the logarithm of a measured KL is taken at this value."""
+"""A measured KL below this, in nats, is raised to it before its logarithm is taken."""
 MEASUREMENTS = 20
 DIFFICULTY_LIMIT = 4.0
-"""How far the KL on a part may be corrected, as a factor either way."""
+"""Largest factor, up or down, by which the KL on a part is corrected."""
 
 
 def largest_within(measure: Callable[[float], float], budget: float, low: float, high: float) -> tuple[float, float]:
-    """The largest x in [low, high] with measure(x) ≤ budget, and its KL; `measure` grows with x.
+    """The largest x in [low, high] with measure(x) ≤ budget, and its KL; `measure` increases with x.
 
-    By secants on the logarithm of the KL, from x = 0 and inside the bracket, to `TOLERANCE`; three or four measurements
-    where the start is nearly right, at most `MEASUREMENTS`. A KL that is not finite counts as too large. Returns `low`
-    and its KL where every measurement exceeds the budget.
+    Secant steps on the logarithm of the KL start at x = 0, stay inside the bracket and end within `TOLERANCE`: three or
+    four measurements if x = 0 is nearly right, and at most `MEASUREMENTS`. A KL that is not finite counts as too large.
+    Returns `low` and its KL if every measurement exceeds the budget.
     """
     inside, outside, x = low, high, 0.0
     best: tuple[float, float] | None = None
@@ -65,10 +65,10 @@ class FixedWeight:
     weight: float
 
     def step(self) -> None:
-        """Nothing changes."""
+        """Do nothing: α is fixed."""
 
     def state(self) -> dict[str, float]:
-        """Nothing to keep."""
+        """Empty: there is nothing to save."""
         return {}
 
 
@@ -102,13 +102,13 @@ class BudgetControl:
 
 @dataclass
 class Rotation:
-    """The KL on all held-out prompts, observed on one part of them after the other.
+    """Estimate of the KL on all held-out prompts from one part of them at a time.
 
-    Prompts differ in difficulty by more than a few training steps change their KL. So the first observation measures
-    every part, and later ones multiply a part's KL by what the whole was to this part then (a ratio estimate).
+    Prompts differ in difficulty by more than a few training steps change their KL. The first observation therefore
+    measures every part; later ones measure one part and scale it by the ratio of the whole to that part at the first
+    observation (a ratio estimate).
 
-    tokens: how many tokens each part's mean is over. first: the KL of every part at the first observation. turn:
-    observations so far.
+    tokens: number of tokens in each part. first: KL of every part at the first observation. turn: observations so far.
     """
 
     tokens: Sequence[int]
@@ -116,7 +116,7 @@ class Rotation:
     turn: int = 0
 
     def observe(self, measure: Callable[[int], float]) -> float:
-        """The KL on all prompts, in nats per token; `measure` gives that of part 0, 1, …"""
+        """The estimated KL on all prompts, in nats per token; `measure` returns the KL on a part, given its index."""
         parts, self.turn = len(self.tokens), self.turn + 1
         if not self.first:
             self.first = [measure(part) for part in range(parts)]

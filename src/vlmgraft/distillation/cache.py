@@ -1,11 +1,11 @@
 """A teacher's answers and distributions on disk, one file per batch, named by a digest of everything they depend on.
 
 Layout: `FOLDER/KEY/KIND-0007.safetensors`. A file is written under a temporary name, flushed and renamed, so a killed
-run loses one batch at most. KEY changes with the teacher's weights and configs, its processor, the
-questions with their images' bytes, and the settings: nothing has to be invalidated. Old keys stay until the folder is
-removed; a token that counts costs about half a kilobyte, one of an image its features.
+run loses one batch at most. KEY changes with the teacher's weights and configs, its processor, the questions with their
+images' bytes, and the settings, so no entry has to be invalidated. Old keys stay until the folder is removed. A token
+at which the KL is taken needs about half a kilobyte; an image token needs its feature vector.
 
-Under torch.distributed the batches are shared out among the processes, which must see the same folder.
+Under torch.distributed the batches are divided among the processes, which must see the same folder.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ Unit = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class UnitCache:
-    """Units of work under one key; `folder` None keeps nothing on disk."""
+    """Cached units of work, one per batch, under one key; with `folder` None nothing is kept on disk."""
 
     folder: Path | None
     key: str
 
     def run(self, kind: str, count: int, make: Callable[[int], Unit]) -> Iterator[Unit]:
-        """The units 0 to count − 1 in order: read where they are on disk, made and written where they are not.
+        """Yield units 0 to count − 1 in order: read from disk, or made and written if missing.
 
-        Without a folder every process makes all units. Every process makes equally many, also of those that are missing
-        from a folder: with sharded weights, a pass is work of all processes together. Raises OutputError when the
-        folder cannot be written, or a process does not see what another one wrote there.
+        Without a folder every process makes all units. With one, all processes make the same number of missing units:
+        a forward pass with sharded weights needs every process. Raises OutputError when the folder cannot be written,
+        or when a process does not see a file that another process wrote there.
         """
         if self.folder is None:
             yield from (make(index) for index in range(count))
@@ -89,7 +89,7 @@ class UnitCache:
         path = self._path(kind, index)
         try:
             return load_file(path) if path.is_file() else None
-        except SafetensorError:  # damaged after it was written: as if it were not there
+        except SafetensorError:  # damaged after it was written: treated as missing
             path.unlink(missing_ok=True)
             return None
 
@@ -104,7 +104,7 @@ class UnitCache:
         return unit
 
     def _sweep(self) -> None:
-        """Remove what killed runs left, under other keys too."""
+        """Remove temporary files of killed runs, under all keys."""
         assert self.folder is not None
         for folder in self.folder.iterdir() if self.folder.is_dir() else ():
             if folder.is_dir():
@@ -119,8 +119,8 @@ def digest(*parts: Any) -> str:
 def teacher_digest(model: Any, processor: Any) -> str:
     """Fingerprint of a model in memory (configs, 32 samples of 4 KiB of every parameter) and of its processor's files.
 
-    The folder's path is not part of it. The library's version is: greedy answers may change with it. A sharded model
-    has that of the whole one: all processes gather its parameters, one at a time.
+    It does not depend on the folder's path. It depends on the version of transformers, which may change greedy answers.
+    A sharded model has the fingerprint of the unsharded one: all processes gather its parameters, one at a time.
     """
     state = hashlib.sha256(transformers.__version__.encode())
     for config in (model.config, getattr(model, "generation_config", None)):
@@ -144,13 +144,13 @@ def _sample(tensor: Tensor) -> bytes:
 
 
 def _processor_files(processor: Any) -> bytes:
-    """Digest of what the processor saves: tokenizer, chat template, image settings."""
+    """Digest of the files that the processor saves: tokenizer, chat template, image settings."""
     with scratch_folder() as folder:
         processor.save_pretrained(folder)
         state = hashlib.sha256()
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
             data = file.read_bytes()
-            if file.name == "tokenizer.json":  # it says how the last batch was padded, too
+            if file.name == "tokenizer.json":  # it also records how the last batch was padded
                 content = {
                     key: value for key, value in json.loads(data).items() if key not in ("padding", "truncation")
                 }

@@ -1,20 +1,20 @@
-"""Curvature gates: which directions open, from one pass over the calibration set and no training.
+"""Curvature gates: choose the directions to open by one pass over the calibration set, without training.
 
 To second order, opening direction i by c_i costs a KL divergence of ½ λ² c_i² h_i, with the Fisher matrix's diagonal
 
     h_i = E[ (Σ_t (δ_t · u_i)(x_t · v_i) · s_i)² ]                            per answer token
 
-x_t is the layer's input, δ_t the gradient at its output of −log p of a token drawn from the teacher at each answer
+x_t is the layer's input and δ_t the gradient of −log p at its output, for a token drawn from the teacher at each answer
 position. Scores of different positions are uncorrelated: the square of a question's sum estimates the sum of squares.
-Of linear layers the scores are read from their inputs and the gradients at their outputs, one backward pass per batch.
-Where experts are fused, the model decides which tokens pass a matrix: there a score is the gradient of the question's
-loss for a spectrum at zero, the same number, at one backward pass per question.
-Directions open in the order of h_i / s_i² (KL per injected energy) until the KL that is measured on
-held-out prompts reaches a budget.
+For linear layers the scores come from the inputs and the gradients at the outputs, in one backward pass per batch. For
+fused experts the model decides which tokens reach a matrix. There a score is s_i times the gradient of the question's
+loss with respect to the spectrum at zero: the same number, but with one backward pass per question.
+Directions open in the order of h_i / s_i² (KL per injected energy) until the KL measured on held-out prompts reaches a
+budget.
 
 Soft gates come from the same h with another injection term, the distance to the whole task vector: the minimum of
 Σ ½ λ² c_i² h_i + α (1 − c_i)² s_i² is c_i = 1 / (1 + (h_i/s_i²) / cut) with cut = 2α/λ², so that σ(g) = c for
-g = log(cut · s_i²/h_i). They are a start that learned gates can move away from; hard ones are not.
+g = log(cut · s_i²/h_i). Training can start from soft gates and move them; it cannot move hard gates.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ BISECTIONS = 14
 REACH = 3.0
 """Logits of a warm start are kept within ±3: σ' is 0.045 there, so that every gate can still move."""
 START_REACH = 2.0
-"""Logits of a start are kept within ±2: gates between 0.12 and 0.88, which training still moves."""
+"""Logits of a curvature start are kept within ±2: gates between 0.12 and 0.88, which training still moves."""
 
 
 @dataclass(frozen=True)
 class FisherDiagonal:
-    """h per tensor [r], of fused experts [experts, r], float32 on the CPU, in nats per answer token at λ = 1, averaged
-    over `tokens` tokens."""
+    """h per tensor, [r] or [experts, r] for fused experts, float32 on the CPU; in nats per answer token at λ = 1,
+    averaged over `tokens` tokens."""
 
     h: Mapping[str, Float[Tensor, " r"]]
     tokens: int
@@ -89,14 +89,14 @@ def estimate_curvature(
 ) -> FisherDiagonal:
     """h of every direction, from `draws` passes over the distiller's calibration set; the model is left as it was.
 
-    checkpointing: decoder layers are run again in the backward pass instead of keeping what they computed; the same h.
+    checkpointing: recompute decoder layers in the backward pass instead of keeping their activations; h is the same.
 
-    Under torch.distributed the batches are shared out, and every process gets the whole h, the bits of one process's.
+    Under torch.distributed the batches are divided among the processes. Every process gets the whole h, bit-identical
+    to that of a single process.
 
-    The forward passes are its own, not those that made the teacher's targets. Those run before factors join the layers,
-    without gradients, and not at all where the cache has their results, which belong to the teacher, whatever the
-    factors; whether layers must be checkpointed is known when all batches are. To share them would save one forward
-    pass of two forward and one backward, and only in a first run.
+    The forward passes of the teacher's targets are not reused: they run without gradients, before factors are attached,
+    and are skipped when cached. Whether layers must be checkpointed is known only once all batches are. Reuse would
+    save one of two forward passes, in a first run only.
     """
     shapes = {name: factor.s.shape for name, factor in distiller.factors.items()}
     linear = all(isinstance(layer, nn.Linear | GatedLinear) for layer in distiller.linears.values())
@@ -128,12 +128,12 @@ def curvature_gates(
 ) -> Gates:
     """Hard (or soft) gates in curvature order whose *measured* held-out KL is the largest within the budget.
 
-    The diagonal leaves the interaction of directions out, so its prediction is not trusted for the amount, only for the
-    order. About 14 measurements. held_out: questions or targets, by default the distiller's own.
+    The diagonal ignores interactions between directions, so it determines only the order; the KL is measured, about 14
+    times. held_out: questions or targets, by default the distiller's own.
     """
     check_budget(kl_budget)
     curvature = estimate_curvature(distiller) if curvature is None else curvature
-    s = {name: factors.s for name, factors in distiller.factors.items()}  # which may be on disk: read once
+    s = {name: factors.s for name, factors in distiller.factors.items()}  # factors may be on disk: read each once
     cuts = _cuts(curvature, s, soft)
     low, high, best, reached = -1, len(cuts) - 1, 0.0 if soft else -1.0, 0.0
     with distiller.measuring(held_out) as measure:
@@ -157,13 +157,13 @@ def within_reach(gates: Gates, limit: float = REACH) -> Gates:
 
 
 def curvature_start(distiller: Distiller, scale: float, kl_budget: float, *, curvature: FisherDiagonal) -> Gates:
-    """Where training starts from instead of half-open gates: soft gates at the budget, kept where they can move."""
+    """Start of training instead of half-open gates: soft gates at the budget, clamped so that they can still move."""
     return within_reach(curvature_gates(distiller, scale, kl_budget, curvature=curvature, soft=True), START_REACH)
 
 
 def _cuts(curvature: FisherDiagonal, s: Mapping[str, Tensor], soft: bool) -> Float[Tensor, " cuts"]:
-    """Candidate cuts in ascending order: where a direction opens, or for soft gates a fine geometric grid from a
-    thousandth of the smallest threshold to a thousand times the largest."""
+    """Candidate cuts in ascending order: the values at which a direction opens, or for soft gates a fine geometric grid
+    from a thousandth of the smallest threshold to a thousand times the largest."""
     values = torch.cat([value.flatten() for value in curvature.thresholds(s).values()])
     positive = values[values.isfinite() & (values > 0)].unique()
     if not soft or not len(positive):
@@ -172,15 +172,15 @@ def _cuts(curvature: FisherDiagonal, s: Mapping[str, Tensor], soft: bool) -> Flo
 
 
 Scored = Callable[[TargetBatch, torch.Generator], Iterator[tuple[str, Tensor]]]
-"""Per tensor, scores [questions, r] of one batch; a tensor may come in several parts."""
+"""Yields pairs (tensor name, scores [questions, r]) of one batch; a tensor may be yielded in several parts."""
 
 
 @contextmanager
 def tapped_scores(distiller: Distiller, checkpointing: bool = False) -> Iterator[Scored]:
     """Scores of linear layers, from their inputs and the gradients at their outputs: one backward pass per batch.
 
-    U and Vh are those of gated layers, put in place once: on the device, or, of a sharded or offloaded model, as its
-    weights are, each process its rows. Factors finer than the model's dtype, which layers round, are read every time.
+    U and Vh are read from gated layers, swapped in once: on the device or, in a sharded or offloaded model, placed like
+    its weights, with each process's rows. Layers round to the model's dtype; finer factors are read every time.
     """
     with distiller.gated() as layers, checkpointed(distiller.model, checkpointing):
         s, finer = dict[str, Tensor](), set[str]()
@@ -205,7 +205,7 @@ def tapped_scores(distiller: Distiller, checkpointing: bool = False) -> Iterator
 
 @contextmanager
 def question_gradients(distiller: Distiller, checkpointing: bool = False) -> Iterator[Scored]:
-    """The same scores by automatic differentiation, of any projection: one backward pass per question."""
+    """The same scores by automatic differentiation, for any projection: one backward pass per question."""
     spectra = {
         name: torch.zeros(factors.s.shape, device=distiller.model.device, requires_grad=True)
         for name, factors in distiller.factors.items()
@@ -255,9 +255,9 @@ def draw_tokens(log_p: Float[Tensor, "N vocabulary"], generator: torch.Generator
 def _taps(
     layers: Mapping[str, nn.Module], keep: Callable[[str, Tensor, Tensor], None], checkpointing: bool
 ) -> Iterator[None]:
-    """Inside the context `keep` is given every layer's name, input and gradient at its output, as soon as a backward
-    pass has both; hooks are removed on exit. Of checkpointed layers the input is that of their second
-    run, which comes in the backward pass, before or after the gradient."""
+    """Inside the context, `keep` is called with each layer's name, input and gradient at its output, as soon as a
+    backward pass has both; hooks are removed on exit. For checkpointed layers the input is that of the recomputation in
+    the backward pass, which may come before or after the gradient."""
     inputs, gradients, skipped = dict[str, Tensor](), dict[str, Tensor](), set[str]()
 
     def meet(name: str) -> None:

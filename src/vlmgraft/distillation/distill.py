@@ -56,15 +56,15 @@ FEW_PROMPTS = 128
 
 @dataclass
 class Distiller:
-    """Holds a VLM, its factors and the cached targets; see the module's text.
+    """Holds a VLM, its factors and the cached targets; see the module docstring.
 
-    A store of factors is read into memory (with keep_factors False: from disk, a matrix at a time, when it is needed);
-    its digest goes into the gates, so that they fold with these factors only. targets, held_out_targets: the teacher's
-    answers and distributions on `questions` and `held_out`; cache: a folder that keeps them. answer_batch_size,
-    answer_batch_tokens, batch_tokens, packing, tokens: see `build_targets`. A model that is sharded over processes
-    (`sharding.shard`) stays gated, with sharded factors, when gates were first needed; no more targets can be made
-    then. offload: it was sharded so, and its factors are. endpoint: a server of the VLM that answers in its place.
-    Raises DataError and AlignmentError before anything is computed when they do not fit.
+    Factors in a store are read into memory (keep_factors False: read from disk when needed, one matrix at a time). The
+    store's digest is recorded in the gates, which then fold with these factors only. targets, held_out_targets: the
+    teacher's answers and distributions on `questions` and `held_out`; cache: folder that keeps them. answer_batch_size,
+    answer_batch_tokens, batch_tokens, packing, tokens: see `teacher_outputs`. A model sharded over processes
+    (`sharding.shard`) stays gated, with sharded factors, once gates are needed; no more targets can be made after that.
+    offload: the model was sharded with offloading, and its factors will be. endpoint: a server of the VLM that answers
+    in its place. Raises DataError and AlignmentError before any computation when the inputs do not fit together.
     """
 
     model: Any
@@ -116,8 +116,8 @@ class Distiller:
         max_new_tokens: int | None = None,
     ) -> Targets:
         """The donor's answers to text questions, as targets for the VLM; the donor is not needed afterwards.
-        max_new_tokens: of them, where they may be longer or shorter than the VLM's. `targets_from` is for models
-        that do not fit into memory together."""
+        max_new_tokens: limit for these answers, if it differs from the VLM's. Use `targets_from` for models that do not
+        fit into memory together."""
         if any(question.images for question in questions):
             raise DataError("donor questions are text only: the donor sees no images")
         return self._build((donor, tokenizer), questions, batch_size, max_new_tokens)
@@ -178,8 +178,8 @@ class Distiller:
     ) -> float:
         """KL(P_vlm ‖ P) in nats per answer token, for gates, other weights, another model, or (None) the VLM.
 
-        held_out: questions or cached targets; default: the distiller's own held-out set. Another model must read the
-        VLM's processor; its own embeddings and vision tower are used.
+        held_out: questions or cached targets; default: the distiller's own held-out set. Another model must accept the
+        inputs that the VLM's processor makes; its own embeddings and vision tower are used.
         """
         targets = self._held_out(held_out)
         if what is None:
@@ -194,7 +194,7 @@ class Distiller:
         self, held_out: Sequence[Question] | Targets | None = None
     ) -> Iterator[Callable[[Mapping[str, Tensor]], float]]:
         """Inside the context, a function from spectra (λ σ(g) ⊙ s by tensor name) to the KL on prompts (`keep_kl`).
-        Factors are put in place once: for many measurements in a row."""
+        The gated layers are swapped in once, for many measurements in a row."""
         targets = self._held_out(held_out)
         with self.gated() as layers, torch.no_grad():
 
@@ -217,13 +217,13 @@ class Distiller:
     ) -> Gates:
         """Train gates and return them frozen; `settings` are the other fields of `Training`.
 
-        start: warm start, or one logit for all. on_step: called with every logged row. state: a file in which the
-        training is kept every `save_every` steps, and from which it goes on when the file is there: the gates are then
-        those of an uninterrupted training. Under torch.distributed every process calls this with the same arguments;
-        the batches of a step are shared out, so `batches_per_step` should be a multiple of the processes, and `state`
-        is a file that all of them see.
+        start: warm start, or one logit for all. on_step: called with every logged row. state: a file to which the
+        training is saved every `save_every` steps. If it exists, training resumes from it and gives the gates of an
+        uninterrupted run. Under torch.distributed every process calls this with the same arguments. The batches of a
+        step are divided among the processes, so `batches_per_step` should be a multiple of their number, and all
+        processes must see the file `state`.
 
-        Raises RecipeError when the settings ask for targets that were not given or are not those of `state`,
+        Raises RecipeError when the settings need targets that were not given, or `state` belongs to another training;
         NumericalError when the loss stops being finite.
         """
         training = Training(scale=scale, **settings)
@@ -248,16 +248,14 @@ class Distiller:
     def certify(
         self, gates: Gates, prompts: Targets, budget: float, cap: float, bound: Bound
     ) -> tuple[Gates, Certified]:
-        """Gates whose λ is scaled by the largest t of 1/20, 2/20, … 1 with a bound within the budget, nats per token.
-
-        prompts: of which neither the gates nor the control of α have seen any. See `guarantee.certify`.
-        """
+        """Scale λ of the gates by the largest t of 1/20, 2/20, … 1 up to which the bound is within the budget (nats per
+        token). prompts: used neither to train the gates nor to control α. See `risk_control.certify`."""
         full = {name: gates.spectrum(name, self.factors[name].s) for name in self.factors}
         own: dict[int, Tensor] = {}
         with self.gated() as layers, torch.no_grad():
             if not prompts.whole:
                 layers.set({name: 0 * spectrum for name, spectrum in full.items()})
-                prompts.prompt_kl(self.model, own)  # the teacher's
+                prompts.prompt_kl(self.model, own)  # fills `own` with the teacher's hidden states
 
             def drifts(t: float) -> ArrayLike:
                 layers.set({name: t * spectrum for name, spectrum in full.items()})
@@ -268,7 +266,7 @@ class Distiller:
 
     @contextmanager
     def gated(self) -> Iterator[GatedLayers]:
-        """The model with gated layers, off at first, inside the context; for good where it is sharded."""
+        """Swap in gated layers inside the context, gates off at first; a sharded model keeps them afterwards."""
         if not self.sharded:
             with gated(self.model, self.linears, self.factors, self.backend) as layers:
                 yield layers

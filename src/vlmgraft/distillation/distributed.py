@@ -1,4 +1,4 @@
-"""Several processes at one training: who does which batch, and starting the group under torchrun."""
+"""Training in several processes: dividing the batches among them, and joining the group under torchrun."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from vlmgraft.storage.torchrun import leave_group, process, rank_and_world
 T = TypeVar("T")
 
 PATIENCE = timedelta(hours=2)
-"""How long processes wait for each other: answers of the teacher differ in length."""
+"""Timeout of collective operations: the teacher's answers differ in length, so processes wait for each other."""
 
 
 def shared(items: Sequence[T]) -> Iterator[tuple[T, float]]:
-    """This process's items, each with weight 1; every process gets equally many.
+    """This process's items, each with weight 1; every process gets the same number of items.
 
-    Where items run out, a process repeats the first one with weight 0: with sharded weights every forward pass is work
-    of all processes together, and one that stopped early would leave the others waiting.
+    When items run out, a process repeats the first one with weight 0: with sharded weights every forward pass needs all
+    processes, and one that stopped early would leave the others waiting.
     """
     rank, world = process()
     for start in range(0, len(items), world):
@@ -32,10 +32,10 @@ def shared(items: Sequence[T]) -> Iterator[tuple[T, float]]:
 
 
 def of_all(part: torch.Tensor) -> list[torch.Tensor]:
-    """Every process's tensor of this shape, in the order of the ranks, in every process.
+    """Gather a tensor of this shape from every process, in rank order, in every process.
 
-    What `shared` dealt out is added up in the order of the items in this way, as one process adds it: floating-point
-    sums then have the same bits for any number of processes. What does not count is zero, and adding it changes none.
+    Results of `shared` added in this order are added in the order of the items, as a single process adds them: sums in
+    floating point have the same bits for any number of processes. Items of weight 0 give zeros, which change no sum.
     """
     if process()[1] == 1:
         return [part]
@@ -45,10 +45,10 @@ def of_all(part: torch.Tensor) -> list[torch.Tensor]:
 
 
 def join_group() -> None:
-    """Join the group that `torchrun` or `accelerate launch` describes in the environment; nothing without one.
+    """Join the group that `torchrun` or `accelerate launch` describes in the environment; do nothing without one.
 
-    NCCL between GPUs, gloo between CPUs, and for what GPUs keep there (as torch does by itself). The group stays until
-    the process ends: what is called next uses it too.
+    The backend is NCCL between GPUs, and gloo between CPUs and for CPU tensors of GPU processes (torch's default). The
+    group stays until the process ends, so that later calls use it too.
     """
     if rank_and_world()[1] < 2 or process()[1] > 1:
         return
@@ -61,7 +61,7 @@ def join_group() -> None:
 
 @contextmanager
 def group_of_one(wanted: bool, device: torch.device) -> Iterator[None]:
-    """Inside the context, if wanted, a group of this process alone where there is none: offloaded layers need one."""
+    """Inside the context, if `wanted` and there is no group, a group of this process alone: offloading needs one."""
     if not wanted or torch.distributed.is_initialized():
         yield
         return
@@ -76,6 +76,6 @@ def group_of_one(wanted: bool, device: torch.device) -> Iterator[None]:
 
 
 def _backend(device: torch.device) -> str:
-    """Of a group whose tensors are on such devices, and on the CPU."""
+    """Backend of a group whose tensors are on this device and on the CPU."""
     nccl = device.type == "cuda" and torch.distributed.is_nccl_available()
     return "cpu:gloo,cuda:nccl" if nccl else "gloo"

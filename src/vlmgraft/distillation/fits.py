@@ -1,4 +1,4 @@
-"""How a training of gates is made to fit into memory, and what of its questions is kept, against what is free."""
+"""How gate training fits into device memory, and whether the data kept of its questions fits host memory and disk."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
     from vlmgraft.distillation.distill import Distiller
 
 ROOM = 0.9
-"""Of a device's memory: the rest is the allocator's slack, its own library, and communication."""
+"""Usable share of a device's memory; the rest is for the allocator's slack, CUDA's own memory, and communication."""
 Way = tuple[bool, bool]
-"""How a training is made to fit: with checkpointed layers, with offloaded ones."""
+"""How training is made to fit: (layers are checkpointed, layers are offloaded)."""
 WAYS: tuple[Way, ...] = ((False, False), (True, False), (False, True), (True, True))
 """The fastest first."""
 
 
 def ways_of(method: GatedMethod, on_gpu: bool) -> list[Way]:
-    """What a recipe allows; offloading by itself on a GPU only."""
+    """The ways that a recipe allows; with "auto", offloading only on a GPU."""
     first, second = method.gradient_checkpointing, method.offload if on_gpu else method.offload is True
     return [way for way in WAYS if first in ("auto", way[0]) and second in ("auto", way[1])]
 
@@ -47,22 +47,22 @@ def way_that_fits(ways: Iterable[Way], shapes: Shapes, memory: float, **work: An
 
 
 def largest_batch(calibration: Calibration, questions: int, longest: int) -> int:
-    """Questions in a batch of the training, of so many in all, where the longest prompt has `longest` tokens."""
+    """The most questions in a training batch, of `questions` in all, if the longest prompt has `longest` tokens."""
     fitting = calibration.batch_tokens // (longest + calibration.max_new_tokens)
     return max(1, min(calibration.batch_size, calibration.samples, questions, fitting))
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes that learning keeps of its questions: `disk`, the features of images beside the teacher's distributions;
-    `host`, in this machine's memory, the distributions and what the text model reads."""
+    """Bytes that training keeps of its questions. `disk`: image features and the teacher's distributions. `host`: the
+    distributions and the text model's inputs, in this machine's memory."""
 
     disk: int
     host: int
 
     @classmethod
     def of(cls, config: Any, calibration: Calibration, lengths: Sequence[int], width: int) -> Kept:
-        """At most: of prompts of `lengths` tokens, all of images, and answers of full length; without padding."""
+        """Upper bound: prompts of `lengths` tokens, all image tokens, and answers of full length; without padding."""
         text = config.get_text_config(decoder=True)
         deeper = getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None) or ()
         row = width * text.hidden_size * (1 + len(deeper))
@@ -73,8 +73,8 @@ class Kept:
         return cls(features + targets, targets + row * (sum(lengths) + answered))
 
     def check(self, folder: Path | None) -> str:
-        """What is kept and what is free, in words; raises RecipeError where it does not fit into memory, or on the disk
-        of `folder`, where what it holds already is not written again."""
+        """Kept and free bytes, in words. Raises RecipeError if the kept data does not fit into memory, or on the disk
+        of `folder`, not counting files that the folder already holds."""
         fewer = "lower method.calibration.max_pixels, samples or held_out"
         free = free_memory()
         if self.host > free:
@@ -103,7 +103,7 @@ def _gb(size: int) -> str:
 def offloads(
     method: GatedMethod, path: Path, questions: Sequence[Question], device: torch.device, dtype: torch.dtype
 ) -> bool:
-    """Whether layers wait in the host's memory: as the recipe says, or (auto) on a GPU where a training step of the
+    """Whether layers are offloaded to host memory: as the recipe says, or (auto) on a GPU if a training step with the
     longest of `questions` would not fit otherwise. Reads the VLM's config and processor."""
     ways = ways_of(method, device.type == "cuda")
     if len({offload for _, offload in ways}) == 1:
@@ -125,7 +125,7 @@ def offloads(
 
 
 def checkpoints(method: GatedMethod, distiller: Distiller) -> bool:
-    """Whether to checkpoint: as the recipe says, or (auto) where the largest batch would not fit without it."""
+    """Whether to checkpoint layers: as the recipe says, or (auto) if the largest batch would not fit without it."""
     if method.gradient_checkpointing != "auto":
         return method.gradient_checkpointing
     device, batches = distiller.model.device, distiller.targets.batches

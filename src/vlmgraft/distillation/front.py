@@ -1,7 +1,7 @@
-"""`front`: what drift buys in injected energy, by gates for a row of budgets from one run, each warm-started.
+"""`front`: injected energy against KL divergence, from gates for several budgets learned in one run, each warm-started.
 
-Gates near 0 or 1 have next to no gradient: trained on as they are, a neighbour's gates do not reach the next budget. So
-the warm start is the neighbour's logits, clamped to where training can move them, and all moved by one constant such
+Gates near 0 or 1 have almost no gradient, so training a neighbour's gates further does not reach the next budget. The
+warm start is therefore the neighbour's logits, clamped to where training can move them and shifted by one constant so
 that the KL is at the new budget before the first step.
 """
 
@@ -54,7 +54,7 @@ def front(
     overrides: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> tuple[FrontPoint, ...]:
-    """The front of drift against injected energy: FRISM's gates for every budget, in ascending order.
+    """The front of KL divergence against injected energy: FRISM's gates for every budget, in ascending order.
 
     One teacher, one model and factors that `decompose` wrote; every point starts from its neighbour's gates
     (`distillation/front.py`). The largest budget trains for method.steps, the others for half as many. Writes a gates
@@ -62,10 +62,10 @@ def front(
     the same recipe and budgets left there are kept.
 
     Args:
-        budgets: allowed drift from the VLM in nats per token.
+        budgets: allowed KL divergence from the VLM in nats per token.
     Raises:
-        RecipeError: there is no budget, one is not above 0, or the method starts elsewhere. CheckpointError: the
-            factors are not this recipe's. DataError: the questions.
+        RecipeError: there is no budget, one is not above 0, or the method is not frism, starts from curvature
+            gates, or has a guarantee. CheckpointError: the factors are not this recipe's. DataError: the questions.
     """
     check_budgets(budgets)
     changes = [f"method.kl_budget={max(budgets)}", "method.inject_weight=null", *overrides]
@@ -91,8 +91,8 @@ def front(
 
 
 def read_path(folder: str | Path) -> dict[str, Gates]:
-    """The gates of a folder that `front` wrote, from the smallest budget to the largest, or the one of a gates folder;
-    by the names of their folders. Raises CheckpointError."""
+    """Gates by folder name: all that `front` wrote into the folder, from the smallest budget to the largest, or the one
+    set in a gates folder. Raises CheckpointError."""
     folder, names = Path(folder), [""]
     if (folder / ROWS).is_file():
         names = [f"{budget:g}" for budget in sorted(float(row["budget"]) for row in read_rows(folder / ROWS))]
@@ -151,11 +151,11 @@ def pareto_front(
     done: Mapping[float, Gates] | None = None,
     **settings: Any,
 ) -> tuple[FrontPoint, ...]:
-    """Gates at every budget, by one distiller, from the largest budget to the smallest; given in ascending order.
+    """Learn gates for every budget with one distiller, from the largest to the smallest; returned in ascending order.
 
-    donor: targets for donor matching, else the energy term. first_steps: of the largest budget; steps: of the others,
-    which start from their neighbour's gates. report: called with every new point. done: gates that an earlier run
-    reported, by budget: not made again. settings: other fields of `Training`, such as learning_rate and seed.
+    donor: targets for donor matching; None: the energy term. first_steps: training steps at the largest budget; steps:
+    at the others, which start from their neighbour's gates. report: called with every new point. done: gates by budget
+    from an earlier run, not learned again. settings: other fields of `Training`, such as learning_rate and seed.
     Raises RecipeError when there is no budget, or one is not above 0.
     """
     check_budgets(budgets)
@@ -192,7 +192,7 @@ def _point(budget: float, gates: Gates) -> FrontPoint:
 
 
 def moved_to(distiller: Distiller, gates: Gates, budget: float) -> Gates:
-    """All logits moved by the same constant within ±12, such that the held-out KL is the largest within the budget.
+    """The gates with all logits shifted by one constant within ±12 to the largest held-out KL within the budget.
 
     The settings' `held_out_kl` and `energy` are those of the moved gates.
     """

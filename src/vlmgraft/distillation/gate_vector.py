@@ -17,15 +17,15 @@ from vlmgraft.spectral.gates import Gates
 Granularity = Literal["direction", "matrix", "layer"]
 
 EXTREME = 16.0
-"""Where a logit starts that is given as ±inf: σ(±16) differs from 0 and 1 by 1e-7."""
+"""Initial value of a logit that is given as ±inf: σ(±16) differs from 0 and 1 by 1e-7."""
 
 
 class GateVector:
     """The trained logits and the constants that turn them into spectra.
 
     logits [P], float32, requires_grad; P is the number of directions, matrices or layers. One vector, because one
-    optimiser step and one sigmoid for all matrices cost less than one for each, and so does one reduction over ranks.
-    Fused experts have one logit per expert and direction; by "matrix" they share one.
+    optimiser step, one sigmoid and one reduction over ranks for all matrices cost less than one for each.
+    Fused experts have one logit per expert and direction; with granularity "matrix" they share one.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class GateVector:
         self.logits = full.to(device).requires_grad_()
 
     def _index(self, granularity: Granularity) -> Tensor | None:
-        """Which logit each direction reads; None when every direction has its own."""
+        """Index of each direction's logit; None when every direction has its own."""
         if granularity == "direction":
             return None
         if granularity == "matrix":

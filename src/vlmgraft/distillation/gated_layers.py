@@ -1,6 +1,6 @@
-"""Gated layers in the place of a model's projections, linear or fused experts, and back again.
+"""Gated layers that temporarily replace a model's projections, linear layers or fused experts.
 
-`gated(...)` swaps the projections of a model for gated ones and puts the originals back on exit, whatever happens.
+`gated(...)` swaps the projections of a model for gated ones and restores the originals on exit, also after an error.
 `checkpointed(...)` trades time for memory in the same way. The arithmetic is in `projections.py`.
 """
 
@@ -92,8 +92,8 @@ class GatedStack(nn.Module):
 class GatedExperts(nn.Module):
     """A module of fused experts whose weights are rebuilt with their gated update in every call.
 
-    The routing is unchanged: the model's own module runs, on other weights. Files that hold the
-    experts transposed give factors that are transposed here.
+    The routing is unchanged: the model's own module runs with the rebuilt weights. If the checkpoint stores the experts
+    transposed, so are its factors; they are transposed back here.
     """
 
     def __init__(self, experts: nn.Module, factors: Mapping[str, Factors]) -> None:
@@ -116,9 +116,9 @@ def _frozen(factor: Tensor, like: Tensor) -> nn.Parameter:
 
 @dataclass
 class JoinedStack:
-    """Fused experts whose matrices have factors of their own, as files that keep the experts one by one give them.
+    """Fused experts whose matrices have separate factors, as in checkpoints that store the experts one by one.
 
-    names: by expert, of the matrices that stand one below the other. ranks: of each. width: of all factors.
+    names: per expert, the matrices stacked along its rows. ranks: of each matrix. factors: of the whole stack.
     """
 
     names: list[list[str]]
@@ -127,9 +127,9 @@ class JoinedStack:
 
     @classmethod
     def of(cls, parts: Mapping[str, ExpertSlice], factors: Mapping[str, Factors]) -> JoinedStack:
-        """The slices of one parameter as one stack of factors; a matrix without a gate, and what a rank lacks, is zero.
+        """Join the slices of one parameter into one stack of factors; ungated matrices and unused ranks are zero.
 
-        U of an expert's matrices stand in blocks, so that U diag(s) Vh of the stack is theirs, one below the other.
+        An expert's U is block-diagonal over its matrices, so that U diag(s) Vh stacks the matrices along the rows.
         """
         example = next(iter(parts.values()))
         experts, rows, inner = example.stack.weight.shape
@@ -163,15 +163,15 @@ class JoinedStack:
 
 
 class GatedLayers(dict[str, GatedLinear | GatedStack]):
-    """The gated layers of a model by tensor name, with their spectra set together; `joined`: where a name stands for
-    the matrices of several."""
+    """The gated layers of a model by tensor name; their spectra are set together. `joined`: stacks whose name stands
+    for several matrices."""
 
     def __init__(self) -> None:
         super().__init__()
         self.joined: dict[str, JoinedStack] = {}
 
     def add(self, other: GatedLayers) -> None:
-        """Take over another's layers."""
+        """Add the layers of `other`."""
         self.update(other)
         self.joined.update(other.joined)
 
@@ -187,9 +187,9 @@ class GatedLayers(dict[str, GatedLinear | GatedStack]):
 def swap_in(
     model: nn.Module, projections: Mapping[str, Projection], factors: Mapping[str, Factors], backend: Backend = "auto"
 ) -> tuple[GatedLayers, list[tuple[nn.Module, str, nn.Module]]]:
-    """Put gated layers in the place of `projections`; returns them, and (parent, key, original) of every swap.
+    """Replace `projections` with gated layers; returns these, and (parent, key, original) of every swap.
 
-    Factors are read one matrix at a time. Raises AlignmentError, with the model as it was, when something does not fit.
+    Factors are read one matrix at a time. Raises AlignmentError, with the model unchanged, when something does not fit.
     """
     parents = {id(child): (parent, key) for parent in model.modules() for key, child in parent.named_children()}
     modules: dict[int, tuple[nn.Module, dict[str, dict[str, Projection]]]] = {}
@@ -222,7 +222,7 @@ def swap_in(
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Inside the context no parameter of the model has a gradient; their flags are as before on exit."""
+    """Inside the context no parameter of the model requires a gradient; the flags are restored on exit."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         for parameter, _ in flags:
@@ -252,10 +252,10 @@ def gated(
 
 @contextmanager
 def checkpointed(model: nn.Module, wanted: bool = True) -> Iterator[None]:
-    """Inside the context, decoder layers keep their input only and are run again in the backward pass.
+    """Inside the context, decoder layers keep only their input and are recomputed in the backward pass.
 
-    By torch's own checkpointing on each layer's forward pass: transformers' switch works in training mode alone, and
-    gates are learned in evaluation mode, without dropout.
+    This uses torch's checkpointing on each layer's forward pass: transformers' own switch works in training mode only,
+    and gates are learned in evaluation mode, without dropout.
     """
     layers = list(text_model(model).layers) if wanted else []
     try:

@@ -1,9 +1,9 @@
-"""A budget that holds on unseen prompts, as a recipe asks for it: `method.budget_guarantee`.
+"""A KL budget that holds on unseen prompts: the recipe option `method.budget_guarantee`.
 
 Gates are learned on the first questions of the calibration file, their budget is measured on the next, and the ones
-after these are seen by neither. The learned gates are scaled back until an upper bound on the mean drift of such
+after these are used for neither. The learned gates are scaled back until an upper bound on the mean KL of such unseen
 prompts is within the budget; `risk_control` has the bounds. The file should be in random order: a bound holds for
-prompts that could as well have been among its last ones.
+prompts that are exchangeable with the last ones of the file.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from vlmgraft.distillation.distill import Distiller
 
 CAP_IN_BUDGETS = 10.0
-"""The cap where the recipe has none, in budgets."""
+"""Default cap, in multiples of the budget, for recipes without one."""
 
 
 def check_guarantee(method: Frism) -> None:
-    """Raise RecipeError where so few prompts would not show a drift within the budget even if there were none."""
+    """Raise RecipeError if so few prompts could not show a KL within the budget even if each of them had a KL of 0."""
     guarantee, budget = method.budget_guarantee, method.kl_budget
     if guarantee is None or budget is None:
         return
@@ -43,7 +43,7 @@ def check_guarantee(method: Frism) -> None:
 
 
 def within_budget(method: Frism, distiller: Distiller, learned: Gates, prompts: Targets) -> Gates:
-    """The gates, scaled until the bound on unseen prompts is within the budget; the bound in their settings."""
+    """The gates, scaled until the bound on unseen prompts is within the budget, with the bound in their settings."""
     guarantee, budget = method.budget_guarantee, method.kl_budget
     assert guarantee is not None and budget is not None
     cap = guarantee.cap or CAP_IN_BUDGETS * budget

@@ -1,7 +1,7 @@
-"""From a recipe to gates: questions read, models loaded, gates learned and kept in a folder.
+"""From a recipe to gates: read the questions, load the models, learn the gates and save them to a folder.
 
 Under `torchrun` or `accelerate launch` every process runs the same calls: it reads its shards of the models, the
-teacher's batches are shared out, factors are sharded too, and the first process writes the gates.
+teacher's batches are divided, factors are sharded too, and the first process writes the gates.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ from vlmgraft.storage.torchrun import agreed, barrier, check_same, process, rank
 
 
 def check_inputs(job: Job, gates: Path) -> None:
-    """Before hours of work: questions and images fit in the models' contexts, what is kept of them in memory and on the
-    disk, servers are there, and the VLM's weights are finite.
+    """Checks before hours of work: prompts and images fit the models' contexts, the data kept of them fits memory and
+    disk, servers are up, and the VLM's weights are finite.
 
-    Donor and base are checked while they are decomposed. Where `gates` holds what the job would learn, the VLM is not
-    read: the fold checks it. Raises DataError, RecipeError, WeightsError.
+    Donor and base are checked during decomposition. If `gates` already holds what the job would learn, the VLM is not
+    read here: the fold checks it. Raises InputError, DataError, RecipeError, WeightsError.
     """
     lengths = check_questions(job)
     if kept_gates(job, gates) is None:
         check_kept(job, lengths, gates.with_name(gates.name + ".teacher"))
-        if not gates.with_name(gates.name + ".teacher").is_dir():  # else answers may be there
+        if not gates.with_name(gates.name + ".teacher").is_dir():  # if it exists, answers may be cached
             from vlmgraft.distillation.servers import check_servers
 
             donors = [alignment.donor.path for alignment in job.alignments]
@@ -68,15 +68,15 @@ def check_inputs(job: Job, gates: Path) -> None:
 
 
 def check_kept(job: Job, lengths: Sequence[int], folder: Path) -> None:
-    """Raise RecipeError where what is kept of such prompts does not fit into memory, or on a folder's disk."""
+    """Raise RecipeError if the data kept of such prompts does not fit into memory, or on the disk of `folder`."""
     tensors = job.vlm.tensors.values()
     dtype = learning_dtype(default_device(), sum(info.elements for info in tensors), {info.dtype for info in tensors})
     Kept.of(load_config(job.vlm.path), job.method.calibration, lengths, dtype.itemsize).check(folder)
 
 
 def check_questions(job: Job) -> list[int]:
-    """The part of `check_inputs` that reads no weights: modules that can be gated, and questions; the lengths of the
-    prompts that the VLM answers."""
+    """The part of `check_inputs` that reads no weights: modules can be gated, and questions fit. Returns the lengths of
+    the prompts that the VLM answers."""
     if job.vlm.packed:
         raise RecipeError(
             f"vlm {job.vlm.path}: its weights are quantised, and gates are learned in 16 bits: merge it once by "
@@ -121,11 +121,11 @@ def check_factors(job: Job, folder: Path) -> None:
 
 
 def gates_for(job: Job, store: Store, out: Path, progress: Progress | None, *, replace_others: bool = True) -> Gates:
-    """What `out` holds for this job and these factors, or gates learned now and saved there.
+    """The gates in `out` if they belong to this job and these factors; else gates learned now and saved there.
 
-    Beside `out`, `out.teacher` keeps the teacher's answers and log-probabilities, a batch at a time, and `out.state`
-    the training, every few steps: what was interrupted goes on from them. replace_others: gates of another recipe are
-    replaced; otherwise they raise OutputError.
+    Beside `out`, `out.teacher` caches the teacher's answers and log-probabilities, a batch at a time, and `out.state`
+    holds the training state, saved every few steps; an interrupted run resumes from both. replace_others: gates of
+    another recipe are replaced; otherwise they raise OutputError.
     """
     join_group()
     rank = process()[0]
@@ -133,7 +133,7 @@ def gates_for(job: Job, store: Store, out: Path, progress: Progress | None, *, r
     kept = agreed(lambda: kept_gates(job, out))
     if kept is not None and kept.factors == store.digest:
         if rank == 0:
-            _drop_state(out)  # of a run that was killed between the gates and this
+            _drop_state(out)  # left by a run that was killed after saving the gates
         return kept
     if not replace_others and agreed((out / "gates.json").is_file):
         raise OutputError(f"{out}: holds gates of another recipe; name another folder, or remove it first")
@@ -150,9 +150,9 @@ def gates_for(job: Job, store: Store, out: Path, progress: Progress | None, *, r
 
 
 def kept_gates(job: Job, out: Path, **more: Any) -> Gates | None:
-    """The gates in `out` if they were learned from what this job names (and `more`), with whatever factors.
+    """The gates in `out` if they were learned from this job's inputs (and `more`), with any factors.
 
-    The VLM is believed to be the same where its files are (`file_stamp`); else its content is compared.
+    The VLM counts as unchanged if the stamp of its files is (`file_stamp`); otherwise its content is compared.
     """
     if not (out / "gates.json").is_file():
         return None
@@ -169,7 +169,7 @@ def kept_gates(job: Job, out: Path, **more: Any) -> Gates | None:
 
 
 def _drop_state(out: Path) -> None:
-    """Remove the state of a training that is done, and what killed runs left."""
+    """Remove the state of a finished training, and leftovers of killed runs."""
     state = out.with_name(out.name + ".state")
     state.unlink(missing_ok=True)
     sweep_files(state.parent, state.name)
@@ -177,16 +177,16 @@ def _drop_state(out: Path) -> None:
 
 
 def learned_from(job: Job) -> dict[str, Any]:
-    """What gates must have been learned from to be used again; JSON values."""
+    """The inputs that gates must have been learned from to be reused, as JSON values."""
     stamp = file_stamp(job.vlm)  # before the content, so that a change in between is noticed
     return {**_named_by(job), "vlm": checkpoint_digest(job.vlm), "vlm_stamp": stamp}
 
 
 def _named_by(job: Job) -> dict[str, Any]:
-    """The part of `learned_from` that no checkpoint is read for: a digest, as it names files of this machine."""
+    """The part of `learned_from` that reads no checkpoint; a digest, because it contains paths of this machine."""
     method: dict[str, Any] = asdict(job.method)
     for option in ("gradient_checkpointing", "offload", "donor_endpoint"):
-        method.pop(option, None)  # where things are computed: the gates are the same
+        method.pop(option, None)  # they decide where work is done: the gates are the same
     for option in ("columns", "endpoint"):
         method["calibration"].pop(option)
     donors = [[str(pair.donor.path), str(pair.donor_base.path if pair.donor_base else None)] for pair in job.alignments]
@@ -229,8 +229,8 @@ def learned_gates(
 ) -> Gates:
     """The gates of a recipe's method: in the order of the curvature, or trained.
 
-    curvature: as `estimate_curvature` gave it for this method's draws and seed, where it is known. state: the file of
-    `Distiller.learn`; started: a training goes on from it.
+    curvature: the result of `estimate_curvature` for this method's draws and seed, if known. state: the file of
+    `Distiller.learn`; started: training resumes from it.
     """
     estimate = partial(estimate_curvature, distiller, seed=method.seed)
     if isinstance(method, Curvature):
@@ -244,7 +244,7 @@ def learned_gates(
 
 
 def training_of(method: GatedMethod, distiller: Distiller) -> dict[str, Any]:
-    """The fields of `Training` that a recipe has, but for the scale."""
+    """The fields of `Training` that a recipe sets, except the scale."""
     names = ({field.name for field in fields(Training)} & {field.name for field in fields(method)}) - {"scale"}
     settings = {name: getattr(method, name) for name in names}
     return settings | {"gradient_checkpointing": checkpoints(method, distiller)}

@@ -30,11 +30,11 @@ from vlmgraft.storage.progress import Progress
 from vlmgraft.storage.torchrun import agreed, process
 
 READ_ALIKE = ("max_new_tokens", *BATCHES, "packing", "tokens")
-"""Fields of `Calibration` that a `Distiller` has, too."""
+"""Fields that `Calibration` and `Distiller` share."""
 
 
 def reading_of(method: GatedMethod) -> dict[str, Any]:
-    """The fields of `Distiller` that a recipe has."""
+    """The fields of `Distiller` that a recipe sets."""
     return {name: getattr(method.calibration, name) for name in READ_ALIKE} | {"seed": method.seed}
 
 
@@ -42,7 +42,7 @@ def reading_of(method: GatedMethod) -> dict[str, Any]:
 def distiller_for(
     job: Job, store: Store, out: Path, progress: Progress | None
 ) -> Iterator[tuple[Distiller, Targets | None]]:
-    """Inside the context the recipe's models and questions, ready to train; the donors' targets for donor matching.
+    """Inside the context, a distiller with the recipe's models and questions, and donors' targets for donor matching.
 
     Donors answer before the VLM is loaded: no two models are in memory at once.
     """
@@ -80,7 +80,7 @@ def _loaded(
     device: torch.device,
     offload: bool,
 ) -> Any:
-    """A model whole, or sharded: of several processes read so, of one with offloaded layers on the CPU."""
+    """Load a model whole or sharded. Several processes read shards; a single one with offloading loads to the CPU."""
     alone = process()[1] == 1
     if alone and not offload:
         return whole(path, dtype, device)
@@ -91,7 +91,7 @@ def _loaded(
 def _donor_outputs(
     job: Job, placed: Mapping[str, Any], offload: bool, cache: Path, progress: Progress | None
 ) -> list[TeacherOutputs]:
-    """The donors' outputs on their questions, one loaded after the other; nothing without donor matching."""
+    """The donors' outputs on their questions, with one donor loaded at a time; empty without donor matching."""
     method, outputs = job.method, list[TeacherOutputs]()
     if not isinstance(method, Frism) or method.inject != "donor":
         return outputs
@@ -101,7 +101,7 @@ def _donor_outputs(
     endpoints = donor_endpoints(job.recipe, method, [alignment.donor.path for alignment in job.alignments])
     for alignment, questions, endpoint in zip(job.alignments, job.asked.donors, endpoints, strict=True):
         path = alignment.donor.path
-        here = offload and not alignment.donor.packed  # quantised, it is small, and its weights are of other kinds
+        here = offload and not alignment.donor.packed  # a quantised donor is small, and its tensors are of other types
         donor = _loaded(load_text_model, text_shards, path, **placed, offload=here)
         teacher = (donor, load_processor(path))
         outputs.append(teacher_outputs(teacher, questions, student, endpoint=endpoint, **options))

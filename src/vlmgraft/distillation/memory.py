@@ -1,7 +1,7 @@
 """Memory of learning gates, computed from a model's config: weights, factors, gates, activations, logits, per GPU.
 
-Activations are what autograd keeps for the backward pass, counted tensor by tensor for decoder layers of the Llama kind
-(two RMS norms, grouped-query attention by a fused kernel, gated feed-forward); a test holds the count against what a
+Activations are what autograd keeps for the backward pass, counted tensor by tensor for Llama-style decoder layers
+(two RMS norms, grouped-query attention by a fused kernel, gated feed-forward); a test compares the count with what a
 run keeps. Not counted: the allocator's slack, CUDA's own memory, communication buffers.
 """
 
@@ -30,9 +30,9 @@ LOGIT_BYTES = 14
 
 @dataclass(frozen=True)
 class Shapes:
-    """What the count needs of a model. projections: (name, out, in) of one decoder layer; the rest in parameters.
-
-    experts: (experts, out, in) of one layer's stacks of fused experts, of which a token takes `active`.
+    """Sizes of a model that the count needs. projections: (name, out, in) of one decoder layer. layer_parameters,
+    other_parameters: number of parameters in one decoder layer, and outside of the layers.
+    experts: (experts, out, in) of one layer's stacks of fused experts, of which a token uses `active`.
     """
 
     layers: int
@@ -47,7 +47,7 @@ class Shapes:
 
     @classmethod
     def of(cls, config: Any) -> Shapes:
-        """From a transformers config, by building the model without memory."""
+        """From a transformers config, by building the model on the meta device."""
         from transformers import AutoModelForImageTextToText
 
         with torch.device("meta"):
@@ -73,7 +73,7 @@ class Shapes:
 
     @property
     def stored(self) -> list[tuple[int, int, int]]:
-        """(count, out, in) of what one layer keeps as a parameter: matrices, stacks of experts."""
+        """(count, out, in) of the parameters of one layer: matrices, and stacks of experts."""
         return [*((1, out, inner) for _, out, inner in self.projections), *self.experts]
 
     def width(self, name: str) -> int:
@@ -83,8 +83,8 @@ class Shapes:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU. gathered: what sharding holds whole for a moment, two layers (one is fetched ahead); of one GPU
-    whose layers are in the host's memory the one that runs, and the matrix that is being copied."""
+    """Bytes on one GPU. gathered: what sharding holds unsharded at a time, two layers (one is prefetched); on a single
+    GPU with offloaded layers, the layer that runs and the matrix that is being copied."""
 
     weights: int
     factors: int
@@ -95,7 +95,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all fields."""
         return sum(getattr(self, field.name) for field in fields(self))
 
     def __str__(self) -> str:
@@ -117,9 +117,9 @@ def memory_of(
 ) -> Memory:
     """Memory of one training step, in bytes on one of `gpus` GPUs.
 
-    tokens: of a batch on one GPU, images and padding included; answer_tokens: those that count. rank: directions per
-    matrix. offload: layers and factors are in the host's memory. backend: as `choose_backend` takes them for these
-    tokens, or one for all. width: bytes of a weight or activation, 2 in bfloat16.
+    tokens: of a batch on one GPU, images and padding included; answer_tokens: those in the loss. rank: directions per
+    matrix. offload: layers and factors are in host memory. backend: one for all layers, or "auto": the choice of
+    `choose_backend` for this number of tokens. width: bytes of a weight or activation, 2 in bfloat16.
     """
     ranks = [min(out, inner) if rank == "full" else min(rank, out, inner) for _, out, inner in shapes.projections]
     per_layer = sum(r * (out + inner) for r, (_, out, inner) in zip(ranks, shapes.projections, strict=True))
@@ -129,11 +129,11 @@ def memory_of(
     gates = sum(ranks) + sum(count * r for count, r, _, _ in stacks)
     layer_bytes = width * (shapes.layer_parameters + per_layer)
     gathered = 0 if gpus == 1 else 2 * layer_bytes
-    if offload:  # copied to the card: a matrix after the other, or the shards of a layer
+    if offload:  # copied to the GPU: one matrix at a time, or a layer's shards
         gathered += layer_bytes + width * max(map(prod, shapes.stored)) if gpus == 1 else layer_bytes // gpus
     here = 0 if offload else shapes.layers
     layer = _kept_per_layer(shapes, ranks, tokens, backend, width)
-    norm = tokens * (4 * shapes.hidden + 4)  # the last one's; the first one's is not kept: no gradient goes below it
+    norm = tokens * (4 * shapes.hidden + 4)  # of the last norm; the first norm keeps nothing: no gradient goes below it
     kept = layer + shapes.layers * tokens * width * shapes.hidden + norm if checkpointing else shapes.layers * layer
     return Memory(
         weights=width * (here * shapes.layer_parameters // gpus + shapes.other_parameters),
@@ -146,8 +146,8 @@ def memory_of(
 
 
 def host_memory_of(shapes: Shapes, *, rank: Rank = "full", gpus: int = 1, width: int = 2) -> int:
-    """Bytes of offloaded layers and factors in the host's memory, of all `gpus` processes: torch's allocator of
-    page-locked memory takes a power of two for every matrix, U and Vh."""
+    """Bytes of offloaded layers and factors in host memory, over all `gpus` processes. torch's allocator of page-locked
+    memory rounds every matrix, U and Vh up to a power of two."""
 
     def locked(numbers: int) -> int:
         return gpus * (1 << (-(-width * numbers // gpus) - 1).bit_length())
@@ -165,9 +165,9 @@ _INPUTS = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", 
 
 
 def _kept_per_layer(shapes: Shapes, ranks: Sequence[int], tokens: int, backend: Backend, width: int) -> int:
-    """Bytes that autograd keeps for one decoder layer, frozen weights and factors aside."""
+    """Bytes that autograd keeps for one decoder layer, without frozen weights and factors."""
     queries, keys, feed = shapes.width("q_proj"), shapes.width("k_proj"), shapes.width("gate_proj")
-    norms = 2 * (4 * shapes.hidden + 4)  # float32 inputs, and one over their root mean square
+    norms = 2 * (4 * shapes.hidden + 4)  # float32 inputs, and the inverse of their root mean square
     attention = width * (2 * queries + 2 * keys) + 4 * shapes.heads  # q, k, v, output; log-sum-exp
     rotation = 2 * width * queries // shapes.heads  # cosines and sines
     inner, inputs, merged = 0, {}, 0
@@ -180,6 +180,6 @@ def _kept_per_layer(shapes: Shapes, ranks: Sequence[int], tokens: int, backend: 
     projections = width * (inner + sum(inputs.values()))
     per_token = norms + attention + rotation + projections + 3 * width * feed  # gate, silu(gate), up
     merged += sum(count * out * inner for count, out, inner in shapes.experts)  # always rebuilt
-    # of every expert that a token takes: its inputs and outputs, and what lies between its two stacks
+    # for each expert that a token uses: its inputs and outputs, and the activations between its two stacks
     per_token += 2 * width * shapes.active * sum(out + inner for _, out, inner in shapes.experts)
     return tokens * per_token + width * merged

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 Backend = Literal["auto", "factored", "rebuilt"]
 
 REBUILD_WEIGHT = 1.2
-"""How much more an operation of the rebuild costs than one of the products: at full rank and square that puts the
+"""Cost of an operation of the rebuild relative to one of the products. At full rank, for square matrices, it puts the
 break-even at 0.8 r tokens, as measured (1.6k, 2.8k, 4.0k tokens for r = 2048, 3584, 5120)."""
 
 
@@ -34,7 +34,7 @@ def gated_naive(
     spectrum: Float[Tensor, " r"],
     Vh: Float[Tensor, "r in"],
 ) -> Float[Tensor, "*batch out"]:
-    """The gated projection by plain autograd: the twin that both backends are tested against."""
+    """The gated projection by plain autograd: the reference that both backends are tested against."""
     return F.linear(x, weight, bias) + ((x @ Vh.mT) * spectrum.to(x.dtype)) @ U.mT
 
 

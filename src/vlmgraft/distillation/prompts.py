@@ -46,7 +46,7 @@ class Prompts:
         return TargetBatch(inputs["input_ids"], lambda: inputs, None, predicts, nothing)
 
     def _captured(self, index: int) -> tuple[Captured | None, Tensor, Tensor]:
-        """What the text model is given, on the CPU, or None where its replay is not exact, found out with the first;
+        """The text model's inputs, on the CPU, or None if their replay is not exact (tested with the first batch);
         token ids, and which positions count."""
         model, numbers = self.side[0], self.groups[index]
         features = self.features or ImageFeatures(model, self.placeholders)
@@ -79,7 +79,7 @@ class Prompts:
         return text_positions(inputs, self.placeholders) if self.tokens == "all" else answered
 
     def _inputs(self, index: int, *, pixels: bool = True) -> tuple[Batch, Tensor]:
-        """What the model reads, on the CPU, and which positions count; pixels: as of `encode`."""
+        """The model's inputs, on the CPU, and which positions count; pixels: as in `encode`."""
         inputs, answered = self._appended(index, pixels)
         return to_device(inputs, "cpu", self.side[0].dtype), self._counting(inputs, answered)
 
@@ -90,5 +90,5 @@ def placeholders(model: Any) -> set[int]:
 
 
 def before_placeholders(placeholders: set[int], answer: list[int]) -> list[int]:
-    """The answer up to the first image or video placeholder: read back as input, it would ask for an image."""
+    """The answer up to the first image or video placeholder, which would ask for an image when read back as input."""
     return answer[: next((index for index, token in enumerate(answer) if token in placeholders), len(answer))]

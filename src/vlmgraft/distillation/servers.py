@@ -1,4 +1,4 @@
-"""Servers that answer in a teacher's place: which ones, whether they are there, and whether the answers are its own."""
+"""Servers that answer in a teacher's place: which ones, whether they are up, and whether they serve the same model."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
     from vlmgraft.recipe.model import Recipe
 
 OWN, LONG_ENOUGH = 0.5, 8
-"""The least share of tokens that the teacher would choose itself, in a batch of served answers, and in each of so many
-tokens; of its own answers it is nearly 1, ties between tokens apart."""
+"""Least share of tokens that must be the teacher's own greedy choice, over a batch and within each answer of at least
+`LONG_ENOUGH` tokens; nearly 1 for the teacher's own answers, except for ties."""
 Generate = Callable[[Sequence[Question]], tuple[list[list[int]], list[int]]]
 """Questions → the answers' token ids, and the prompts' lengths in tokens."""
 
 
 def vlm_endpoint(recipe: Recipe, method: GatedMethod, path: Path) -> Endpoint | None:
-    """The server that answers in the VLM's place; not asked for its model yet."""
+    """The server that answers in the VLM's place, if any; it is not contacted yet."""
     url = method.calibration.endpoint
     return Endpoint(url, names=(recipe.vlm, str(path))) if url else None
 
 
 def donor_endpoints(recipe: Recipe, method: GatedMethod, paths: Sequence[Path]) -> list[Endpoint | None]:
-    """The server of every donor; raises RecipeError for another number of them."""
+    """The server of every donor, or None for each; raises RecipeError unless there is one per donor."""
     given = method.donor_endpoint if isinstance(method, Frism) else None
     if given is None:
         return [None] * len(paths)
@@ -47,7 +47,7 @@ def donor_endpoints(recipe: Recipe, method: GatedMethod, paths: Sequence[Path]) 
 
 
 def check_servers(recipe: Recipe, method: GatedMethod, vlm: Path, donors: Sequence[Path]) -> None:
-    """Raise InputError where a server is not up, or does not have the recipe's model."""
+    """Raise InputError if a server is down, or does not serve the recipe's model."""
     for endpoint in (vlm_endpoint(recipe, method, vlm), *donor_endpoints(recipe, method, donors)):
         try:
             _ = endpoint and endpoint.serving()
@@ -56,7 +56,7 @@ def check_servers(recipe: Recipe, method: GatedMethod, vlm: Path, donors: Sequen
 
 
 def served(teacher: tuple[Any, Any], max_new_tokens: int, endpoint: Endpoint) -> Generate:
-    """A server answers; its texts are read by the teacher's tokenizer where it tells no token ids."""
+    """Answers from a server; a reply without token ids is encoded by the teacher's tokenizer."""
     tokenizer, rows = tokenizer_of(teacher[1]), len(teacher[0].get_input_embeddings().weight)
     end, asked = tokenizer.eos_token_id, endpoint
 
@@ -70,7 +70,7 @@ def served(teacher: tuple[Any, Any], max_new_tokens: int, endpoint: Endpoint) ->
 
     def generate(questions: Sequence[Question]) -> tuple[list[list[int]], list[int]]:
         nonlocal asked
-        asked = asked.serving()  # not before an answer is missing
+        asked = asked.serving()  # contacted only when an answer is missing
         replies = asked.answer(questions, max_new_tokens)
         lengths = [reply.prompt_tokens for reply in replies]
         if not all(lengths):
@@ -81,10 +81,10 @@ def served(teacher: tuple[Any, Any], max_new_tokens: int, endpoint: Endpoint) ->
 
 
 def check_own(prompts: Prompts, index: int, target: Distribution, endpoint: Endpoint, units: UnitCache) -> None:
-    """Raise DataError where answers of a batch, given by a server, are not what the teacher itself would choose, after
-    the answers were removed."""
+    """Check that served answers are what the teacher itself would choose; else remove the cached answers and raise
+    DataError."""
     ids, predicts, answered = prompts.answered(index)
-    rows = answered[predicts]  # of the distributions, those of answers
+    rows = answered[predicts]  # which distributions are of answer tokens
     told, log_p = ids.roll(-1, dims=1)[answered], target.log_p[rows].cpu()
     if target.ids is None:
         chosen = log_p.argmax(-1)

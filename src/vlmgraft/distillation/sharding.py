@@ -1,16 +1,16 @@
 """Frozen weights and factors sharded over the processes of a group (FSDP2), for models that do not fit one GPU.
 
-Torch's `fully_shard` is used directly. accelerate's FSDP2 wants the optimiser's parameters inside the model, and it
-shards embeddings and head behind hooks of the model's own forward pass; gates are one replicated vector outside of it,
-and training replays the text model alone. Decoder layers are sharded, with their factors; embeddings, head and vision
-tower are replicated: they are small, and frozen.
+Torch's `fully_shard` is used directly. accelerate's FSDP2 requires the optimiser's parameters inside the model, and it
+shards embeddings and head behind hooks of the model's own forward pass. Here gates are one replicated vector outside of
+the model, and training replays the text model alone. Decoder layers are sharded, with their factors; embeddings, head
+and vision tower are replicated, because they are small and frozen.
 
-A model is sharded before it answers, and once more, on the same memory, when factors join its layers: while it answers,
-no factors are fetched with the weights.
+A model is sharded before it answers, and again, on the same memory, when factors are added to its layers: while it
+answers, no factors are gathered with the weights.
 
-Offloaded (torch's `CPUOffloadPolicy`), shards lie in the host's memory, page-locked where there is an accelerator, and
-are on the device while their layer runs, forward and backward. One process in a group of its own then trains a model
-that its device does not hold.
+With offloading (torch's `CPUOffloadPolicy`), shards stay in host memory, page-locked if there is an accelerator, and
+are on the device while their layer runs, forward and backward. A single process, in a group of its own, can then train
+a model that is larger than its device's memory.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from vlmgraft.spectral.factors import Factors
 
 
 def shard(model: Any, device: torch.device | None = None, *, offload: bool = False) -> Any:
-    """The model, whose layers FSDP2 gathers when they run and frees again; each held whole or, as `vlm_shards` gives
-    them, in shards, whose memory is taken over. Every process of the group calls this.
+    """Shard the model in place by FSDP2, which gathers a layer to run it and frees it again. Layers are whole or, from
+    `vlm_shards`, already shards, whose memory is reused. Every process of the group calls this.
 
-    device: where layers run and all else is put, by default where the model is. offload: layers stay in the host's
+    device: where layers run and everything else is placed, by default the model's device. offload: layers stay in host
     memory.
     """
     device, decoder = device or model.device, text_model(model)
@@ -57,11 +57,11 @@ def gate_and_shard(
     *,
     offload: bool = False,
 ) -> tuple[Any, GatedLayers]:
-    """Swap gated layers in and shard, one decoder layer after the other; each process reads its rows of U and Vh alone
-    (of fused experts everything, a layer at a time).
+    """Swap in gated layers and shard, one decoder layer at a time; each process reads only its rows of U and Vh (for
+    fused experts all rows, one layer at a time).
 
-    For good: a sharded model is not put back. Of one that is sharded already, the weights stay where they are, in new
-    modules; that model is returned. Every process of the group calls this with the same arguments, offload as `shard`.
+    This is permanent: a sharded model is not restored. If it is sharded already, its weights stay where they are, and a
+    model of new modules is returned. All processes call this with the same arguments. offload: see `shard`.
     """
     if is_sharded(model):
         model = unwrapped(model)
@@ -76,14 +76,14 @@ def gate_and_shard(
         linear = {name: part.weight for name, part in here.items() if isinstance(part, nn.Linear)}
         gates.add(swap_in(model, here, OwnRows(factors, linear, mesh), backend)[0])
         _shard_layer(layer, mesh, offload)
-    gates.add(swap_in(model, remaining, factors, backend)[0])  # raises: every projection is inside a decoder layer
+    gates.add(swap_in(model, remaining, factors, backend)[0])  # raises for leftovers: projections are inside layers
     _tie(model, mesh)
     return model, gates
 
 
 class OwnRows(Mapping[str, Factors]):
-    """Factors whose U and Vh are this process's rows, as `fully_shard` cuts them, for the projections in `like` (their
-    weights, for device and dtype); the others whole. Files are mapped into memory: other rows are not read."""
+    """Factors with only this process's rows of U and Vh, as `fully_shard` splits them, for the projections in `like`
+    (their weights, for device and dtype); other factors are whole. Files are memory-mapped: other rows are not read."""
 
     def __init__(self, factors: Mapping[str, Factors], like: Mapping[str, Tensor], mesh: Any) -> None:
         self.factors, self.like, self.mesh = factors, like, mesh
@@ -107,14 +107,14 @@ class OwnRows(Mapping[str, Factors]):
 
 
 def group_mesh(device: torch.device) -> Any:
-    """All processes of the group, in a row."""
+    """A one-dimensional mesh of all processes of the group."""
     from torch.distributed.device_mesh import init_device_mesh
 
     return init_device_mesh(device.type, (torch.distributed.get_world_size(),))
 
 
 def _shard_of(local: Tensor, mesh: Any, shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
-    """Rows as a process's shard, where they are: `DTensor.from_local` would move them to the mesh's device."""
+    """Wrap rows as this process's shard, in place: `DTensor.from_local` would move them to the mesh's device."""
     from torch.distributed.tensor import DTensor, Shard
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
@@ -123,8 +123,8 @@ def _shard_of(local: Tensor, mesh: Any, shape: torch.Size, stride: tuple[int, ..
 
 
 def _shard_layer(layer: nn.Module, mesh: Any, offload: bool) -> None:
-    """`fully_shard`; parameters that are shards already, as a process alone has them, are announced by their shape, and
-    put in afterwards: they are not copied, and offloaded ones are never on the device together."""
+    """Apply `fully_shard`. Parameters that are shards already, or of a single offloading process, enter as meta tensors
+    and are assigned afterwards: they are not copied, and offloaded ones are never on the device together."""
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
     from torch.distributed.tensor import DTensor
 
@@ -146,7 +146,7 @@ def _shard_layer(layer: nn.Module, mesh: Any, offload: bool) -> None:
 
 
 def _tie(model: Any, mesh: Any) -> None:
-    """Tie the layers together for prefetching: the decoder has no sharded parameter of its own."""
+    """Apply `fully_shard` to the decoder, so that its layers are prefetched; it has no sharded parameter of its own."""
     from torch.distributed.fsdp import fully_shard
 
     decoder = text_model(model)

@@ -1,6 +1,6 @@
-"""What the gated model must agree with: a teacher's answers in batches, with its next-token distributions on them.
+"""Training targets of the gated model: a teacher's answers in batches, with its next-token distributions on them.
 
-A distribution is kept whole, or as the likeliest tokens and a rest.
+A distribution is kept whole, or as the most likely tokens and a rest bucket.
 
 `Targets` serve three purposes: the calibration set (teacher: the original VLM), held-out prompts on which the KL is
 measured, and the donor's answers to text questions (teacher: the donor). `teacher.py` makes them. Batches are kept
@@ -31,7 +31,7 @@ from vlmgraft.storage.torchrun import process
 FULL_VOCABULARY = 4096
 TOP_K = 64
 DONOR_BATCH = 16
-"""Text questions of donor matching in one step."""
+"""Text questions per batch in donor matching."""
 HEAD_ROWS = 1024
 """Logits of more tokens than this are computed and compared in pieces: a token has 152,000 float32 logits."""
 
@@ -57,15 +57,15 @@ class Distribution:
         return cls(torch.cat([values, _log_rest(values)], dim=-1), ids)
 
     def to(self, device: torch.device | str) -> Distribution:
-        """The same distributions elsewhere."""
+        """The same distributions on another device."""
         return Distribution(self.log_p.to(device), None if self.ids is None else self.ids.to(device))
 
     def rows(self, start: int, stop: int) -> Distribution:
-        """Those of the tokens from `start` to `stop`."""
+        """The distributions of the tokens from `start` to `stop`."""
         return Distribution(self.log_p[start:stop], None if self.ids is None else self.ids[start:stop])
 
     def kl(self, logits: Float[Tensor, "N vocabulary"]) -> Float[Tensor, " N"]:
-        """KL(teacher ‖ student) per token in nats; with a rest bucket a lower bound of the whole one (`bounds`)."""
+        """KL(teacher ‖ student) per token in nats; with a rest bucket, a lower bound on the full KL (see `bounds`)."""
         log_q = logits.float().log_softmax(-1)
         if self.ids is not None:
             values = log_q.gather(-1, self.ids)
@@ -77,10 +77,10 @@ class Distribution:
         return F.kl_div(log_q, self.log_p, reduction="none", log_target=True).sum(-1)
 
     def bounds(self, logits: Float[Tensor, "N vocabulary"]) -> Float[Tensor, "2 N"]:
-        """`kl`, and an upper bound of the whole KL, per token: the same where every probability is kept.
+        """`kl`, and an upper bound on the full KL, per token; they are equal if every probability is kept.
 
-        Each token of the rest, with probability P in all, has at most the smallest kept probability p₆₄. So over
-        the rest Σ p log p ≤ P log p₆₄, and −Σ p log q ≤ −P min log q.
+        Each token in the rest bucket, of total probability P, has at most the smallest kept probability p₆₄. Over the
+        rest therefore Σ p log p ≤ P log p₆₄, and −Σ p log q ≤ −P min log q.
         """
         lower = self.kl(logits)
         if self.ids is None:
@@ -101,7 +101,7 @@ def _log_rest(values: Tensor) -> Tensor:
 class TargetBatch:
     """One batch: the student's inputs, answer positions, and targets.
 
-    Where replay is exact, what the text model reads is kept as `captured`. Pixels are not: `read` makes the inputs,
+    If replay is exact, the text model's inputs are kept as `captured`. Pixels are not kept: `read` makes the inputs,
     images included, from the questions again.
     """
 
@@ -137,7 +137,7 @@ class TargetBatch:
         return torch.cat(kept)
 
     def bounds(self, model: Any) -> Float[Tensor, "2 N"]:
-        """`kl`, and an upper bound of it over the whole vocabulary, per token that counts; without a gradient."""
+        """`kl`, and an upper bound on the full KL, per token that counts; without a gradient."""
         target = self.target.to(model.device)
         if self.captured is None:
             return target.bounds(self.logits(model))
@@ -155,7 +155,7 @@ class TargetBatch:
         ])  # fmt: skip
 
     def distribution(self, model: Any) -> Distribution:
-        """The model's own distributions at the tokens that count: the target, when it is the teacher."""
+        """The model's own distributions at the tokens that count; those of the teacher are the target."""
         if self.captured is None or int(self.predicts.sum()) <= HEAD_ROWS:
             return Distribution.of(self.logits(model))
         parts = [Distribution.of(head_logits(model, rows)) for rows in self.hidden(model).split(HEAD_ROWS)]
@@ -181,7 +181,7 @@ class Targets:
     answers: tuple[tuple[int, ...], ...]
 
     def order(self, seed: int) -> Iterator[TargetBatch]:
-        """Batches without end, every epoch in a new order that only depends on the seed."""
+        """Batches without end; every epoch has a new order that depends only on the seed."""
         epoch = 0
         while True:
             generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
@@ -190,7 +190,7 @@ class Targets:
             epoch += 1
 
     def parts(self, questions: int) -> tuple[Targets, ...]:
-        """Batches dealt out to parts of about so many questions; similar lengths go to different parts."""
+        """Batches split into parts of about `questions` questions; similar lengths go to different parts."""
         count = max(1, min(len(self.batches), round(self.questions / questions)))
         dealt = [self.batches[part::count] for part in range(count)]
         return tuple(Targets(batches, sum(len(batch.predicts) for batch in batches), ()) for batches in dealt)
@@ -202,7 +202,7 @@ class Targets:
 
     @property
     def digest(self) -> str:
-        """Fingerprint of answers, batches and the teacher's distributions' shapes: a training goes on only with it."""
+        """Fingerprint of answers, batches and the distributions' shapes; training resumes only if it is unchanged."""
         state = hashlib.sha256(repr(self.answers).encode())
         for batch in self.batches:
             state.update(batch.ids.cpu().numpy().tobytes())
@@ -218,7 +218,7 @@ class Targets:
     def mean_kl(self, model: Any, *, replayed: bool = True) -> float:
         """KL(teacher ‖ model) averaged over all tokens that count; `replayed=False` for a model with other embeddings.
 
-        Under torch.distributed the batches are shared out, and every process gets the whole average.
+        Under torch.distributed the batches are divided among the processes; each of them gets the whole average.
         """
 
         def kl(batch: TargetBatch) -> Tensor:
@@ -250,11 +250,11 @@ class Targets:
     def prompt_kl(self, model: Any, own: dict[int, Tensor] | None = None) -> Float[Tensor, " questions"]:
         """KL(teacher ‖ model) of every prompt, averaged over its tokens that count; float64, in the order of batches.
 
-        With a rest bucket (vocabularies above 4,096 tokens) these are lower bounds of the whole KL, unless `own` is
-        given: the teacher's hidden states by batch, which a first call with the teacher as the model fills in. Then
-        they are exact, or, of batches that are not captured, upper bounds.
+        With a rest bucket (vocabularies above 4,096 tokens) these are lower bounds on the full KL, unless `own` is
+        given: the teacher's hidden states by batch, filled in by a first call with the teacher as the model. The KLs
+        are then exact or, for batches that are not captured, upper bounds.
 
-        Under torch.distributed the batches are shared out, and every process gets all of them.
+        Under torch.distributed the batches are divided among the processes; each of them gets all KLs.
         """
         means = torch.zeros(self.questions, dtype=torch.float64)
         starts = accumulate((len(batch.predicts) for batch in self.batches), initial=0)

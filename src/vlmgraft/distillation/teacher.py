@@ -1,9 +1,9 @@
-"""What the teacher computes, once: its greedy answers, and its distributions on their tokens (or on all text tokens).
+"""The teacher's outputs, computed once: greedy answers, and distributions on their tokens (or on all text tokens).
 
-Both are kept in a `UnitCache`, a batch at a time, so that an interruption costs one batch and a second run nothing.
-The student's inputs are made anew: they are what the processor and the frozen vision tower give. Of a model
-that teaches itself an image is decoded, and the tower runs, once, while it answers: its features are kept with the
-answers, and what else the processor makes of an image follows from its size.
+Both are kept in a `UnitCache`, a batch at a time: an interruption loses one batch, and a second run computes nothing.
+The student's inputs are not cached, since the processor and the frozen vision tower give them again. If a model teaches
+itself, it decodes each image and runs the vision tower on it only once, when it answers. The features are kept with the
+answers; the processor's other outputs for an image follow from the image's size.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def build_targets(teacher: Side, student: Side, questions: Sequence[Question], *
 
 @dataclass(frozen=True)
 class TeacherOutputs:
-    """A teacher's answers to questions and its distributions on them, for any student; it is not needed any more.
+    """A teacher's answers to questions and its distributions on them, for any student, without the teacher itself.
 
-    distributions: a batch at a time. batches: as the teacher read them, where it is the student, too; else empty.
+    distributions: one per batch. batches: as the teacher read them, if it is also the student; else empty.
     """
 
     prompts: Prompts
@@ -89,13 +89,13 @@ def teacher_outputs(
 ) -> TeacherOutputs:
     """The teacher's greedy answers and its distributions on them.
 
-    student: who will read them; of another model than the teacher, its config is looked at and no weight: it may be on
-    the meta device. answer_batch_size: of the answering, else `batch_size`. answer_batch_tokens, batch_tokens: at most
-    so many in a batch, padding included, of the answering and of the training. packing: "shuffle" mixes questions in a
-    batch, "length" puts similar lengths together (less padding, less mixing). tokens: which positions count: those of
-    the answer, or of all text, prompt included. cache: a folder that keeps the teacher's answers and distributions.
-    endpoint: a server of the same model that answers. Raises DataError when there is nothing to learn from, or the
-    answers are another model's.
+    student: the model that learns from them; if it is not the teacher, only its config is read, so that it may be on
+    the meta device. answer_batch_size: questions answered at once, by default `batch_size`. answer_batch_tokens,
+    batch_tokens: most tokens in a batch, padding included, for answering and for training. packing: "shuffle" mixes
+    questions in a batch, "length" puts similar lengths together (less padding, less mixing). tokens: which positions
+    count: those of the answer, or of all text, prompt included. cache: a folder that keeps the teacher's answers and
+    distributions. endpoint: a server of the same model that answers. Raises DataError when there is nothing to learn
+    from, or the answers are another model's.
     """
     if not questions:
         raise DataError("no questions to learn from: give at least one")
@@ -129,8 +129,8 @@ def teacher_outputs(
 def _distributions(
     prompts: Prompts, own: bool, units: UnitCache, kind: str, endpoint: Endpoint | None, progress: Progress | None
 ) -> tuple[tuple[Distribution, ...], tuple[TargetBatch, ...]]:
-    """The teacher's distributions on its answers, a batch at a time, kept under `kind`; own: the teacher is the
-    student, too, and the batches as it read them come with them."""
+    """The teacher's distributions on its answers, one per batch, kept under `kind`. own: the teacher is also the
+    student; the batches as it read them are then returned too."""
     model, fresh = prompts.side[0], dict[int, TargetBatch]()
 
     def log_probabilities(index: int) -> Unit:
@@ -154,8 +154,8 @@ def _distributions(
 
 
 def _generation(teacher: Side, max_new_tokens: int) -> Generate:
-    """The teacher answers."""
-    # sharded, processes step together: a step more, as long as another one answers
+    """Answers that the teacher itself generates."""
+    # sharded processes generate in step: each continues as long as another one still answers
     together = {"synced_gpus": True} if is_sharded(teacher[0]) and process()[1] > 1 else {}
     return lambda questions: generate_batch(*teacher, questions, max_new_tokens, together)
 
@@ -199,7 +199,7 @@ def _answers(
 def answer_groups(
     processor: Any, questions: Sequence[Question], batch_size: int, batch_tokens: int | None = None, answer: int = 0
 ) -> list[list[int]]:
-    """Questions that are answered at once: so many at most, and of tokens, with padding and `answer` each."""
+    """Questions answered at once: at most `batch_size`, and `batch_tokens` with padding and `answer` tokens each."""
     if not batch_tokens:
         return batches(questions, batch_size)
     lengths = [length + answer for length in prompt_lengths(processor, questions)]
@@ -207,9 +207,9 @@ def answer_groups(
 
 
 def _check_answers(model: Any, questions: Sequence[Question], answers: Sequence[Sequence[int]]) -> None:
-    """Questions with an empty answer teach next to nothing: say so, and refuse when all are empty.
+    """Warn about questions with an empty answer, which teach next to nothing; raise DataError if all are empty.
 
-    An answer is empty when it has no token, or only the one that ends it.
+    An answer is empty when it has no token, or only end tokens.
     """
     ends = model.generation_config.eos_token_id
     ends = {ends} if isinstance(ends, int) else set(ends or [])
@@ -231,8 +231,8 @@ def pack(
     seed: int,
     batch_tokens: int | None = None,
 ) -> list[list[int]]:
-    """Indices in batches of at most so many questions and tokens (padding included; a longer one is alone), images and
-    plain text apart; by "length" a batch holds similar lengths (in tokens, images included), else a mixture."""
+    """Indices in batches of at most `batch_size` questions and `batch_tokens` tokens (padding included; a longer one is
+    alone), images and plain text apart; "length" puts similar lengths (in tokens, images included) together."""
     order = torch.randperm(len(questions), generator=torch.Generator().manual_seed(seed)).tolist()
     if packing == "length":
         order.sort(key=lambda i: lengths[i])

@@ -1,4 +1,4 @@
-"""The training loop of gates: settings, one gradient step after the other, a log, and a state to go on from."""
+"""The training loop of gates: settings, gradient steps, a log, and a state to resume from."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ Inject = Literal["energy", "donor"]
 
 DEFAULT_WEIGHT = {"energy": 0.1, "donor": 1.0}
 MOVED, LONGEST = 0.6, 16
-"""How far the learning rate may move a logit between two observations of the KL (Adam moves it by about the rate in
-every step), and after how many steps it is observed in any case."""
+"""How far a logit may move between two observations of the KL (Adam moves it by about the learning rate per step), and
+the most steps between two observations."""
 WATCHED = 32
-"""Held-out questions on which the KL is observed at a time, others every time; it ends at the budget on all of them."""
+"""Held-out questions per observation of the KL, others every time; the final KL meets the budget on all of them."""
 CLOSING, OPENING = -12.0, {"energy": 12.0, "donor": 1.0}
-"""How far all logits may be moved after the last step. The energy term rewards open gates; donor matching may have
-closed them for the donor's sake, so that only a remainder of the controller's error is corrected."""
+"""Range of the shift of all logits after the last step. The energy term rewards open gates; donor matching may have
+closed them to match the donor, so there only a small remaining error of the controller is corrected."""
 
 
 @dataclass(frozen=True)
 class Training:
     """Settings of one training of gates; the fields are those of the recipe's `method`.
 
-    batches_per_step: gradients of so many batches are averaged for one step, shared out among the processes of a
-    torch.distributed group; the gates do not depend on how many processes there are. gradient_checkpointing: decoder
-    layers are run again in the backward pass instead of keeping what they computed; less memory, the same gates.
+    batches_per_step: gradients of this many batches are averaged for one step, divided among the processes of a
+    torch.distributed group; the gates do not depend on the number of processes. gradient_checkpointing: recompute
+    decoder layers in the backward pass instead of keeping their activations; less memory, the same gates.
     """
 
     scale: float = 1.0
@@ -144,8 +144,8 @@ class GateTrainer:
 
     @torch.no_grad()
     def _land(self, monitor: Targets, budget: float) -> None:
-        """Move all logits by one constant such that the KL on all held-out prompts is just within the budget; gates
-        that donor matching leaves well below it stay as they are."""
+        """Shift all logits by one constant such that the KL on all held-out prompts is just within the budget; gates
+        that donor matching leaves well below the budget stay as they are."""
         logits, limit = self.vector.logits, OPENING[self.training.inject]
         trained = logits.detach().clone()
         uppers: dict[float, float] = {}
@@ -217,7 +217,7 @@ class GateTrainer:
         return summary | {"energy": float(self.vector.spectra(1.0)[1].detach())}
 
     def _identity(self) -> dict[str, Any]:
-        """What a state must agree with before a training goes on from it."""
+        """What a saved state must match before training resumes from it."""
         training = dataclasses.asdict(self.training)
         del training["gradient_checkpointing"]  # memory only: the gates are the same
         return {
@@ -245,7 +245,7 @@ class GateTrainer:
         return json.loads(json.dumps(self._identity()))
 
     def _read(self, state: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """What a state file holds, None where there is none."""
+        """The content of a state file, None if there is none."""
         if not state.is_file():
             return None
         try:
@@ -262,7 +262,7 @@ class GateTrainer:
         return rest, tensors
 
     def _fingerprint(self, first: int) -> str:
-        """Changes with everything that must be the same in all processes before the first step."""
+        """Fingerprint of everything that must be the same in all processes before the first step."""
         if process()[1] == 1:
             return ""
         state = hashlib.sha256(json.dumps([first, self._identity_json, self.control.state()], sort_keys=True).encode())
@@ -270,7 +270,7 @@ class GateTrainer:
         return state.hexdigest()
 
     def _restore(self, state: Path) -> int:
-        """Take a kept state over; the number of steps it has behind it, 0 when there is none."""
+        """Restore a saved state; returns the number of steps already done, 0 if there is no state."""
         kept = agreed(lambda: self._read(state))
         if kept is None:
             return 0
@@ -292,7 +292,7 @@ class GateTrainer:
 
 
 def _slope(value: Tensor, logits: Tensor) -> Tensor:
-    """The gradient at the logits, whose own is empty afterwards. By a backward pass: FSDP2's hooks are of one."""
+    """The gradient with respect to the logits; `logits.grad` is None afterwards. FSDP2's hooks need `backward`."""
     logits.grad = None
     value.backward()
     slope, logits.grad = logits.grad, None

@@ -1,1 +1,1 @@
-"""DRIFT: multimodal fine-tuning whose gradients a donor's direction turns (arXiv 2510.15050)."""
+"""DRIFT: multimodal fine-tuning whose gradients are biased towards a donor (arXiv 2510.15050)."""

@@ -25,7 +25,7 @@ from vlmgraft.storage.jsonl import append_row
 
 LOG = "drift.jsonl"
 BEHIND = 3
-"""How often the push moves to the end of autograd's queue: DDP and FSDP2 put their last work there themselves."""
+"""How often the push is requeued at the end of autograd's queue, where DDP and FSDP2 put their last work too."""
 
 
 class DriftCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
@@ -52,7 +52,7 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._optimizer: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Bind the prior to the model as it is trained, and listen to its gradients."""
+        """Bind the prior to the model that is trained, and hook its gradients."""
         self.remove()
         self._optimizer = kwargs["optimizer"]
         _refuse(args, str(self._optimizer.accelerator_state.distributed_type))
@@ -66,12 +66,12 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._handles = [parameter.register_post_accumulate_grad_hook(self._arrived) for parameter in parameters]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A new optimiser step: how much of the training is done, for the schedule."""
+        """Note the share of the training that is done, for the schedule, when an optimiser step begins."""
         self._progress = state.global_step / state.max_steps if state.max_steps > 0 else 0.0
         self._queued = self._pushed = False
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The step was made: it must have been pushed."""
+        """Check that the gradients of this optimiser step were pushed."""
         if self.when == "step" and not self._pushed:
             raise VlmgraftError(
                 "DriftCallback: an optimiser step was made without a push: no gradient reached the prior's modules in "
@@ -79,7 +79,7 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Rows per tensor to the log file, means per group to the trainer's log."""
+        """Write rows per tensor to the log file, and means per group to the trainer's log."""
         if self.bound is None or not self.bound.last or logs is None or "loss" not in logs:
             return
         moved = self.bound.moved()
@@ -95,21 +95,21 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
                 append_row(self.log_file, {"step": state.global_step, "tensor": name, **row})
         averages = {key: round(fmean(values), 6) for key, values in means.items()}
         logs.update(averages)
-        if state.log_history:  # the trainer has put a copy there before it asked
+        if state.log_history:  # the trainer appended a copy of `logs` before this call
             state.log_history[-1].update(averages)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the model as it was found."""
+        """Remove the hooks: the model is as before the training."""
         self.remove()
 
     def remove(self) -> None:
-        """Take all hooks off the model; needed by hand only after a training that raised."""
+        """Remove all hooks from the model; to be called by hand only after a training that raised."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     def _arrived(self, parameter: torch.nn.Parameter) -> None:
-        """A gradient is accumulated: in the last pass of a step, wait for the end of that pass."""
+        """A gradient was accumulated: in the last pass of a step, queue the push for the end of that pass."""
         if self._queued or not self._optimizer.gradient_state.sync_gradients:
             return
         self._queued = True
@@ -132,7 +132,7 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
 
 def _at_the_end(run: Callable[[], None], behind: int) -> None:
-    """Run at the end of the backward pass that is under way, behind what is queued there by then."""
+    """Run at the end of the current backward pass, behind everything that is queued by then."""
     engine: Any = torch.autograd.Variable._execution_engine
     engine.queue_callback((lambda: _at_the_end(run, behind - 1)) if behind else run)
 
@@ -147,10 +147,10 @@ def refuse_deepspeed(configured: object) -> None:
 
 
 def _refuse(args: Any, distributed: str) -> None:
-    """Refuse trainings in which the push could not be right; distributed: how accelerate runs this one, which its own
-    config may have set to DeepSpeed without the trainer's arguments naming it."""
+    """Refuse trainings in which the push would be wrong. distributed: accelerate's distributed type, which accelerate's
+    own config may set to DeepSpeed although the trainer's arguments do not name it."""
     refuse_deepspeed(args.deepspeed or distributed.endswith("DEEPSPEED"))
-    checkpointing = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")  # today's name, and the older
+    checkpointing = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")  # current name, older name
     if any((getattr(args, name, None) or {}).get("use_reentrant") for name in checkpointing):
         raise RecipeError(
             "activation_checkpointing_kwargs: reentrant checkpointing splits the backward pass, so that its end is not "

@@ -1,8 +1,8 @@
-"""Δ of DRIFT's prior, streamed from checkpoint folders: donor − VLM, donor − base, or a task vector behind gates.
+"""Δ of DRIFT's prior, streamed from checkpoint folders: donor − VLM, donor − base, or a gated task vector.
 
-One tensor of each checkpoint is in memory at a time; what stays is Δ itself, in bfloat16 unless asked otherwise. Where
-several processes train, Δ does not stay either: it is measured and proved here, and derived again, tensor by tensor,
-when the prior is bound to parameters, of which a process may hold a part.
+One tensor of each checkpoint is in memory at a time; only Δ itself is kept, by default in bfloat16. When several
+processes train, Δ is not kept either: it is measured and checked here, and computed again, tensor by tensor, when the
+prior is bound to parameters, of which a process may hold a part.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from vlmgraft.storage.torchrun import rank_and_world
 
 Minus = Literal["vlm", "base"]
 ALIKE: Mapping[str, float] = {}
-"""Every tensor takes the whole strength."""
+"""No shares: every tensor gets the full strength."""
 
 
 class _Source(NamedTuple):
-    """Where Δ comes from. derive: from a tensor and the VLM's values of it, None for a tensor that has none. digests:
-    by checkpoint and tensor, of what was read so far."""
+    """The source of Δ. derive: Δ from a tensor and the VLM's values of it; None for a tensor without Δ. digests: of
+    everything read so far, by checkpoint and tensor."""
 
     derive: Callable[[AlignedTensor, Tensor], Tensor | None]
     digests: Callable[[], Mapping[str, Mapping[str, str]]]
@@ -58,7 +58,7 @@ def load_prior(
     """The prior of two or three folders or hub ids, for `DriftCallback` or `bind_prior`; raises as `make_prior`.
 
     modules, layers: groups or patterns, and ranges, as in every recipe; a mapping gives each entry its share of the
-    strength, a tensor takes that of the first entry that selects it.
+    strength, and a tensor gets the share of the first entry that selects it.
     """
     rule = PushRule(mode, strength, schedule)
     base = open_checkpoint(donor_base) if donor_base else None
@@ -67,7 +67,7 @@ def load_prior(
 
 
 def shares_of(modules: Sequence[str] | Mapping[str, float]) -> Mapping[str, float]:
-    """The share of the strength of each entry of `modules`: 1 where none is written."""
+    """The share of the strength of each entry of `modules`; 1 if none is given."""
     return modules if isinstance(modules, Mapping) else dict.fromkeys(modules, 1.0)
 
 
@@ -103,9 +103,9 @@ def filtered_prior(
     store: Storage = "device",
     dtype: torch.dtype = torch.bfloat16,
 ) -> Prior:
-    """A prior along what FRISM's gates leave open (not in the paper): Δ = U diag(σ(g) ⊙ s) Vh.
+    """A prior along the directions that FRISM's gates leave open (not in the paper): Δ = U diag(σ(g) ⊙ s) Vh.
 
-    For the merged tensors that have gates.
+    It covers the merged tensors that have gates.
 
     Raises:
         CheckpointError: the gates belong to other factors. AlignmentError: no merged tensor has gates, or all are shut.
@@ -132,7 +132,7 @@ def _collect(
     store: Storage,
     dtype: torch.dtype,
 ) -> Prior:
-    """Every Δ with its norm, and every tensor's verdict; the values stay where one process trains."""
+    """Every Δ with its norm, and every tensor's verdict; values of Δ are kept only if a single process trains."""
     alone = rank_and_world()[1] == 1
     deltas: dict[str, Delta] = {}
     verdicts = []
@@ -166,7 +166,7 @@ def _collect(
 def _values(
     alignment: Alignment, opened: Callable[[], AbstractContextManager[_Source]], dtype: torch.dtype
 ) -> Iterator[Callable[[str], Tensor]]:
-    """Δ by tensor name, derived when it is asked for; raises CheckpointError where a file was changed since."""
+    """Δ by tensor name, computed on request; raises CheckpointError if a file was changed since."""
     tensors = {tensor.name: tensor for tensor in alignment.merged}
     with opened() as source, Reader(alignment.vlm) as vlm:
 
@@ -180,7 +180,7 @@ def _values(
 
 @contextmanager
 def _differences(alignment: Alignment, minus: Minus) -> Iterator[_Source]:
-    """Donor and base, opened."""
+    """Inside the context, donor and base are open as the source of Δ."""
     with ExitStack() as stack:
         keys = ("donor", "donor_base") if minus == "base" else ("donor",)
         readers = {key: stack.enter_context(Reader(getattr(alignment, key))) for key in keys}

@@ -50,7 +50,7 @@ class Tuned:
 
 
 def finished(recipe: TuneRecipe, vlm: Checkpoint, out: Path) -> Tuned | None:
-    """What `out` holds, if this very recipe finished it from these weights."""
+    """The result in `out` if this recipe finished it from these weights, else None."""
     try:
         receipt = json.loads((out / RECEIPT).read_text(encoding="utf-8"))
         if read_mapping(out / RECIPE) != _written(recipe, out) or receipt["inputs"] != fingerprint(vlm.files):
@@ -69,8 +69,8 @@ def publish(
     processor: Any,
     sources: Mapping[str, Mapping[str, str]],
 ) -> None:
-    """Put the finished folder together and give it its name. processor: only if tokens were added. sources: digests of
-    what the prior was made from."""
+    """Assemble the finished folder and rename it to its place. processor: only if tokens were added. sources: digests
+    of the tensors that the prior was made from."""
     saved, out = work / "saved", tuned.folder
     if recipe.lora is not None and not recipe.merge_adapter:
         with new_folder(out) as folder:
@@ -93,7 +93,7 @@ def publish(
 
 
 def _add_side_files(recipe: TuneRecipe, work: Path, tuned: Tuned, folder: Path) -> None:
-    """The recipe that replays it, the logs, and a card."""
+    """Add the recipe that reproduces the folder, the logs, and a model card."""
     plain = _written(recipe, tuned.folder)
     write_text(folder / RECIPE, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
     write_rows(folder / ROWS, tuned.log)
@@ -122,8 +122,8 @@ def _specs(vlm: Checkpoint, trained: Checkpoint) -> list[TensorSpec]:
 
 
 def _write(writer: Writer, vlm: Checkpoint, trained: Checkpoint) -> Iterator[dict[str, Any]]:
-    """Every tensor of the VLM: as trained, or as it was where the trainer saves none (a head tied to the embeddings is
-    the trained embeddings). Gives its row of the receipt."""
+    """Write every tensor of the VLM as trained, or unchanged if the trainer saves none (a head tied to the embeddings
+    is the trained embeddings). Yields its row of the receipt."""
     with Reader(vlm) as before, Reader(trained) as after:
         for name, info in vlm.tensors.items():
             embeddings = next((key for key in trained.tensors if key.endswith("embed_tokens.weight")), None)
@@ -156,7 +156,7 @@ def _receipt(recipe: TuneRecipe, tuned: Tuned, vlm: Checkpoint) -> dict[str, Any
 
 
 def _card(recipe: TuneRecipe, tuned: Tuned) -> str:
-    """A short model card: what was tuned, towards what, on what."""
+    """A short model card: which VLM was tuned, towards which donor, on which data."""
     prior, written = recipe.prior, _written(recipe, tuned.folder)
     how = "supervised fine-tuning"
     if prior.mode != "none":

@@ -1,6 +1,6 @@
-"""What DRIFT pushes: a parameter, or a LoRA pair by way of its tangent; whole, or this process's shard of it.
+"""Targets of DRIFT's push: a parameter, or a LoRA pair through its tangent; whole, or this process's shard of it.
 
-Where every process trains the whole parameter (DDP), one of them holds its Δ, pushes, and sends its gradient.
+If every process trains the whole parameter (DDP), one of them holds its Δ, pushes, and broadcasts its gradient.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _WRAPPERS = re.compile(
 class _Held:
     """Δ of one tensor where it is pushed.
 
-    holder: the process that pushes in the others' place; None: each pushes what it trains. groups: process groups over
-    which sums are added up. copied: bytes of Δ that a push brings over from the CPU, the same number in every process.
+    holder: the process that pushes for all processes; None: each pushes what it trains. groups: process groups over
+    which sums are reduced. copied: bytes of Δ that a push copies from the CPU, the same number in every process.
     """
 
     def __init__(
@@ -47,15 +47,15 @@ class _Held:
         self.copied = delta.value.nbytes // parts if elsewhere else 0
 
     def _away(self, *gradients: Tensor | None) -> Pieces:
-        """Nothing of these gradients."""
+        """Empty pieces of these gradients: another process pushes them."""
         return [(grad.reshape(-1)[:0], self.direction.to(grad.device)) for grad in gradients if grad is not None]
 
 
 class Dense(_Held):
     """A trained parameter and its Δ.
 
-    whole_norm: ‖Δ‖ of the whole tensor. base: ⟨W, Δ⟩ at the VLM. part: where Δ is of one of the parameter's experts.
-    value: the whole Δ, where `delta` does not keep it; of a sharded parameter only this process's part stays.
+    whole_norm: ‖Δ‖ of the whole tensor. base: ⟨W, Δ⟩ at the VLM. part: the slice of fused experts that Δ is for. value:
+    the whole Δ, if `delta` does not keep it; for a sharded parameter only this process's part is kept.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Dense(_Held):
         self.base = delta.start
 
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained."""
+        """The trained parameters."""
         return [self.parameter]
 
     def has_gradient(self) -> bool:
@@ -95,26 +95,26 @@ class Dense(_Held):
         return [(grad, self.direction.to(grad.device, non_blocking=True))]
 
     def progress(self) -> Tensor:
-        """⟨W, Δ⟩ of what this process holds."""
+        """⟨W, Δ⟩ over the part that this process holds."""
         weight = self._own(_local(self.parameter.detach()))
         if self.away:
             return weight.new_zeros((), dtype=torch.float64)
         return (weight.float() * self.direction.to(weight.device).float()).sum(dtype=torch.float64)
 
     def _own(self, tensor: Tensor) -> Tensor:
-        """A view of what of the parameter, or of its gradient, belongs to Δ."""
+        """A view of the part of a parameter, or of its gradient, that Δ is for."""
         return tensor if self.part is None else self.part.of(tensor)
 
 
 class LowRank(_Held):
     """The LoRA pair W = W₀ + c·B A: Δ is pulled back to the pair as c·Δ Aᵀ for B and c·Bᵀ Δ for A.
 
-    That is the gradient of ⟨W, Δ⟩ with respect to the pair, so what of Δ lies in the adapter's tangent is pushed and
-    the rest cannot be; norm and cosine are those of the pair as one vector. Δ is pulled back anew at every push, since
-    A and B move.
+    That is the gradient of ⟨W, Δ⟩ with respect to the pair: the part of Δ in the adapter's tangent space is pushed, the
+    rest cannot be. Norm and cosine are those of the pair as one vector. Δ is pulled back at every push, since A and B
+    change.
     """
 
-    whole_norm = 0.0  # not known before A and B are
+    whole_norm = 0.0  # it depends on A and B
     base = 0.0
 
     def __init__(
@@ -131,7 +131,7 @@ class LowRank(_Held):
         super().__init__(delta, self.A, store, value, holder)
 
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained."""
+        """The trained parameters."""
         return [self.A, self.B]
 
     def has_gradient(self) -> bool:
@@ -158,7 +158,7 @@ Target = Dense | LowRank
 
 
 class Holders:
-    """Which process holds which Δ where each trains the whole model: shared out by size, a parameter to one of them."""
+    """Which process holds which Δ if each trains the whole model: balanced by size, one process per parameter."""
 
     def __init__(self, model: nn.Module) -> None:
         sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
@@ -166,7 +166,7 @@ class Holders:
         self._chosen: dict[int, int] = {}
 
     def of(self, owner: Any, delta: Delta) -> int | None:
-        """The process for a parameter, or an adapter's layer; None where each process holds what it pushes."""
+        """The process for a parameter, or an adapter's layer; None if each process holds what it pushes."""
         if len(self._loads) < 2:
             return None
         holder = self._chosen.setdefault(id(owner), self._loads.index(min(self._loads)))
@@ -175,12 +175,12 @@ class Holders:
 
 
 def plain_role(name: str) -> str:
-    """A parameter's name without what peft, checkpointing, compiling and sharding put into it."""
+    """A parameter's name without the parts that peft, checkpointing, compilation and sharding add to it."""
     return _WRAPPERS.sub("", name)
 
 
 def low_rank_layers(model: Any) -> dict[str, Any]:
-    """Role of a weight → its peft LoRA layer; other kinds of adapters are not among them."""
+    """Role of a weight → its peft LoRA layer; other kinds of adapters are left out."""
     peft: Any = sys.modules.get("peft.tuners.lora")  # a model that has LoRA layers has loaded it
     layers: dict[str, Any] = {}
     for name, module in model.named_modules() if peft is not None else ():
@@ -191,7 +191,7 @@ def low_rank_layers(model: Any) -> dict[str, Any]:
 
 
 def _only_adapter(layer: Any, name: str) -> str:
-    """The one adapter that is trained; refuses what has no plain tangent."""
+    """The only active adapter; raises RecipeError for adapters without a plain tangent."""
     active = list(layer.active_adapters)
     if len(active) != 1 or active[0] not in layer.lora_A:
         raise RecipeError(f"{name}: adapters {active} are active; the push is for one LoRA adapter of a linear layer")
@@ -217,7 +217,7 @@ def _groups(parameter: Tensor, name: str) -> tuple[Any, ...]:
 
 
 def _shard(value: Tensor, parameter: Tensor) -> Tensor:
-    """This process's part of a whole tensor, cut as the parameter is."""
+    """This process's part of a whole tensor, sharded as the parameter is."""
     if not isinstance(parameter, DTensor):
         return value
     mesh: Any = parameter.device_mesh

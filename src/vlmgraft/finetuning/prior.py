@@ -1,13 +1,13 @@
-"""DRIFT's gradient prior, pure: how far a gradient is pushed along the donor's direction (arXiv 2510.15050).
+"""DRIFT's gradient prior as pure functions: how far gradients move along the donor's direction (arXiv 2510.15050).
 
     absolute   g' = g − a·Δ
     grad_norm  g' = g − a·‖g‖·Δ/‖Δ‖
     adaptive   g' = g − a·(1 + cos(g, Δ))/2 · ‖g‖·Δ/‖Δ‖
 
-The paper writes `+` with a = −1, its code `−` with a = +1: the same. A positive strength moves the weights towards the
-donor, since the optimiser goes against g'. The adaptive push is strongest (a·‖g‖) where the data would move the weight
-away from the donor, and vanishes where they already move it along Δ. The released code rescales Δ to the parameter's
-norm in absolute mode, the paper does not: `rescale`.
+The paper writes `+` with a = −1, its code `−` with a = +1, which is the same. A positive strength moves the weights
+towards the donor, since the optimiser steps against g'. The adaptive push is strongest (a·‖g‖) where the data would
+move the weight away from the donor, and vanishes where they already move it along Δ. In absolute mode the released code
+rescales Δ to the parameter's norm, and the paper does not: see `rescale`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Storage = Literal["device", "cpu"]
 class PushRule:
     """How strongly gradients are pushed. strength: a, at the start; schedule: how it decays to zero over training.
 
-    rescale: in absolute mode, Δ is taken at the parameter's norm, as the released code does.
+    rescale: in absolute mode, rescale Δ to the parameter's norm, as the released code does.
     """
 
     mode: Mode = "adaptive"
@@ -68,11 +68,11 @@ class PushVerdict:
 
 @dataclass(frozen=True)
 class Delta:
-    """Δ of one tensor. name: the VLM's, on disk. role: inside the text model.
+    """Δ of one tensor. name: on disk, in the VLM. role: inside the text model.
 
-    value: Δ, on the CPU; a meta tensor in a prior that reads its values when it is bound. norm: ‖Δ‖ as stored. start:
-    ⟨W_vlm, Δ⟩, from which the distance covered towards the donor is measured. size: ‖W_vlm‖. share: of the rule's
-    strength, for this tensor.
+    value: Δ, on the CPU; a meta tensor in a prior that computes its values when it is bound. norm: ‖Δ‖ as stored.
+    start: ⟨W_vlm, Δ⟩, from which the distance covered towards the donor is measured. size: ‖W_vlm‖. share: the factor
+    of the rule's strength for this tensor.
     """
 
     name: str
@@ -89,10 +89,10 @@ class Delta:
 class Prior:
     """A rule, the Δ it pushes along (by VLM tensor name), and a verdict for every tensor of the VLM.
 
-    store: where Δ lies while training. `device` takes its size (2 bytes an element) of the accelerator's memory, `cpu`
-    keeps it in pinned memory and copies it over at every step. sources: checkpoint → tensor → digest of what Δ was made
-    from, as it was read. opened: in a prior that keeps no values, such as one made under torchrun: opens the sources
-    and gives a function from a tensor's name to its Δ, which is derived again.
+    store: where Δ is kept while training: `device` takes 2 bytes per element of the accelerator's memory, `cpu` keeps Δ
+    in pinned memory and copies it at every step. sources: checkpoint → tensor → digest of what Δ was made from. opened:
+    for a prior that keeps no values, such as one made under torchrun: opens the sources and gives a function from a
+    tensor's name to its Δ, computed again.
     """
 
     rule: PushRule
@@ -103,7 +103,7 @@ class Prior:
     opened: Callable[[], AbstractContextManager[Callable[[str], Tensor]]] | None = None
 
     def values(self) -> AbstractContextManager[Callable[[str], Tensor]]:
-        """Inside, the whole Δ of a tensor by its name: what is kept, or derived again one at a time."""
+        """Inside the context, a function from a tensor's name to its whole Δ: kept, or computed again one at a time."""
         return self.opened() if self.opened else nullcontext(lambda name: self.deltas[name].value)
 
 
@@ -118,7 +118,7 @@ def push_length(
 ) -> Tensor:
     """ℓ ≥ 0 of g' = g − ℓ·Δ/‖Δ‖, for many tensors at once (all arguments of one shape).
 
-    target_norm: the norm at which absolute takes Δ: ‖Δ‖ itself, or the parameter's.
+    target_norm: the norm of Δ in absolute mode: ‖Δ‖ itself, or the parameter's norm.
     """
     if mode == "absolute":
         return strength * target_norm

@@ -7,11 +7,11 @@ For a hand-written loop:
     bound.push(progress=step / steps)      # once per optimiser step, before clipping
     optimizer.step()
 
-Norms and cosines are of the whole parameter, and no process holds all of Δ (a prior made under torchrun keeps no
-values, see `Prior.opened`): under FSDP2 each has its shard, and the sums of squares and products are added up over the
-mesh before any gradient is touched; under DDP each has the Δ of some tensors, pushes these, and sends their gradients.
-The code released with the paper hooks every backward pass instead, before gradients are accumulated: `hook_backward`;
-without accumulation both are the same.
+Norms and cosines are those of the whole parameter, although no process holds all of Δ (a prior made under torchrun
+keeps no values, see `Prior.opened`). Under FSDP2 each process has its shard, and sums of squares and products are
+reduced over the mesh before any gradient is changed. Under DDP each process has the Δ of some tensors, pushes these,
+and broadcasts their gradients. The code released with the paper hooks every backward pass instead, before gradients are
+accumulated: `hook_backward`. Without accumulation both are the same.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ class Bound:
     skipped: int = 0
 
     def push(self, progress: float = 0.0, *, loss_scale: float = 1.0, overflow: bool = False) -> None:
-        """Push the gradients that are there, in place; call it once per optimiser step, before clipping.
+        """Push the existing gradients in place; call it once per optimiser step, before clipping.
 
         Args:
             progress: share of the training that is done, for the schedule.
-            loss_scale: what the gradients are multiplied by (a float16 gradient scaler).
-            overflow: a gradient that is not finite skips the push, as the scaler will skip the step; else an error.
+            loss_scale: the factor in the gradients (of a float16 gradient scaler).
+            overflow: a gradient that is not finite skips the push, as the scaler will skip the step; else it raises.
         Raises:
             NumericalError: a gradient is NaN or infinite; the message names the tensor.
         """
@@ -79,7 +79,7 @@ class Bound:
         }
 
     def _blocks(self) -> Iterator[list[Target]]:
-        """The targets with a gradient: all at once where Δ lies on their device, else in pieces that fit there."""
+        """The targets with a gradient: in one block if Δ is on their device, else in blocks whose Δ fits there."""
         block: list[Target] = []
         size = 0
         for target in self.targets:
@@ -96,7 +96,7 @@ class Bound:
     def _push(
         self, block: Sequence[Target], pieces: list[Pieces], strength: float, loss_scale: float, overflow: bool
     ) -> bool:
-        """Push the gradients in `pieces`, those of `block`; False when an overflow leaves them as they are."""
+        """Push the gradients in `pieces`, those of `block`; False when an overflow leaves them unchanged."""
         table = _stack([_products(of_target) for of_target in pieces])
         _sum_over_shards(table, block)
         squares, dots, delta_squares = table.cpu().unbind(1)
@@ -128,9 +128,9 @@ class Bound:
 def bind_prior(prior: Prior, model: Any, *, whole: bool = False) -> Bound:
     """Find the trained parameter (or LoRA pair) of every Δ in a model, and put Δ where the prior's `store` says.
 
-    Call it once the model is where it will be trained: on its device, wrapped by peft, sharded. whole: where several
-    processes train the whole model each, every one holds all of Δ and pushes gradients of its own; else these must
-    be averaged by then, as DDP does, for one of them pushes for all.
+    Call it when the model is ready for training: on its device, wrapped by peft, sharded. whole: if several processes
+    each train the whole model, every process holds all of Δ and pushes its own gradients; otherwise one process pushes
+    for all, so the gradients must be averaged before the push, as DDP does.
 
     Raises:
         AlignmentError: the model has no parameter for a Δ, another shape, or trains none of them.
@@ -171,9 +171,9 @@ def bind_prior(prior: Prior, model: Any, *, whole: bool = False) -> Bound:
 
 
 def check_places(model: Any, alignment: Alignment) -> None:
-    """Raise AlignmentError, before a prior is computed, where a model has no parameter for a merged tensor.
+    """Raise AlignmentError, before a prior is computed, if a model has no parameter for a merged tensor.
 
-    model: of the VLM's class; its weights are not looked at.
+    model: of the VLM's class; its weights are not read.
     """
     places = _Places(model)
     for tensor in alignment.merged:
@@ -187,10 +187,10 @@ class _Places:
         self.kind, self.parameters, self.stacks = type(model).__name__, _parameters(model), text_experts(model)
 
     def of(self, name: str, role: str, shape: tuple[int, ...]) -> tuple[str, nn.Parameter, ExpertSlice | None]:
-        """The role and the parameter of a tensor, and the part of fused experts that it is, where it is one.
+        """The role and the parameter of a tensor, and its slice of fused experts, if it is one.
 
-        Layers are counted as on disk, where some may be of cross-attention, which roles leave out. Raises
-        AlignmentError where there is no parameter of its shape.
+        Layers are numbered as on disk, where cross-attention layers count, which roles leave out. Raises AlignmentError
+        if there is no parameter of this shape.
         """
         role = role_of(name) if role_of(name) in self.parameters else role
         parameter, part = self.parameters.get(role), None
@@ -207,12 +207,12 @@ class _Places:
 
 
 def hook_backward(bound: Bound, state: Callable[[], tuple[float, float]]) -> list[Any]:
-    """The released code's way: push in every backward pass, before the gradient is accumulated; gives the handles.
+    """Push in every backward pass, before the gradient is accumulated, as the released code does; returns the handles.
 
-    state: (progress, loss scale) when a gradient arrives. Norms are of this pass alone, and under DDP of this process.
+    state: gives (progress, loss scale) when a gradient arrives. Norms are of this pass, and under DDP of this process.
 
     Raises:
-        RecipeError: for LoRA and for sharded parameters, where one gradient alone does not tell the push.
+        RecipeError: for LoRA and for sharded parameters, whose push does not follow from one gradient alone.
     """
     handles = []
     for target in bound.targets:
@@ -231,7 +231,7 @@ def hook_backward(bound: Bound, state: Callable[[], tuple[float, float]]) -> lis
 
 
 def _parameters(model: Any) -> Mapping[str, nn.Parameter]:
-    """Role in the text model → parameter, the head included; wrappers' names are taken out."""
+    """Role in the text model → parameter, the head included; the names that wrappers add are removed."""
     named = text_model(model).named_parameters(remove_duplicate=False)
     parameters = {role_of(plain_role(name)): value for name, value in named}
     parameters.update({f"lm_head.{plain_role(name)}": value for name, value in output_head(model).named_parameters()})
@@ -239,12 +239,12 @@ def _parameters(model: Any) -> Mapping[str, nn.Parameter]:
 
 
 def _stack(rows: list[Tensor]) -> Tensor:
-    """Rows on one device: a model may lie on several."""
+    """Rows stacked on one device: a model may be spread over several."""
     return torch.stack([row.to(rows[0].device) for row in rows])
 
 
 def _products(pieces: Pieces) -> Tensor:
-    """(‖g‖², ⟨g, Δ⟩, ‖Δ‖²) of one target in float32, of what this process holds."""
+    """(‖g‖², ⟨g, Δ⟩, ‖Δ‖²) of one target in float32, over the part that this process holds."""
     rows = []
     for grad, direction in pieces:
         g, delta = grad.reshape(-1).float(), direction.reshape(-1).float()
@@ -253,7 +253,7 @@ def _products(pieces: Pieces) -> Tensor:
 
 
 def _send_gradients(targets: Sequence[Target]) -> None:
-    """From the process that pushed them to the others, where one pushes for all."""
+    """Broadcast gradients from the process that pushed them, if one pushes for all."""
     held = [(one, target.holder) for target in targets if target.holder is not None for one in target.parameters()]
     sent = {id(one.grad): (one.grad, holder) for one, holder in held}
     waits: list[Any] = [

@@ -36,15 +36,15 @@ DEFAULTS: Mapping[str, Any] = {
     "report_to": [],
     "disable_tqdm": True,
 }
-"""Where the trainer's own defaults do not suit: the paper's released run, nothing cut off, nothing reported."""
+"""Replacements of the trainer's own defaults: the paper's released run, no truncation, no reporting."""
 
 FAILURES = (ValueError, TypeError, LookupError)
-"""What processors raise over an example that they cannot read."""
+"""Exceptions that processors raise for an example that they cannot read."""
 
 NAMES = {"activation_checkpointing": "gradient_checkpointing"}
 NAMES |= {f"{new}_kwargs": f"{old}_kwargs" for new, old in NAMES.items()}
-"""Newer and older name of a field, where versions differ: either is taken, and made the newest that the trainer knows
-(both at once, and our default would undo what the recipe says by the other name)."""
+"""Newer and older name of a field that differs between versions. Either is accepted and mapped to the newest that the
+trainer knows; otherwise our default under one name could override the recipe's value under the other."""
 
 OURS = ("output_dir", "completion_only_loss", "assistant_only_loss", "packing", "padding_free", "dataset_text_field")
 """Fields of the trainer that the command sets itself."""
@@ -58,11 +58,11 @@ def need_trl() -> None:
 
 
 def trainer_arguments(folder: Path, train: Mapping[str, Any]) -> Any:
-    """TRL's SFTConfig from the recipe's `train`: our defaults, overridden by any field of it, on the device asked for.
+    """TRL's SFTConfig from the recipe's `train`: our defaults, overridden by its fields, on the requested device.
 
     Raises:
         InputError: that device cannot be used.
-        RecipeError: an unknown field (with the nearest one), one that the command sets itself, or a value refused.
+        RecipeError: an unknown field (with the nearest one), one that the command sets itself, or an invalid value.
     """
     need_trl()
     import difflib
@@ -87,7 +87,7 @@ def trainer_arguments(folder: Path, train: Mapping[str, Any]) -> Any:
             why = "is set by the command" if key in OURS else "is no field of the trainer"
             raise RecipeError(f"train.{key}: {why}" + (f"; did you mean {near[0]!r}?" if near else ""))
     kinds = typing.get_type_hints(SFTConfig)
-    for key, value in given.items():  # the trainer itself opens a number as a file descriptor, 0 for ever
+    for key, value in given.items():  # else the trainer opens a number as a file descriptor, and 0 blocks for ever
         kind: TypeAdapter[Any] = TypeAdapter(kinds[key], config=ConfigDict(arbitrary_types_allowed=True))
         try:
             given[key] = kind.validate_python(value)
@@ -104,9 +104,9 @@ def trainer_arguments(folder: Path, train: Mapping[str, Any]) -> Any:
 
 
 def add_tokens(model: Any, processor: Any, tokens: Sequence[str]) -> int:
-    """Give tokens such as <think> an id of their own, and the model rows where its vocabulary has none to spare.
+    """Give tokens such as <think> an id of their own, and add embedding rows if the model has none to spare.
 
-    The new rows start at the mean of the others (transformers' own rule). Gives the number of tokens that were new.
+    The new rows start at the mean of the others (transformers' own rule). Returns the number of new tokens.
     """
     tokenizer = tokenizer_of(processor)
     new = [token for token in tokens if token not in tokenizer.get_vocab()]
@@ -119,7 +119,7 @@ def add_tokens(model: Any, processor: Any, tokens: Sequence[str]) -> int:
 
 
 def freeze_vision(model: Any) -> None:
-    """Train the language model and its head only: the tower and the projector stay as they are."""
+    """Train the language model and its head only: the tower and the projector are frozen."""
     model.requires_grad_(False)
     text_model(model).requires_grad_(True)
     output_head(model).requires_grad_(True)
@@ -154,7 +154,7 @@ def build_trainer(
     drift: DriftCallback | None = None,
     lora: Any = None,
 ) -> Any:
-    """TRL's SFTTrainer on traces, with the drift callback in front of the loggers, so that they report it.
+    """TRL's SFTTrainer on traces, with the drift callback in front of the loggers, so that they report its figures.
 
     Raises:
         CheckpointError: the processor reads text only. DataError: the prompts and answers leave nothing to learn.
@@ -184,13 +184,13 @@ def build_trainer(
 
 
 class _NamingCollator:
-    """A collator whose failures, in the middle of a training, name the example."""
+    """A collator that names the example when it fails in the middle of a training."""
 
     def __init__(self, collator: Any) -> None:
         self.collator = collator
 
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
-        copies = [dict(example) for example in examples]  # TRL replaces what they hold
+        copies = [dict(example) for example in examples]  # TRL changes the examples
         try:
             return self.collator(examples)
         except FAILURES as error:
@@ -202,7 +202,7 @@ class _NamingCollator:
 
 
 def _check_prompts(processor: Any, traces: Traces) -> None:
-    """Render every prompt, within limits: no text may hold a token that stands for an image."""
+    """Render every prompt within limits; raise DataError if a text contains a placeholder token of an image."""
     marks = [mark for key in ("image_token", "video_token") if isinstance(mark := getattr(processor, key, None), str)]
     for number, trace in enumerate(traces.traces, 1):
         rendered(processor, trace.prompt)
@@ -237,44 +237,44 @@ def _check_batch(trainer: Any, traces: Traces) -> None:
 
 
 class TellProgress(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Says where the training stands, and its figures in the log of `vlmgraft`, in place of what the trainer prints on
-    standard output."""
+    """Reports the progress of the training, and its figures in the log of `vlmgraft`, in place of what the trainer
+    prints on standard output."""
 
     def __init__(self, trainer: Any, progress: Progress | None) -> None:
         self.progress = progress or LogProgress()
         trainer.remove_callback(PrinterCallback)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """One more optimiser step."""
+        """Report an optimiser step."""
         if state.is_world_process_zero:
             self.progress(state.global_step, state.max_steps, "training")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
-        """A row of figures."""
+        """Log a row of figures."""
         if state.is_world_process_zero:
             shown = ", ".join(f"{key} {value:.4g}" for key, value in (logs or {}).items() if isinstance(value, float))
             LOG.info("step %d: %s", state.global_step, shown)
 
 
 class LogWhenSaving(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Logs at every step that is saved and at the last one, so that an interrupted training has the log of another.
+    """Logs at every saved step and at the last one, so that a resumed training has the log of an uninterrupted one.
 
-    transformers 5.23 forgets the losses since the last row when it saves a checkpoint, and its mean loss at the end is
-    that of the steps since it was resumed; TRL 1.16 counts tokens anew. So a row is logged at every checkpoint, the
-    count goes on from the last one, and `whole_log` takes the mean over the rows.
+    transformers 5.23 drops the losses since the last row when it saves a checkpoint, and its final mean loss covers the
+    steps since the training was resumed; TRL 1.16 restarts its token count. Therefore a row is logged at every
+    checkpoint, the count continues from the last one, and `whole_log` takes the mean over the rows.
     """
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """With the log of the checkpoint that is resumed, if any."""
+        """Continue the token count in the log of the resumed checkpoint, if any."""
         counts = [row["num_tokens"] for row in state.log_history if "num_tokens" in row]
         if counts and hasattr(self.trainer, "_total_train_tokens"):
             self.trainer._total_train_tokens = int(counts[-1])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        """After the trainer's own callback has said what is due at this step."""
+        """Log at saved steps and at the last one, after the trainer's own callback has decided what is due."""
         if control.should_save or state.global_step >= state.max_steps:
             control.should_log = True
         return control

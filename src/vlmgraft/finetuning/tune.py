@@ -1,7 +1,7 @@
 """`vlmgraft tune`: supervised fine-tuning of a VLM on traces, with DRIFT's prior on gradients, to a finished folder.
 
-The trainer works in a hidden folder beside the output, with its checkpoints, and can go on from there; the finished
-folder appears by one rename. It holds the VLM's tensors under their names, shapes and dtypes (or the LoRA adapter), its
+The trainer keeps its checkpoints in a hidden folder beside the output, and can resume from them; the finished folder
+appears by one rename. It holds the VLM's tensors under their names, shapes and dtypes (or the LoRA adapter), its
 side files, `recipe.yaml`, `training.jsonl`, `drift.jsonl`, and `receipt.json` with a verdict for every tensor.
 """
 
@@ -62,7 +62,7 @@ def tune(
     """Fine-tune as the recipe says and publish the result at `out`; under torchrun every process calls this.
 
     Args:
-        resume: go on from the last checkpoint that an interrupted run of the same recipe left.
+        resume: continue from the last checkpoint of an interrupted run of the same recipe.
         progress: by default a line in the log of `vlmgraft` every 30 seconds.
     Raises:
         RecipeError, DataError, CheckpointError, AlignmentError, OutputError: before anything is trained.
@@ -74,7 +74,7 @@ def tune(
     sources = (vlm.path, recipe.donor, recipe.donor_base, recipe.prior.gates, recipe.prior.factors)
     with at_work(out, "fine-tuning", LOWER, [source for source in sources if source is not None]):
         if resume and (tuned := finished(recipe, vlm, out)):
-            sweep_folders(out, finished=True)  # a kill came between the rename and this
+            sweep_folders(out, finished=True)  # left by a run that was killed after the rename
             shutil.rmtree(_work(out), ignore_errors=True)
             return tuned
         refuse_output(out, [vlm.path])
@@ -82,7 +82,7 @@ def tune(
 
 
 def _refuse_early(recipe: TuneRecipe, out: Path, resume: bool) -> None:
-    """Raise what a recipe and the hub's first answers tell, before anything is downloaded."""
+    """Raise the errors that a recipe and the hub's first responses show, before anything is downloaded."""
     models = [recipe.vlm]
     if recipe.prior.mode != "none":
         refuse_deepspeed(recipe.train.get("deepspeed"))
@@ -111,7 +111,7 @@ def _tune(recipe: TuneRecipe, vlm: Checkpoint, out: Path, resume: bool, progress
     lora = _lora(recipe, model, added)
     trainer = build_trainer(model, processor, train, arguments, validation=validation, drift=drift, lora=lora)
     if whole:
-        trainer._load_from_checkpoint = lambda *_, **__: None  # it would look for module names, and find none
+        trainer._load_from_checkpoint = lambda *_, **__: None  # it would look for module names, which are not there
     trainer.add_callback(LogWhenSaving(trainer))
     trainer.add_callback(TellProgress(trainer, progress))
     with threads_of(model):
@@ -150,7 +150,7 @@ def _prior(recipe: TuneRecipe, vlm: Checkpoint) -> Prior | None:
 
 
 def _last_checkpoint(recipe: TuneRecipe, work: Path, resume: bool, *, main: bool) -> str | None:
-    """The checkpoint to go on from; prepares the work folder. Raises OutputError when another recipe left it."""
+    """The checkpoint to resume from; prepares the work folder. Raises OutputError if another recipe left the folder."""
     note = work / RECIPE
     if resume and note.is_file():
         if load_tune_recipe(note) != recipe:
@@ -169,16 +169,16 @@ def _last_checkpoint(recipe: TuneRecipe, work: Path, resume: bool, *, main: bool
 def _has_weights(checkpoint: str) -> bool:
     """Whether a checkpoint holds the whole model under its names on disk, which are not the module's names.
 
-    transformers 5.23 resumes by module names alone: of a VLM whose names differ it finds nothing, warns, and
-    continues with the weights it has. So the model is loaded from the checkpoint; adapters and FSDP states are not.
+    transformers 5.23 resumes by module names alone: for a VLM whose names differ it finds nothing, warns, and continues
+    with its current weights. Therefore the model is loaded from the checkpoint; adapters and FSDP states are not.
     """
     return any((Path(checkpoint) / name).is_file() for name in ("model.safetensors", INDEX))
 
 
 def _step_of(checkpoint: Path) -> int:
-    """The step of a checkpoint that was written to its end, 0 of any other: the trainer's state is its last file.
+    """The step of a complete checkpoint, 0 of any other: the trainer's state is the last file to be written.
 
-    transformers' own `get_last_checkpoint` takes what a kill left half written, and fails on it.
+    transformers' own `get_last_checkpoint` accepts an incomplete checkpoint of a killed run, and fails on it.
     """
     try:
         step = int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
@@ -188,7 +188,7 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def _remove_later(work: Path, step: int) -> None:
-    """Remove what belongs to steps that will be made again."""
+    """Remove incomplete checkpoints, saved weights, and log rows of steps that will be repeated."""
     for checkpoint in (work / "trainer").glob("checkpoint-*"):
         if not _step_of(checkpoint):
             shutil.rmtree(checkpoint)
@@ -211,7 +211,7 @@ def _lora(recipe: TuneRecipe, model: Any, added: int) -> Any:
 
 
 def _save(trainer: Any, recipe: TuneRecipe, folder: Path) -> None:
-    """The trained weights as the trainer saves them; every process takes part."""
+    """Save the trained weights as the trainer does; every process takes part."""
     if not recipe.merge_adapter:
         trainer.save_model(str(folder))
     elif trainer.is_world_process_zero():

@@ -1,1 +1,1 @@
-"""Transformers models and processors: the only room that loads them."""
+"""Transformers models and processors: the only subpackage that loads them."""

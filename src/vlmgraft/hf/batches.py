@@ -44,9 +44,8 @@ PIXELS_PER_CHARACTER = 200
 def encode(processor: Any, questions: Sequence[Question], *, pixels: bool = True) -> Batch:
     """Prompts through the chat template as one left-padded batch: input_ids, attention_mask, and the image tensors.
 
-    pixels: False decodes no image: black ones of the same sizes take their place, so that everything but the image
-    tensors is the same. All questions of a batch have images, or none has: `batches` sees to it. Raises DataError,
-    CheckpointError.
+    pixels: False decodes no image: black images of the same sizes replace them, so that only the image tensors differ.
+    All questions of a batch have images, or none has, as `batches` makes them. Raises DataError, CheckpointError.
     """
     tokenizer = tokenizer_of(processor)
     texts = [prompt_text(processor, question) for question in questions]
@@ -67,7 +66,7 @@ def encode(processor: Any, questions: Sequence[Question], *, pixels: bool = True
 
 
 def _processed(processor: Any, questions: Sequence[Question], texts: list[str], options: Mapping[str, Any]) -> Batch:
-    """What the processor makes of texts and images; DataError names the question that it refuses."""
+    """The processor's output for texts and images; raises DataError naming the question that it refuses."""
     try:
         return dict(processor(text=texts, **options))
     except (ValueError, TypeError, LookupError, RuntimeError) as error:
@@ -84,10 +83,10 @@ def _processed(processor: Any, questions: Sequence[Question], texts: list[str], 
 def batches(
     questions: Sequence[Question], batch_size: int, lengths: Sequence[int] = (), batch_tokens: int | None = None
 ) -> list[list[int]]:
-    """Indices in batches of similar length, longest first (what does not fit in memory fails at once), images and
-    plain text apart. Images count by their pixels, so that small and large ones do not share a batch.
+    """Indices in batches of similar length, longest first (so that too little memory shows at once), images and plain
+    text apart. Images count by their pixels, so that small and large ones do not share a batch.
 
-    lengths: tokens of each question, where a batch holds at most `batch_tokens`, padding included.
+    lengths: tokens of each question, if a batch may hold at most `batch_tokens`, padding included.
     """
 
     def cost(index: int) -> int:
@@ -101,7 +100,7 @@ def batches(
 
 
 def cut(order: Sequence[int], lengths: Sequence[int], batch_size: int, batch_tokens: int) -> Iterator[list[int]]:
-    """Consecutive batches of at most so many questions and tokens, padding included; a longer question is alone."""
+    """Consecutive batches of at most `batch_size` questions and `batch_tokens` padded tokens; a longer one is alone."""
     batch: list[int] = []
     for index in order:
         longest = max(lengths[i] for i in (*batch, index))
@@ -139,7 +138,7 @@ def append_answers(batch: Mapping[str, Any], answers: Sequence[Sequence[int]], p
 
 
 def text_positions(batch: Mapping[str, Any], placeholders: Collection[int] = ()) -> torch.Tensor:
-    """Where the next token is text of prompt or answer, [batch, length]: neither padding nor one of `placeholders`.
+    """Mask [batch, length]: where the next token is text of prompt or answer, neither padding nor in `placeholders`.
 
     For a right-padded batch, as `append_answers` makes it.
     """
@@ -193,7 +192,7 @@ def to_device(batch: Mapping[str, Any], device: torch.device | str, dtype: torch
 
 
 def prompt_lengths(processor: Any, questions: Sequence[Question]) -> list[int]:
-    """Tokens of every prompt, those of its images included, which are not decoded."""
+    """Tokens of every prompt, image tokens included; the images are not decoded."""
     lengths = [0] * len(questions)
     for indices in batches(questions, 8):
         mask = encode(processor, [questions[i] for i in indices], pixels=False)["attention_mask"]
@@ -203,8 +202,8 @@ def prompt_lengths(processor: Any, questions: Sequence[Question]) -> list[int]:
 
 
 def planned_lengths(processor: Any, questions: Sequence[Question]) -> list[int]:
-    """`prompt_lengths` as batches are planned by: the processor sees one question for every combination of image sizes,
-    of the others only the text. A question that it refuses has no more than its text."""
+    """`prompt_lengths`, estimated to plan batches: the processor reads one question per combination of image sizes, and
+    only the text of the others. A question that it refuses counts with its text alone."""
     lengths, expanded = [], dict[tuple[tuple[int, int], ...], int]()
     for question in questions:
         text = len(tokenizer_of(processor)(prompt_text(processor, question))["input_ids"])
@@ -212,7 +211,7 @@ def planned_lengths(processor: Any, questions: Sequence[Question]) -> list[int]:
         if question.images and sizes not in expanded:
             try:
                 expanded[sizes] = encode(processor, [question], pixels=False)["input_ids"].shape[1] - text
-            except DataError:  # said again when it is asked
+            except DataError:  # raised again when the question is asked
                 expanded[sizes] = 0
         lengths.append(text + expanded.get(sizes, 0))
     return lengths

@@ -1,4 +1,4 @@
-"""What a VLM hands to its text model, captured once and replayed many times.
+"""The inputs of a VLM's text model, captured once and replayed many times.
 
 The vision tower and the token embeddings are frozen while gates are learned, so everything below the decoder layers
 (image features, their places in the sequence, position ids, masks) is the same at every step. A pre-hook on the text
@@ -20,7 +20,7 @@ from vlmgraft.hf.modules import output_head, text_model
 
 Captured = dict[str, Any]
 REPLAY_TOLERANCE = {torch.float32: 1e-5}
-"""Mean KL per token in nats between the ordinary pass and a replay; `REPLAY_TOLERANCE_LOW` in 16 bits."""
+"""Largest mean KL per token in nats between the ordinary pass and a replay; `REPLAY_TOLERANCE_LOW` in 16 bits."""
 REPLAY_TOLERANCE_LOW = 2e-3
 
 
@@ -50,7 +50,7 @@ def replay(model: Any, captured: Captured, predicts: Tensor) -> Tensor:
 
 
 def head_logits(model: Any, hidden: Tensor) -> Tensor:
-    """Logits of hidden states [N, hidden]; cap · tanh(logits / cap) of models with a soft cap, such as Gemma."""
+    """Logits of hidden states [N, hidden]; cap · tanh(logits / cap) for models with a soft cap, such as Gemma."""
     logits = output_head(model)(hidden)
     cap = getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)
@@ -62,15 +62,15 @@ def replay_hidden(model: Any, captured: Captured) -> Tensor:
 
 
 def plain(model: Any, batch: Mapping[str, Any], predicts: Tensor) -> Tensor:
-    """The same logits by the model's ordinary forward pass: replay's slow twin, and its replacement where it fails."""
+    """The same logits by the model's ordinary forward pass: slower, and the fallback if replay is not exact."""
     return model(**batch, use_cache=False).logits[predicts]
 
 
 @torch.no_grad()
 def replay_is_exact(model: Any, batch: Mapping[str, Any], predicts: Tensor) -> bool:
-    """Whether replay gives the ordinary forward pass's distributions; of models that scale their logits it does not.
+    """Whether replay gives the ordinary forward pass's distributions; for models that scale their logits it does not.
 
-    Compared in KL divergence: what matters is the loss, and a tolerance on logits in bfloat16 is a quarter of a nat.
+    Compared by KL divergence: the loss is what matters, and a tolerance on bfloat16 logits is a quarter of a nat.
     """
     expected = plain(model, batch, predicts)
     replayed = replay(model, capture_text_inputs(model, batch), predicts)

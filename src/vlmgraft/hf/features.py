@@ -1,10 +1,10 @@
-"""What a frozen vision tower made of images, kept, so that it runs once for each.
+"""Image features of a frozen vision tower, kept so that the tower runs once for each image.
 
-The features of a question's images are taken where they end up while the question is answered: in the text model's
-inputs, at the placeholders of images (Qwen3-VL's deeper ones beside them). When its batch is captured, whatever other
-questions are in it then, they are given back in the place of tower and projector, by the method `get_image_features`
-that transformers' models have. What the text model is given then is compared with what it was given first; a model in
-which they differ runs its tower again.
+The features of a question's images are recorded while the question is answered: from the text model's inputs, at the
+image placeholders (and beside them, for Qwen3-VL, its deeper features). When the question is captured later, in a batch
+with any other questions, the features replace tower and projector: `get_image_features` of transformers' models returns
+them. The text model's inputs are then compared with the recorded ones; a model in which they differ runs its tower
+again.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from vlmgraft.hf.modules import text_model
 DEEPER = "deepstack_visual_embeds"
 COUNTS, LISTS, PART = "image_counts", "image_lists", "image_part"
 Rows = tuple[Tensor, ...]
-"""Of a question, on the CPU: [tokens, hidden] at its placeholders, and as many for each of Qwen3-VL's first layers."""
+"""A question's features on the CPU: [tokens, hidden] at its placeholders, and the same for Qwen3-VL's first layers."""
 
 
 class ImageFeatures:
-    """Features by the number of a question; none of models without `get_image_features`, whose tower runs every time.
+    """Features by question number; none for models without `get_image_features`, whose tower runs every time.
 
     placeholders: token ids that stand for images.
     """
@@ -35,21 +35,21 @@ class ImageFeatures:
     def __init__(self, model: Any, placeholders: Collection[int]) -> None:
         self.model, self.placeholders = model, torch.tensor(sorted(placeholders))
         encoders = [module for module in model.modules() if hasattr(module, "get_image_features")]
-        self.encoder: Any = encoders[-1] if encoders else None  # others hand on to it
+        self.encoder: Any = encoders[-1] if encoders else None  # outer modules delegate to it
         self.rows: dict[int, Rows] = {}
         self.lists = (False, False)
 
     @contextmanager
     def recorded(self) -> Iterator[dict[str, Tensor]]:
-        """Inside the context a batch of questions is answered; afterwards its features, for `keep`, are in what is
-        yielded, or nothing where it has no images."""
+        """Inside the context a batch of questions is answered; the yielded dictionary holds its features afterwards,
+        for `keep`, or nothing if the batch has no images."""
         ids, lists, found = list[Tensor | None](), list[Tensor](), dict[str, Tensor]()
 
         def read(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             ids.append(kwargs.get("input_ids"))
 
         def given(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            prompt = ids[0] if len(ids) == 1 and lists else None  # and not what follows it
+            prompt = ids[0] if len(ids) == 1 and lists else None  # the pass over the prompt, not those after it
             rows = [] if prompt is None else self._rows(prompt, kwargs)
             if rows:
                 found[COUNTS], found[LISTS] = torch.tensor([len(row[0]) for row in rows]), lists[0]
@@ -71,7 +71,7 @@ class ImageFeatures:
             yield found
 
     def keep(self, numbers: Sequence[int], found: Mapping[str, Tensor]) -> None:
-        """Keep what was recorded of these questions; nothing where nothing was."""
+        """Keep the features recorded for these questions, if there are any."""
         if COUNTS not in found or self.encoder is None:
             return
         counts, self.lists = found[COUNTS].tolist(), (bool(found[LISTS][0]), bool(found[LISTS][1]))
@@ -80,14 +80,14 @@ class ImageFeatures:
         self.rows.update(zip(numbers, zip(*parts, strict=True), strict=True))
 
     def stand_for(self, numbers: Sequence[int], inputs: Mapping[str, Any]) -> bool:
-        """Whether features are kept of all these questions' images, as many as `inputs` have placeholders."""
+        """Whether features of all these questions' images are kept, as many as `inputs` have placeholders."""
         counts = torch.isin(inputs["input_ids"], self.placeholders).sum(1).tolist()
         return counts == [len(self.rows[number][0]) for number in numbers if number in self.rows]
 
     @contextmanager
     def recalled(self, numbers: Sequence[int]) -> Iterator[None]:
-        """Inside the context one batch of these questions is read, as often as it takes: with the features that are
-        kept, else the tower runs once."""
+        """Inside the context one batch of these questions is read, any number of times: with the kept features, or else
+        with one run of the tower."""
         kept: list[Any] = [self._joined(numbers)] if self.rows.keys() >= set(numbers) else []
 
         def once(ordinary: Callable[[], Any]) -> Any:
@@ -99,9 +99,9 @@ class ImageFeatures:
             yield
 
     def agree(self, numbers: Sequence[int], ids: Tensor, given: Mapping[str, Any]) -> bool:
-        """Whether the text model was given, in this batch, what is kept of its questions, and nothing of pixels that
-        are NaN (`without_pixels`); what does not agree is forgotten, and nothing is kept any more. Kept features are
-        freed in any case."""
+        """Whether the text model's inputs in this batch equal the kept features and hold no NaN of replaced pixels
+        (`without_pixels`). These features are freed in any case; if they differ, all are dropped and none are kept any
+        more."""
         known = [self.rows.pop(number) for number in numbers if number in self.rows]
         same = len(known) < len(numbers) or [*map(_bits, self._rows(ids, given))] == [*map(_bits, known)]
         same = same and not (known and given["inputs_embeds"].isnan().any())
@@ -112,14 +112,14 @@ class ImageFeatures:
 
     @contextmanager
     def _encoding(self, encode: Callable[[Callable[[], Any]], Any]) -> Iterator[None]:
-        """Inside the context `encode` is asked for features, and is handed what would compute them."""
+        """Inside the context `encode` provides the features; it is given the function that would compute them."""
         if self.encoder is None:
             yield
             return
         encoder, ordinary = self.encoder, self.encoder.get_image_features
-        own = vars(encoder).get("get_image_features")  # somebody else's, in the place of the class's
+        own = vars(encoder).get("get_image_features")  # set on the instance, in place of the class's method
 
-        @wraps(ordinary)  # transformers looks at the arguments' names
+        @wraps(ordinary)  # transformers inspects the arguments' names
         def answered(*args: Any, **kwargs: Any) -> Any:
             return encode(lambda: ordinary(*args, **kwargs))
 
@@ -132,7 +132,7 @@ class ImageFeatures:
                 encoder.get_image_features = own
 
     def _rows(self, ids: Tensor, given: Mapping[str, Any]) -> list[Rows]:
-        """The features of every row of a batch; [] where they do not stand at the placeholders."""
+        """The features of every row of a batch; [] if they are not at the placeholders."""
         embeds = given.get("inputs_embeds")
         at = torch.isin(ids, self.placeholders.to(ids.device))
         if embeds is None or at.shape != embeds.shape[:2]:
@@ -143,7 +143,7 @@ class ImageFeatures:
         return list(zip(*(part.cpu().split(counts) for part in parts), strict=True))
 
     def _joined(self, numbers: Sequence[int]) -> Any:
-        """The features of these questions' images as the model has them."""
+        """The features of these questions' images in the form that the model returns them."""
         parts = [
             torch.cat(part).to(self.model.device) for part in zip(*map(self.rows.__getitem__, numbers), strict=True)
         ]
@@ -155,7 +155,7 @@ class ImageFeatures:
 
 
 def without_pixels(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs of which features stand in the images' place: NaN instead of pixels shows whatever else reads them."""
+    """Inputs with NaN in place of pixels, for batches with kept features: any other use of the pixels gives NaN."""
     return {
         key: torch.full_like(value, torch.nan) if isinstance(value, Tensor) and value.is_floating_point() else value
         for key, value in inputs.items()

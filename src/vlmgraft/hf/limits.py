@@ -1,4 +1,4 @@
-"""Tokenizers and generation configs that ask for more than a model needs, refused from their files."""
+"""Refusal of tokenizers and generation configs that ask for more than a model needs, from their files."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _COUNTS = ("num_beams", "num_beam_groups", "num_return_sequences", "num_assistan
 
 
 def refuse_growth(folder: Path) -> None:
-    """Raise CheckpointError where a tokenizer makes texts grow without bound, or a generation config asks for millions
-    of sequences."""
+    """Raise CheckpointError if a tokenizer lets texts grow without bound, or a generation config asks for millions of
+    sequences."""
     for name in ("generation_config.json", "config.json"):
         file = folder / name
         config = load_json(file) if file.is_file() else {}
@@ -50,7 +50,7 @@ def _refuse_tokenizer(file: Path, tokenizer: dict[str, Any]) -> None:
 
 
 def _steps(part: Any) -> Iterator[dict[str, Any]]:
-    """Every step of a part of a tokenizer, those of sequences one by one."""
+    """All steps of a part of a tokenizer, including those inside sequences."""
     if isinstance(part, dict):
         yield part
         for value in part.values():

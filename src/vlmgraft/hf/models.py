@@ -30,7 +30,7 @@ from vlmgraft.storage.limits import MAX_TOKENIZER
 
 GENERIC_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
-"""What a processor saves beside its tokenizer; transformers 4 wrote the second alone for many classes."""
+"""Files that a processor saves beside its tokenizer; transformers 4 wrote only the second for many classes."""
 LOADING_FAILURES = (
     ArithmeticError,  # a division by a number of heads that is zero
     AssertionError,  # torch's own, such as a padding index beyond the vocabulary
@@ -44,7 +44,7 @@ LOADING_FAILURES = (
     TypeError,
     ValueError,
 )
-"""What transformers raises over files that are wrong; nothing but its own calls runs where they are caught."""
+"""What transformers raises for wrong files; only calls of transformers run where these are caught."""
 
 
 def load_vlm(path: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu") -> Any:
@@ -77,8 +77,8 @@ def empty_vlm(path: str | Path) -> Any:
 def load_processor(path: str | Path) -> Any:
     """The processor of a VLM, or the tokenizer of a text LLM; raises CheckpointError.
 
-    A text folder that declares the generic tokenizer class is taken at its word: `AutoTokenizer` of transformers 5
-    puts the class of the model type in its place, which reads a tokenizer.json that is not byte-level BPE wrongly.
+    If a text folder declares the generic tokenizer class, that class is used: `AutoTokenizer` of transformers 5
+    replaces it with the class of the model type, which misreads a tokenizer.json that is not byte-level BPE.
     """
     source = _folder(path)
     config = source / "tokenizer_config.json"
@@ -108,7 +108,7 @@ def load_processor(path: str | Path) -> Any:
 
 
 def _load(auto: Any, path: str | Path, dtype: torch.dtype | str, device: torch.device | str) -> Any:
-    """Safetensors only, headers checked before transformers sees them; code of the checkpoint never runs."""
+    """Load from safetensors only, after their headers were checked; code of the checkpoint never runs."""
     folder = readable_folder(open_checkpoint(path).path)
     with explained(path, f"cannot be loaded as {auto.__name__[len('AutoModelFor') :]}"):
         model = auto.from_pretrained(folder, dtype=dtype, trust_remote_code=False, use_safetensors=True)
@@ -126,14 +126,14 @@ def _folder(path: str | Path) -> Path:
 
 
 def readable_folder(folder: Path) -> Path:
-    """A checkpoint's folder, if transformers loads what it holds and nothing else; raises CheckpointError."""
+    """Return a checkpoint's folder if transformers would load only what it holds; else raise CheckpointError."""
     _refuse_adapter(folder)
     refuse_growth(folder)
     return folder
 
 
 def _refuse_adapter(folder: Path) -> None:
-    """transformers would put an adapter on the model, or load another model to put it on."""
+    """Refuse adapters: transformers would apply one to the model, or load another model as its base."""
     if (folder / "adapter_config.json").exists():
         raise CheckpointError(
             f"{folder / 'adapter_config.json'}: this folder is or has an adapter (its base_model_name_or_path names "
@@ -143,7 +143,7 @@ def _refuse_adapter(folder: Path) -> None:
 
 @contextmanager
 def explained(path: str | Path, what: str) -> Iterator[None]:
-    """What transformers raises over a folder, as CheckpointError; inside it only transformers is called."""
+    """Turn errors of transformers about a folder into CheckpointError; only transformers is called inside."""
     try:
         yield
     except torch.OutOfMemoryError:

@@ -1,4 +1,4 @@
-"""Parts of a loaded transformers model: its text model, output head and linear layers, by role; which are shards.
+"""Parts of a loaded transformers model: its text model, output head and linear layers, by role; which are sharded.
 
 Names on disk are not module names: a linear layer is found by its role in the text model, such as
 "layers.3.self_attn.q_proj.weight", which is the end of its tensor name in every family.
@@ -27,7 +27,7 @@ _ROLE = re.compile(r"(?:^|\.)(?:layers|blocks)\.(\d+)\.(.+)$")
 
 
 def tokenizer_of(processor: Any) -> Any:
-    """The tokenizer inside a processor; a tokenizer is its own."""
+    """The tokenizer of a processor; a tokenizer is returned as it is."""
     return getattr(processor, "tokenizer", processor)
 
 
@@ -35,8 +35,8 @@ def text_model(model: Any) -> Any:
     """The decoder stack of the language model: the module with token embeddings and as many layers as the text
     configuration says. Raises AlignmentError when none or several fit.
 
-    Vision towers have `layers` too, but no `embed_tokens`; a suffix alone would not tell them apart. Of Nemotron-H,
-    whose token embeddings have another name, the stack with an embedding beside it.
+    Vision towers have `layers` too, but no `embed_tokens`; a suffix alone would not tell them apart. In Nemotron-H,
+    whose token embeddings have another name, it is the stack with an embedding layer among its children.
     """
     depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     if depth is None:
@@ -58,7 +58,7 @@ def text_model(model: Any) -> Any:
 
 
 def hook_states(module: nn.Module, use: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
-    """Hand the states that a layer or block gives on, its first output, to `use`, which may give others in their place;
+    """Pass the hidden states that a layer or block returns, its first output, to `use`, which may return replacements;
     until the handle, a context manager, is left."""
 
     def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
@@ -88,7 +88,7 @@ def text_linears(model: Any) -> dict[str, nn.Linear]:
 
 @dataclass(frozen=True)
 class ExpertStack:
-    """One parameter of a module of fused experts, [experts, out, in], where a gated projection can stand in for it."""
+    """One parameter of a module of fused experts, [experts, out, in], which a gated projection can replace."""
 
     module: nn.Module
     key: str
@@ -101,8 +101,8 @@ class ExpertStack:
 
 @dataclass(frozen=True)
 class ExpertSlice:
-    """The matrix [out, in] of one expert, which files keep by itself, in fused experts: number `part` of the `parts`
-    matrices that stand one below the other there (gate, up)."""
+    """The matrix [out, in] of one expert, a tensor of its own on disk, inside fused experts: number `part` of the
+    `parts` matrices stacked along the rows there (gate, up)."""
 
     stack: ExpertStack
     expert: int
@@ -115,7 +115,7 @@ class ExpertSlice:
         return self.of(self.stack.weight.detach())
 
     def of(self, fused: Tensor) -> Tensor:
-        """A view of this matrix in what has the fused parameter's shape."""
+        """A view of this matrix in a tensor of the fused parameter's shape."""
         return fused[self.expert].chunk(self.parts)[self.part]
 
 
@@ -139,7 +139,7 @@ def role_of(name: str) -> str:
 
 
 def match_linears(model: Any, names: Iterable[str]) -> dict[str, nn.Linear]:
-    """Tensor name (on disk, or a role) → linear layer of the model; raises AlignmentError naming what has none."""
+    """Tensor name (on disk, or a role) → linear layer of the model; raises AlignmentError for a tensor without one."""
     linears = text_linears(model)
     result = {}
     for name in names:
@@ -158,7 +158,7 @@ def match_linears(model: Any, names: Iterable[str]) -> dict[str, nn.Linear]:
 
 def match_projections(model: Any, names: Iterable[str]) -> dict[str, Projection]:
     """Tensor name (on disk, or a role) → linear layer, fused experts, or one expert's matrix in them; raises
-    AlignmentError naming what has none."""
+    AlignmentError naming a tensor without one."""
     stacks = text_experts(model)
     found: dict[str, Projection | None] = {name: stacks.get(role_of(name)) or slice_of(stacks, name) for name in names}
     linears = match_linears(model, [name for name, projection in found.items() if projection is None])
@@ -166,7 +166,7 @@ def match_projections(model: Any, names: Iterable[str]) -> dict[str, Projection]
 
 
 def slice_of(stacks: Mapping[str, ExpertStack], name: str) -> ExpertSlice | None:
-    """Where fused experts [experts, out, in] hold the matrix that files keep under `name`; None where none do."""
+    """The slice of fused experts [experts, out, in] that is stored on disk as `name`; None if there is none."""
     match = _EXPERT.fullmatch(role_of(name))
     if match is None:
         return None
@@ -182,7 +182,7 @@ def slice_of(stacks: Mapping[str, ExpertStack], name: str) -> ExpertSlice | None
 
 
 def put(projection: Projection, weight: Tensor) -> Tensor:
-    """Give a projection another weight; the one that it had."""
+    """Replace a projection's weight; returns the previous one."""
     if isinstance(projection, ExpertSlice):
         before = projection.weight.clone()
         projection.weight.copy_(weight)
@@ -207,7 +207,7 @@ def is_shard(tensor: Tensor) -> TypeGuard[DTensor]:
 
 
 def runs_on(parameter: Tensor) -> torch.device:
-    """Where a layer with this parameter runs: of a shard, which may lie in the host's memory, its mesh's device."""
+    """The device that runs a layer with this parameter; for a shard, which may be in host memory, its mesh's device."""
     return torch.device(parameter.device_mesh.device_type) if is_shard(parameter) else parameter.device
 
 
@@ -226,7 +226,7 @@ def unwrapped(model: Any) -> Any:
 
 
 def adopt(model: nn.Module, source: nn.Module) -> None:
-    """Take over all parameters (without gradient) and buffers of a model of the same class; what is tied stays so.
+    """Take over all parameters (without gradient) and buffers of a model of the same class; tied tensors stay tied.
 
     Raises CheckpointError where the model has a tensor that `source` lacks.
     """
@@ -243,6 +243,6 @@ def adopt(model: nn.Module, source: nn.Module) -> None:
 
 
 def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put a parameter or buffer where its name in `named_parameters` or `named_buffers` says."""
+    """Set a parameter or buffer by its name in `named_parameters` or `named_buffers`."""
     parent, _, key = name.rpartition(".")
     setattr(model.get_submodule(parent), key, tensor)

@@ -1,7 +1,7 @@
 """Where models are loaded and in which dtype: the first GPU in bfloat16, or the CPU in float32.
 
-`VLMGRAFT_DEVICE` and `VLMGRAFT_DTYPE`, which `--device` and `--dtype` set, say otherwise; a process that `torchrun`
-started takes the GPU of its own number. On CPUs, with as many threads as its size is worth.
+`VLMGRAFT_DEVICE` and `VLMGRAFT_DTYPE`, set by `--device` and `--dtype`, override this; a process started by `torchrun`
+uses the GPU of its local rank. On CPUs, the number of threads follows from the model's size.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from vlmgraft.spectral.threads import threads_for
 from vlmgraft.storage.torchrun import whole_number
 
 LARGE = 50_000_000
-"""Parameters from which on the time of a step is that of its products: below, bfloat16 saves nothing."""
+"""Number of parameters from which on matrix products dominate a step's time: below, bfloat16 saves nothing."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def default_device() -> torch.device:
-    """The device that is asked for, else this process's GPU, else the CPU.
+    """The requested device, else this process's GPU, else the CPU.
 
     Raises:
-        InputError: the device that is asked for cannot be used.
+        InputError: the requested device cannot be used.
     """
     name = os.environ.get("VLMGRAFT_DEVICE", "")
     if not name:
@@ -42,7 +42,7 @@ def default_device() -> torch.device:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """The dtype that is asked for, else bfloat16 on a GPU and float32 on the CPU.
+    """The requested dtype, else bfloat16 on a GPU and float32 on the CPU.
 
     Raises:
         InputError: there is no such dtype.
@@ -56,10 +56,10 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 
 def learning_dtype(device: torch.device, parameters: int, stored: set[str]) -> torch.dtype:
-    """Of the models that gates are learned on, which themselves are float32, as are the losses: `default_dtype`; but
-    bfloat16 on a processor with AMX, three to four times as fast, for a VLM of at least `LARGE` parameters whose file
-    holds nothing finer. Not with AVX512-BF16 alone: of an Intel Xeon (model 207, 2.3 GHz) a core multiplied matrices
-    at 83 GFLOPS so, and at 140 in float32. stored: dtypes as safetensors names them.
+    """The dtype of models on which gates are learned (gates and losses are float32): `default_dtype`, but bfloat16 on a
+    processor with AMX, three to four times as fast, for a VLM of at least `LARGE` parameters stored in bfloat16 alone.
+    AVX512-BF16 is not enough: a core of an Intel Xeon (model 207, 2.3 GHz) multiplied matrices at 83 GFLOPS with it,
+    and at 140 in float32. stored: dtypes as safetensors names them.
     """
     native = torch.cpu._is_amx_tile_supported()
     asked = device.type != "cpu" or os.environ.get("VLMGRAFT_DTYPE")
@@ -69,5 +69,5 @@ def learning_dtype(device: torch.device, parameters: int, stored: set[str]) -> t
 
 
 def threads_of(model: Any) -> AbstractContextManager[None]:
-    """`threads_for` the parameters of a model that is to answer, to be compared or trained inside."""
+    """`threads_for` the number of parameters of a model that answers, is compared or is trained inside the context."""
     return threads_for(sum(parameter.numel() for parameter in model.parameters()))

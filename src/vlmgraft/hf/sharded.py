@@ -1,12 +1,12 @@
-"""A model whose decoder layers are loaded in shards: each process of a group reads its own rows from safetensors.
+"""Loads a model with sharded decoder layers: each process of a group reads its own rows from safetensors.
 
-The reading is transformers' own (`from_pretrained` with a `DistributedConfig`): the model is made on the meta device,
-`fully_shard` says which rows of every parameter are this process's, and those alone are read, renamed and converted;
-where a conversion needs a whole tensor, one at a time is whole. What is in no decoder layer (embeddings, head, vision
-tower: small, and replicated afterwards) is gathered from the shards, so that no byte is read twice from the disk.
+transformers does the reading (`from_pretrained` with a `DistributedConfig`): the model is made on the meta device,
+`fully_shard` decides which rows of every parameter belong to this process, and only those are read, renamed and
+converted; if a conversion needs a whole tensor, one tensor at a time is whole. What is outside the decoder layers
+(embeddings, head, vision tower: small, and replicated afterwards) is gathered from the shards: no byte is read twice.
 
-transformers' sharding has hooks that expect its own forward pass, and is not undone. What is returned has none: plain
-modules, whose decoder layers hold `DTensor` parameters (rows of dimension 0, as `fully_shard` cuts them).
+transformers' sharding adds hooks that expect its own forward pass, and cannot be undone. The returned model has none:
+plain modules, whose decoder layers hold `DTensor` parameters (rows of dimension 0, as `fully_shard` splits them).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vlmgraft.hf.models import explained, load_config, readable_folder
 from vlmgraft.hf.modules import adopt, is_shard, set_tensor, text_model
 
 OLDEST_TORCH = (2, 8)
-"""Below it transformers does not shard."""
+"""The oldest version with which transformers shards models."""
 
 
 def vlm_shards(path: str | Path, dtype: torch.dtype, device: torch.device) -> Any:
@@ -43,7 +43,7 @@ def text_shards(path: str | Path, dtype: torch.dtype, device: torch.device) -> A
 
 
 def _load_shards(auto: Any, path: str | Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """In evaluation mode, in plain modules with sharded decoder layers."""
+    """Load in evaluation mode, as plain modules with sharded decoder layers."""
     checkpoint = open_checkpoint(path)
     check_sharding(device, checkpoint)
     folder = readable_folder(checkpoint.path)
@@ -74,7 +74,7 @@ def _load_shards(auto: Any, path: str | Path, dtype: torch.dtype, device: torch.
 
 
 def check_sharding(device: torch.device, *checkpoints: Checkpoint) -> None:
-    """Raise RecipeError where the installed libraries or the device do not shard, or a checkpoint is quantised."""
+    """Raise RecipeError if the installed libraries or the device cannot shard, or a checkpoint is quantised."""
     try:
         from transformers.distributed import DistributedConfig
 

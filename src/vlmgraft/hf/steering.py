@@ -4,7 +4,7 @@
 
 d is the donor's direction, low-pass filtered and resampled to the VLM's width by its Fourier transform along the width
 (`resample`). The norm of h is kept. a is relative to ‖h‖, our choice: two models' hidden states differ in scale. At
-a = 0 the states are the very ones of the model.
+a = 0 the model's states are unchanged.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ TENSOR = "direction"
 
 @dataclass(frozen=True)
 class Steering:
-    """direction: float32 [width of the VLM]. layer: of the VLM, counted from 0, behind which it is added. strength: a.
-    made_from: JSON values that say where it came from."""
+    """direction: float32 [width of the VLM]. layer: the VLM's layer, counted from 0, after which it is added. strength:
+    a. made_from: JSON values that describe its source."""
 
     direction: Float[Tensor, " width"]
     layer: int
@@ -39,13 +39,13 @@ class Steering:
     made_from: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
-        """One safetensors file with its receipt in the header; raises OSError."""
+        """Write a safetensors file with a receipt in its header; raises OSError."""
         receipt = {"layer": self.layer, "strength": self.strength, "made_from": dict(self.made_from)}
         save_tensors({TENSOR: self.direction.contiguous()}, path, {"steering": json.dumps(receipt)})
 
     @classmethod
     def load(cls, path: str | Path) -> Steering:
-        """A file that `save` wrote; raises CheckpointError."""
+        """Read a file that `save` wrote; raises CheckpointError."""
         try:
             with safe_open(path, framework="pt") as file:
                 receipt = json.loads(file.metadata()["steering"])
@@ -57,7 +57,7 @@ class Steering:
 
     @contextmanager
     def applied(self, model: Any, strength: float | None = None) -> Iterator[None]:
-        """The model with the direction added inside the context; as before on exit, also after an exception.
+        """Add the direction to the model inside the context; the model is restored on exit, also after an exception.
 
         Raises:
             AlignmentError: the model has another width, or no such layer. RecipeError: the strength is not finite.
@@ -97,7 +97,7 @@ def resample(direction: Float[Tensor, " donor"], width: int, kept: float) -> Flo
         kept: share of the donor's frequencies, from the lowest on (above 0 to 1); those that the new width cannot hold
             are dropped. At `kept` 1 and the donor's own width the direction itself comes back.
     Raises:
-        RecipeError: the share is outside.
+        RecipeError: `kept` is outside this range.
     """
     if not 0 < kept <= 1:
         raise RecipeError(f"kept: {kept} must be above 0 and at most 1")

@@ -1,8 +1,8 @@
-"""Prompts by a checkpoint's chat template, which is a program of whoever made the checkpoint.
+"""Prompts from a checkpoint's chat template, which is an untrusted program.
 
-transformers runs it in Jinja's sandbox: it reaches no attribute that begins with an underscore, changes nothing it is
-given, and one range has at most 100,000 numbers. Loops inside loops and texts that double are stopped by limits of
-processor time and of memory.
+transformers runs it in Jinja's sandbox: it cannot read attributes that begin with an underscore or change its
+arguments, and a range has at most 100,000 numbers. Nested loops and texts that double are stopped by limits of CPU time
+and memory.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from vlmgraft.data.questions import Question
 
 SECONDS = 10.0
-"""Of processor time for one prompt: thousands of times what templates of thousands of turns take."""
+"""CPU time for one prompt: thousands of times that of templates with thousands of turns."""
 MEMORY = 2 << 30
-"""Bytes that one prompt may take beside what the process has."""
+"""Bytes that one prompt may take in addition to the process's own."""
 TEMPLATE_FAILURES = (
     TemplateError,
     ArithmeticError,  # 1 / 0
@@ -34,7 +34,7 @@ TEMPLATE_FAILURES = (
     TypeError,  # 1 + 'x'
     ValueError,  # no template, or '%d' % 'x'
 )
-"""What a template, which is a program, can raise; only transformers' call runs where they are caught."""
+"""What a template can raise, since it is a program; only transformers' call runs where these are caught."""
 
 
 def prompt_text(processor: Any, question: Question) -> str:
