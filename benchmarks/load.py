@@ -110,9 +110,9 @@ class Watch:
         gc.collect()
         self.start, self.memory, self.opened, self.threads, self.every, self.calls = private(), 0, 0, 0, every, 0
 
-    def __call__(self, *told: Any) -> None:
+    def __call__(self, *report: Any) -> None:
         self.calls += 1
-        if not told or self.calls % self.every == 0:
+        if not report or self.calls % self.every == 0:
             self.memory = max(self.memory, private() - self.start)
             self.opened = max(self.opened, descriptors())
             self.threads = max(self.threads, threading.active_count())
@@ -185,17 +185,17 @@ def images(folder: Path, count: int) -> dict[str, Any]:
     config, processor = load_config(vlm), load_processor(vlm)
     check_lengths(config, processor, load_questions(folder / "questions.jsonl", limit=8), 4)  # what a first call loads
     watch, times = Watch(), [time.perf_counter()]
-    asked = load_questions(folder / "questions.jsonl", need_images=True)
+    questions = load_questions(folder / "questions.jsonl", need_images=True)
     times.append(time.perf_counter())
     watch()
-    questions_digest(asked)
+    questions_digest(questions)
     times.append(time.perf_counter())
-    check_lengths(config, processor, asked, 4)
+    check_lengths(config, processor, questions, 4)
     times.append(time.perf_counter())
     watch()
     steps = [round(after - before, 2) for before, after in itertools.pairwise(times)]
     names = ("read and check s", "digest s", "lengths s")
-    return {"images": len(asked), **dict(zip(names, steps, strict=True)), "memory MB": round(watch.memory / 1e6, 1)}
+    return {"images": len(questions), **dict(zip(names, steps, strict=True)), "memory MB": round(watch.memory / 1e6, 1)}
 
 
 def repeated(run: Callable[[int], object], times: int) -> dict[str, Any]:
@@ -219,8 +219,8 @@ def sweeps(folder: Path, times: int) -> dict[str, Any]:
 
     trio = trio_path()
     places = {"vlm": str(trio / "vlm"), "donor": str(trio / "donor"), "donor_base": str(trio / "base")}
-    recipe, asked = places | {"method": {"name": "task_arithmetic"}}, EvalData(samples=4)
-    return repeated(lambda n: vg.analysis.sweep({"t": recipe}, ["method.scale=0.5"], folder / str(n), asked), times)
+    recipe, data = places | {"method": {"name": "task_arithmetic"}}, EvalData(samples=4)
+    return repeated(lambda n: vg.analysis.sweep({"t": recipe}, ["method.scale=0.5"], folder / str(n), data), times)
 
 
 def merges(folder: Path, times: int) -> dict[str, Any]:

@@ -41,7 +41,7 @@ from vlmgraft.spectral.svd import from_columns, passes, probe
 PHOTOGRAPHS = ((1600, 1200), (2448, 3264))
 CELL, PATCHES, PATCH_VALUES, HIDDEN = 28, 4, 1176, 3584
 """Qwen2.5-VL-7B: pixels on a side of a token, patches to a token, float32 numbers of a patch, numbers of a feature."""
-ASKED = 640
+QUESTIONS = 640
 
 
 def seconds(function: Callable[[], Any], repeats: int) -> float:
@@ -67,10 +67,10 @@ def finite(quick: bool) -> dict[str, float]:
 def padding() -> dict[str, float]:
     """Batches of 48 in a random order, against batches of the same tokens sorted by length."""
     generator = torch.Generator().manual_seed(0)
-    sides = (224 * (2448 / 224) ** torch.rand(ASKED, 2, generator=generator)).long().tolist()
+    sides = (224 * (2448 / 224) ** torch.rand(QUESTIONS, 2, generator=generator)).long().tolist()
     lengths = [tokens(width, height) + 40 for width, height in sides]
-    questions = [Question("?", (Path("photograph.jpg"),))] * ASKED
-    limit = 48 * sum(lengths) // ASKED
+    questions = [Question("?", (Path("photograph.jpg"),))] * QUESTIONS
+    limit = 48 * sum(lengths) // QUESTIONS
 
     def read(packing: Any, batch_tokens: int | None) -> float:
         batches = pack(questions, lengths, 48, packing, 0, batch_tokens)
@@ -79,11 +79,11 @@ def padding() -> dict[str, float]:
     return {
         "in any order": read("shuffle", None),
         "sorted, by tokens": read("length", limit),
-        **asked(sides, generator),
+        **evaluation_padding(sides, generator),
     }
 
 
-def asked(sides: list[list[int]], generator: torch.Generator) -> dict[str, float]:
+def evaluation_padding(sides: list[list[int]], generator: torch.Generator) -> dict[str, float]:
     """The same photographs with questions of 10 to 200 tokens, as `evaluate` asks them by default."""
     words = torch.randint(10, 200, (len(sides),), generator=generator).tolist()
     questions = [Question("word " * count, (Path("photograph.jpg"),)) for count in words]
@@ -110,8 +110,8 @@ def pictures() -> dict[str, dict[str, float]]:
         found[f"{width}×{height}"] = {
             "tokens": whole,
             "tokens within max_pixels": shrunk,
-            "GiB of pixels": ASKED * whole * PATCHES * PATCH_VALUES * 4 / 2**30,
-            "GiB of features within max_pixels": ASKED * shrunk * HIDDEN * 2 / 2**30,
+            "GiB of pixels": QUESTIONS * whole * PATCHES * PATCH_VALUES * 4 / 2**30,
+            "GiB of features within max_pixels": QUESTIONS * shrunk * HIDDEN * 2 / 2**30,
         }
     return found
 

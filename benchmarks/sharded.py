@@ -216,11 +216,11 @@ def count(sizes: Mapping[str, Any], rank: Rank) -> dict[str, float]:
     length, offload = sizes["prompt"] + sizes["answer"], sizes["offload"]
     found: dict[str, float] = {}
     with group(sizes["cards"]), FakeTensorMode(allow_non_fake_inputs=True), Live() as live:
-        told = made(AutoModelForCausalLM, Qwen2Config(**sizes["text"]), offload)
-        donor = shard(told, CARD, offload=offload)
+        text_model = made(AutoModelForCausalLM, Qwen2Config(**sizes["text"]), offload)
+        donor = shard(text_model, CARD, offload=offload)
         gc.collect()
         found["matching"] = peak_of_answers(live, donor, sizes["answered"], sizes["told"] + sizes["answer"])
-        del told, donor
+        del text_model, donor
         gc.collect()
         model = made(AutoModelForImageTextToText, config, offload, attn_implementation="sdpa")
         gc.collect()

@@ -36,11 +36,11 @@ def encode(items: Sequence[Item], as_image: Sequence[bool]) -> Batch:
     """Questions as the chat template writes them, in image or in text form, right-padded."""
     rows = []
     for item, image in zip(items, as_image, strict=True):
-        told = ["<|vision_start|>", *["<|image_pad|>"] * 8, "<|vision_end|>"] if image else []
-        question = told + (item.question if image else item.text_question).split()
-        asked = ["<|im_start|>", "user", *question, "<|im_end|>", "<|im_start|>", "assistant"]
+        scene_tokens = ["<|vision_start|>", *["<|image_pad|>"] * 8, "<|vision_end|>"] if image else []
+        question = scene_tokens + (item.question if image else item.text_question).split()
+        chat = ["<|im_start|>", "user", *question, "<|im_end|>", "<|im_start|>", "assistant"]
         said = [*item.answer.split(), "<|im_end|>"]
-        rows.append(([INDEX[word] for word in asked], [INDEX[word] for word in said]))
+        rows.append(([INDEX[word] for word in chat], [INDEX[word] for word in said]))
     length = max(len(prompt) + len(answer) for prompt, answer in rows)
     ids = torch.full((len(rows), length), PAD)
     labels = torch.full((len(rows), length), -100)

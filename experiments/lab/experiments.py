@@ -30,7 +30,7 @@ from vlmgraft.distillation.targets import Targets
 from vlmgraft.errors import CheckpointError, RecipeError
 from vlmgraft.hf.batches import Question
 from vlmgraft.hf.models import load_processor
-from vlmgraft.lab.compare import LEARNING_RATE, Comparison, Point, Sizes, asked
+from vlmgraft.lab.compare import LEARNING_RATE, Comparison, Point, Sizes, without_answers
 from vlmgraft.lab.exam import Exam, ExamResult, draw_exam
 from vlmgraft.methods.frism import fold
 from vlmgraft.spectral.factors import Factors
@@ -90,12 +90,12 @@ class ControlledComparison(Comparison):
     def validation_targets(self, seed: int, count: int | None = None) -> Targets:
         """The VLM's answers to `count` validation prompts, by default as many as control takes."""
         exam = self.exam(seed, "validation", (count or self.sizes.control) // 4)
-        return self.distiller.teacher_targets(asked(exam))
+        return self.distiller.teacher_targets(without_answers(exam))
 
     def text_questions(self, task: str) -> tuple[Question, ...]:
         """Unlabelled text questions of one kind."""
         counts = {task: self.sizes.donor}
-        return asked(draw_exam(self.seed, "calibration", counts, as_image=False, draw=tasks.draw_item))
+        return without_answers(draw_exam(self.seed, "calibration", counts, as_image=False, draw=tasks.draw_item))
 
 
 @dataclass
@@ -141,8 +141,8 @@ class Bench:
         count = max(8, self.sizes.sums // 8)
         glyphs = self.comparison.glyphs
         shown = draw_exam(0, "test", dict.fromkeys(tasks.TRANSFER, count), glyphs=glyphs, draw=tasks.draw_item)
-        told = draw_exam(0, "test", dict.fromkeys(TRANSFER_TEXT, count), as_image=False, draw=tasks.draw_item)
-        return shown, told
+        in_text = draw_exam(0, "test", dict.fromkeys(TRANSFER_TEXT, count), as_image=False, draw=tasks.draw_item)
+        return shown, in_text
 
     @cached_property
     def fresh(self) -> Targets:
@@ -197,8 +197,8 @@ class Bench:
         row["control_kl"] = comparison.controlled.keep_kl(weights)
         row["fresh_kl"] = comparison.distiller.keep_kl(weights, self.fresh)
         if transfer:
-            shown, told = (comparison.mark(exam, weights) for exam in self.transfer)
-            row |= {"transfer": _bits(shown), "transfer_text": _bits(told)}
+            shown, in_text = (comparison.mark(exam, weights) for exam in self.transfer)
+            row |= {"transfer": _bits(shown), "transfer_text": _bits(in_text)}
         return row | {"notes": dict(notes or {})}
 
     def _drift(self, weights: Matrices | None) -> tuple[float, float]:

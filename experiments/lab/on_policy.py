@@ -40,7 +40,7 @@ from vlmgraft.errors import DataError
 from vlmgraft.hf.batches import Question, generate_batch
 from vlmgraft.hf.models import load_processor
 from vlmgraft.lab import trio_path
-from vlmgraft.lab.compare import LEARNING_RATE, asked
+from vlmgraft.lab.compare import LEARNING_RATE, without_answers
 from vlmgraft.lab.exam import draw_exam
 from vlmgraft.lab.world import Split
 from vlmgraft.storage.jsonl import write_text
@@ -197,7 +197,7 @@ def formed(bench: Bench, setting: Mapping[str, Any]) -> Row:
 
 def _sums(bench: Bench, split: Split, count: int) -> tuple[Question, ...]:
     comparison = bench.comparison
-    return asked(draw_exam(comparison.seed, split, {"sum": count}, glyphs=comparison.glyphs))
+    return without_answers(draw_exam(comparison.seed, split, {"sum": count}, glyphs=comparison.glyphs))
 
 
 def learned(

@@ -81,18 +81,18 @@ class Trainer:
 
         def distances(items: list[Item], split: world.Split, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
             seen = tower.see(rng, items, split).flatten(0, 1)
-            told = [words.index(word) for item in items if item.scene for word in item.scene.words]
-            return torch.cdist(seen, embeddings).pow(2) / variance, torch.tensor(told)
+            targets = [words.index(word) for item in items if item.scene for word in item.scene.words]
+            return torch.cdist(seen, embeddings).pow(2) / variance, torch.tensor(targets)
 
         def loss() -> Tensor:
-            distance, told = distances([tasks.draw_item(rng, "read") for _ in range(32)], "train", rng)
-            return distance.gather(1, told[:, None]).mean() + 0.5 * F.cross_entropy(-8 * distance, told)
+            distance, targets = distances([tasks.draw_item(rng, "read") for _ in range(32)], "train", rng)
+            return distance.gather(1, targets[:, None]).mean() + 0.5 * F.cross_entropy(-8 * distance, targets)
 
         fit(tower.vlm.model.visual, loss, lr=2e-3, steps=800, cosine=True)
         tower.vlm.requires_grad_(False)
         with torch.inference_mode():
-            distance, told = distances(self.validation["read"], "validation", np.random.default_rng(5))
-        right = (distance.argmin(1) == told).float().reshape(-1, 2).mean(0).tolist()
+            distance, targets = distances(self.validation["read"], "validation", np.random.default_rng(5))
+        right = (distance.argmin(1) == targets).float().reshape(-1, 2).mean(0).tolist()
         self._say("tower", dict(zip(("colour tile", "glyph tile"), right, strict=True)))
         return tower
 
@@ -123,10 +123,10 @@ class Trainer:
         def loss() -> Tensor:
             items, shown = [], []
             for kind in rng.choice(list(shares), 48, p=np.array(list(shares.values())) / sum(shares.values())):
-                told = kind in ("told", "replay")
-                task = str(rng.choice(ALIGNED_TASKS)) if told else str(kind)
+                as_text = kind in ("told", "replay")
+                task = str(rng.choice(ALIGNED_TASKS)) if as_text else str(kind)
                 items.append(replay[rng.integers(len(replay))] if kind == "replay" else tasks.draw_item(rng, task))
-                shown.append(not told and kind != "fact")
+                shown.append(not as_text and kind != "fact")
             visual = tower.see(rng, [item for item, image in zip(items, shown, strict=True) if image])
             return loss_of(vlm, encode(items, shown), visual)
 

@@ -82,7 +82,7 @@ class Traces:
         share = rng.random()
         if share < 0.85:
             example = scenes.sum_example(rng) if share < 0.55 else scenes.word_problem(rng)
-            return example.told, example.answer
+            return example.text_prompt, example.answer
         row = self.general[rng.integers(len(self.general))]
         return row["question"], row["answer"]
 
@@ -101,7 +101,7 @@ def reinforce(trio: Trio, model: Any, tokenizer: Any) -> None:
 
     rng = trio.rng(9)
     examples = [scenes.sum_example(rng) if rng.random() < 0.7 else scenes.word_problem(rng) for _ in range(2048)]
-    prompts = [tuning.prompt_of(example.told) for example in examples]
+    prompts = [tuning.prompt_of(example.text_prompt) for example in examples]
     data = Dataset.from_list([{"prompt": p, "answer": e.answer} for p, e in zip(prompts, examples, strict=True)])
 
     def correct(completions: list[str], answer: list[str], **_: Any) -> list[float]:
@@ -144,7 +144,7 @@ class OnPolicy:
         rng = self.trio.rng(10, step)
         torch.manual_seed(int(rng.integers(2**31)))
         draws = (scenes.sum_example(rng) if rng.random() < 0.65 else scenes.word_problem(rng) for _ in range(BATCH))
-        prompts = [example.told for example in draws]
+        prompts = [example.text_prompt for example in draws]
         self.model.eval()
         outputs = tuning.generate(self.model, self.tokenizer, prompts, SAMPLE_TOKENS, temperature=1.0)
         self.model.train()
@@ -164,12 +164,12 @@ BEYOND = 50
 def ask_donor(trio: Trio, model: Any, tokenizer: Any) -> dict[str, float]:
     """Greedy scores on told sums and on word problems, the share of answers with a chain; and on told sums of the
     kinds that it is not tuned on, the first of the files "plus" and "minus" (see `exams`)."""
-    rng, half = trio.rng(11), trio.sizes.asked
+    rng, half = trio.rng(11), trio.sizes.eval_questions
     examples = [*(scenes.sum_example(rng) for _ in range(half)), *(scenes.word_problem(rng) for _ in range(half))]
     for stream, draw in ((17, scenes.fifth_number), (18, scenes.difference)):
         rng = trio.rng(stream)
         examples += [draw(rng) for _ in range(BEYOND)]
-    outputs = tuning.generate(model, tokenizer, [example.told for example in examples], 64)
+    outputs = tuning.generate(model, tokenizer, [example.text_prompt for example in examples], 64)
     right = [scenes.is_right(example, output) for example, output in zip(examples, outputs, strict=True)]
     chains = [scenes.has_chain(output) for output in outputs[: 2 * half]]
     return {

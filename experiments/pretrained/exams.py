@@ -45,10 +45,11 @@ def write_exams(trio: Trio, sizes: dict[str, int] | None = None) -> Path:
         examples = [draw(rng) for _ in range(counts["beyond"])]
         _write(folder / f"{name}.jsonl", examples, rng, "test", [_answer(e) for e in examples])
     rng = trio.rng(19)
-    told = [scenes.sum_example(rng) for _ in range(counts["beyond"])]
+    text_sums = [scenes.sum_example(rng) for _ in range(counts["beyond"])]
     if not (folder / "told.jsonl").is_file():
         write_rows(
-            folder / "told.jsonl", [{"id": str(at), "question": e.told, **_answer(e)} for at, e in enumerate(told)]
+            folder / "told.jsonl",
+            [{"id": str(at), "question": e.text_prompt, **_answer(e)} for at, e in enumerate(text_sums)],
         )
     rng = trio.rng(20)
     traces = [scenes.sum_example(rng) for _ in range(counts["traces"])]
@@ -58,7 +59,7 @@ def write_exams(trio: Trio, sizes: dict[str, int] | None = None) -> Path:
     for name, draw in texts.items():
         questions = [draw(rng) for _ in range(counts["questions"])]
         if not (folder / f"{name}.jsonl").is_file():
-            write_rows(folder / f"{name}.jsonl", [{"question": example.told} for example in questions])
+            write_rows(folder / f"{name}.jsonl", [{"question": example.text_prompt} for example in questions])
     return folder
 
 

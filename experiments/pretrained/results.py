@@ -132,10 +132,10 @@ def publish(measured: Table, folder: Path) -> Path:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-    told = command(measured, rows)
-    facts = {"command": told, "seed": measured.trio.seed, "versions": versions, "made": made, "learned": learned}
+    shown = command(measured, rows)
+    facts = {"command": shown, "seed": measured.trio.seed, "versions": versions, "made": made, "learned": learned}
     write_json(folder / f"{name}.json", {**facts, "rows": rows})
-    write_text(folder / f"{name}.md", f"`{told}`\n\n{table(rows)}")
+    write_text(folder / f"{name}.md", f"`{shown}`\n\n{table(rows)}")
     if any(row["method"].startswith("only ") for row in rows):
         write_text(folder / f"{name}-where.md", where_table(rows))
     write_text(folder / f"{name}-spectra.md", spectra_table(measured.spectra()))

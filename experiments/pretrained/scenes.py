@@ -56,7 +56,7 @@ class Example:
     scene: Scene | None = None
 
     @property
-    def told(self) -> str:
+    def text_prompt(self) -> str:
         """The question with the scene told in words."""
         return self.question if self.scene is None else f"Cards:{described(self.scene)}\n{self.question}"
 

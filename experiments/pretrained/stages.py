@@ -41,7 +41,7 @@ class Sizes:
     general: int = len(scenes.GENERAL_PROMPTS)
     grpo_steps: int = 100
     distil_steps: int = 60
-    asked: int = 200
+    eval_questions: int = 200
     exam: int = 150
     calibration: int = 256
     held_out: int = 128
@@ -128,7 +128,7 @@ class Trio:
             return alignment.loss(self.rng(2, step).integers(0, len(drawn), self.sizes.tower_batch))
 
         tuning.tune(trained, loss, schedule, self.folder / "tower.pt", self.report)
-        held_out = WordAlignment(model, tokenizer, *self.pictures(self.sizes.asked, "validation", 3))
+        held_out = WordAlignment(model, tokenizer, *self.pictures(self.sizes.eval_questions, "validation", 3))
         self.noted("tower", began, held_out.accuracy())
         return self.finish(out, model, processor, self.folder / "tower.pt")
 
@@ -148,7 +148,7 @@ class Trio:
         _, drawn = self.vlm_scenes(self.sizes.replayed_sums)
         sums = [scenes.sum_example(rng, scene) for scene in drawn]
         words = [scenes.word_problem(rng) for _ in range(len(sums) // 4)]
-        prompts = [*general, *(example.told for example in [*sums, *words])]
+        prompts = [*general, *(example.text_prompt for example in [*sums, *words])]
         outputs = tuning.generate(model.eval(), tokenizer, prompts, 40, temperature=0.7)
         said = outputs[len(general) :]
         right = [scenes.is_right(e, output) for e, output in zip([*sums, *words], said, strict=True)]
@@ -278,7 +278,7 @@ class PerceptionData:
         return row["question"], row["answer"], None
 
     def _as(self, example: Example, number: int | None) -> tuple[str, str, int | None]:
-        return (shown(example.question) if number is not None else example.told), example.answer, number
+        return (shown(example.question) if number is not None else example.text_prompt), example.answer, number
 
 
 def shown(question: str) -> str:
@@ -291,8 +291,8 @@ def ask_vlm(trio: Trio, model: Any, processor: Any) -> dict[str, float]:
     """Perception, sums and the share of answers with a chain, on pictures of the validation split; greedy."""
     rng, tokenizer = trio.rng(7), processor.tokenizer
     tokenizer.padding_side = "left"
-    looked = [scenes.perception_example(rng) for _ in range(trio.sizes.asked)]
-    summed = [scenes.sum_example(rng) for _ in range(trio.sizes.asked)]
+    looked = [scenes.perception_example(rng) for _ in range(trio.sizes.eval_questions)]
+    summed = [scenes.sum_example(rng) for _ in range(trio.sizes.eval_questions)]
     outputs: list[str] = []
     examples = [*looked, *summed]
     for start in range(0, len(examples), 50):

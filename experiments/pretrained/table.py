@@ -214,7 +214,7 @@ class Table:
             for part, (kind, tokens) in kinds.items()
         }
 
-    def asked(self, split: str) -> dict[str, Any]:
+    def scores(self, split: str) -> dict[str, Any]:
         """Right or wrong per item, as texts of 0 and 1, with the share of chains, of the model as it is now."""
         figures: dict[str, Any] = {"right": {}, "chain": {}}
         for part, (suite, tokens) in self.suites(split).items():
@@ -234,7 +234,7 @@ class Table:
         if cell["split"] == "test":
             _ = self.divergence  # the VLM's own, so before it is changed
         with beside(self.linears, changes), torch.no_grad():
-            figures = self.asked(cell["split"])
+            figures = self.scores(cell["split"])
             if cell["split"] == "test":
                 kl = self.divergence.prompt_kl(self.model)
                 tokens = torch.cat([batch.predicts.sum(1) for batch in self.divergence.batches])

@@ -65,7 +65,7 @@ def config_of(name: str) -> Any:
 
 def test_donor_matching_adds_a_batch_of_text_to_every_step() -> None:
     model, plain = BY_NAME["Qwen2.5-VL-3B"], Work(rank=128, steps=50, checkpointing=False)
-    told = replace(plain, matched=20, told=30, replied=70)
+    told = replace(plain, matched=20, text_prompt=30, text_answer=70)
     before, after = ({stage.name: stage for stage in stages(model, work)} for work in (plain, told))
     step = gate_step(model.shapes, 16 * 100, 100, 16 * 70, rank=128)
     assert after["gates"].operations - before["gates"].operations == pytest.approx(50 * step)

@@ -53,7 +53,7 @@ def test_perception_asks_what_the_scene_shows(task: str) -> None:
                 at for at, word in enumerate(("first", "second", "third", "fourth")) if word in example.question
             )
             assert example.answer == (SCENE.glyphs if example.task == "digit" else SCENE.colours)[position]
-    assert example.told.startswith("Cards: red 3, blue 0, red 9, pink 4,\n")
+    assert example.text_prompt.startswith("Cards: red 3, blue 0, red 9, pink 4,\n")
 
 
 def test_a_word_problem_names_its_numbers() -> None:
@@ -175,7 +175,7 @@ def test_a_resumed_table_measures_the_drift_from_the_vlm_as_it_was(
 
     monkeypatch.setattr(table, "build_targets", targets)
     monkeypatch.setattr(table, "load_questions", lambda _: [])
-    monkeypatch.setattr(table.Table, "asked", lambda *_: {})
+    monkeypatch.setattr(table.Table, "scores", lambda *_: {})
     resumed = table.Table(Trio(tmp_path, 0, Sizes.smoke()))
     resumed.__dict__ |= {"model": model, "processor": None, "linears": {"0": model[0]}}  # what it would load
     row = resumed.measure({"method": "TIES", "setting": "λ 1", "split": "test"}, lambda: {"0": torch.ones(3, 3)})

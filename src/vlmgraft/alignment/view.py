@@ -94,7 +94,7 @@ def _group(inside: str, ndim: int, single: bool) -> Group:
 
 
 @dataclass(frozen=True)
-class _Sight:
+class _VisionOnly:
     """Parts of the decoder that only images use. The text config names cross-attention layers (Llama 3.2 Vision), which
     are numbered among the others, and the first vision expert (ERNIE 4.5 VL). Adapters for pictures and speech
     (Phi-4-multimodal's files) are recognised by name."""
@@ -103,7 +103,7 @@ class _Sight:
     text_experts: int | None
 
     @classmethod
-    def of(cls, config: dict[str, Any]) -> _Sight:
+    def of(cls, config: dict[str, Any]) -> _VisionOnly:
         cross, experts = config.get("cross_attention_layers"), config.get("moe_num_experts")
         layers = [layer for layer in cross if isinstance(layer, int)] if isinstance(cross, list) else []
         first = experts[0] if isinstance(experts, list) and experts else experts
@@ -132,7 +132,7 @@ def _towers(checkpoint: Checkpoint, place: Place) -> frozenset[str]:
 
 
 def _known_as(
-    name: str, shape: tuple[int, ...], place: Place, sight: _Sight, towers: frozenset[str]
+    name: str, shape: tuple[int, ...], place: Place, vision_only: _VisionOnly, towers: frozenset[str]
 ) -> tuple[str, int | None, Group] | None:
     """(role, layer, group) of a name on disk under `place`, or None when it is outside the text model."""
     if name.startswith(place.head) and name[len(place.head) :][:1] == ".":
@@ -147,7 +147,7 @@ def _known_as(
         and len(place.body + place.stack) == len(match[1])
     ):
         inside = renamed(match[3])
-        return *sight.role(int(match[2]), inside), group_of(f"layers.0.{inside}", shape)
+        return *vision_only.role(int(match[2]), inside), group_of(f"layers.0.{inside}", shape)
     first = inside.split(".")[0]
     if TOWER.search(inside) or first in HEADS or first in towers or _STACK.search(inside):
         return None
@@ -162,11 +162,11 @@ def text_view(checkpoint: Checkpoint, place: Place | None = None) -> TextView:
         AlignmentError: no place fits, layer numbers have gaps, or a fused tensor does not fit its head layout.
     """
     place = place or find_place(checkpoint)
-    sight, towers = _Sight.of(text_config(checkpoint.config)), _towers(checkpoint, place)
+    vision_only, towers = _VisionOnly.of(text_config(checkpoint.config)), _towers(checkpoint, place)
     held: dict[str, Held] = {}
     parts: dict[str, tuple[Held, int]] = {}
     for name, info in checkpoint.tensors.items():
-        known = _known_as(name, info.shape, place, sight, towers)
+        known = _known_as(name, info.shape, place, vision_only, towers)
         if known is None:
             continue
         role = known[0]

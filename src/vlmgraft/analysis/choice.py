@@ -93,11 +93,11 @@ def choose(
 
 def _splits(data: EvalData, bench: Bench) -> tuple[SuiteEvaluator, SuiteEvaluator]:
     """Validation and test questions: two splits of registered sources, else halves of every task."""
-    asked: Any = bench.evaluator
+    evaluator: Any = bench.evaluator
     sources = [registered_source(name) for name in data.data]
     if data.split is None and all(source and {"validation", "test"} <= set(source[0].splits) for source in sources):
-        return asked, replace(data, split="test").evaluator(bench.processor)
-    return asked.part(0, 2), asked.part(1, 2)
+        return evaluator, replace(data, split="test").evaluator(bench.processor)
+    return evaluator.part(0, 2), evaluator.part(1, 2)
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Race:
         fate = {name: "over the budget at every strength" for name in names if name not in alive}
         for number in range(rounds):
             part = self.validation.part(number, rounds)
-            for row in self._asked("validation", number, part, [VLM, *alive], levels):
+            for row in self._answers("validation", number, part, [VLM, *alive], levels):
                 of_rule = marks[row["rule"]]
                 marks[row["rule"]] = {task: of_rule.get(task, "") + text for task, text in row["right"].items()}
             scores = {name: from_marks(marks[name], self.validation) for name in alive}
@@ -125,7 +125,7 @@ class Race:
                 alive.remove(name)
                 fate[name] = f"dropped after round {number + 1} of {rounds}"
         winner = max(alive, key=lambda name: scores[name].reasoning.mean, default=None)
-        tested = {row["rule"]: row for row in self._asked("test", 0, self.test, [VLM, *alive], levels)}
+        tested = {row["rule"]: row for row in self._answers("test", 0, self.test, [VLM, *alive], levels)}
         rows = []
         for name in (VLM, *names):
             row = {
@@ -160,7 +160,7 @@ class Race:
 
         return list(self.bench.measure("strengths", ("rule",), [{"rule": name} for name in names], level))
 
-    def _asked(
+    def _answers(
         self, split: str, number: int, evaluator: SuiteEvaluator, names: Sequence[str], levels: Mapping[str, Row]
     ) -> list[Row]:
         """The results of these rules on one part of the questions, logged in `split-number.jsonl`."""

@@ -122,11 +122,11 @@ def contrast_direction(
     for indices in batches(questions, batch_size):
         batch = [questions[index] for index in indices]
         if contrast == "prompts":
-            asked = [
+            instructed = [
                 [replace(question, question=f"{question.question}\n{text}") for question in batch]
                 for text in instructions
             ]
-            sides = [_states(donor, processor, prompts, None, layer) for prompts in asked]
+            sides = [_states(donor, processor, prompts, None, layer) for prompts in instructed]
         else:
             answers, _ = generate_batch(donor, processor, batch, max_new_tokens)
             short = [without_chain(processor, answer) for answer in answers]

@@ -21,7 +21,7 @@ from vlmgraft.checkpoint.index import Checkpoint
 from vlmgraft.checkpoint.reader import Reader
 from vlmgraft.errors import AlignmentError
 from vlmgraft.hf.modules import text_model
-from vlmgraft.merging.pieces import Inputs, Lane, MergedPasses
+from vlmgraft.merging.pieces import Inputs, MergedPasses, Workspace
 from vlmgraft.merging.plan import check_needs
 from vlmgraft.methods.base import check_numbers, number_for
 from vlmgraft.methods.frism import fold
@@ -44,7 +44,7 @@ class Rebuilder:
         opened = self.alignment.opened
         readers = {key: self._stack.enter_context(Reader(source)) for key, source in opened.items()}
         self._inputs = Inputs(self.alignment, readers)
-        self._inputs.lanes.put(Lane(opened))
+        self._inputs.workspaces.put(Workspace(opened))
         return self
 
     def __exit__(self, *_: object) -> None:

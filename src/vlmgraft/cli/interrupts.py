@@ -58,9 +58,9 @@ def interruptible() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or not taken:
         yield
         return
-    told = _Told()
-    before = {one: signal.signal(one, told.raise_once) for one in (*taken, signal.SIGALRM)}
-    hook, sys.unraisablehook = sys.unraisablehook, told.swallowed
+    state = _SignalState()
+    before = {one: signal.signal(one, state.raise_once) for one in (*taken, signal.SIGALRM)}
+    hook, sys.unraisablehook = sys.unraisablehook, state.swallowed
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     wakeup = signal.set_wakeup_fd(ours.fileno(), warn_on_full_buffer=False)
@@ -68,7 +68,7 @@ def interruptible() -> Iterator[None]:
     try:
         yield
     finally:
-        told.over = True
+        state.over = True
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.set_wakeup_fd(wakeup)
         for one, handler in before.items():
@@ -77,7 +77,7 @@ def interruptible() -> Iterator[None]:
         ours.close()
 
 
-class _Told:
+class _SignalState:
     """Signals received so far, and the exception raised for the first of them."""
 
     def __init__(self) -> None:

@@ -36,7 +36,7 @@ class Play(LoadsModels):
         ):
             require_gradio()
             path = read_path(self.gates)
-            asked = opened(*open_vlm(self.model), open_store(self.factors), list(path.values()))
-            with asked as session, served(session, list(path), self.max_new_tokens, self.host, self.port) as address:
+            gated = opened(*open_vlm(self.model), open_store(self.factors), list(path.values()))
+            with gated as session, served(session, list(path), self.max_new_tokens, self.host, self.port) as address:
                 self.show({"address": address}, f"{address}  (Ctrl-C ends it)")
                 threading.Event().wait()

@@ -31,8 +31,9 @@ class Work:
     questions: to train on; held_out: to measure the KL on; each has `prompt` tokens, images included, and `answer`
     answer tokens, and `answered` of them are answered at once. steps: training steps, each of `batch` questions on
     every GPU. budget: whether there is a KL budget, observed every `observe_every` steps. With donor matching, each
-    step also has `DONOR_BATCH` of the `matched` text questions, of `told` tokens with `replied` answer tokens. asked:
-    evaluation questions, with `said` answer tokens. served, donor_served: a server answers; its time is not counted.
+    step also has `DONOR_BATCH` of the `matched` text questions, of `text_prompt` tokens with `text_answer` answer
+    tokens. An evaluation has `eval_questions`, with `eval_answer` answer tokens each. served, donor_served: a server
+    answers; its time is not counted.
     """
 
     rank: Rank = "full"
@@ -49,12 +50,12 @@ class Work:
     budget: bool = False
     observe_every: int = Training().observe_every
     matched: int = 0
-    told: int = 100
-    replied: int = 64
+    text_prompt: int = 100
+    text_answer: int = 64
     served: bool = False
     donor_served: bool = False
-    asked: int = 1000
-    said: int = 256
+    eval_questions: int = 1000
+    eval_answer: int = 256
 
 
 @dataclass(frozen=True)
@@ -126,14 +127,16 @@ def budget_batches(held_out: int, batch: int, steps: int, every: int) -> int:
     return whole * (1 + LANDING) + part * max(0, -(-steps // every) - 1)
 
 
-def answering(model: Model, device: Device, questions: int, prompt: int, said: int, batch: int) -> tuple[float, float]:
+def answering(
+    model: Model, device: Device, questions: int, prompt: int, answer: int, batch: int
+) -> tuple[float, float]:
     """(operations, seconds on one device) of greedy answers: prompts are processed at the bf16 rate. Answers are
     decoded a token at a time; every step reads all weights once per batch (all experts: a batch uses most of them)."""
     tokens = questions * prompt
     tower = 2.0 * model.tower * 4 * tokens  # four patches per token; nearly all tokens are of the image
     reading = forward(model, tokens, prompt, questions) + tower
-    writing = forward(model, questions * said, prompt + said, questions * said)
-    steps = -(-questions // batch) * said
+    writing = forward(model, questions * answer, prompt + answer, questions * answer)
+    steps = -(-questions // batch) * answer
     seconds = reading / (device.bf16 * device.products)
     seconds += steps * 2.0 * model.parameters / (device.bandwidth * device.stream)
     return reading + writing, seconds
@@ -174,11 +177,11 @@ def _matching(model: Model, work: Work, device: Device) -> tuple[float, float, f
     """What donor matching adds: operations of its batches in all steps; operations and seconds of its answers."""
     if not work.matched:
         return 0.0, 0.0, 0.0
-    count, length = min(DONOR_BATCH, work.matched), work.told + work.replied
+    count, length = min(DONOR_BATCH, work.matched), work.text_prompt + work.text_answer
     options: dict[str, Any] = {"rank": work.rank, "checkpointing": work.checkpointing}
-    step = gate_step(model.shapes, count * length, length, count * work.replied, **options)
-    told = answering(model, device, work.matched, work.told, work.replied, work.answered)
-    return work.gpus * work.steps * step, *((0.0, 0.0) if work.donor_served else told)
+    step = gate_step(model.shapes, count * length, length, count * work.text_answer, **options)
+    donor_answers = answering(model, device, work.matched, work.text_prompt, work.text_answer, work.answered)
+    return work.gpus * work.steps * step, *((0.0, 0.0) if work.donor_served else donor_answers)
 
 
 def _copying(model: Model, work: Work, device: Device) -> tuple[float, float]:
@@ -186,9 +189,9 @@ def _copying(model: Model, work: Work, device: Device) -> tuple[float, float]:
     decoded token of a batch, for its prompts and for its targets; and for training, forward and backward."""
     if not work.offload:
         return 0.0, 0.0
-    asked, answered = work.questions + work.held_out, work.answered
-    answers = -(-asked // answered) * (1 + work.answer) + -(-asked // work.batch)
-    answers += -(-work.matched // answered) * (1 + work.replied)
+    prompts, answered = work.questions + work.held_out, work.answered
+    answers = -(-prompts // answered) * (1 + work.answer) + -(-prompts // work.batch)
+    answers += -(-work.matched // answered) * (1 + work.text_answer)
     steps = work.gpus * work.steps * 2 * (2 if work.matched else 1)
     observed = work.held_out, work.batch, work.steps, work.observe_every
     steps += budget_batches(*observed) if work.budget else 0
@@ -209,12 +212,12 @@ def stages(model: Model, work: Work, device: Device = H100, *, rate: float = ASS
     whole = max(out * inner for _, out, inner in model.matrices)  # two threads hold four such matrices each in the fold
     decomposing = max(decomposition_memory(out, inner) for _, out, inner in model.matrices)
     operations = sum(count * matrix_cost((out, inner), work.rank) for count, out, inner in model.matrices)
-    asked = work.questions + work.held_out
-    own = answering(model, device, asked, work.prompt, work.answer, work.answered)
+    prompts = work.questions + work.held_out
+    own = answering(model, device, prompts, work.prompt, work.answer, work.answered)
     answered, answer_seconds = (0.0, 0.0) if work.served else own
-    again = forward(model, asked * (work.prompt + work.answer), work.prompt + work.answer, asked * work.answer)
-    features = asked * work.prompt * model.shapes.hidden * device.width  # an upper bound: prompts also have text
-    cached = features + asked * work.answer * (4 * (TOP_K + 1) + 4 * TOP_K)
+    again = forward(model, prompts * (work.prompt + work.answer), work.prompt + work.answer, prompts * work.answer)
+    features = prompts * work.prompt * model.shapes.hidden * device.width  # an upper bound: prompts also have text
+    cached = features + prompts * work.answer * (4 * (TOP_K + 1) + 4 * TOP_K)
     length = work.prompt + work.answer
     tokens, answers = work.batch * length, work.batch * work.answer
     step = gate_step(model.shapes, tokens, length, answers, rank=work.rank, checkpointing=work.checkpointing)
@@ -227,7 +230,8 @@ def stages(model: Model, work: Work, device: Device = H100, *, rate: float = ASS
     learning, answered, answer_seconds = learning + matching, answered + donor, answer_seconds + donor_seconds
     copying = _copying(model, work, device)
     kv = 4.0 * model.shapes.layers * model.keys
-    said, said_seconds = answering(model, device, work.asked, work.prompt, work.said, 32)
+    evaluated, evaluation_seconds = answering(model, device, work.eval_questions, work.prompt, work.eval_answer, 32)
+    cache = kv * 32 * (work.prompt + work.eval_answer)
     products = device.bf16 * device.products
     folding = sum(2.0 * count * out * inner * kept(out, inner, work.rank) for count, out, inner in model.matrices)
     return [
@@ -245,5 +249,5 @@ def stages(model: Model, work: Work, device: Device = H100, *, rate: float = ASS
             learning / work.gpus / products + copying[1],
         ),
         Stage("fold", folding, weights + 4 * factors, weights, 64.0 * whole, (2 * weights + 4 * factors) / rate),
-        Stage("evaluate", said, weights, 0.0, weights + kv * 32 * (work.prompt + work.said), said_seconds / work.gpus),
+        Stage("evaluate", evaluated, weights, 0.0, weights + cache, evaluation_seconds / work.gpus),
     ]  # fmt: skip

@@ -75,7 +75,7 @@ def gated_stages(
     read = _read(recipe, method, alignment, folder, faults)
     device, place = _device(alignment, faults)
     config, notes = load_config(folder), list(read.notes)
-    model, load = Model.of(recipe.vlm, config), _load(method, read.lengths, len(read.text), read.told)
+    model, load = Model.of(recipe.vlm, config), _load(method, read.lengths, len(read.text), read.text_prompt)
     fit = fitting(model, load, device, method)
     load = replace(load, checkpointing=fit.checkpointing, offload=fit.offload)
     usual = replace(load, prompt=sum(read.lengths) // len(read.lengths))
@@ -92,8 +92,8 @@ def gated_stages(
         notes += _held(alignment, method.rank)
     with faults.collected():
         if not (load.served or faults.texts):
-            asked = read.questions, usual.prompt, load.answer
-            if longest := longest_answer(model, folder, *asked, device, place):
+            sampled = read.questions, usual.prompt, load.answer
+            if longest := longest_answer(model, folder, *sampled, device, place):
                 usual = replace(usual, answer=longest)
                 notes += [f"answers are reckoned at {longest} tokens, the longest of a few"]
     both = zip(stages(model, usual, device), stages(model, load, device), strict=True)
@@ -110,13 +110,13 @@ def gated_stages(
 
 @dataclass(frozen=True)
 class _Read:
-    """Image and text questions, as far as they could be read. lengths: tokens of each image question; told: tokens of
-    the longest text question; notes: what was assumed, in words."""
+    """Image and text questions, as far as they could be read. lengths: tokens of each image question; text_prompt:
+    tokens of the longest text question; notes: what was assumed, in words."""
 
     questions: list[Question]
     text: list[Question]
     lengths: list[int]
-    told: int
+    text_prompt: int
     notes: tuple[str, ...]
 
 
@@ -137,14 +137,14 @@ def _read(recipe: Recipe, method: GatedMethod, alignment: Alignment, folder: Pat
         check_servers(recipe, method, alignment.vlm.path, donors_at)
     with faults.collected():
         match_projections(empty_vlm(folder), [tensor.name for tensor in alignment.merged])
-    count, told = len(questions) or calibration.samples + calibration.held_out, ASSUMED_TEXT
+    count, text_prompt = len(questions) or calibration.samples + calibration.held_out, ASSUMED_TEXT
     assumed = f"the questions were not read: {count} of {ASSUMED_PROMPT} tokens each are assumed"
     lengths = [ASSUMED_PROMPT] * count
     with faults.collected():
         lengths = _prompt_lengths(folder, questions, calibration.max_new_tokens) if questions else lengths
     with faults.collected():
-        told = max(_prompt_lengths(folder, text, method.donor_length)) if text else told
-    return _Read(questions, text, lengths, told, () if questions else (assumed,))
+        text_prompt = max(_prompt_lengths(folder, text, method.donor_length)) if text else text_prompt
+    return _Read(questions, text, lengths, text_prompt, () if questions else (assumed,))
 
 
 def _device(alignment: Alignment, faults: Faults) -> tuple[Device, tuple[Any, Any]]:
@@ -159,8 +159,9 @@ def _device(alignment: Alignment, faults: Faults) -> tuple[Device, tuple[Any, An
     return device_of(*place), place
 
 
-def _load(method: GatedMethod, lengths: Sequence[int], matched: int, told: int) -> Work:
-    """A method's work on questions, all as long as the longest, and on `matched` text questions of `told` tokens."""
+def _load(method: GatedMethod, lengths: Sequence[int], matched: int, text_prompt: int) -> Work:
+    """A method's work on questions, all as long as the longest, and on `matched` text questions of `text_prompt`
+    tokens."""
     from vlmgraft.costs.cost import Work
     from vlmgraft.distillation.fits import largest_batch
     from vlmgraft.distillation.trainer import Training
@@ -181,8 +182,8 @@ def _load(method: GatedMethod, lengths: Sequence[int], matched: int, told: int) 
         budget=frism is not None and frism.kl_budget is not None,
         observe_every=Training(learning_rate=frism.learning_rate).observe_every if frism else 1,
         matched=matched,
-        told=told,
-        replied=method.donor_length,
+        text_prompt=text_prompt,
+        text_answer=method.donor_length,
         served=calibration.endpoint is not None,
         donor_served=frism is not None and frism.donor_endpoint is not None,
     )

@@ -106,8 +106,8 @@ class Endpoint:
         return [reply.result() for reply in replies]
 
     def _answer(self, question: Question, limit: int) -> Reply:
-        asked = {"temperature": 0, "max_tokens": limit, "return_token_ids": True, "skip_special_tokens": False}
-        reply = self.chat(_content(question), asked)
+        options = {"temperature": 0, "max_tokens": limit, "return_token_ids": True, "skip_special_tokens": False}
+        reply = self.chat(_content(question), options)
         choice, usage = reply["choices"][0], reply.get("usage")
         message, tokens, reason = choice["message"], choice.get("token_ids"), choice.get("finish_reason")
         text = message.get("content") or ""
@@ -151,7 +151,7 @@ class Endpoint:
             except (OSError, ValueError, HTTPException, RecursionError) as error:
                 if pause is None or not _passing(error):
                     where = f"{self.model} at {self.url}" if self.model else self.url
-                    raise VlmgraftError(f"{where}: {error!s:.200} {_told(error)}; is the server up?") from error
+                    raise VlmgraftError(f"{where}: {error!s:.200} {_refusal(error)}; is the server up?") from error
                 time.sleep(pause)
         raise AssertionError
 
@@ -162,7 +162,7 @@ def _passing(error: Exception) -> bool:
     return isinstance(dropped, ConnectionResetError) or getattr(error, "code", None) in BUSY
 
 
-def _told(error: Exception) -> str:
+def _refusal(error: Exception) -> str:
     """The text of a server's error response."""
     try:
         return error.read(300).decode(errors="replace") if isinstance(error, urllib.error.HTTPError) else ""

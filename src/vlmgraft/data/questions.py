@@ -180,9 +180,9 @@ def _parse(row: Row, folder: Path, where: str, need_images: bool, check_images: 
         raise DataError(f'{where}: column "{unseen}" is not shown; only images are. Drop the row')
     question, given = row.get("question"), pictures_of(row)
     if question is None and (row.get("messages") or row.get("conversations")):
-        from vlmgraft.data.traces import first_asked
+        from vlmgraft.data.traces import first_user_turn
 
-        question, given = first_asked(row, given, where)
+        question, given = first_user_turn(row, given, where)
     if not isinstance(question, str) or not question.strip():
         raise DataError(
             f'{where}: needs a "question" that is a text, got {str(row)[:80]!r}; write one, or drop the line'

@@ -139,7 +139,7 @@ def _trace(row: Mapping[str, Any], folder: Path, where: str) -> Trace:
     return Trace(tuple(prompt), answer, tuple(images))
 
 
-def first_asked(row: Row, images: list[Any], where: str) -> tuple[str, list[Any]]:
+def first_user_turn(row: Row, images: list[Any], where: str) -> tuple[str, list[Any]]:
     """(text, images) of a chat's first user turn. The images are those in its parts, or as many of the row's `images`
     as the turn has marks, or all if the chat has no marks. Raises DataError if there is no user turn."""
     turns = [turn["content"] for turn in _turns(row, where) if turn["role"] == "user"]
@@ -162,13 +162,13 @@ def _turns(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
         raise _bad(where, f"its chat must be a list of turns, got {chat!r:.80}")
     turns = []
     for turn in chat:
-        speaker = str(turn.get("role", turn.get("from")))
-        if speaker not in ROLES:
-            raise _bad(where, f"role {speaker!r:.60} is none of {', '.join(ROLES)}")
+        role = str(turn.get("role", turn.get("from")))
+        if role not in ROLES:
+            raise _bad(where, f"role {role!r:.60} is none of {', '.join(ROLES)}")
         content = turn.get("content", turn.get("value")) or ""
-        whole = isinstance(content, str) and ROLES[speaker] == "assistant"  # an answer may mention <image>
+        whole = isinstance(content, str) and ROLES[role] == "assistant"  # an answer may mention <image>
         parts = [{"type": "text", "text": content}] if whole else _parts(content, where)
-        turns.append({"role": ROLES[speaker], "content": parts})
+        turns.append({"role": ROLES[role], "content": parts})
     return _checked(_with_system(row, turns, where), where)
 
 
@@ -210,9 +210,9 @@ def _exchange(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     if not isinstance(history, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
         raise _bad(where, f'column "history" must be pairs of question and answer, got {history!r:.60}')
     turns = []
-    for asked, replied in [*history, (question, learned)]:
-        turns.append({"role": "user", "content": _parts(asked, where)})
-        turns.append({"role": "assistant", "content": [{"type": "text", "text": str(replied)}]})
+    for prompt, reply in [*history, (question, learned)]:
+        turns.append({"role": "user", "content": _parts(prompt, where)})
+        turns.append({"role": "assistant", "content": [{"type": "text", "text": str(reply)}]})
     return _checked(_with_system(row, turns, where), where)
 
 

@@ -83,10 +83,10 @@ def check_questions(job: Job) -> list[int]:
             "task_arithmetic with scale: 0, and give that folder"
         )
     match_projections(empty_vlm(job.vlm.path), [tensor.name for tensor in job.alignment.merged])
-    learned, held_out, donors, unseen = job.asked
+    learned, held_out, donors, unseen = job.required_questions
     if rank_and_world()[1] > 1:
-        asked = [alignment.donor for alignment, questions in zip(job.alignments, donors, strict=False) if questions]
-        check_sharding(default_device(), *asked)
+        answering = [alignment.donor for alignment, questions in zip(job.alignments, donors, strict=False) if questions]
+        check_sharding(default_device(), *answering)
     if isinstance(job.method, Frism):
         check_guarantee(job.method)
     longest = job.method.calibration.max_new_tokens
@@ -201,7 +201,7 @@ def _learn(job: Job, store: Store, out: Path, progress: Progress | None) -> Gate
     with distiller_for(job, store, out, progress) as (distiller, donor):
         state = out.with_name(out.name + ".state")
         started = agreed(state.is_file)
-        unseen = job.asked.unseen
+        unseen = job.required_questions.unseen
         prompts = distiller.teacher_targets(unseen) if unseen else None
         learned = learned_gates(distiller, method, donor, started=started, state=state)
         if (held_out := distiller.held_out_targets) is not None and not _measured(learned, held_out):

@@ -47,7 +47,7 @@ def distiller_for(
     Donors answer before the VLM is loaded: no two models are in memory at once.
     """
     method = job.method
-    learned, held_out, _, _ = job.asked
+    learned, held_out, _, _ = job.required_questions
     device = default_device()
     tensors = job.vlm.tensors.values()
     dtype = learning_dtype(device, sum(info.elements for info in tensors), {info.dtype for info in tensors})
@@ -99,7 +99,7 @@ def _donor_outputs(
     options = {**reading_of(method), "max_new_tokens": method.donor_length, "batch_size": DONOR_BATCH}
     options |= {"cache": cache, "progress": progress}
     endpoints = donor_endpoints(job.recipe, method, [alignment.donor.path for alignment in job.alignments])
-    for alignment, questions, endpoint in zip(job.alignments, job.asked.donors, endpoints, strict=True):
+    for alignment, questions, endpoint in zip(job.alignments, job.required_questions.donors, endpoints, strict=True):
         path = alignment.donor.path
         here = offload and not alignment.donor.packed  # a quantised donor is small, and its tensors are of other types
         donor = _loaded(load_text_model, text_shards, path, **placed, offload=here)

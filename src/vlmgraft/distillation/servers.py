@@ -58,7 +58,7 @@ def check_servers(recipe: Recipe, method: GatedMethod, vlm: Path, donors: Sequen
 def served(teacher: tuple[Any, Any], max_new_tokens: int, endpoint: Endpoint) -> Generate:
     """Answers from a server; a reply without token ids is encoded by the teacher's tokenizer."""
     tokenizer, rows = tokenizer_of(teacher[1]), len(teacher[0].get_input_embeddings().weight)
-    end, asked = tokenizer.eos_token_id, endpoint
+    end, server = tokenizer.eos_token_id, endpoint
 
     def ids(reply: Reply) -> list[int]:
         if reply.tokens is not None:
@@ -69,9 +69,9 @@ def served(teacher: tuple[Any, Any], max_new_tokens: int, endpoint: Endpoint) ->
         return read + [end] * (reply.ended and end is not None and read[-1:] != [end])
 
     def generate(questions: Sequence[Question]) -> tuple[list[list[int]], list[int]]:
-        nonlocal asked
-        asked = asked.serving()  # contacted only when an answer is missing
-        replies = asked.answer(questions, max_new_tokens)
+        nonlocal server
+        server = server.serving()  # contacted only when an answer is missing
+        replies = server.answer(questions, max_new_tokens)
         lengths = [reply.prompt_tokens for reply in replies]
         if not all(lengths):
             lengths = prompt_lengths(teacher[1], questions)
@@ -85,12 +85,12 @@ def check_own(prompts: Prompts, index: int, target: Distribution, endpoint: Endp
     DataError."""
     ids, predicts, answered = prompts.answered(index)
     rows = answered[predicts]  # which distributions are of answer tokens
-    told, log_p = ids.roll(-1, dims=1)[answered], target.log_p[rows].cpu()
+    answer_tokens, log_p = ids.roll(-1, dims=1)[answered], target.log_p[rows].cpu()
     if target.ids is None:
         chosen = log_p.argmax(-1)
     else:
         chosen = target.ids[rows].cpu().gather(1, log_p[:, :-1].argmax(-1)[:, None])[:, 0]
-    own, of_answer = (chosen == told).float(), answered.nonzero()[:, 0]
+    own, of_answer = (chosen == answer_tokens).float(), answered.nonzero()[:, 0]
     counts = torch.bincount(of_answer, minlength=len(ids))
     shares = torch.bincount(of_answer, own, len(ids)) / counts.clamp_min(1)
     shares = torch.cat([shares[counts >= LONG_ENOUGH], own.mean()[None]])

@@ -103,9 +103,9 @@ def teacher_outputs(
         raise DataError(f'tokens: {tokens!r} is neither "answer" nor "all"')
     answering = answer_batch_size or batch_size
     limit = answer_batch_tokens if endpoint is None else None
-    asked = answer_groups(teacher[1], questions, answering, limit, max_new_tokens)
+    answer_batches = answer_groups(teacher[1], questions, answering, limit, max_new_tokens)
     depends = [questions_digest(questions), max_new_tokens, answering] if cache else []
-    if asked != answer_groups(teacher[1], questions, answering):
+    if answer_batches != answer_groups(teacher[1], questions, answering):
         depends.append(limit)
     key = digest(teacher_digest(*teacher), *depends) if cache else ""
     key += "-served" if cache and endpoint else ""
@@ -113,7 +113,7 @@ def teacher_outputs(
     image_tokens = placeholders(teacher[0]) | placeholders(student[0])
     features = ImageFeatures(teacher[0], image_tokens)
     generate = _generation(teacher, max_new_tokens) if endpoint is None else served(teacher, max_new_tokens, endpoint)
-    answers, lengths = _answers(generate, questions, asked, units, features, progress)
+    answers, lengths = _answers(generate, questions, answer_batches, units, features, progress)
     answers = [before_placeholders(image_tokens, answer) for answer in answers]
     _check_answers(teacher[0], questions, answers)
     lengths = [prompt + len(answer) for prompt, answer in zip(lengths, answers, strict=True)]

@@ -106,7 +106,7 @@ class VllmEngine:
     def answer(self, questions: Sequence[Question], seed: int) -> list[Answer]:
         """One call of `generate`; sampled answers depend on the seed, not on what else is asked."""
         prompts = [prompt_text(self.processor, question) for question in questions]
-        asked = [
+        requests = [
             {"prompt": prompt, **({"multi_modal_data": {"image": list(question.images)}} if question.images else {})}
             for prompt, question in zip(prompts, questions, strict=True)
         ]
@@ -116,7 +116,7 @@ class VllmEngine:
             top_p=self.sampling.top_p,
             seed=seed,
         )
-        outputs = [(result, result.outputs[0]) for result in self.llm.generate(asked, params, use_tqdm=False)]
+        outputs = [(result, result.outputs[0]) for result in self.llm.generate(requests, params, use_tqdm=False)]
         return [
             Answer(
                 output.text.strip(),

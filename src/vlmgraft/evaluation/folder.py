@@ -59,7 +59,7 @@ def opened(out: Path, settings: dict[str, Any], resume: bool, model: str | Path)
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Raise OutputError if a folder was begun with other settings."""
-    before, now = (_kept(asked) for asked in (read_json(folder / RUN), settings))
+    before, now = (_kept(run_settings) for run_settings in (read_json(folder / RUN), settings))
     changed = [name for name in now if before.get(name) != now[name]]
     if changed:
         old, new = ({name: side.get(name) for name in changed} for side in (before, now))

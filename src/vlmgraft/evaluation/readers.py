@@ -62,11 +62,10 @@ def load_suite(
     for field, value in (columns or {}).items():
         if not any(name.endswith("*") or name.rstrip("|") in seen for name in value.split("+")):
             check_columns({field: value}, seen, source)
-    items = [_item(row, at, name, preset, folder) for at, row in enumerate(rows[:limit])]
-    asked, renamed = unique(items)
+    items, renamed = unique([_item(row, at, name, preset, folder) for at, row in enumerate(rows[:limit])])
     if turn_options:
-        asked = tuple(circular(asked))
-    return Suite(name, asked, preset.suffix, preset.max_new_tokens, renamed)
+        items = tuple(circular(items))
+    return Suite(name, items, preset.suffix, preset.max_new_tokens, renamed)
 
 
 def mapped(columns: Columns, changes: Mapping[str, str]) -> Columns:

@@ -110,7 +110,7 @@ def summarise(
 def count(records: Sequence[Record]) -> Counts:
     """The counts of some records."""
     states = [record.state for record in records]
-    asked = [record for record in records if record.state in ("scored", "unscored")]
+    answered = [record for record in records if record.state in ("scored", "unscored")]
     return Counts(
         items=len(records),
         scored=sum(state in COUNTED for state in states),
@@ -118,11 +118,11 @@ def count(records: Sequence[Record]) -> Counts:
         unscored=states.count("unscored"),
         not_asked=states.count("not asked"),
         failed=states.count("failed"),
-        cut=sum(record.cut for record in asked),
-        not_found=sum(not record.found for record in asked),
-        repeated=sum(record.repeated for record in asked),
+        cut=sum(record.cut for record in answered),
+        not_found=sum(not record.found for record in answered),
+        repeated=sum(record.repeated for record in answered),
         empty=sum(record.empty for record in records),
-        tokens=round(sum(record.tokens for record in asked) / max(1, len(asked)), 2),
+        tokens=round(sum(record.tokens for record in answered) / max(1, len(answered)), 2),
     )
 
 

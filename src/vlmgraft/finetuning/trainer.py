@@ -94,9 +94,9 @@ def trainer_arguments(folder: Path, train: Mapping[str, Any]) -> Any:
         except ValidationError as error:
             raise RecipeError(f"train.{key}: {value!r:.80}: {error.errors()[0]['msg'].lower()}") from None
     defaults = {short.get(key, key): value for key, value in DEFAULTS.items()}
-    asked = default_device().type if os.environ.get("VLMGRAFT_DEVICE") else ""
-    place = {"use_cpu": asked == "cpu"} if asked else {}
-    settings = {**defaults, "bf16": torch.cuda.is_available() and asked != "cpu", **given, **place}
+    device_type = default_device().type if os.environ.get("VLMGRAFT_DEVICE") else ""
+    place = {"use_cpu": device_type == "cpu"} if device_type else {}
+    settings = {**defaults, "bf16": torch.cuda.is_available() and device_type != "cpu", **given, **place}
     try:
         return SFTConfig(output_dir=str(folder), completion_only_loss=True, **settings)
     except (TypeError, ValueError, OverflowError, ImportError, OSError) as error:

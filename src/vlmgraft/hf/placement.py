@@ -62,8 +62,8 @@ def learning_dtype(device: torch.device, parameters: int, stored: set[str]) -> t
     and at 140 in float32. stored: dtypes as safetensors names them.
     """
     native = torch.cpu._is_amx_tile_supported()
-    asked = device.type != "cpu" or os.environ.get("VLMGRAFT_DTYPE")
-    if asked or parameters < LARGE or not stored <= {"BF16"} or not native:
+    chosen = device.type != "cpu" or os.environ.get("VLMGRAFT_DTYPE")
+    if chosen or parameters < LARGE or not stored <= {"BF16"} or not native:
         return default_dtype(device)
     return torch.bfloat16
 

@@ -127,12 +127,12 @@ class Comparison:
     @cached_property
     def calibration(self) -> tuple[Question, ...]:
         """Image questions without labels, of the calibration split."""
-        return asked(self.exam(self.seed, "calibration", self.sizes.calibration // 4))
+        return without_answers(self.exam(self.seed, "calibration", self.sizes.calibration // 4))
 
     @cached_property
     def donor_questions(self) -> tuple[Question, ...]:
         """Unlabelled text sums for donor matching."""
-        return asked(draw_exam(self.seed, "calibration", {"sum": self.sizes.donor}, as_image=False))
+        return without_answers(draw_exam(self.seed, "calibration", {"sum": self.sizes.donor}, as_image=False))
 
     @cached_property
     def donor(self) -> Any:
@@ -201,7 +201,7 @@ class Comparison:
         return max(scored, key=lambda choice: choice.score)
 
 
-def asked(exam: Exam) -> tuple[Question, ...]:
+def without_answers(exam: Exam) -> tuple[Question, ...]:
     """The exam's questions without their answers."""
     return tuple(Question(question.question, question.images) for question in exam.questions)
 

@@ -23,7 +23,7 @@ from vlmgraft.alignment import AlignedTensor
 from vlmgraft.checkpoint.handles import TORCH_DTYPES, as_bytes
 from vlmgraft.checkpoint.writer import Writer
 from vlmgraft.errors import NumericalError, WeightsError
-from vlmgraft.merging.pieces import AHEAD, WIDE, Inputs, Lane, Pieces, chunks_of, squared_norm
+from vlmgraft.merging.pieces import AHEAD, WIDE, Inputs, Pieces, Workspace, chunks_of, squared_norm
 from vlmgraft.merging.plan import CHUNK, streamed
 from vlmgraft.merging.rounding import ChunkFacts, inner, round_stochastically, survival
 from vlmgraft.methods.base import Method, TensorContext
@@ -123,28 +123,28 @@ class Merger:
 
     def work(self, task: Task) -> tuple[Task, list[ChunkFacts]]:
         """Copy or merge one range; returns the facts of its chunks."""
-        lane = self.inputs.lanes.get()
+        workspace = self.inputs.workspaces.get()
         try:
             if not self._merges(task.tensor):
-                return task, [ChunkFacts(nonfinite=self._copy(task, lane))]
+                return task, [ChunkFacts(nonfinite=self._copy(task, workspace))]
             if self.method.whole_tensors:
-                return task, self._matrix(task.tensor, lane)
+                return task, self._matrix(task.tensor, workspace)
             with reused():
-                return task, list(self._chunks(task, lane))
+                return task, list(self._chunks(task, workspace))
         finally:
-            self.inputs.lanes.put(lane)
+            self.inputs.workspaces.put(workspace)
 
-    def _chunks(self, task: Task, lane: Lane) -> Iterator[ChunkFacts]:
+    def _chunks(self, task: Task, workspace: Workspace) -> Iterator[ChunkFacts]:
         """Merge a range chunk by chunk: in the compiled pass if possible, else in torch."""
         tensor, fast = task.tensor, self.compiled and self._in_bfloat16(task.tensor)
         step = WIDE * CHUNK if fast else task.stop - task.start
         for start in range(task.start, task.stop, step):
             stop = min(start + step, task.stop)
-            if fast and (facts := self._fused(tensor, start, stop - start, lane)) is not None:
+            if fast and (facts := self._fused(tensor, start, stop - start, workspace)) is not None:
                 yield facts
                 continue
-            for context, raw, pieces in chunks_of(self.inputs, tensor, start, stop, lane):
-                yield self._chunk(tensor, context, raw, pieces, lane)
+            for context, raw, pieces in chunks_of(self.inputs, tensor, start, stop, workspace):
+                yield self._chunk(tensor, context, raw, pieces, workspace)
 
     def _in_bfloat16(self, tensor: AlignedTensor) -> bool:
         """Whether all inputs and the output of a tensor are bfloat16 in the same order, rounded to nearest."""
@@ -154,7 +154,7 @@ class Merger:
         dtypes = {self.inputs.readers[key].info(source.names[0]).dtype for key, source in sources.items()}
         return dtypes | {self.inputs.info(tensor).dtype, self.writer.spec(tensor.name).dtype} == {"BF16"}
 
-    def _fused(self, tensor: AlignedTensor, start: int, count: int, lane: Lane) -> ChunkFacts | None:
+    def _fused(self, tensor: AlignedTensor, start: int, count: int, workspace: Workspace) -> ChunkFacts | None:
         """Merge one chunk in the compiled pass and write it; None, with nothing written, where torch must merge it."""
         fused = self.method.fused(self.inputs.context(tensor, start))
         names = {key: source.names[0] for key, source in self.inputs.sources(tensor).items()}
@@ -164,58 +164,58 @@ class Merger:
 
         if not is_torch(fused.form):
             return None
-        raw = {key: lane.views[key][: 2 * count] for key in ("vlm", *names)}
+        raw = {key: workspace.views[key][: 2 * count] for key in ("vlm", *names)}
         for key, view in raw.items():
             reader = self.inputs.readers[key]
             reader.read_bytes(reader.info(names.get(key, tensor.name)), 2 * start, view)
-        out = lane.views["out"][: 2 * count]
+        out = workspace.views["out"][: 2 * count]
         facts = merge_chunk(fused, raw, out)
         if facts is not None:
             self.writer.write_bytes(tensor.name, 2 * start, out)
         return facts
 
-    def _copy(self, task: Task, lane: Lane) -> int:
+    def _copy(self, task: Task, workspace: Workspace) -> int:
         """Copy a range; returns how many of its values are NaN or infinite."""
-        info, buffer = self.inputs.info(task.tensor), lane.views["vlm"]
+        info, buffer = self.inputs.info(task.tensor), workspace.views["vlm"]
         nonfinite = 0
         for offset in range(task.start, task.stop, len(buffer)):
             piece = buffer[: min(len(buffer), task.stop - offset)]
             self.inputs.readers["vlm"].read_bytes(info, offset, piece)
             self.writer.write_bytes(info.name, offset, piece)
-            nonfinite += count_nonfinite(lane.raw["vlm"][: len(piece)], TORCH_DTYPES[info.dtype])
+            nonfinite += count_nonfinite(workspace.raw["vlm"][: len(piece)], TORCH_DTYPES[info.dtype])
         return nonfinite
 
     def _chunk(
-        self, tensor: AlignedTensor, context: TensorContext, raw: memoryview, pieces: Pieces, lane: Lane
+        self, tensor: AlignedTensor, context: TensorContext, raw: memoryview, pieces: Pieces, workspace: Workspace
     ) -> ChunkFacts:
         """Merge one chunk and write it."""
-        own, moved = self._squares(tensor, pieces, lane)
+        own, moved = self._squares(tensor, pieces, workspace)
         merged = self.method.apply(pieces, context)
         if merged is pieces["vlm"] and not self._recast(tensor):
             self.writer.write_bytes(tensor.name, context.start * (len(raw) // merged.numel()), raw)
             return ChunkFacts(moved, weight=own)
-        return self._write(tensor, context.start, (own, moved), merged, pieces["vlm"], lane)
+        return self._write(tensor, context.start, (own, moved), merged, pieces["vlm"], workspace)
 
-    def _matrix(self, tensor: AlignedTensor, lane: Lane) -> list[ChunkFacts]:
+    def _matrix(self, tensor: AlignedTensor, workspace: Workspace) -> list[ChunkFacts]:
         """Merge a whole tensor and write it chunk by chunk."""
         raw, pieces = self.inputs.whole(tensor)
         flat = [dict(zip(pieces, parts, strict=True)) for parts in _split(pieces.values())]
-        known = [self._squares(tensor, chunk, lane) for chunk in flat]
+        known = [self._squares(tensor, chunk, workspace) for chunk in flat]
         merged = self.method.apply(pieces, self.inputs.context(tensor))
         if merged is pieces["vlm"] and not self._recast(tensor):
             self.writer.write_bytes(tensor.name, 0, as_bytes(raw))
             return [ChunkFacts(moved, weight=own) for own, moved in known]
         return [
-            self._write(tensor, number * CHUNK, known[number], piece, flat[number]["vlm"], lane)
+            self._write(tensor, number * CHUNK, known[number], piece, flat[number]["vlm"], workspace)
             for number, piece in enumerate(merged.reshape(-1).split(CHUNK))
         ]
 
-    def _squares(self, tensor: AlignedTensor, pieces: Pieces, lane: Lane) -> tuple[float, float]:
+    def _squares(self, tensor: AlignedTensor, pieces: Pieces, workspace: Workspace) -> tuple[float, float]:
         """‖VLM‖² and ‖donor − base‖² of a chunk; raises WeightsError where any checkpoint is not finite."""
         own, moved = squared_norm(pieces["vlm"]), 0.0
         found = own
         if "donor_base" in pieces:
-            scratch = lane.scratch[: pieces["vlm"].numel()]
+            scratch = workspace.scratch[: pieces["vlm"].numel()]
             moved = squared_norm(torch.sub(pieces["donor"], pieces["donor_base"], out=scratch))
             found += moved
         elif "donor" in pieces:
@@ -234,7 +234,7 @@ class Merger:
         squares: tuple[float, float],
         merged: Tensor,
         before: Tensor,
-        lane: Lane,
+        workspace: Workspace,
     ) -> ChunkFacts:
         """Cast to the output's dtype and write a merged piece; squares: ‖before‖² and ‖donor − base‖².
 
@@ -242,11 +242,11 @@ class Merger:
         """
         spec = self.writer.spec(tensor.name)
         dtype = TORCH_DTYPES[spec.dtype]
-        meant = torch.sub(merged, before, out=lane.scratch[: merged.numel()])
+        meant = torch.sub(merged, before, out=workspace.scratch[: merged.numel()])
         added = squared_norm(meant)
         if math.isnan(added):
             raise NumericalError(f"{tensor.name}: method {self.method.name} gave NaN or infinity from finite weights")
-        raw = lane.raw["out"][: merged.numel() * dtype.itemsize]
+        raw = workspace.raw["out"][: merged.numel() * dtype.itemsize]
         cast = raw.view(dtype)
         if self.seed is None:
             cast.copy_(merged)
@@ -263,9 +263,9 @@ class Merger:
                     "output: {overflow: clamp}"
                 )
             cast.copy_(merged.clamp(-largest, largest))
-        self.writer.write_bytes(tensor.name, start * dtype.itemsize, lane.views["out"][: len(raw)])
+        self.writer.write_bytes(tensor.name, start * dtype.itemsize, workspace.views["out"][: len(raw)])
         # the VLM's bytes are no longer needed: their memory takes the written values
-        written = lane.raw["vlm"][: 4 * merged.numel()].view(torch.float32).copy_(cast).sub_(before)
+        written = workspace.raw["vlm"][: 4 * merged.numel()].view(torch.float32).copy_(cast).sub_(before)
         changed = int(np.count_nonzero(written.numpy() != 0))  # six times as fast as torch's
         error = written.sub_(meant)
         return ChunkFacts(

@@ -20,7 +20,7 @@ from vlmgraft.checkpoint.reader import Reader
 from vlmgraft.checkpoint.writer import Writer
 from vlmgraft.errors import NumericalError, VlmgraftError
 from vlmgraft.merging.engine import Merger
-from vlmgraft.merging.pieces import Inputs, Lane, MergedPasses
+from vlmgraft.merging.pieces import Inputs, MergedPasses, Workspace
 from vlmgraft.merging.plan import check_needs, written_specs
 from vlmgraft.merging.receipt import Receipt, fingerprint, receipt_of
 from vlmgraft.merging.rounding import Survival
@@ -104,7 +104,7 @@ def _merge(
         pool = stack.enter_context(ThreadPoolExecutor(threads))
         stack.enter_context(one_core_each())  # our threads share the work; torch's own would compete with them
         for _ in range(threads):
-            inputs.lanes.put(Lane(read))
+            inputs.workspaces.put(Workspace(read))
         prepared = method.prepare(MergedPasses(inputs, pool, threads, may_guess))
         merger = Merger(inputs, prepared, writer, **options, compiled=bool(_numba(alignment, prepared)))
         try:

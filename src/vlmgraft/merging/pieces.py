@@ -1,8 +1,8 @@
 """Float32 pieces of the merged tensors from the open checkpoints, checked for NaN and infinity.
 
-A `Lane` is the memory of one thread: it is allocated once, and every chunk is read and converted into it. A chunk is
-checked by its squared norm, which is needed anyway and is finite only if every element is: one reduction instead of a
-mask. If the square overflows, the elements are checked. `MergedPasses` iterates over the same pieces for methods that
+A `Workspace` is the memory of one thread: it is allocated once, and every chunk is read and converted into it. A chunk
+is checked by its squared norm, which is needed anyway and is finite only if every element is: one reduction instead of
+a mask. If the square overflows, the elements are checked. `MergedPasses` iterates over the same pieces for methods that
 must see all weights before they can merge any.
 """
 
@@ -48,7 +48,7 @@ def squared_norm(piece: Tensor) -> float:
     return float(piece.double().square().sum()) if torch.isfinite(piece).all() else math.nan
 
 
-class Lane:
+class Workspace:
     """The memory of one thread: a chunk of every checkpoint as on disk and in float32, a scratch, and the output."""
 
     def __init__(self, keys: Iterable[str]) -> None:
@@ -69,7 +69,7 @@ class Inputs:
 
     alignment: Alignment
     readers: dict[str, Reader]
-    lanes: SimpleQueue[Lane] = field(default_factory=SimpleQueue)
+    workspaces: SimpleQueue[Workspace] = field(default_factory=SimpleQueue)
 
     def sources(self, tensor: AlignedTensor) -> dict[str, Source]:
         """The sources of a tensor in the open checkpoints other than the VLM, by checkpoint."""
@@ -110,33 +110,33 @@ class Inputs:
         self.check(tensor, {key: piece})
         return piece
 
-    def chunk(self, tensor: AlignedTensor, start: int, count: int, lane: Lane) -> tuple[memoryview, Pieces]:
-        """Elements from `start` on, in the lane's memory: the VLM's bytes as on disk, and all checkpoints' float32."""
+    def chunk(self, tensor: AlignedTensor, start: int, count: int, workspace: Workspace) -> tuple[memoryview, Pieces]:
+        """Elements from `start` on, in the workspace: the VLM's bytes as on disk, and all checkpoints' float32."""
         info = self.info(tensor)
-        pieces = {"vlm": lane.floats["vlm"][:count]}
-        raw = self._read("vlm", tensor.name, start, pieces["vlm"], lane)
+        pieces = {"vlm": workspace.floats["vlm"][:count]}
+        raw = self._read("vlm", tensor.name, start, pieces["vlm"], workspace)
         for key, source in self.sources(tensor).items():
-            pieces[key] = lane.floats[key][:count]
+            pieces[key] = workspace.floats[key][:count]
             shared = count
             if source.layout.kind == "rows":  # the rows that the source does not have are the VLM's
                 shared = source.layout.rows * (info.elements // info.shape[0]) - start
                 shared = max(0, min(count, shared))
                 pieces[key][shared:] = pieces["vlm"][shared:]
             if shared:
-                self._read(key, source.names[0], start, pieces[key][:shared], lane)
+                self._read(key, source.names[0], start, pieces[key][:shared], workspace)
             kept, width = source.layout.kept, info.elements // info.shape[0]
             for row in kept[bisect_left(kept, start // width) : bisect_left(kept, -(-(start + count) // width))]:
                 inside = slice(max(0, row * width - start), (row + 1) * width - start)  # the row is another token's
                 pieces[key][inside] = pieces["vlm"][inside]
         return raw, pieces
 
-    def _read(self, key: str, name: str, start: int, out: Tensor, lane: Lane) -> memoryview:
+    def _read(self, key: str, name: str, start: int, out: Tensor, workspace: Workspace) -> memoryview:
         """Fill `out` with elements of a tensor on disk; returns their bytes."""
         info = self.readers[key].info(name)
         dtype = TORCH_DTYPES[info.dtype]
-        raw = lane.views[key][: out.numel() * dtype.itemsize]
+        raw = workspace.views[key][: out.numel() * dtype.itemsize]
         self.readers[key].read_bytes(info, start * dtype.itemsize, raw)
-        out.copy_(lane.raw[key][: len(raw)].view(dtype))
+        out.copy_(workspace.raw[key][: len(raw)].view(dtype))
         return raw
 
     def check(self, tensor: AlignedTensor, pieces: Mapping[str, Tensor]) -> None:
@@ -161,16 +161,16 @@ class Inputs:
 
 
 def chunks_of(
-    inputs: Inputs, tensor: AlignedTensor, start: int, stop: int, lane: Lane, sample: int = 1
+    inputs: Inputs, tensor: AlignedTensor, start: int, stop: int, workspace: Workspace, sample: int = 1
 ) -> Iterator[tuple[TensorContext, memoryview, Pieces]]:
-    """(context, the VLM's bytes, float32 pieces) of every chunk of a range, in the lane's memory if sources line up.
+    """(context, the VLM's bytes, float32 pieces) of every chunk of a range, in the workspace if sources line up.
 
     sample: only one in `sample` elements (at least `WIDE`, unless 1): the first of every `WIDE` chunks, rounded up.
     """
     step = CHUNK if sample == 1 else WIDE * CHUNK
     if lines_up(tensor):
         for first in range(start, stop, step):
-            raw, pieces = inputs.chunk(tensor, first, -(-min(step, stop - first) // sample), lane)
+            raw, pieces = inputs.chunk(tensor, first, -(-min(step, stop - first) // sample), workspace)
             yield inputs.context(tensor, first), raw, pieces
         return
     own, whole = inputs.whole(tensor)
@@ -207,16 +207,16 @@ class MergedPasses:
 
         def work(task: tuple[AlignedTensor, int, int]) -> list[tuple[TensorContext, T]]:
             tensor, start, stop = task
-            lane = self.inputs.lanes.get()
+            workspace = self.inputs.workspaces.get()
             try:
                 made = []
-                for context, _, pieces in chunks_of(self.inputs, tensor, start, stop, lane, sample):
+                for context, _, pieces in chunks_of(self.inputs, tensor, start, stop, workspace, sample):
                     self.inputs.check(tensor, pieces)
                     with reused():
                         made.append((context, function(pieces, context)))
                 return made
             finally:
-                self.inputs.lanes.put(lane)
+                self.inputs.workspaces.put(workspace)
 
         tasks = (
             (tensor, start, stop)

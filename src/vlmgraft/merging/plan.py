@@ -151,6 +151,6 @@ def _memory(alignment: Alignment, whole: int, threads: int, sources: bool) -> in
     opened = [getattr(alignment, key) for key in ("vlm", *(OTHERS if sources else ()))]
     largest = [max(one.tensors[name].elements for name in one.packed) for one in opened if one and one.packed]
     keys = 1 + others
-    lane = CHUNK * (keys * (WIDEST + 4) + WIDEST + 4)
+    workspace = CHUNK * (keys * (WIDEST + 4) + WIDEST + 4)
     dequantised = sum(DEQUANTISING * elements for elements in largest)
-    return threads * (lane + 4 * CHUNK * 4 + whole * (keys * (4 + WIDEST // 2) + 8)) + dequantised
+    return threads * (workspace + 4 * CHUNK * 4 + whole * (keys * (4 + WIDEST // 2) + 8)) + dequantised

@@ -52,9 +52,9 @@ def build(session: Session, marks: Sequence[str], max_new_tokens: int) -> Any:
     """The page as a gradio application, which is not started."""
     gradio = require_gradio()
 
-    def answer(*asked: Any) -> Iterator[tuple[str, ...]]:
+    def answer(*inputs: Any) -> Iterator[tuple[str, ...]]:
         try:
-            yield from answers(session, max_new_tokens, *asked)
+            yield from answers(session, max_new_tokens, *inputs)
         except VlmgraftError as error:
             raise gradio.Error(str(error), print_exception=False) from error
 
@@ -73,9 +73,9 @@ def build(session: Session, marks: Sequence[str], max_new_tokens: int) -> Any:
         with gradio.Row():
             columns = [gradio.Textbox(label=label, lines=8) for label in ("VLM", "with gates")]
         with gradio.Row():
-            told = [gradio.Markdown() for _ in columns]
+            footers = [gradio.Markdown() for _ in columns]
         gradio.on(
-            [button.click, text.submit, dial.release], answer, [picture, text, dial], [*columns, *told],
+            [button.click, text.submit, dial.release], answer, [picture, text, dial], [*columns, *footers],
             trigger_mode="always_last", concurrency_limit=1, api_visibility="private",
         )  # fmt: skip
     return page

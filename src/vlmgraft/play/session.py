@@ -85,9 +85,9 @@ class Session:
         """
         if not 0 < len(question.question.strip()) <= MAX_CHARACTERS:
             raise DataError(f"question: needs 1 to {MAX_CHARACTERS:,} characters, got {len(question.question):,}")
-        states, asked = {"vlm": None, "injected": self._state(strength)}, (question, max_new_tokens)
+        states, request = {"vlm": None, "injected": self._state(strength)}, (question, max_new_tokens)
         replies = dict.fromkeys(SIDES, Reply())
-        if self._known is not None and self._known[0] == asked:
+        if self._known is not None and self._known[0] == request:
             replies["vlm"] = self._known[1]
         events: Events = SimpleQueue()
         self.stop = stop = threading.Event()
@@ -95,7 +95,7 @@ class Session:
             try:
                 waiting = {side for side in SIDES if not replies[side].ids}
                 for side in sorted(waiting):
-                    future = pool.submit(self._write, side, states[side], *asked, stop, events)
+                    future = pool.submit(self._write, side, states[side], *request, stop, events)
                     future.add_done_callback(lambda done, side=side: events.put((side, done)))
                 while waiting:
                     side, news = events.get()
@@ -107,7 +107,7 @@ class Session:
                     yield Exchange(replies["vlm"], replies["injected"])
             finally:
                 stop.set()
-        self._known = asked, replies["vlm"]
+        self._known = request, replies["vlm"]
         drift = self._drift(question, replies["vlm"].ids, states["injected"])
         yield Exchange(replies["vlm"], replies["injected"], drift)
 

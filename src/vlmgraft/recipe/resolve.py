@@ -53,7 +53,7 @@ class Job:
         return gated_method(self.recipe)
 
     @property
-    def asked(self) -> Questions:
+    def required_questions(self) -> Questions:
         """The questions; raises RecipeError if the job was resolved without them: it then has no learning stage."""
         if self.questions is None:
             raise RecipeError(f"method.name: {self.recipe.method.name}: the job was resolved without questions")

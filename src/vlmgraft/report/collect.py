@@ -50,8 +50,8 @@ def read_evaluation(folder: Path) -> Evaluation | None:
         return None
     if not all(isinstance(average, dict) and "mean" in average for average in averages.values()):
         raise DamagedError(folder / "summary.json", f"averages {averages!r:.80}")
-    asked = read_json(run) if run.is_file() else {}
-    name = Path(str(asked.get("model", folder.name))).name
+    run_settings = read_json(run) if run.is_file() else {}
+    name = Path(str(run_settings.get("model", folder.name))).name
     return Evaluation(folder, name, averages, list(read_rows(records)))
 
 

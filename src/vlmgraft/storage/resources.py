@@ -42,8 +42,8 @@ _NUMBER = re.compile(r"\(os error (\d+)\)")
 def free_memory() -> int:
     """Bytes of available memory, including reclaimable file cache if the system reports it; one gigabyte if the system
     reports nothing."""
-    told = Path("/proc/meminfo")
-    if told.is_file() and (available := re.search(r"MemAvailable:\s*(\d+) kB", told.read_text())):
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file() and (available := re.search(r"MemAvailable:\s*(\d+) kB", meminfo.read_text())):
         return 1024 * int(available[1])
     pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else 1 << 18
     return pages * os.sysconf("SC_PAGE_SIZE")

@@ -22,7 +22,7 @@ _CHOSEN = re.compile(
     r"|[选選擇择](?:项|項)?[ :：]?[(（]?([A-Z])"
 )
 _STANDING = re.compile(r"(?<![\w'-])(?:([B-HJ-Z])|([AI])(?!['’]| (?!is|because|as|since|or|and)[a-z]))(?![\w'’-])")
-_SPEAKER = re.compile(r"\bI (?=(?:do|don['’]t|can|cannot|can['’]t|am|think|believe|see|will|would|have|was|could)\b)")
+_PRONOUN = re.compile(r"\bI (?=(?:do|don['’]t|can|cannot|can['’]t|am|think|believe|see|will|would|have|was|could)\b)")
 """The pronoun "I", which is not option I."""
 _NO_CHOICE = re.compile(r"\bnone of the (?:given |provided )?(?:options|choices|answers)\b|\bnot among\b", re.I)
 _REASON = re.compile(r"\b(?:because|since|as|while|whereas|but|not)\b|[.;\n](?: |$)")
@@ -98,7 +98,7 @@ def pick(answer: str, choices: Sequence[str], count: int | None = None) -> str |
 
 def _pick_one(answer: str, choices: Sequence[str], allowed: str) -> str | None:
     """The letter that one sentence picks; "" if it offers several, None if it offers none."""
-    text = NOT_THAT.sub("", _SPEAKER.sub("", unwrap(answer)))
+    text = NOT_THAT.sub("", _PRONOUN.sub("", unwrap(answer)))
     if len(text.strip("()[]. :*")) == 1:
         text = text.translate(_LOOKALIKES)
     exact = choice_of(text, choices)
