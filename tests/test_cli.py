@@ -392,9 +392,9 @@ def test_device_and_token_reach_their_libraries_and_nothing_stays(monkeypatch: p
 
 
 def test_progress_without_a_terminal_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    from vlmgraft.cli.output import Lines
+    from vlmgraft.cli.output import LineProgress
 
-    with Lines(every=0.01) as lines:
+    with LineProgress(every=0.01) as lines:
         lines(0, 40, "q_proj")
         lines(10, 40, "q_proj")
         while "10 of 40" not in (said := capsys.readouterr().err):

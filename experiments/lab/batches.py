@@ -16,7 +16,7 @@ from torch import Tensor
 
 from experiments.lab import models, tasks
 from vlmgraft.lab import world
-from vlmgraft.lab.world import Item
+from vlmgraft.lab.world import ExamItem
 
 WORDS = tasks.vocabulary()
 INDEX = {word: index for index, word in enumerate(WORDS)}
@@ -32,7 +32,7 @@ class Batch:
     mask: Tensor
 
 
-def encode(items: Sequence[Item], as_image: Sequence[bool]) -> Batch:
+def encode(items: Sequence[ExamItem], as_image: Sequence[bool]) -> Batch:
     """Questions as the chat template writes them, in image or in text form, right-padded."""
     rows = []
     for item, image in zip(items, as_image, strict=True):
@@ -59,7 +59,7 @@ class Tower:
         self.vlm = models.build_vlm(seed)
         self.processor = models.build_processor()
 
-    def see(self, rng: np.random.Generator, items: Sequence[Item], split: world.Split = "train") -> Tensor:
+    def see(self, rng: np.random.Generator, items: Sequence[ExamItem], split: world.Split = "train") -> Tensor:
         """Visual tokens `[items, 8, hidden]` of freshly drawn images of the items' scenes."""
         images = [world.render(rng, item.scene, split, self.glyphs) for item in items if item.scene is not None]
         pixels = self.processor.image_processor(images=images, return_tensors="pt")
@@ -81,9 +81,9 @@ def loss_of(model: Any, batch: Batch, visual: Tensor | None = None, noise: float
 
 
 @torch.inference_mode()
-def answers(model: Any, items: Sequence[Item], tower: Tower | None = None) -> list[str]:
+def answers(model: Any, items: Sequence[ExamItem], tower: Tower | None = None) -> list[str]:
     """Greedy answers; with `tower` the scenes are shown as validation images, else told. Empty when it never ends."""
-    blanks = [Item(item.task, item.question, "", item.scene) for item in items]
+    blanks = [ExamItem(item.task, item.question, "", item.scene) for item in items]
     shown = [tower is not None and item.scene is not None for item in items]
     ids = [encode([blank], [image]).ids[0, :-1] for blank, image in zip(blanks, shown, strict=True)]
     groups: dict[tuple[int, bool], list[int]] = {}
@@ -104,7 +104,7 @@ def answers(model: Any, items: Sequence[Item], tower: Tower | None = None) -> li
     return said
 
 
-def accuracy(model: Any, items: Sequence[Item], tower: Tower | None = None) -> float:
+def accuracy(model: Any, items: Sequence[ExamItem], tower: Tower | None = None) -> float:
     """Share of items answered exactly (of a sum: its final number) by greedy decoding."""
     model.eval()
     right = 0

@@ -7,7 +7,7 @@ from typing import get_args
 import numpy as np
 
 from vlmgraft.lab import world
-from vlmgraft.lab.world import Item, Scene, Split
+from vlmgraft.lab.world import ExamItem, Scene, Split
 
 TEXT_ONLY = ("copy", "fact")
 TRANSFER = ("small_digits", "large_digits", "reworded", "five_digits", "difference")
@@ -32,14 +32,14 @@ def vocabulary() -> list[str]:
     return list(dict.fromkeys([*special, *NUMBERS, *words]))
 
 
-def draw_item(rng: np.random.Generator, task: str) -> Item:
+def draw_item(rng: np.random.Generator, task: str) -> ExamItem:
     """One random question of any kind: of the exam's, of `TEXT_ONLY`, or one that the trio was not tuned on."""
     if task == "fact":
         first, second = int(rng.integers(0, 46)), int(rng.integers(0, 10))
-        return Item(task, FACT.format(first, second), str(first + second), None)
+        return ExamItem(task, FACT.format(first, second), str(first + second), None)
     if task == "copy":
         words = rng.choice([*world.COLOURS, *world.SHAPES, *NUMBERS], rng.integers(2, 7))
-        return Item(task, f"copy {' '.join(words)}", " ".join(words), None)
+        return ExamItem(task, f"copy {' '.join(words)}", " ".join(words), None)
     if task in world.PHRASES:
         return world.draw_item(rng, task)
     scene = world.draw_scene(rng, only_digits=True, cells=5 if task == "five_digits" else world.CELLS)
@@ -52,10 +52,10 @@ def draw_item(rng: np.random.Generator, task: str) -> Item:
         glyphs[:2] = sorted(glyphs[:2], reverse=True)
         difference = int(glyphs[0]) - int(glyphs[1])
         answer = f"<think> {glyphs[0]} - {glyphs[1]} = {difference} </think> {difference}"
-    return Item(task, PHRASES.get(task, world.PHRASES["sum"]), answer, Scene(scene.colours, tuple(glyphs)))
+    return ExamItem(task, PHRASES.get(task, world.PHRASES["sum"]), answer, Scene(scene.colours, tuple(glyphs)))
 
 
-def draw_items(seed: int, split: Split, tasks: tuple[str, ...], count: int) -> list[Item]:
+def draw_items(seed: int, split: Split, tasks: tuple[str, ...], count: int) -> list[ExamItem]:
     """`count` questions of each kind, shuffled; splits and seeds never share a random stream."""
     rng = np.random.default_rng([seed, get_args(Split).index(split), 20])
     items = [draw_item(rng, task) for task in tasks for _ in range(count)]

@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from experiments.lab import models, tasks
 from experiments.lab.batches import INDEX, Tower, accuracy, answers, encode, fit, loss_of
 from vlmgraft.lab import world
-from vlmgraft.lab.world import Item
+from vlmgraft.lab.world import ExamItem
 from vlmgraft.storage.jsonl import write_json
 from vlmgraft.storage.outputs import refuse_output
 from vlmgraft.storage.publish import new_folder
@@ -79,7 +79,7 @@ class Trainer:
         embeddings = base.model.embed_tokens.weight.detach()[[INDEX[word] for word in words]]
         variance = embeddings.var(0).sum()
 
-        def distances(items: list[Item], split: world.Split, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        def distances(items: list[ExamItem], split: world.Split, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
             seen = tower.see(rng, items, split).flatten(0, 1)
             targets = [words.index(word) for item in items if item.scene for word in item.scene.words]
             return torch.cdist(seen, embeddings).pow(2) / variance, torch.tensor(targets)
@@ -116,7 +116,9 @@ class Trainer:
         vlm, rng = _copy_with_frozen_words(base), np.random.default_rng([self.seed, 4])
         sums = tasks.draw_items(self.seed, "train", ("sum",), 2000)
         replay = [
-            Item(i.task, i.question, said, i.scene) for i, said in zip(sums, answers(base, sums), strict=True) if said
+            ExamItem(i.task, i.question, said, i.scene)
+            for i, said in zip(sums, answers(base, sums), strict=True)
+            if said
         ]
         shares = {"colour": 1, "glyph": 1, "read": 1, "list_colours": 3, "fact": 1, "told": 0.3, "replay": 0.4}
 
@@ -168,7 +170,7 @@ def train_trio(seed: int, out: Path, report: Report = print, glyphs: world.Glyph
     return out
 
 
-def _draw(rng: np.random.Generator, mix: Mix, count: int) -> list[Item]:
+def _draw(rng: np.random.Generator, mix: Mix, count: int) -> list[ExamItem]:
     kinds = rng.choice(list(mix), count, p=np.array(list(mix.values())) / sum(mix.values()))
     return [tasks.draw_item(rng, kind) for kind in kinds.tolist()]
 

@@ -29,9 +29,9 @@ def processor(trio: Path) -> Any:
     return AutoProcessor.from_pretrained(trio / "vlm")
 
 
-def trained_ids(item: world.Item, as_image: bool) -> list[int]:
+def trained_ids(item: world.ExamItem, as_image: bool) -> list[int]:
     """The prompt of `batches.encode`: all but the end token of an empty answer."""
-    blank = world.Item(item.task, item.question, "", item.scene)
+    blank = world.ExamItem(item.task, item.question, "", item.scene)
     return batches.encode([blank], [as_image]).ids[0, :-1].tolist()
 
 

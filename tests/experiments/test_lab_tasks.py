@@ -18,7 +18,7 @@ PLACES = ("first", "second", "third", "fourth")
 seeds = st.integers(0, 2**32 - 1)
 
 
-def expected(item: world.Item) -> str:
+def expected(item: world.ExamItem) -> str:
     """The answer from the told question alone: its words between the delimiters, and what is asked."""
     words = item.text_question.split()
     told: list[str] = []

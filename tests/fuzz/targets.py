@@ -287,7 +287,7 @@ _compare = algebra.compare
 def answers(data: bytes) -> None:
     """What a model says (perhaps one piece over and over) against an expected answer and choices; math-verify is asked
     by a quarter of the first bytes only, since each question takes it a thousand times as long."""
-    algebra.compare = _compare if data[:1] and data[0] % 4 == 1 else lambda said, expected: algebra.Comparison(None)
+    algebra.compare = _compare if data[:1] and data[0] % 4 == 1 else lambda said, expected: algebra.Equality(None)
     text = data[1:].decode("utf-8", "surrogateescape" if data[:1] > b"\xf0" else "replace")
     said, _, rest = text.partition("\x1e")
     expected, *choices = rest.split("\x1f")

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from vlmgraft.cli.options import Computes, Writes, command
-from vlmgraft.cli.output import Lines
+from vlmgraft.cli.output import LineProgress
 
 
 @command()
@@ -27,7 +27,7 @@ class Demo(Computes, Writes):
 
         report = self.note if self.as_json else typer.echo
         settings = QUICK if self.quick else FULL
-        with nullcontext() if self.quiet else Lines() as progress:  # also on a terminal: it reports line by line
+        with nullcontext() if self.quiet else LineProgress() as progress:  # also on a terminal: it reports line by line
             demo(self.out, seed=self.seed, trio=self.trio, settings=settings, report=report, progress=progress)
         if self.as_json:
             self.show({"out": str(self.out), "rows": list(read_rows(self.out / "results.jsonl"))}, "")

@@ -10,8 +10,8 @@ import typer
 from vlmgraft.cli.options import LoadsModels, Overrides, RecipeArgument, Writes, command
 
 
-@command()
-class Gates(LoadsModels, Writes):
+@command(name="gates")
+class GatesCommand(LoadsModels, Writes):
     """Learn gates on factors; also under torchrun. An interrupted run in --out is resumed."""
 
     recipe: RecipeArgument

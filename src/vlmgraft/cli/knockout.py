@@ -46,8 +46,8 @@ class ExaminesDrift(Examines):
     drift: Annotated[str | None, typer.Option(help="question file on which the KL from the VLM is measured")] = None
 
 
-@command()
-class Knockout(Examines):
+@command(name="knockout")
+class KnockoutCommand(Examines):
     """Which layer carries what: knock out every layer's attention, mlp and both."""
 
     model: Annotated[str, typer.Argument(help="merged folder, or any supported VLM")]

@@ -11,7 +11,7 @@ from typing import Any
 
 from vlmgraft.storage.progress import EVERY, LOG, Meter, Progress, duration
 
-__all__ = ["Lines", "cell", "duration", "log_to_terminal", "percent", "progress_bar", "show_table", "size"]
+__all__ = ["LineProgress", "cell", "duration", "log_to_terminal", "percent", "progress_bar", "show_table", "size"]
 
 WIDTH = 140
 """Width of tables that are written to a file or a pipe."""
@@ -88,7 +88,7 @@ def progress_bar(quiet: bool) -> Iterator[Progress | None]:
         with _bar() as progress:
             yield progress
     else:
-        with Lines() as lines:
+        with LineProgress() as lines:
             yield lines
 
 
@@ -111,7 +111,7 @@ def _bar() -> Iterator[Progress]:
         yield lambda done, total, label: bar.update(task, completed=done, total=total, description=label[-40:])
 
 
-class Lines(Meter):
+class LineProgress(Meter):
     """Progress as a line every `every` seconds, even if nothing new is reported."""
 
     def __init__(self, every: float = EVERY) -> None:
@@ -120,7 +120,7 @@ class Lines(Meter):
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._write, daemon=True, name="progress")
 
-    def __enter__(self) -> Lines:
+    def __enter__(self) -> LineProgress:
         self._thread.start()
         return self
 

@@ -68,7 +68,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChosenSetting:
     """A setting tried on validation. `score` ranks settings: (perception suffices, then reasoning, else perception)."""
 
     setting: Mapping[str, float]
@@ -186,10 +186,10 @@ class Comparison:
         method: str,
         candidates: Iterable[tuple[Mapping[str, float], Callable[[], Weights]]],
         vlm_perception: float,
-    ) -> Choice:
+    ) -> ChosenSetting:
         """The candidate with the best validation reasoning among those whose validation perception is at most
         `PERCEPTION_SLACK` below `vlm_perception`; if none qualifies, the one with the best perception."""
-        scored, candidates = list[Choice](), list(candidates)
+        scored, candidates = list[ChosenSetting](), list(candidates)
         for setting, make in candidates:
             if self.progress:
                 self.progress(len(scored), len(candidates), f"{method}, settings tried on validation")
@@ -197,7 +197,7 @@ class Comparison:
             marks = self.mark(self.validation, weights)
             seen, solved = marks.perception.mean, marks.reasoning.mean
             qualifies = seen >= vlm_perception - PERCEPTION_SLACK
-            scored.append(Choice(setting, weights, (qualifies, solved if qualifies else seen)))
+            scored.append(ChosenSetting(setting, weights, (qualifies, solved if qualifies else seen)))
         return max(scored, key=lambda choice: choice.score)
 
 

@@ -56,7 +56,7 @@ class ExamResult:
 class Exam:
     """Items with the questions as they are asked."""
 
-    items: tuple[world.Item, ...]
+    items: tuple[world.ExamItem, ...]
     questions: tuple[Question, ...]
 
     @property
@@ -94,7 +94,7 @@ def draw_exam(
     *,
     as_image: bool = True,
     glyphs: world.Glyphs = "handwriting",
-    draw: Callable[[np.random.Generator, str], world.Item] = world.draw_item,
+    draw: Callable[[np.random.Generator, str], world.ExamItem] = world.draw_item,
 ) -> Exam:
     """An exam of `counts` items per task, each made by `draw`, as images in the split's handwriting or as text."""
     stream = zlib.crc32(f"{split} {as_image}".encode())
@@ -104,7 +104,7 @@ def draw_exam(
 
 
 def _question(
-    rng: np.random.Generator, item: world.Item, split: world.Split, as_image: bool, glyphs: world.Glyphs
+    rng: np.random.Generator, item: world.ExamItem, split: world.Split, as_image: bool, glyphs: world.Glyphs
 ) -> Question:
     answer = final_answer(item.answer)
     if item.scene is None or not as_image:

@@ -61,7 +61,7 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class Item:
+class ExamItem:
     """One question with its answer; `scene` is None for questions without a scene (arithmetic facts)."""
 
     task: str
@@ -94,7 +94,7 @@ def draw_scene(rng: np.random.Generator, only_digits: bool, cells: int = CELLS) 
     return Scene(colours, glyphs)
 
 
-def draw_item(rng: np.random.Generator, task: str) -> Item:
+def draw_item(rng: np.random.Generator, task: str) -> ExamItem:
     """One random question of the given kind: a task of `PHRASES`."""
     scene = draw_scene(rng, only_digits=task == "sum")
     position = int(rng.integers(CELLS))
@@ -105,7 +105,7 @@ def draw_item(rng: np.random.Generator, task: str) -> Item:
         "list_colours": " ".join(scene.colours),
         "sum": chain_of_thought(scene.glyphs) if task == "sum" else "",
     }
-    return Item(task, PHRASES[task].format(POSITIONS[position]), answers[task], scene)
+    return ExamItem(task, PHRASES[task].format(POSITIONS[position]), answers[task], scene)
 
 
 @functools.cache

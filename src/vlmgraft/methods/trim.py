@@ -78,7 +78,7 @@ class Bracket:
         """The bracket that these bins cover."""
         return Bracket(self.low + (first << self.shift), min(self.high, self.low + (last + 1 << self.shift)))
 
-    def count(self, values: Tensor) -> Counts:
+    def count(self, values: Tensor) -> ChunkCounts:
         """Count float32 values; overwrites them."""
         bits = values.view(torch.int32).bitwise_and_(0x7FFFFFFF).numpy()
         above, inside = 0, bits
@@ -90,13 +90,13 @@ class Bracket:
             number = int(np.count_nonzero(mask))
             first = bits[mask.argmax() :][:1]
             if number and int(np.count_nonzero(bits == first)) == number:  # differences of bfloat16 lie on a grid
-                return Counts(len(bits), above, first >> self.shift, number)
+                return ChunkCounts(len(bits), above, first >> self.shift, number)
             inside = bits.compress(mask)  # six times as fast as indexing
-        return Counts(len(bits), above, inside >> self.shift)
+        return ChunkCounts(len(bits), above, inside >> self.shift)
 
 
 @dataclass
-class Counts:
+class ChunkCounts:
     """Counts of one chunk: values, values above the bracket, and bins of those inside, each counted `times` times."""
 
     total: int
@@ -116,7 +116,7 @@ class _Search:
         self.total = self.above = 0
         self.histogram = np.zeros(0, dtype=np.int64)
 
-    def add(self, counts: Counts) -> None:
+    def add(self, counts: ChunkCounts) -> None:
         if not len(self.histogram):
             self.histogram = np.zeros(self.bracket.size, dtype=np.int64)
         self.total += counts.total
@@ -172,7 +172,7 @@ def find_thresholds(
     """
     searches: dict[str, dict[str, _Search]] = {}
 
-    def count(pieces: Mapping[str, Tensor], context: TensorContext) -> dict[str, Counts]:
+    def count(pieces: Mapping[str, Tensor], context: TensorContext) -> dict[str, ChunkCounts]:
         known = searches.get(unit(context), {})
         return {
             source: (known[source].bracket if source in known else Bracket()).count(tau)

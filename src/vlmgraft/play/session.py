@@ -38,7 +38,7 @@ Events = SimpleQueue[tuple[str, "str | Future[list[int]]"]]
 
 
 @dataclass(frozen=True)
-class Reply:
+class PartialAnswer:
     """An answer so far: text without special tokens; ids of its tokens, the end token included, once it is finished."""
 
     text: str = ""
@@ -50,8 +50,8 @@ class Exchange:
     """Both answers so far. drift: once both are finished, KL(P_vlm ‖ P_injected) in nats per token of the VLM's answer,
     which `kl_budget` bounds; None before that, and if the VLM's answer has no token to measure it on."""
 
-    vlm: Reply
-    injected: Reply
+    vlm: PartialAnswer
+    injected: PartialAnswer
     drift: float | None = None
 
 
@@ -65,7 +65,7 @@ class Session:
         self.model, self.processor, self.layers, self.path = model, processor, layers, path
         self.stop = threading.Event()
         self._turn, self._mine = threading.Lock(), threading.local()
-        self._known: tuple[tuple[Question, int], Reply] | None = None
+        self._known: tuple[tuple[Question, int], PartialAnswer] | None = None
 
     def spectra(self, strength: float) -> dict[str, Tensor] | None:
         """c(strength) by tensor name, float32 [r]; None at 0, which is the VLM itself. Raises DataError."""
@@ -86,7 +86,7 @@ class Session:
         if not 0 < len(question.question.strip()) <= MAX_CHARACTERS:
             raise DataError(f"question: needs 1 to {MAX_CHARACTERS:,} characters, got {len(question.question):,}")
         states, request = {"vlm": None, "injected": self._state(strength)}, (question, max_new_tokens)
-        replies = dict.fromkeys(SIDES, Reply())
+        replies = dict.fromkeys(SIDES, PartialAnswer())
         if self._known is not None and self._known[0] == request:
             replies["vlm"] = self._known[1]
         events: Events = SimpleQueue()
@@ -137,9 +137,9 @@ class Session:
         options = {"streamer": stream, "stopping_criteria": [stopped]}
         return generate_batch(self.model, self.processor, [question], limit, options)[0][0]
 
-    def _finished(self, ids: Sequence[int]) -> Reply:
+    def _finished(self, ids: Sequence[int]) -> PartialAnswer:
         text = tokenizer_of(self.processor).decode(ids, skip_special_tokens=True)
-        return Reply(str(text).strip(), tuple(ids))
+        return PartialAnswer(str(text).strip(), tuple(ids))
 
     @torch.no_grad()
     def _drift(self, question: Question, ids: Sequence[int], state: Any) -> float | None:

@@ -37,7 +37,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Filter:
     """Filter checkboxes. key: the attribute. values: attribute value → label. off: values that start unchecked."""
 
     key: str
@@ -57,7 +57,7 @@ class Section:
     text: Sequence[str] = ()
     figures: Sequence[Figure] = ()
     tables: Sequence[Table] = ()
-    choices: Sequence[Choice] = ()
+    filters: Sequence[Filter] = ()
     extra: str = ""
 
     def file_name(self, index: int) -> str:
@@ -69,7 +69,7 @@ def render_section(section: Section) -> str:
     """The section as HTML."""
     body = [f'<p class="kicker">{escape(section.topic)}</p><h2>{escape(section.title)}</h2>']
     body += [f"<p>{escape(paragraph)}</p>" for paragraph in section.text]
-    body += [_choice(choice) for choice in section.choices]
+    body += [_checkboxes(group) for group in section.filters]
     if section.figures:
         figures = (_figure(figure, section.file_name(index)) for index, figure in enumerate(section.figures))
         body.append(f'<div class="figures">{"".join(figures)}</div>')
@@ -78,14 +78,14 @@ def render_section(section: Section) -> str:
     return f'<section id="{section.id}">{"".join(body)}</section>'
 
 
-def _choice(choice: Choice) -> str:
+def _checkboxes(group: Filter) -> str:
     boxes = []
-    for value, label in choice.values.items():
-        on = "" if value in choice.off else " checked"
+    for value, label in group.values.items():
+        on = "" if value in group.off else " checked"
         boxes.append(
-            f'<label><input type="checkbox" name="{choice.key}" value="{escape(value)}"{on}>{escape(label)}</label>'
+            f'<label><input type="checkbox" name="{group.key}" value="{escape(value)}"{on}>{escape(label)}</label>'
         )
-    return f'<fieldset class="filters"><legend>{escape(choice.title)}</legend>{"".join(boxes)}</fieldset>'
+    return f'<fieldset class="filters"><legend>{escape(group.title)}</legend>{"".join(boxes)}</fieldset>'
 
 
 def _figure(figure: Figure, name: str) -> str:

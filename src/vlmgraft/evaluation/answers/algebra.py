@@ -30,7 +30,7 @@ _TOWER = re.compile(r"\^ ?\{? ?\d{4,}|\d ?\^ ?\{? ?\d+ ?\^|\d{5,} ?\)? ?!|! ?\)?
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Equality:
     """`same`: whether two expressions are equal, None if undecided; `value`: the first expression's number as a decimal
     text of 20 digits, None if it is no number or the expressions are equal."""
 
@@ -39,14 +39,14 @@ class Comparison:
 
 
 @functools.lru_cache(maxsize=4096)
-def compare(answer: str, expected: str) -> Comparison:
+def compare(answer: str, expected: str) -> Equality:
     """Compare two expressions (LaTeX or plain, no dollars).
 
     Safe to call from any thread; results are cached.
     """
     if any(len(text) > LONGEST or _TOWER.search(text) for text in (answer, expected)):
-        return Comparison(None)
-    return Comparison(*_worker.ask(answer, expected))
+        return Equality(None)
+    return Equality(*_worker.ask(answer, expected))
 
 
 class _Worker:

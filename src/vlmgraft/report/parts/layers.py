@@ -7,7 +7,7 @@ from typing import Any
 
 from vlmgraft.report.charts import Dot, Heat, Lines, Series
 from vlmgraft.report.collect import Run
-from vlmgraft.report.sections import Choice, Figure, Section, Table
+from vlmgraft.report.sections import Figure, Filter, Section, Table
 from vlmgraft.report.text import number
 
 Row = Mapping[str, Any]
@@ -45,13 +45,13 @@ def knockout(run: Run) -> Section:
     rows += [[*(row[key] for key in columns), *(x for kind in KINDS for x in _figures(row, kind))] for row in cells]
     data = [{"model": row[0], **({"mode": row[3]} if row[3] != "intact" else {})} for row in rows]
     hidden = tuple(mode for mode in modes if mode not in (_gentlest(cells), "restore", "only"))
-    choices = [
-        Choice("mode", "a block becomes", {mode: MODES[mode] for mode in modes}, hidden),
-        Choice("model", "in", {model: NAMES[model] for model in models}),
-        Choice("kind", "change of", {kind: kind for kind in KINDS}),
+    filters = [
+        Filter("mode", "a block becomes", {mode: MODES[mode] for mode in modes}, hidden),
+        Filter("model", "in", {model: NAMES[model] for model in models}),
+        Filter("kind", "change of", {kind: kind for kind in KINDS}),
     ]
     table = Table("knock-out", (*columns, *heads), rows, data)
-    return Section("layers", "layers", _finding(cells), _text(cells, intact), figures, [table], choices)
+    return Section("layers", "layers", _finding(cells), _text(cells, intact), figures, [table], filters)
 
 
 def _figures(row: Row, kind: str) -> tuple[float, float, float, float]:
@@ -164,10 +164,10 @@ def bands(run: Run) -> Section:
         for row in run.rows
     ]
     labels = [_name({"band": band, "of": run.rows[0]["of"]}) for band in order]
-    choice = Choice("band", "show", {label: label for label in labels})
+    filters = [Filter("band", "show", {label: label for label in labels})]
     data = [{"band": row[0]} if row[1] else {} for row in rows]
     table = Table("bands of directions", names, rows, data)
-    return Section("directions", "directions", _rank_finding(run.rows), _rank_text(run), figures, [table], [choice])
+    return Section("directions", "directions", _rank_finding(run.rows), _rank_text(run), figures, [table], filters)
 
 
 def _name(row: Row) -> str:

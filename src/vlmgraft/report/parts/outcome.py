@@ -11,7 +11,7 @@ from typing import Any
 
 from vlmgraft.report.charts import Heat
 from vlmgraft.report.collect import Document, Run, layer_and_projection
-from vlmgraft.report.sections import Choice, Figure, Section, Table
+from vlmgraft.report.sections import Figure, Filter, Section, Table
 from vlmgraft.report.text import escape, number
 
 MAX_ANSWERS = 24
@@ -80,9 +80,9 @@ def answers(run: Run) -> Section:
         [(row["task"], row["question"], row["expected"], *(_answer_of(row, model) for model in right)) for row in rows],
         [{"kind": row["kind"]} for row in rows],
     )
-    choice = [Choice("kind", "show", {kind: kind for kind in kinds})] if len(kinds) > 1 else []
+    filters = [Filter("kind", "show", {kind: kind for kind in kinds})] if len(kinds) > 1 else []
     extra = f'<div class="answers">{"".join(cards)}</div>'
-    return Section("answers", "answers", title, text, (), [table], choice, extra)
+    return Section("answers", "answers", title, text, (), [table], filters, extra)
 
 
 def _answer_of(row: Mapping[str, Any], model: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from vlmgraft.report.charts import Dot, Lines, Series
 from vlmgraft.report.collect import Run
-from vlmgraft.report.sections import Choice, Figure, Section, Table
+from vlmgraft.report.sections import Figure, Filter, Section, Table
 from vlmgraft.report.text import number
 
 Row = Mapping[str, Any]
@@ -47,8 +47,8 @@ def tradeoff(run: Run, styles: Mapping[str, int]) -> Section:
         ],
         [{"method": row["method"]} for row in rows],
     )
-    choice = Choice("method", "show", {method: method for method in methods})
-    return Section("tradeoff", "trade-off", finding(rows), _text(rows), figures, [table], [choice])
+    filters = [Filter("method", "show", {method: method for method in methods})]
+    return Section("tradeoff", "trade-off", finding(rows), _text(rows), figures, [table], filters)
 
 
 def tradeoff_chart(rows: Sequence[Row], styles: Mapping[str, int] | None = None) -> Lines:
