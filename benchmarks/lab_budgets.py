@@ -1,4 +1,4 @@
-"""Where the drift ends that was asked for: the parts of the report on budgets."""
+"""Where the KL ends that was asked for: the parts of the report on budgets."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def control(data: dict[str, Any], trios: Sequence[Trio]) -> str:
         return ""
     head = ["seed", "trainings"]
     for prompts in ("control prompts", "fresh prompts, same hands", "test prompts, other hands"):
-        head += [f"drift ÷ budget, {prompts}", "range", "within 10 %"]
+        head += [f"KL ÷ budget, {prompts}", "range", "within 10 %"]
     return "\n".join(["## Where a budget ends", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head), *lines])
 
 
@@ -49,13 +49,13 @@ def landing(data: dict[str, Any], trios: Sequence[Trio]) -> str:
             lines.append(f"| {trio.seed}, {row['setting']['inject']}, {budget:g} | {cells} |")
     if not lines:
         return ""
-    title = f"## Where a budget ends that is controlled on {prompts:,} prompts\n\nDrift ÷ budget on:"
+    title = f"## Where a budget ends that is controlled on {prompts:,} prompts\n\nKL ÷ budget on:"
     heads = "seed, injection, budget | control prompts | as many fresh ones, same hands | test prompts, other hands"
     return "\n".join([title, "", f"| {heads} |", "|---|---|---|---|", *lines])
 
 
 def scatter(data: dict[str, Any], trios: Sequence[Trio]) -> str:
-    """How many prompts it takes to know a drift."""
+    """How many prompts it takes to know a KL."""
     said = []
     for trio in trios:
         for row in (row for row in trio.rows.values() if row["method"] == "scatter"):
@@ -67,11 +67,11 @@ def scatter(data: dict[str, Any], trios: Sequence[Trio]) -> str:
                 f"{100 * notes['worst_share']:.0f} % of it; a standard error of 10 % takes "
                 f"{math.ceil(100 * notes['relative_sd'] ** 2):,} prompts"
             )
-    return "\n".join(["## How drift is spread over prompts (task arithmetic)", "", *said]) if said else ""
+    return "\n".join(["## How the KL is spread over prompts (task arithmetic)", "", *said]) if said else ""
 
 
 def fronts(data: dict[str, Any], trios: Sequence[Trio]) -> str:
-    """Drift against injected energy, per seed and injection term."""
+    """KL against injected energy, per seed and injection term."""
     lines = []
     for trio in trios:
         for row in trio.rows.values():
@@ -86,5 +86,5 @@ def fronts(data: dict[str, Any], trios: Sequence[Trio]) -> str:
             head = [f"{p['budget']:g}" for p in points]
     if not lines:
         return ""
-    title = "## The front in one run\n\nDrift on fresh prompts ÷ budget / share of the task vector's energy, by budget:"
+    title = "## The front in one run\n\nKL on fresh prompts ÷ budget / share of the task vector's energy, by budget:"
     return "\n".join([title, "", f"| seed, injection | {' | '.join(head)} |", "|" + "---|" * (len(head) + 1), *lines])

@@ -94,9 +94,9 @@ def _heading(trios: Sequence[Trio]) -> str:
         "all --trio T --out variants-SEED.jsonl` (T of seeds 1 and 2: `python -m experiments.lab train --seed "
         "SEED --out T`), this page by `python benchmarks/lab_variants.py report --out benchmarks/results/lab`.\n\n"
         f"Test split: {sizes['sums']} sums, {sizes['perception']} questions per perception task; {sizes['steps']} "
-        f"training steps; λ 1. A cell is reasoning / perception / drift (reasoning above task arithmetic at the same "
-        "drift, paired by item). Budgets are controlled on "
-        f"{sizes['control']} validation prompts, the drift shown is that on {sizes['held_out']} test prompts, in nats "
+        f"training steps; λ 1. A cell is reasoning / perception / KL (reasoning above task arithmetic at the same "
+        "KL, paired by item). Budgets are controlled on "
+        f"{sizes['control']} validation prompts, the KL shown is that on {sizes['held_out']} test prompts, in nats "
         "per token. Mean over seeds: first interval, 95 % bootstrap over items (these trios); second, Student's t over "
         "the seeds (other trios)."
     )
@@ -151,7 +151,7 @@ def _cell(trio: Trio, row: Row | None) -> str:
 
 
 def _pairs(data: dict[str, Any], trios: Sequence[Trio], budget: float) -> str:
-    """Differences between methods at one budget, each taken above task arithmetic at its own drift, paired by item."""
+    """Differences between methods at one budget, each taken above task arithmetic at its own KL, paired by item."""
     lines, found = [], []
     for first, second in PAIRS:
         differences: list[Items | None] = []

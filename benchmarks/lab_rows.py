@@ -43,7 +43,7 @@ class Trio:
         return [point_of(row) for row in self.rows.values() if row["method"] in ("VLM", ARITHMETIC)]
 
     def above(self, row: Row) -> Items | None:
-        """Per sum, what the row solves above task arithmetic at its own drift."""
+        """Per sum, what the row solves above task arithmetic at its own KL."""
         return above_items(point_of(row), self.curve, lambda point: point.kl)
 
 

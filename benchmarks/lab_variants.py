@@ -1,4 +1,4 @@
-"""The lab's experiments: every method at equal drift, other questions and tasks, rank, α, other spectra, budgets.
+"""The lab's experiments: every method at equal KL, other questions and tasks, rank, α, other spectra, budgets.
 
     python benchmarks/lab_variants.py table rank --trio T --out benchmarks/results/lab/variants-0.jsonl
     python benchmarks/lab_variants.py all --quick --out /tmp/quick.jsonl      a smoke test, minutes
@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("experiments", nargs="+", choices=(*EXPERIMENTS, "all", "report"))
     parser.add_argument("--trio", type=Path, help="folder with base, vlm, donor and training.json")
     parser.add_argument("--out", type=Path, required=True, help="file of rows; of report: the folder of these files")
-    parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS, help="drift in nats per token")
+    parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS, help="KL in nats per token")
     parser.add_argument("--quick", action="store_true", help="few questions and steps: shows that it runs, no more")
     arguments = parser.parse_args()
     if arguments.experiments == ["report"]:

@@ -33,7 +33,7 @@ OBSERVE_EVERY = 4
 class TrainedWeights:
     """The trained matrices by VLM tensor name, float32 on the CPU, and how they came about.
 
-    settings: α at the end, the budget, and `held_out_kl`, the drift on the distiller's held-out prompts where a budget
+    settings: α at the end, the budget, and `held_out_kl`, the KL on the distiller's held-out prompts where a budget
     was controlled on them. log: per logged step both KL terms before the step and α.
     """
 
@@ -57,7 +57,7 @@ def learn_weights(
     """Train every matrix of the distiller's factors by Adam; the model is left as it was.
 
     donor: the donor's targets on text questions. start: the first weights, by default the VLM's; with task arithmetic
-    at λ/2 it is where gates of scale λ start. inject_weight is α, or kl_budget the drift in nats per answer token that
+    at λ/2 it is where gates of scale λ start. inject_weight is α, or kl_budget the KL in nats per answer token that
     α is controlled to, on the distiller's held-out prompts. The learning rate decays as that of gates does.
 
     Raises RecipeError when the settings exclude each other or there are no held-out prompts for a budget,
@@ -102,11 +102,11 @@ def _step(
 ) -> dict[str, float]:
     """One gradient step on one batch of each kind; gives both terms before it."""
     optimizer.zero_grad(set_to_none=True)
-    drift = keep.kl(model).mean()
-    drift.backward()
+    divergence = keep.kl(model).mean()
+    divergence.backward()
     injection = match.kl(model).mean()
     (weight * injection).backward()
-    row = {"kl": float(drift.detach()), "inject": float(injection.detach()), "inject_weight": weight}
+    row = {"kl": float(divergence.detach()), "inject": float(injection.detach()), "inject_weight": weight}
     if not math.isfinite(row["kl"] + weight * row["inject"]):
         raise NumericalError(f"the loss is not finite ({row}): lower learning_rate")
     optimizer.step()

@@ -1,4 +1,4 @@
-"""Experiments on one trio: every method brought to the same drift, measured, and kept as a row of JSON lines.
+"""Experiments on one trio: every method brought to the same KL, measured, and kept as a row of JSON lines.
 
 A row holds right or wrong per item of the test exam, so that any two rows of one trio can be compared in pairs later.
 Budgets are controlled on validation prompts and reported on test prompts. Rows that a file holds already are not made
@@ -49,7 +49,7 @@ class BenchSizes(Sizes):
 FULL = BenchSizes(held_out=1152, control=384)
 QUICK = BenchSizes(12, 4, 12, 4, calibration=48, held_out=24, control=24, donor=8, steps=3)
 MANY = 2048
-"""Prompts of a large set: drift is heavy-tailed, a standard error of 10 % takes about so many."""
+"""Prompts of a large set: the KL is heavy-tailed, a standard error of 10 % takes about so many."""
 SCALE = 1.0
 """λ of every row with gates: the whole task vector is what fully open gates inject."""
 TRANSFER_TEXT = ("sum", *tasks.TRANSFER, *tasks.TRANSFER_TEXT)
@@ -176,7 +176,7 @@ class Bench:
         return {n: fold(linears[n].weight.data, f, gates.spectrum(n, f.s)) for n, f in factors.items()}
 
     def at_budget(self, updates: Mapping[str, Tensor], budget: float) -> tuple[Matrices, dict[str, float]]:
-        """W_vlm + λ·update with the λ up to 8 whose drift on the control prompts is the budget (bisection)."""
+        """W_vlm + λ·update with the λ up to 8 whose KL on the control prompts is the budget (bisection)."""
         linears = self.comparison.distiller.linears
         low, high = math.log(1e-3), math.log(8.0)
 
@@ -190,10 +190,10 @@ class Bench:
         return merged(math.exp(low)), {"scale": math.exp(low)}
 
     def measure(self, weights: Matrices | None, transfer: bool = False, notes: Mapping[str, Any] | None = None) -> Row:
-        """The row of these matrices (None: the VLM): right or wrong per item, drift on test and on control prompts."""
+        """The row of these matrices (None: the VLM): right or wrong per item, KL on test and on control prompts."""
         comparison = self.comparison
         row: Row = {"right": _bits(comparison.mark(comparison.test, weights))}
-        row["kl"], row["kl_worst_share"] = self._drift(weights)
+        row["kl"], row["kl_worst_share"] = self._kl(weights)
         row["control_kl"] = comparison.controlled.keep_kl(weights)
         row["fresh_kl"] = comparison.distiller.keep_kl(weights, self.fresh)
         if transfer:
@@ -201,8 +201,8 @@ class Bench:
             row |= {"transfer": _bits(shown), "transfer_text": _bits(in_text)}
         return row | {"notes": dict(notes or {})}
 
-    def _drift(self, weights: Matrices | None) -> tuple[float, float]:
-        """Drift on the test prompts, and the share of it that the worst hundredth of the tokens makes."""
+    def _kl(self, weights: Matrices | None) -> tuple[float, float]:
+        """KL on the test prompts, and the share of it that the worst hundredth of the tokens makes."""
         distiller = self.comparison.distiller
         assert distiller.held_out_targets is not None
         with torch.no_grad(), distiller.applied(weights or {}) as model:
@@ -211,7 +211,7 @@ class Bench:
         return float(kl.mean()), float(worst)
 
     def scatter(self, weights: Matrices) -> Row:
-        """How drift differs from prompt to prompt: `relative_sd` is the standard deviation over the mean, so that a
+        """How the KL differs from prompt to prompt: `relative_sd` is the standard deviation over the mean, so that a
         mean over n prompts has a relative standard error of relative_sd / √n."""
         distiller = self.comparison.distiller
         assert distiller.held_out_targets is not None

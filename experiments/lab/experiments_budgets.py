@@ -1,4 +1,4 @@
-"""Experiments about budgets themselves: fronts, how drift is spread over prompts, and where trainings end."""
+"""Experiments about budgets themselves: fronts, how the KL is spread over prompts, and where trainings end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FRONT = (0.001, 0.002, 0.004, 0.008, 0.016)
 
 
 def front(bench: Bench, budgets: Sequence[float]) -> list[Job]:
-    """Both fronts of drift against injected energy, each in one run with warm starts."""
+    """Both fronts of KL against injected energy, each in one run with warm starts."""
     return [
         Job("front", {"inject": inject, "budgets": list(FRONT)}, partial(_front, bench, inject))
         for inject in ("energy", "donor")
@@ -22,7 +22,7 @@ def front(bench: Bench, budgets: Sequence[float]) -> list[Job]:
 
 
 def scatter(bench: Bench, budgets: Sequence[float]) -> list[Job]:
-    """How unevenly drift is spread over prompts, for untrained merges at every budget."""
+    """How unevenly the KL is spread over prompts, for untrained merges at every budget."""
     factors = bench.comparison.factors
 
     def row(budget: float) -> Row:
@@ -35,7 +35,7 @@ LANDING_BUDGETS = (0.001, 0.003, 0.01)
 
 
 def landing(bench: Bench, budgets: Sequence[float]) -> list[Job]:
-    """Where trainings end that are controlled on as many prompts as it takes to know a drift to a tenth."""
+    """Where trainings end that are controlled on as many prompts as it takes to know a KL to a tenth."""
 
     def run(inject: str, budget: float) -> Row:
         distiller = bench.distiller()
@@ -43,15 +43,15 @@ def landing(bench: Bench, budgets: Sequence[float]) -> list[Job]:
         settings: dict[str, Any] = {"steps": bench.sizes.steps, "learning_rate": LEARNING_RATE, "kl_budget": budget}
         donor = bench.donor if inject == "donor" else None
         gates = distiller.learn(SCALE, inject=inject, donor=donor, **settings)
-        drifts = {"fresh_kl": distiller.keep_kl(gates, fresh), "kl": bench.comparison.distiller.keep_kl(gates)}
-        return {"notes": {"control_kl": gates.settings["held_out_kl"], **drifts, "prompts": fresh.questions}}
+        divergences = {"fresh_kl": distiller.keep_kl(gates, fresh), "kl": bench.comparison.distiller.keep_kl(gates)}
+        return {"notes": {"control_kl": gates.settings["held_out_kl"], **divergences, "prompts": fresh.questions}}
 
     grid = [(inject, budget) for inject in ("energy", "donor") for budget in LANDING_BUDGETS]
     return [Job("landing", {"inject": i, "budget": b}, partial(run, i, b)) for i, b in grid]
 
 
 def _front(bench: Bench, inject: str) -> Row:
-    """Points of one front with the drift on prompts that were neither trained on nor used for control."""
+    """Points of one front with the KL on prompts that were neither trained on nor used for control."""
     donor = bench.donor if inject == "donor" else None
     points = pareto_front(
         bench.distiller(),

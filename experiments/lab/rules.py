@@ -1,4 +1,4 @@
-"""Every rule on one trio at one drift: the rows behind docs/explanation/rules.md.
+"""Every rule on one trio at one KL: the rows behind docs/explanation/rules.md.
 
     python -m experiments.lab.rules --seed 0 --draws 4 --out runs/rules-0 --rows benchmarks/results/lab/rules-0.jsonl
 

@@ -65,7 +65,7 @@ def of_lab(rows: Sequence[Row]) -> Differences:
 
 def of_pretrained(rows: Sequence[Row]) -> Differences:
     """On one pretrained trio, from task arithmetic's curve, at the setting chosen on validation; [0, 0] of rules that
-    drift further than the curve goes."""
+    are further from the VLM than the curve goes."""
     curve = [row for row in rows if row["split"] == "test" and row["method"] in ("VLM", CURVE)]
     return {
         NAMES.get(method, method): (marks(row["right"]["sums"]) - at_kl(curve, row["kl"], "sums"))[None]

@@ -79,7 +79,7 @@ ARMS = (
 
 @dataclass
 class Study:
-    """One trio: its comparison (exams, drift), its traces, and the rows that `out` holds.
+    """One trio: its comparison (exams, KL), its traces, and the rows that `out` holds.
 
     seed: of exams, traces and training order; the trio is what it is. carried: rows of another trio, whose strengths
     are taken over as they were chosen on its validation split; only the learning rate of plain fine-tuning is chosen
@@ -162,7 +162,7 @@ class Study:
 
     @cached_property
     def comparison(self) -> Comparison:
-        """Exams, teacher's answers and drift."""
+        """Exams, teacher's answers and KL."""
         return Comparison(self.trio, self.alignment, self.factors, self.seed, report=self.report, sizes=self.sizes)
 
     @cached_property

@@ -36,7 +36,7 @@ BUDGET = 0.03
 STRENGTHS = (0.75, 1.0, 1.25)
 """Factors on what was learned."""
 SHUFFLED_STRENGTHS = (0.5, 0.62, 0.75)
-"""Of shuffled gates, all on test; the second was set to the drift of the gates themselves."""
+"""Of shuffled gates, all on test; the second was set to the KL of the gates themselves."""
 TUNE_STRENGTHS = (0.5, 0.75, 1.0)
 """Of fine-tuning: parts of the way from the VLM."""
 GATES: dict[str, dict[str, Any]] = {

@@ -1,4 +1,4 @@
-"""A table's rows as a results file and as Markdown: chosen settings, scores on test, differences at equal drift."""
+"""A table's rows as a results file and as Markdown: chosen settings, scores on test, differences at equal KL."""
 
 from __future__ import annotations
 

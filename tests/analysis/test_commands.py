@@ -75,7 +75,7 @@ def test_a_grid_that_cannot_be_is_refused_before_a_model_is_loaded(
 
 
 def test_gates_are_learned_on_the_loaded_model(vlmgraft: Run, recipe: Callable[..., Path], tmp_path: Path) -> None:
-    """FRISM over α and curvature gates in one sweep: more injection drifts more."""
+    """FRISM over α and curvature gates in one sweep: more injection, more KL."""
     save_questions(draw_exam(0, "calibration", {"colour": 8, "read": 8}).questions, tmp_path / "c.jsonl")
     calibration = {"data": str(tmp_path / "c.jsonl"), "samples": 16, "held_out": 0, "max_new_tokens": 8}
     frism = recipe("f", name="frism", steps=6, learning_rate=0.2, calibration={**calibration, "batch_size": 16})

@@ -80,7 +80,7 @@ def test_questions_with_images_are_refused_before_the_donor_is_loaded(
 
 
 def test_the_commands(vlmgraft: Callable[..., Any], trio: Path, tmp_path: Path) -> None:
-    """A vector is made, written and used by `evaluate` and `drift`; at strength 0 nothing drifts."""
+    """A vector is made, written and used by `evaluate` and `drift`; at strength 0 the KL is 0."""
     save_questions(draw_exam(0, "calibration", {"sum": 4}, as_image=False).questions, tmp_path / "q.jsonl")
     (tmp_path / "r.yaml").write_text(f"vlm: {trio / 'vlm'}\ndonor: {trio / 'donor'}\n")
     asked = ("steer", tmp_path / "r.yaml", "--questions", tmp_path / "q.jsonl", "--contrast", "answers", "--quiet")
@@ -95,9 +95,9 @@ def test_the_commands(vlmgraft: Callable[..., Any], trio: Path, tmp_path: Path) 
     raw = contrast_direction(model, processor, questions, 2, contrast="answers", max_new_tokens=28)
     torch.testing.assert_close(steering.direction, resample(raw, 128, 0.25), atol=1e-5, rtol=1e-4)
     save_questions(draw_exam(0, "test", {"read": 4}).questions, tmp_path / "d.jsonl")
-    drift = ("drift", trio / "vlm", trio / "vlm", "--data", tmp_path / "d.jsonl", "--quiet", "--json")
-    drift = (*drift, "--steer", tmp_path / "v.safetensors")
-    assert json.loads(vlmgraft(*drift).out)["kl"] > json.loads(vlmgraft(*drift, "--steer-strength", "0").out)["kl"]
+    command = ("drift", trio / "vlm", trio / "vlm", "--data", tmp_path / "d.jsonl", "--quiet", "--json")
+    command = (*command, "--steer", tmp_path / "v.safetensors")
+    assert json.loads(vlmgraft(*command).out)["kl"] > json.loads(vlmgraft(*command, "--steer-strength", "0").out)["kl"]
     evaluate = ("evaluate", trio / "vlm", "--data", "lab", "--limit", "4", "--quiet", "--out", tmp_path / "e")
     assert vlmgraft(*evaluate, "--steer", tmp_path / "v.safetensors").code == 0
     ran = vlmgraft(*evaluate, "--steer-strength", "1", "--out", tmp_path / "f")

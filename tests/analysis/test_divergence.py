@@ -15,7 +15,7 @@ from vlmgraft.hf.models import load_processor, load_vlm
 from vlmgraft.lab.exam import draw_exam, save_questions, save_traces
 
 
-def test_drift_is_the_kl_from_the_vlm(trio: Path, tmp_path: Path) -> None:
+def test_divergence_is_the_kl_from_the_vlm(trio: Path, tmp_path: Path) -> None:
     """Zero for the VLM itself; for a merged folder what the targets say in memory; more for a stronger merge."""
     exam = draw_exam(0, "calibration", {"colour": 4, "read": 4})
     file = save_questions(exam, tmp_path / "questions.jsonl")

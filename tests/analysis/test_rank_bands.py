@@ -45,21 +45,21 @@ def test_a_band_is_injected_alone_and_all_of_them_are_the_task_vector(
     vlm_model: Any, alignment: Alignment, factors: dict[str, Factors], tmp_path: Path
 ) -> None:
     before, exam = bits(vlm_model), LogitExam()
-    drifts: list[float] = []
+    distances: list[float] = []
 
-    def drift(model: Any) -> float:
+    def distance(model: Any) -> float:
         now = model.state_dict()["model.language_model.layers.0.mlp.up_proj.weight"]
-        drifts.append(float((now - before["model.language_model.layers.0.mlp.up_proj.weight"]).norm()))
-        return drifts[-1]
+        distances.append(float((now - before["model.language_model.layers.0.mlp.up_proj.weight"]).norm()))
+        return distances[-1]
 
     with Rebuilder(alignment, factors) as rebuilder:
-        bench = Bench(vlm_model, None, exam, tmp_path, {}, kl_from=drift)
+        bench = Bench(vlm_model, None, exam, tmp_path, {}, kl_from=distance)
         rows = measure_ranks(bench, rebuilder, rank_cells(3, (2.0,), "rank"))
     assert same_bits(vlm_model, before)
     assert [(row["band"], row["scale"]) for row in rows] == [(None, 0), (None, 2), (0, 2), (1, 2), (2, 2)]
     s = factors["model.layers.0.mlp.up_proj.weight"].s
     expected = [0.0, 2 * float(s.norm())] + [2 * float(s[band_of(s, band, 3)].norm()) for band in range(3)]
-    assert drifts == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    assert distances == pytest.approx(expected, rel=1e-3, abs=1e-6)
     assert sum(row["energy"] for row in rows[2:]) == pytest.approx(1) and rows[1]["energy"] == pytest.approx(1)
     assert rows[1]["injected"] == pytest.approx(2)
     with Rebuilder(alignment, factors) as rebuilder:

@@ -33,13 +33,13 @@ def row(method: str, setting: dict[str, Any], solved: int, kl: float, **notes: A
     """Of a hundred sums the first `solved` are right; everything is seen."""
     right = {"sum": "1" * solved + "0" * (100 - solved), "read": "1" * 10, "colour": "1" * 10}
     right |= {"glyph": "1" * 10, "list_colours": "1" * 10}
-    drift = {"kl": kl, "control_kl": 0.003, "fresh_kl": 0.0032}
-    return {"method": method, "setting": setting, "right": right, **drift, "notes": notes, "seconds": 1.0}
+    divergences = {"kl": kl, "control_kl": 0.003, "fresh_kl": 0.0032}
+    return {"method": method, "setting": setting, "right": right, **divergences, "notes": notes, "seconds": 1.0}
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three seeds; task arithmetic rises from 20 to 60 over drifts of 0 to 0.004."""
+    """Three seeds; task arithmetic rises from 20 to 60 over KLs of 0 to 0.004."""
     at = {"budget": 0.003}
     for seed, gain in enumerate((0, 5, 10)):
         sizes = {"sums": 100, "perception": 10, "steps": 5, "control": 40, "held_out": 40}

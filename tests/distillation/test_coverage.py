@@ -1,4 +1,4 @@
-"""Coverage of certified scalings on the lab: many calibration draws, the drift of all other prompts."""
+"""Coverage of certified scalings on the lab: many calibration draws, the KL of all other prompts."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ PATH = tuple(step / 10 for step in range(1, 11))
 
 
 @pytest.fixture(scope="module")
-def drifts(trio: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[float, np.ndarray]:
-    """t → drift of every prompt of the pool, with the donor's whole task vector scaled by t."""
+def divergences(trio: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[float, np.ndarray]:
+    """t → KL of every prompt of the pool, with the donor's whole task vector scaled by t."""
     vlm, donor, base = (open_checkpoint(trio / name) for name in ("vlm", "donor", "base"))
     store = decompose(align(vlm, donor, base), tmp_path_factory.mktemp("coverage") / "factors", 32)
     questions = draw_exam(7, "calibration", dict.fromkeys(world.PERCEPTION, POOL // len(world.PERCEPTION))).questions
@@ -42,16 +42,18 @@ def drifts(trio: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[float, 
 
 
 @pytest.mark.slow
-def test_the_drift_of_other_prompts_is_within_the_budget_as_often_as_promised(drifts: dict[float, np.ndarray]) -> None:
-    """The budget is the pool's drift at t = 0.6, capped at ten budgets; every draw certifies on 100 prompts of 800."""
-    budget = float(drifts[0.6].mean())
+def test_the_kl_of_other_prompts_is_within_the_budget_as_often_as_promised(
+    divergences: dict[float, np.ndarray],
+) -> None:
+    """The budget is the pool's KL at t = 0.6, capped at ten budgets; every draw certifies on 100 prompts of 800."""
+    budget = float(divergences[0.6].mean())
     cap, rng = 10 * budget, np.random.default_rng(0)
-    true = {t: values.clip(0, cap) for t, values in drifts.items()} | {0.0: np.zeros(len(drifts[1.0]))}
+    true = {t: values.clip(0, cap) for t, values in divergences.items()} | {0.0: np.zeros(len(divergences[1.0]))}
     exceeded, conformal, scalings = 0, [], []
     for _ in range(DRAWS):
-        chosen = rng.permutation(len(drifts[1.0]))
+        chosen = rng.permutation(len(divergences[1.0]))
         mine, others = chosen[:PROMPTS], chosen[PROMPTS:]
-        measure = {t: values[mine] for t, values in drifts.items()}.__getitem__
+        measure = {t: values[mine] for t, values in divergences.items()}.__getitem__
         sure = certify(measure, PATH, budget, cap, partial(betting_bound, level=LEVEL)).t
         mean = certify(measure, PATH, budget, cap, conformal_bound).t
         exceeded += true[sure][others].mean() > budget
@@ -59,7 +61,7 @@ def test_the_drift_of_other_prompts_is_within_the_budget_as_often_as_promised(dr
         scalings.append(sure)
     print(
         f"budget {budget:.4g}; above it {exceeded} of {DRAWS}; mean t {np.mean(scalings):.3f}; "
-        f"conformal mean {np.mean(conformal):.4g}; clipped at t = 1 {(drifts[1.0] >= cap).mean():.3f}"
+        f"conformal mean {np.mean(conformal):.4g}; clipped at t = 1 {(divergences[1.0] >= cap).mean():.3f}"
     )
     assert exceeded <= binom.ppf(0.999, DRAWS, 1 - LEVEL)
     assert np.mean(conformal) <= budget * 1.02 and np.mean(scalings) > 0.3

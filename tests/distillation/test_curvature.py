@@ -159,8 +159,8 @@ def test_a_larger_budget_opens_more_and_prediction_is_kept(distiller: Distiller,
     assert all(bool(logits.isinf().all()) for logits in found[1].logits.values())
 
 
-def test_prediction_is_of_the_size_of_the_drift(distiller: Distiller, curvature: FisherDiagonal) -> None:
-    """Open everything a little: the second-order prediction and the measured drift agree within a factor of three."""
+def test_prediction_is_of_the_size_of_the_kl(distiller: Distiller, curvature: FisherDiagonal) -> None:
+    """Open everything a little: the second-order prediction and the measured KL agree within a factor of three."""
     scale = 0.3
     gates = predicted_gates(curvature, distiller.factors, scale, 1e9)
     measured = distiller.keep_kl(gates, distiller.targets)

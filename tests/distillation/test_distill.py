@@ -86,7 +86,7 @@ def test_donor_matching_moves_towards_the_donor(distiller: Distiller, donor_targ
 
 
 @pytest.mark.filterwarnings("ignore:kl_budget is measured")
-def test_a_drift_budget_is_met_on_held_out_prompts(distiller: Distiller, donor_targets: Targets) -> None:
+def test_a_kl_budget_is_met_on_held_out_prompts(distiller: Distiller, donor_targets: Targets) -> None:
     budget = 0.004
     gates = distiller.learn(inject="donor", donor=donor_targets, kl_budget=budget, steps=100)
     assert distiller.keep_kl(gates) == pytest.approx(budget, rel=0.1)

@@ -109,7 +109,7 @@ for name in ("replicated", "offloaded", "sharded"):
     fisher = estimate_curvature(distiller).h
     facts["estimated"] = held(distiller.model)
     gates = distiller.learn(**options)
-    facts |= {"drift": distiller.keep_kl(gates), "held": held(distiller.model)}
+    facts |= {"kl": distiller.keep_kl(gates), "held": held(distiller.model)}
     facts["answers"] = [distiller.targets.answers, distiller.held_out_targets.answers]
     if rank == 0:
         save_gates(gates, out / name)
@@ -138,7 +138,7 @@ def test_several_processes_learn_the_gates_of_one(processes: int, distiller: Dis
             assert torch.equal(together.logits[key], logits), (name, key)
         assert [row["kl"] for row in together.log] == [row["kl"] for row in alone.log]
     for found in facts.values():
-        assert found["drift"] == pytest.approx(distiller.keep_kl(alone), rel=1e-3)
+        assert found["kl"] == pytest.approx(distiller.keep_kl(alone), rel=1e-3)
     for name, kind in product(("offloaded", "sharded"), ("fisher", "p")):  # the curvature, and what the teacher said
         assert facts[name]["answers"] == facts["replicated"]["answers"]
         of_whole, of_shards = (load_file(tmp_path / f"{one}.{kind}") for one in ("replicated", name))

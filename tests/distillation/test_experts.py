@@ -205,8 +205,8 @@ def test_curvature_sees_into_experts(mixture: dict[str, Any], tmp_path: Path) ->
     expert, direction = divmod(int(found.h[name].argmax()), found.h[name].shape[1])
     logits = {key: torch.full_like(value, -math.inf) for key, value in found.h.items()}
     logits[name][expert, direction] = math.inf
-    drift = distiller.keep_kl(Gates(logits, 0.2), distiller.targets)
-    assert drift == pytest.approx(0.5 * 0.2**2 * float(found.h[name].max()), rel=0.5)
+    kl = distiller.keep_kl(Gates(logits, 0.2), distiller.targets)
+    assert kl == pytest.approx(0.5 * 0.2**2 * float(found.h[name].max()), rel=0.5)
 
 
 def test_curvature_of_experts_that_files_keep_one_by_one(one_by_one: dict[str, Any], tmp_path: Path) -> None:

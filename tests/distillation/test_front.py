@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:kl_budget is measured")
 
 @pytest.fixture(scope="module")
 def unit(distiller: Distiller) -> float:
-    """The drift of half-open gates: a budget that can be met."""
+    """The KL of half-open gates: a budget that can be met."""
     return distiller.keep_kl(constant_gates({name: len(f.s) for name, f in distiller.factors.items()}, 0.0, 1.0))
 
 

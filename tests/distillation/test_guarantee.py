@@ -1,4 +1,4 @@
-"""A budget with a guarantee: drift per prompt, gates scaled to a bound, and where the bound is written."""
+"""A budget with a guarantee: KL per prompt, gates scaled to a bound, and where the bound is written."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def open_gates(factors: dict[str, Factors]) -> Gates:
     return constant_gates({name: len(f.s) for name, f in factors.items()}, math.inf, 0.8)
 
 
-def test_drift_per_prompt_is_the_mean_over_its_tokens(distiller: Distiller, open_gates: Gates) -> None:
-    """Against a loop over rows of the batches; weighted by their tokens, prompts give the drift per token."""
+def test_kl_per_prompt_is_the_mean_over_its_tokens(distiller: Distiller, open_gates: Gates) -> None:
+    """Against a loop over rows of the batches; weighted by their tokens, prompts give the KL per token."""
     targets = distiller.held_out_targets
     assert targets is not None
     means, counts = [], []
@@ -49,7 +49,7 @@ def test_drift_per_prompt_is_the_mean_over_its_tokens(distiller: Distiller, open
 
 @pytest.mark.filterwarnings("ignore:kl_budget is measured")
 @pytest.mark.parametrize("rows", [512, 5])
-def test_of_cut_distributions_the_certified_drift_is_that_of_the_whole_vocabulary(
+def test_of_cut_distributions_the_certified_kl_is_that_of_the_whole_vocabulary(
     distiller: Distiller, open_gates: Gates, monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:
     """A bound on lower bounds would certify nothing. Against targets kept whole; also in pieces of the head."""
@@ -62,8 +62,8 @@ def test_of_cut_distributions_the_certified_drift_is_that_of_the_whole_vocabular
     assert whole.targets.whole and not cut.targets.whole
     measured: list[Any] = []
 
-    def bound(drifts: Any, cap: float) -> float:
-        measured.append(drifts)
+    def bound(divergences: Any, cap: float) -> float:
+        measured.append(divergences)
         return 0.0
 
     cut.certify(open_gates, cut.targets, 9.0, 9.0, bound)
@@ -112,7 +112,7 @@ def test_unseen_questions_are_the_next_ones(trio: Path, image_calibration: Path)
 
 
 def test_what_cannot_be_shown_is_refused_before_any_work(trio: Path, image_calibration: Path, tmp_path: Path) -> None:
-    """Eight prompts without any drift still leave c/9 on average: 0.0556 for a cap of 0.5, ten budgets."""
+    """Eight prompts without any KL still leave c/9 on average: 0.0556 for a cap of 0.5, ten budgets."""
     said = r"8 prompts and a cap of 0.5 cannot show less than 0.0556 .*above kl_budget 0.05"
     with pytest.raises(RecipeError, match=said):
         vg.merge(recipe_of(trio, image_calibration, prompts=8, kind="expectation"), tmp_path / "merged")

@@ -17,7 +17,7 @@ def one_matrix(s: list[float]) -> dict[str, torch.Tensor]:
 
 
 @given(st.lists(st.tuples(positive, positive), min_size=1, max_size=5), positive, positive)
-def test_soft_gates_minimise_drift_and_the_distance_to_the_task_vector(
+def test_soft_gates_minimise_kl_and_the_distance_to_the_task_vector(
     directions: list[tuple[float, float]], cut: float, scale: float
 ) -> None:
     """½ λ² c² h + α (1 − c)² s² with cut = 2α/λ²: its derivative is zero at the gates."""

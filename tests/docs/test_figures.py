@@ -97,8 +97,8 @@ def test_the_tables_of_the_lab_are_the_rows() -> None:
         line = f"| {row['method']} | {row['setting']} |"
         if line in page:
             rest = page.split(line, 1)[1].splitlines()[0]
-            drift = f"{row['kl']:.4f}" if row["kl"] else "0"
-            figures = f" {100 * row['reasoning']['mean']:.1f} | {100 * row['perception']['mean']:.1f} | {drift} |"
+            kl = f"{row['kl']:.4f}" if row["kl"] else "0"
+            figures = f" {100 * row['reasoning']['mean']:.1f} | {100 * row['perception']['mean']:.1f} | {kl} |"
             assert rest == figures, line
 
 
@@ -148,8 +148,8 @@ def test_the_readme_is_short_and_its_tables_are_the_results() -> None:
     for name, key in named.items():
         row = on_test[key]
         scores = [score_interval([marks(row["right"][part])]).percent() for part in ("sums", "perception")]
-        drift = f"{row['kl']:.3f}" if row["kl"] else "0"
-        assert f"| {name} | {scores[0]} | {scores[1]} | {drift} |" in readme
+        kl = f"{row['kl']:.3f}" if row["kl"] else "0"
+        assert f"| {name} | {scores[0]} | {scores[1]} | {kl} |" in readme
     tables = [(PRETRAINED / f"seed-{seed}-vlm-replay-donor.md").read_text() for seed in range(4)]
     above = [re.findall(r"^\| FRISM donor \|.*?\| \+([\d.]+) \[", table, re.M)[0] for table in tables]
     *first, last = above

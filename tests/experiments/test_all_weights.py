@@ -65,26 +65,26 @@ def test_each_term_lowers_what_it_measures(distiller: Distiller, donor_targets: 
     settings: dict[str, Any] = {"steps": 12, "learning_rate": 1e-4}
     kept = dict(learn_weights(distiller, donor_targets, start, inject_weight=0.0, **settings).weights)
     matched = dict(learn_weights(distiller, donor_targets, start, inject_weight=30.0, **settings).weights)
-    drift = {name: distiller.keep_kl(each) for name, each in (("start", start), ("kept", kept), ("matched", matched))}
+    kl = {name: distiller.keep_kl(each) for name, each in (("start", start), ("kept", kept), ("matched", matched))}
     donor = {name: distiller.keep_kl(each, donor_targets) for name, each in (("start", start), ("matched", matched))}
-    assert drift["kept"] < 0.95 * drift["start"]
+    assert kl["kept"] < 0.95 * kl["start"]
     assert donor["matched"] < 0.97 * donor["start"]
-    assert drift["matched"] > drift["kept"]
+    assert kl["matched"] > kl["kept"]
 
 
 def test_a_larger_budget_lets_more_of_the_donor_in(
     distiller: Distiller, donor_targets: Targets, start: Matrices
 ) -> None:
-    drift, donor = [], []
+    kl, donor = [], []
     for share in (0.3, 1.5):
         budget = share * distiller.keep_kl(start)
         trained = learn_weights(distiller, donor_targets, start, kl_budget=budget, steps=24, learning_rate=1e-4)
-        drift.append(distiller.keep_kl(dict(trained.weights)))
+        kl.append(distiller.keep_kl(dict(trained.weights)))
         donor.append(distiller.keep_kl(dict(trained.weights), donor_targets))
-        assert drift[-1] == pytest.approx(trained.settings["held_out_kl"], rel=1e-3)
-        assert drift[-1] < 1.4 * budget
+        assert kl[-1] == pytest.approx(trained.settings["held_out_kl"], rel=1e-3)
+        assert kl[-1] < 1.4 * budget
         assert trained.log[-1]["step"] == 23
-    assert drift[0] < drift[1] and donor[0] > donor[1]
+    assert kl[0] < kl[1] and donor[0] > donor[1]
 
 
 def test_the_model_is_left_as_it_was(

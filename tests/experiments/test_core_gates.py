@@ -45,7 +45,7 @@ def test_the_distance_is_relative_to_the_task_vector(start: float, distiller: Di
     assert gates.log[0]["inject"] == pytest.approx((1 - start) ** 2, abs=1e-6)
 
 
-def test_a_budget_is_met_and_the_fold_drifts_as_the_training_did(distiller: Distiller) -> None:
+def test_a_budget_is_met_and_the_fold_has_the_kl_of_the_training(distiller: Distiller) -> None:
     before = {name: tensor.clone() for name, tensor in distiller.model.state_dict().items()}
     everything, _ = learn_core(distiller, CoreTraining(rank=8, start=1.0, steps=0))
     start = distiller.keep_kl({n: weight(distiller, n) + update(f) for n, f in everything.items()})

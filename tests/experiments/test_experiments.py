@@ -48,7 +48,7 @@ def test_gates_on_truncated_factors_leave_the_distiller_alone(bench: Bench) -> N
     assert all(len(whole.logits[name]) == len(f.s) for name, f in bench.comparison.factors.items())
 
 
-def test_drift_is_controlled_and_reported_on_different_prompts(bench: Bench) -> None:
+def test_kl_is_controlled_and_reported_on_different_prompts(bench: Bench) -> None:
     comparison = bench.comparison
     drawn = [comparison.distiller.targets, comparison.distiller.held_out_targets, bench.fresh]
     drawn.append(comparison.controlled.held_out_targets)
@@ -63,7 +63,7 @@ def _pixels(targets: Any) -> list[Any]:
             for batch in targets.batches for row in range(len(batch.predicts))]  # fmt: skip
 
 
-def test_a_row_tells_the_drift_and_its_tail(bench: Bench) -> None:
+def test_a_row_tells_the_kl_and_its_tail(bench: Bench) -> None:
     weights = bench.comparison.task_arithmetic(1.0)
     row = bench.measure(weights, notes={"scale": 1.0})
     assert row["kl"] == pytest.approx(bench.comparison.distiller.keep_kl(weights), rel=1e-5)

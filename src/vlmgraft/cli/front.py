@@ -13,7 +13,7 @@ from vlmgraft.cli.output import show_table
 
 @command()
 class Front(LoadsModels, Writes):
-    """Gates for a row of KL budgets in one run: what drift buys in injected energy."""
+    """Gates for a row of KL budgets in one run: what KL from the VLM buys in injected energy."""
 
     recipe: RecipeArgument
     out: Annotated[Path, typer.Option("--out", "-o", help="folder to write; what it holds of this front is kept")]

@@ -40,7 +40,7 @@ class Examines(LoadsModels, Resumable):
         return EvalData(**options)
 
 
-class ExaminesDrift(Examines):
+class ExaminesDivergence(Examines):
     """An analysis that can measure the KL from the VLM beside its scores."""
 
     drift: Annotated[str | None, typer.Option(help="question file on which the KL from the VLM is measured")] = None

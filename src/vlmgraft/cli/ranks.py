@@ -7,13 +7,13 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from vlmgraft.cli.knockout import ExaminesDrift
+from vlmgraft.cli.knockout import ExaminesDivergence
 from vlmgraft.cli.options import Overrides, RecipeArgument, command
 from vlmgraft.cli.output import show_table
 
 
 @command()
-class Ranks(ExaminesDrift):
+class Ranks(ExaminesDivergence):
     """Which singular directions carry what: one band of them at a time, over λ."""
 
     recipe: RecipeArgument

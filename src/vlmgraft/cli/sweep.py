@@ -7,13 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from vlmgraft.cli.knockout import ExaminesDrift
+from vlmgraft.cli.knockout import ExaminesDivergence
 from vlmgraft.cli.options import command
 from vlmgraft.cli.output import show_table
 
 
 @command()
-class Sweep(ExaminesDrift):
+class Sweep(ExaminesDivergence):
     """Perception against reasoning over a grid of recipe fields, with the Pareto front."""
 
     recipes: Annotated[list[Path], typer.Argument(help="one or several recipes of one VLM")]

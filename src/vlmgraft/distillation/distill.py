@@ -257,11 +257,11 @@ class Distiller:
                 layers.set({name: 0 * spectrum for name, spectrum in full.items()})
                 prompts.prompt_kl(self.model, own)  # fills `own` with the teacher's hidden states
 
-            def drifts(t: float) -> ArrayLike:
+            def divergences(t: float) -> ArrayLike:
                 layers.set({name: t * spectrum for name, spectrum in full.items()})
                 return prompts.prompt_kl(self.model, own).numpy()
 
-            certified = certify(drifts, SCALINGS, budget, cap, bound)
+            certified = certify(divergences, SCALINGS, budget, cap, bound)
         return replace(gates, scale=gates.scale * certified.t), certified
 
     @contextmanager

@@ -56,8 +56,8 @@ def within_budget(method: Frism, distiller: Distiller, learned: Gates, prompts: 
         )
     how = "on average" if guarantee.kind == "expectation" else f"with confidence {guarantee.level:g}"
     words = (
-        f"mean drift of unseen prompts of the kind of {Path(method.calibration.data).name}: at most "
-        f"{certified.bound:.3g} nats per token {how}, before weights are rounded ({prompts.questions} prompts; a drift "
+        f"mean KL of unseen prompts of the kind of {Path(method.calibration.data).name}: at most "
+        f"{certified.bound:.3g} nats per token {how}, before weights are rounded ({prompts.questions} prompts; a KL "
         f"counts up to {cap:g}, which {certified.clipped:.1%} reach; gates scaled by {certified.t:g})"
     )
     described = {**asdict(guarantee), **asdict(certified), "cap": cap, "words": words}

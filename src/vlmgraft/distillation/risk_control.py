@@ -56,7 +56,7 @@ class Certified:
 
 
 def certify(
-    drifts: Callable[[float], ArrayLike],
+    divergences: Callable[[float], ArrayLike],
     path: Iterable[float],
     budget: float,
     cap: float,
@@ -64,13 +64,14 @@ def certify(
 ) -> Certified:
     """The last t of the increasing `path` before the first whose bound exceeds the budget; 0 if the first one's does.
 
-    drifts: from t to the KLs of the same n prompts in the same order. bound: from n KLs and the cap, `conformal_bound`
-    or `betting_bound` at a level. No t beyond the first failure is measured. Raises NumericalError for a NaN.
+    divergences: from t to the KLs of the same n prompts in the same order. bound: from n KLs and the cap,
+    `conformal_bound` or `betting_bound` at a level. No t beyond the first failure is measured. Raises
+    NumericalError for a NaN.
     """
     passed = Certified()
     largest: NDArray[np.float64] | float = 0.0
     for t in path:
-        largest = np.maximum(largest, _clip(drifts(t), cap))
+        largest = np.maximum(largest, _clip(divergences(t), cap))
         upper = bound(largest, cap)
         if upper > budget:
             break
@@ -83,18 +84,18 @@ def bound_of(kind: Kind, level: float) -> Bound:
     return conformal_bound if kind == "expectation" else partial(betting_bound, level=level)
 
 
-def conformal_bound(drifts: ArrayLike, cap: float) -> float:
+def conformal_bound(divergences: ArrayLike, cap: float) -> float:
     """n/(n+1)·mean + c/(n+1) of n KLs [n] clipped at the cap c; at least c/(n+1)."""
-    clipped = _clip(drifts, cap)
+    clipped = _clip(divergences, cap)
     return float(clipped.sum() + cap) / (len(clipped) + 1)
 
 
-def betting_bound(drifts: ArrayLike, cap: float, level: float) -> float:
+def betting_bound(divergences: ArrayLike, cap: float, level: float) -> float:
     """Upper bound on the mean of n independent KLs [n] clipped at the cap, valid with probability `level` = 1 − δ.
 
     The capital increases with m: the rejected means are an interval; its lower end, found by bisection, is the bound.
     """
-    x = _clip(drifts, cap) / cap
+    x = _clip(divergences, cap) / cap
     bets, wanted = np.array(BETS)[:, None], math.log(len(BETS)) - math.log1p(-level)
 
     def refused(m: float) -> bool:
@@ -107,9 +108,10 @@ def betting_bound(drifts: ArrayLike, cap: float, level: float) -> float:
     return high * cap
 
 
-def _clip(drifts: ArrayLike, cap: float) -> NDArray[np.float64]:
+def _clip(divergences: ArrayLike, cap: float) -> NDArray[np.float64]:
     """KLs [n] clipped to between 0 (a KL of −1e-9 is rounding) and the cap."""
-    x = np.asarray(drifts, dtype=np.float64)
+    x = np.asarray(divergences, dtype=np.float64)
     if x.ndim != 1 or len(x) == 0 or np.isnan(x).any():
-        raise NumericalError(f"drifts of shape {x.shape} with {int(np.isnan(x).sum())} NaN: need one number per prompt")
+        nans = int(np.isnan(x).sum())
+        raise NumericalError(f"divergences of shape {x.shape} with {nans} NaN: need one number per prompt")
     return x.clip(0, cap)

@@ -152,7 +152,7 @@ class Frism(GatedMethod):
             raise RecipeError("method: inject_weight and kl_budget exclude each other; the budget sets the weight")
         super().__post_init__()
         if self.budget_guarantee is not None and self.kl_budget is None:
-            raise RecipeError("method.budget_guarantee bounds the drift by a budget; give it as method.kl_budget")
+            raise RecipeError("method.budget_guarantee bounds the KL by a budget; give it as method.kl_budget")
         if self.inject == "donor" and self.questions is None:
             raise RecipeError("method.inject: donor needs method.questions, a file of text questions for the donor")
         urls = [self.donor_endpoint] if isinstance(self.donor_endpoint, str) else self.donor_endpoint
@@ -161,7 +161,7 @@ class Frism(GatedMethod):
         if urls is not None and self.inject != "donor":
             raise RecipeError("method.donor_endpoint: donors answer with method.inject: donor only; leave it out")
         if self.start == "curvature" and self.kl_budget is None:
-            raise RecipeError("method.start: curvature opens gates up to a drift; give it as method.kl_budget")
+            raise RecipeError("method.start: curvature opens gates up to a KL; give it as method.kl_budget")
         if self.steps < 0 or self.learning_rate <= 0:
             raise RecipeError(f"method: steps ({self.steps}) and learning_rate ({self.learning_rate}) must be positive")
         for option in ("batches_per_step", "donor_tokens"):

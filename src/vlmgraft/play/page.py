@@ -91,5 +91,5 @@ def answers(
     images = (open_picture(Path(picture), "the picture"),) if picture else ()
     for exchange in session.ask(Question(text, images), strength, max_new_tokens):
         lengths = [f"{len(side.ids)} tokens" if side.ids else "…" for side in (exchange.vlm, exchange.injected)]
-        drift = "" if exchange.drift is None else f", KL {exchange.drift:.4f} nats per token of the VLM's answer"
-        yield exchange.vlm.text, exchange.injected.text, lengths[0], lengths[1] + drift
+        kl = "" if exchange.kl is None else f", KL {exchange.kl:.4f} nats per token of the VLM's answer"
+        yield exchange.vlm.text, exchange.injected.text, lengths[0], lengths[1] + kl

@@ -47,12 +47,12 @@ class PartialAnswer:
 
 @dataclass(frozen=True)
 class Exchange:
-    """Both answers so far. drift: once both are finished, KL(P_vlm ‖ P_injected) in nats per token of the VLM's answer,
+    """Both answers so far. kl: once both are finished, KL(P_vlm ‖ P_injected) in nats per token of the VLM's answer,
     which `kl_budget` bounds; None before that, and if the VLM's answer has no token to measure it on."""
 
     vlm: PartialAnswer
     injected: PartialAnswer
-    drift: float | None = None
+    kl: float | None = None
 
 
 class Session:
@@ -108,8 +108,8 @@ class Session:
             finally:
                 stop.set()
         self._known = request, replies["vlm"]
-        drift = self._drift(question, replies["vlm"].ids, states["injected"])
-        yield Exchange(replies["vlm"], replies["injected"], drift)
+        kl = self._kl(question, replies["vlm"].ids, states["injected"])
+        yield Exchange(replies["vlm"], replies["injected"], kl)
 
     def forward(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
         """The text model's forward pass with the calling thread's spectra."""
@@ -142,7 +142,7 @@ class Session:
         return PartialAnswer(str(text).strip(), tuple(ids))
 
     @torch.no_grad()
-    def _drift(self, question: Question, ids: Sequence[int], state: Any) -> float | None:
+    def _kl(self, question: Question, ids: Sequence[int], state: Any) -> float | None:
         images = placeholders(self.model)
         answer = before_placeholders(images, list(ids))
         if not answer:

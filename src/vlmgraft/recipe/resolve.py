@@ -170,7 +170,7 @@ def _warn_of_order(file: str, learned: Sequence[Question], measured: Sequence[Qu
     if unseen:
         names = ", ".join(sorted(str(name) for name in unseen)[:5])
         warnings.warn(
-            f"{file}: the first {len(learned)} questions hold none of the category {names}, on which the drift is "
+            f"{file}: the first {len(learned)} questions hold none of the category {names}, on which the KL is "
             "measured; shuffle the lines",
             stacklevel=2,
         )

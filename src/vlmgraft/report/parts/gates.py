@@ -111,7 +111,7 @@ def _text(run: GatedRun, rows: Sequence[Row]) -> list[str]:
             f"{how.get(settings['inject'], settings['inject'])}, weight {number(weight)}."
         )
     text.append(
-        "A gate opens where what it brings outweighs the drift it causes on the VLM's own answers, and closes where it "
+        "A gate opens where what it brings outweighs the KL it causes on the VLM's own answers, and closes where it "
         "does not."
     )
     text += _spread(rows)

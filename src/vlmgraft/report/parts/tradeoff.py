@@ -22,10 +22,10 @@ def tradeoff(run: Run, styles: Mapping[str, int]) -> Section:
     front = _front(rows)
     note = "up and to the right is better; a ring marks the Pareto front, crosses are 95 % intervals"
     figures = [Figure("Perception against reasoning", tradeoff_chart(rows, styles), note)]
-    drifting = [row for row in rows if row.get("kl")]
-    if drifting:
+    with_kl = [row for row in rows if row.get("kl")]
+    if with_kl:
         series = [
-            _series(method, drifting, styles, x="kl") for method in dict.fromkeys(row["method"] for row in drifting)
+            _series(method, with_kl, styles, x="kl") for method in dict.fromkeys(row["method"] for row in with_kl)
         ]
         chart = Lines(series, "KL from the VLM, nats per token", "reasoning, % right", log_x=True)
         note = "KL is measured on held-out perception questions; the VLM itself has none and is not shown"
