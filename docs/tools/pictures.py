@@ -33,13 +33,13 @@ MATRICES = {"q_proj": "self_attn.q_proj", "o_proj": "self_attn.o_proj", "up_proj
 def main() -> None:
     """Draw everything."""
     rows = [row for row in read_rows(RESULTS / "lab" / "seed-0.jsonl") if row["drawn"]]
-    drift, both = "KL from the VLM, nats per token", ("perception, % right", "reasoning, % right")
+    kl, both = "KL from the VLM, nats per token", ("perception, % right", "reasoning, % right")
     write("tradeoff", Lines(tradeoff(rows), *both, x_limits=(80, 100.5), size=SIZE))
-    write("drift", Lines(by_drift(rows), drift, "reasoning, % right", log_x=True, size=SIZE))
+    write("kl", Lines(by_kl(rows), kl, "reasoning, % right", log_x=True, size=SIZE))
     write("overshoot", Lines(overshoot(), "λ of task arithmetic", "% right", y_limits=(0, 103), size=SIZE))
     write("bands", Lines(bands(), *both, x_limits=(60, 100), size=SIZE))
     write("pretrained", Lines(pretrained(), "perception, % right", "sums, % right", size=SIZE))
-    write("pretrained-drift", Lines(pretrained("kl"), drift, "sums, % right", log_x=True, size=SIZE))
+    write("pretrained-kl", Lines(pretrained("kl"), kl, "sums, % right", log_x=True, size=SIZE))
     write("pretrained-where", where())
     with tempfile.TemporaryDirectory() as folder:
         work = learned(Path(folder))
@@ -69,8 +69,8 @@ def tradeoff(rows: Sequence[Mapping[str, Any]]) -> list[Series]:
     ]
 
 
-def by_drift(rows: Sequence[Mapping[str, Any]]) -> list[Series]:
-    """Reasoning against drift."""
+def by_kl(rows: Sequence[Mapping[str, Any]]) -> list[Series]:
+    """Reasoning against KL."""
     return [
         Series(
             method,
