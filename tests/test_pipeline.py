@@ -229,6 +229,12 @@ def test_stages_by_hand_equal_the_merge(merged: tuple[Path, Path], replayed: Any
         vg.gates(recipe, tmp_path / "factors", tmp_path / "gates", overrides=["method.seed=7"])
 
 
+def test_gates_without_their_settings_are_no_gates_to_replace(tmp_path: Path) -> None:
+    (tmp_path / "gates.safetensors").touch()
+    with pytest.raises(OutputError, match="exists already; name another folder"):
+        vg.gates({}, tmp_path / "factors", tmp_path)
+
+
 def test_merged_folder_answers_through_auto_classes(merged: tuple[Path, Path]) -> None:
     processor = AutoProcessor.from_pretrained(merged[0])
     model = AutoModelForImageTextToText.from_pretrained(merged[0]).eval()

@@ -163,10 +163,9 @@ def gates(
     """FRISM's second stage on a factor store: writes the gates folder `out`, or reads it if it is finished."""
     from vlmgraft.distillation.learn import check_factors, check_inputs, gates_for
     from vlmgraft.spectral.factor_store import open_store
-    from vlmgraft.spectral.gate_store import unfinished
 
     out = Path(out)
-    if out.exists() and not (unfinished(out) or (out / "gates.json").is_file()):
+    if out.exists() and not (out / "gates.json").is_file():
         raise OutputError(f"{out}: exists already; name another folder, or remove it first")
     job = resolve(recipe, overrides)
     check_inputs(job, out)

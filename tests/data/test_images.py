@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlmgraft.data import images
 from vlmgraft.data.images import FORMATS, open_picture, picture_size, read_image, shrunk
 from vlmgraft.errors import DataError
 
@@ -72,3 +73,37 @@ def test_a_jpeg_that_was_cut_off_is_refused_without_decoding_it(tmp_path: Path) 
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(DataError, match=r"picture: cannot be read, or is corrupt \(its end is missing\)"):
         read_image(path, "picture", keep=False)
+
+
+@pytest.mark.parametrize("ours", ["upright_rgb", "_verified", "_opened"])
+@pytest.mark.parametrize("error", [TypeError, KeyError, RuntimeError, ValueError])
+def test_a_mistake_of_ours_is_no_corrupt_picture(
+    ours: str, error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise error("ours")
+
+    monkeypatch.setattr(images, ours, broken)
+    Image.new("RGB", (4, 2)).save(tmp_path / "a.png")
+    with pytest.raises(error, match="ours"):
+        read_image(tmp_path / "a.png", "picture", keep=False)
+        open_picture(tmp_path / "a.png", "picture")
+
+
+def test_what_pillow_raises_names_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.png"
+    Image.new("RGB", (4, 2)).save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:40])
+    for name, broken in (("cut", path), ("text", b"no picture")):
+        with pytest.raises(DataError, match=rf"^{name}: cannot be read, or is corrupt \(.*\); replace it"):
+            open_picture(broken, name)
+    with pytest.raises(DataError, match=r"^gone: missing; give its path"):
+        open_picture(tmp_path / "gone.png", "gone")
+    path.write_bytes(whole)
+    monkeypatch.setattr(images, "MAX_PIXELS", 7)
+    with pytest.raises(DataError, match=r"^large: enormous \(4×2 pixels; at most 7 are decoded\); shrink it"):
+        open_picture(path, "large")
+    monkeypatch.setattr(images, "LARGEST_FILE", 7)
+    with pytest.raises(DataError, match=r"^heavy: enormous \(more than 7 bytes\); shrink it"):
+        read_image(path, "heavy", keep=False)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+import torch
 
 from vlmgraft.evaluation.engine import Answer
 from vlmgraft.evaluation.items import Item, Suite
@@ -27,7 +28,7 @@ class Scripted:
 
     def answer(self, questions: Sequence[Question], seed: int) -> list[Answer]:
         if len(questions) > self.room:
-            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         texts = [self.say(question) for question in questions]
         self.asked += [question.question for question in questions]
         self.batches.append(len(questions))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vlmgraft.errors import VlmgraftError
+from vlmgraft.errors import DataError, VlmgraftError
 from vlmgraft.evaluation.ask import ask, plan
 from vlmgraft.evaluation.items import Item, Suite
 from vlmgraft.evaluation.records import load_records, record_of
@@ -59,7 +59,7 @@ def test_files_of_images_are_planned_by_their_size_and_text_apart(tmp_path: Path
 
         def answer(self, questions: Any, seed: int) -> Any:
             asked.append([image.size for question in questions for image in question.images])
-            raise ValueError("no answer")
+            raise VlmgraftError("no answer")
 
     asked: list[Any] = []
     sides = (10, 60, 20, 70, 30, 50)
@@ -90,7 +90,7 @@ def test_out_of_memory_halves_the_batch_and_all_are_answered(scripted: Any, sums
 def test_one_item_that_fails_is_found_and_counts_as_wrong(scripted: Any, sums: Any, adds: Any) -> None:
     def say(question: Any) -> str:
         if question.question == "what is 7 + 7 ?":
-            raise ValueError("aspect ratio must be smaller than 200")
+            raise DataError("aspect ratio must be smaller than 200")
         return str(adds(question))
 
     records = ask(scripted(say), sums(12), batch_size=6)
@@ -101,10 +101,19 @@ def test_one_item_that_fails_is_found_and_counts_as_wrong(scripted: Any, sums: A
 
 def test_when_nothing_works_the_run_stops_early(scripted: Any, sums: Any) -> None:
     def say(question: Any) -> str:
-        raise RuntimeError("device-side assert")
+        raise VlmgraftError("no such adapter")
 
-    with pytest.raises(VlmgraftError, match=r"first 16 questions all failed.*device-side assert"):
+    with pytest.raises(VlmgraftError, match=r"first 16 questions all failed.*no such adapter"):
         ask(scripted(say), sums(40), batch_size=8)
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, IndexError, KeyError, TypeError])
+def test_a_mistake_of_ours_is_no_wrong_answer(scripted: Any, sums: Any, error: type[Exception]) -> None:
+    def say(question: Any) -> str:
+        raise error("ours")
+
+    with pytest.raises(error, match="ours"):
+        ask(scripted(say), sums(2))
 
 
 def test_a_silent_model_is_wrong_and_shown(scripted: Any, sums: Any) -> None:
@@ -205,7 +214,7 @@ def test_sampling_is_seeded_by_run_and_items(sums: Any) -> None:
 
         def answer(self, questions: Any, seed: int) -> Any:
             seeds.append(seed)
-            raise ValueError
+            raise VlmgraftError
 
     def drawn(seed: int) -> list[int]:
         seeds.clear()

@@ -17,6 +17,7 @@ import torch
 from vlmgraft.errors import InputError
 from vlmgraft.evaluation.ask import ask
 from vlmgraft.evaluation.engine import Sampling, TransformersEngine, VllmEngine
+from vlmgraft.evaluation.items import Item, Suite
 from vlmgraft.hf.batches import Question, generate_batch
 from vlmgraft.hf.models import load_processor, load_vlm
 from vlmgraft.lab import world
@@ -78,8 +79,6 @@ def test_sampled_answers_depend_on_the_seed_alone(vlm: Any, processor: Any, exam
 def test_a_text_question_and_a_picture_that_the_processor_refuses(vlm: Any, processor: Any) -> None:
     from PIL import Image
 
-    from vlmgraft.evaluation.items import Item, Suite
-
     thin = Image.new("RGB", (1, 4000))
     items = (Item("thin", "read all glyphs", (thin,), ("1",)), Item("text", "copy red", answers=("red",)))
     records = ask(TransformersEngine(vlm, processor, Sampling(8)), Suite("s", items, max_new_tokens=8))
@@ -131,6 +130,26 @@ def test_vllm_gives_the_same_bookkeeping(monkeypatch: pytest.MonkeyPatch, proces
     assert len(prompts[0]["multi_modal_data"]["image"]) == 1 and "multi_modal_data" not in prompts[1]
     assert prompts[1]["prompt"] == found[1].prompt and "copy red" in found[1].prompt
     assert len(ask(engine, exam.suite)) == len(exam.items)
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, IndexError])
+def test_what_vllm_refuses_is_a_failed_answer_and_our_mistakes_are_not(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch, processor: Any
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise error("too long")
+
+    module = ModuleType("vllm")
+    module.LLM, module.SamplingParams = _LLM, dict  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    engine = VllmEngine("folder", processor, Sampling(9))
+    with monkeypatch.context() as patch:
+        patch.setattr(_LLM, "generate", broken)
+        (record,) = ask(engine, Suite("s", (Item("a", "copy red", answers=("red",)),)))
+        assert (record.state, record.score, record.fault) == ("failed", 0.0, "too long")
+    monkeypatch.setattr("vlmgraft.evaluation.engine.prompt_text", broken)
+    with pytest.raises(error, match="too long"):
+        engine.answer([Question("copy red")], 0)
 
 
 def test_without_vllm_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, processor: Any) -> None:

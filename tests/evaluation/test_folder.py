@@ -40,6 +40,13 @@ def test_what_an_interruption_leaves_is_hidden_and_gone_on_with(tmp_path: Path) 
     assert go_on(out, SETTINGS | {"asking": ASKING | {"batch_size": 1, "device": "cuda"}}).startswith(".run")
 
 
+def test_a_visible_folder_without_a_summary_is_nothing_to_resume(tmp_path: Path) -> None:
+    folder.start(tmp_path, SETTINGS)
+    with pytest.raises(OutputError, match="holds no finished evaluation"):
+        go_on(tmp_path, SETTINGS)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
 @pytest.mark.parametrize(
     ("change", "resumed"),
     [

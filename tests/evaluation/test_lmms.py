@@ -64,10 +64,32 @@ def test_scores_beyond_one_and_missing_targets_are_not_taken() -> None:
     assert translate(sample(resps=[["first", "second"]]), "own").output == "first"
 
 
-def test_lines_that_are_no_samples_are_named(tmp_path: Path) -> None:
-    (tmp_path / "20260101_000000_samples_x.jsonl").write_text('{"target": "a"}\n')
-    with pytest.raises(DataError, match=r"samples_x.jsonl, line 1: no sample of lmms-eval"):
-        read_samples(tmp_path / "20260101_000000_samples_x.jsonl")
+NO_SAMPLES = ('{"target": "a"}', '{"doc_id": 1}', '{"resps": "a"}', '{"doc_id": [], "resps": 1}', "[]", '"a"', "null")
+
+
+@pytest.mark.parametrize("line", [*NO_SAMPLES, '{"a": ', "[" * 100_000, "9" * 5000])
+def test_lines_that_are_no_samples_are_named(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "20260101_000000_samples_x.jsonl"
+    file.write_text(json.dumps(sample()) + f"\n{line}\n")
+    with pytest.raises(DataError, match=r"samples_x.jsonl, line 2: no sample of lmms-eval \(.*\); remove the log"):
+        read_samples(file)
+
+
+@pytest.mark.parametrize("counts", [None, [], [None], {}, "5", [{"output_tokens": "5"}], [{"output_tokens": None}], 5])
+def test_a_sample_without_a_count_of_tokens_has_none(tmp_path: Path, counts: Any) -> None:
+    file = tmp_path / "samples_x.jsonl"
+    file.write_text(json.dumps(sample(token_counts=counts)))
+    assert read_samples(file)[0].tokens == 0
+
+
+@pytest.mark.parametrize("error", [KeyError, TypeError, ValueError, AttributeError])
+def test_a_mistake_of_ours_is_no_bad_log(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise error("ours")
+
+    monkeypatch.setattr(lmms, "translate", broken)
+    with pytest.raises(error, match="ours"):
+        read_samples(sample_files(LOGS)[0])
 
 
 def test_the_newest_log_of_a_task_counts(tmp_path: Path) -> None:

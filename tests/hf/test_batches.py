@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from vlmgraft.data.questions import hold_images
-from vlmgraft.errors import DataError
+from vlmgraft.errors import DataError, VlmgraftError
 from vlmgraft.hf.batches import (
     Question,
     append_answers,
@@ -163,3 +163,30 @@ def test_a_question_that_the_processor_refuses_is_planned_by_its_text(processor:
     text = len(processor.tokenizer(prompt_text(processor.tokenizer, Question("what is it")))["input_ids"])
     with_image = Question("what is it", (random_image(0),))
     assert planned_lengths(processor.tokenizer, [with_image]) == [text]
+
+
+def test_what_the_libraries_refuse_is_the_question_s_fault_and_our_mistakes_are_not(
+    vlm: Any, processor: Any, image_questions: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(error: type[Exception]) -> Any:
+        def call(*_: Any, **__: Any) -> Any:
+            raise error("odd")
+
+        return call
+
+    questions = image_questions(2)
+    monkeypatch.setattr(vlm, "generate", broken(ValueError))
+    with pytest.raises(DataError, match=r"or one of 1 others: the model cannot answer it \(odd\)"):
+        generate_batch(vlm, processor, questions, 4)
+    monkeypatch.setattr(vlm, "generate", broken(KeyError))
+    with pytest.raises(KeyError):
+        generate_batch(vlm, processor, questions, 4)
+    monkeypatch.setattr(type(processor), "__call__", broken(IndexError))
+    with pytest.raises(DataError, match=r"the processor cannot read it \(odd\)"):
+        generate_batch(vlm, processor, questions, 4)
+    monkeypatch.setattr(type(processor), "__call__", broken(TypeError))
+    with pytest.raises(TypeError):
+        generate_batch(vlm, processor, questions, 4)
+    monkeypatch.setattr(type(processor), "__call__", broken(MemoryError))
+    with pytest.raises(VlmgraftError, match="out of memory while answering 2 questions at once"):
+        generate_batch(vlm, processor, questions, 4)

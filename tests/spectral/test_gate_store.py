@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from vlmgraft.errors import CheckpointError, OutputError
-from vlmgraft.spectral.gate_store import load_gates, save_gates, unfinished
+from vlmgraft.spectral.gate_store import load_gates, save_gates
 from vlmgraft.spectral.gates import Gates
 
 GATES = Gates(
@@ -30,7 +30,6 @@ def test_gates_survive_the_folder(tmp_path: Path) -> None:
     assert (loaded.scale, loaded.settings, loaded.log, loaded.factors) == (1.25, GATES.settings, GATES.log, "digest")
     save_gates(Gates({"a.weight": torch.ones(1)}, 2.0), tmp_path / "gates")
     assert load_gates(tmp_path / "gates").scale == 2.0 and load_gates(tmp_path / "gates").factors is None
-    assert not unfinished(tmp_path / "gates")
 
 
 def test_a_folder_of_something_else_is_kept(tmp_path: Path) -> None:

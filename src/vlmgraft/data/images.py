@@ -32,8 +32,20 @@ LATE = {b"eXIf": "exif"} | {key.encode(): key for key in ("Raw profile type exif
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """Formats that are decoded. Pillow supports more, some of which start other programs (EPS runs Ghostscript). MPO files
 are opened as JPEG; "MPO" must not be listed, because Pillow stops its search at a format without an opener."""
-
-
+FAILURES = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    SyntaxError,  # its own, of broken PNG
+    TypeError,
+    ValueError,
+    struct.error,
+)
+"""What Pillow raises over bytes that are no image; they are caught around Pillow's own calls only."""
 LARGEST_FILE = 1 << 28
 """Maximum size of an image file in bytes."""
 ImageSource = Path | bytes | Image.Image | Callable[[], "Path | bytes | Image.Image"]
@@ -119,8 +131,8 @@ def read_image(path: Path, name: str, *, keep: bool) -> ImageFile:
 
     Raises DataError as `open_picture`.
     """
-    with _explained(name):
-        with open_regular(path) as file:
+    with _named(name):
+        with _file(path) as file, _decoding():
             data = file.read(LARGEST_FILE + 1)
         size = _verified(data)
     return ImageFile(path, hashlib.sha256(data).hexdigest(), size, data if keep else None)
@@ -131,7 +143,7 @@ def image_within(data: bytes, fetch: Callable[[], bytes], name: str) -> ImageFil
 
     fetch: reads the bytes again.
     """
-    with _explained(name):
+    with _named(name):
         size = _verified(data)
     return ImageFile(Path(name), hashlib.sha256(data).hexdigest(), size, fetch=fetch)
 
@@ -140,13 +152,14 @@ def _verified(data: bytes) -> tuple[int, int]:
     """Validate header and checksums (of a JPEG, its end marker) and return width and height as `open_picture` gives
     them. Only a PNG whose orientation may follow the pixels is decoded."""
     if len(data) > LARGEST_FILE:
-        raise Image.DecompressionBombError(f"more than {LARGEST_FILE:,} bytes")
+        raise _enormous(f"more than {LARGEST_FILE:,} bytes")
     with _opened(data) as image:
         if image.format == "JPEG" and image.fp is not None and data.find(JPEG_END, image.fp.tell()) < 0:
-            raise OSError("its end is missing")
+            raise _corrupt("its end is missing")
         late = image.format == "PNG" and any(key in data for key, name in LATE.items() if name not in image.info)
-        turned = image.format != "TIFF" and Image.Image.getexif(image).get(ORIENTATION, 1) >= FIRST_TURNED
-        image.verify()
+        with _decoding():
+            turned = image.format != "TIFF" and Image.Image.getexif(image).get(ORIENTATION, 1) >= FIRST_TURNED
+            image.verify()
     if late:
         with _opened(data) as image:
             return upright_rgb(image).size
@@ -159,23 +172,27 @@ def open_picture(source: Path | bytes | bytearray, name: str) -> Image.Image:
     Raises:
         DataError: naming the picture: missing, no regular file, another format, enormous, or corrupt.
     """
-    with _explained(name), _opened(source) as image:
+    with _named(name), _opened(source) as image:
         return upright_rgb(image)
 
 
 def picture_size(source: Path | bytes | bytearray, name: str) -> tuple[int, int]:
     """Width and height from the header alone, before EXIF orientation; raises DataError as `open_picture`."""
-    with _explained(name), _opened(source) as image:
+    with _named(name), _opened(source) as image:
         return image.size
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB, rotated by its EXIF orientation; 16 bits per pixel are scaled to 8 (Pillow would clip them)."""
-    if image.mode.startswith("I;16"):
-        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
-    if image.getexif().get(ORIENTATION, 1) != 1:  # else a copy would be made
-        image = ImageOps.exif_transpose(image)
-    return image.convert("RGB")
+    """The image in RGB, rotated by its EXIF orientation; 16 bits per pixel are scaled to 8 (Pillow would clip them).
+
+    Raises DataError, without a name, where it cannot be decoded.
+    """
+    with _decoding():
+        if image.mode.startswith("I;16"):
+            image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+        if image.getexif().get(ORIENTATION, 1) != 1:  # else a copy would be made
+            image = ImageOps.exif_transpose(image)
+        return image.convert("RGB")
 
 
 def shrunk(image: Image.Image, pixels: int) -> Image.Image:
@@ -194,45 +211,54 @@ def shrunk_size(size: tuple[int, int], pixels: int) -> tuple[int, int]:
 
 def check_picture(source: Path | bytes, name: str) -> None:
     """Validate an image's header and checksums without decoding it; raises DataError as `open_picture`."""
-    with _explained(name), _opened(source) as image:
+    with _named(name), _opened(source) as image, _decoding():
         image.verify()
 
 
 @contextmanager
 def _opened(source: Path | bytes | bytearray) -> Iterator[PillowFile.ImageFile]:
-    with open_regular(source) if isinstance(source, Path) else io.BytesIO(source) as file:
-        with warnings.catch_warnings():
+    with _file(source) if isinstance(source, Path) else io.BytesIO(source) as file:
+        with warnings.catch_warnings(), _decoding():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(file, formats=FORMATS)
         width, height = image.size
         if width * height > MAX_PIXELS:
-            raise Image.DecompressionBombError(f"{width}×{height} pixels; at most {MAX_PIXELS:,} are decoded")
+            raise _enormous(f"{width}×{height} pixels; at most {MAX_PIXELS:,} are decoded")
         yield image
 
 
+def _file(path: Path) -> io.BufferedReader:
+    try:
+        return open_regular(path)
+    except FileNotFoundError:
+        raise DataError("missing; give its path relative to the file that names it") from None
+    except OSError as error:
+        raise _corrupt(error) from error
+
+
 @contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """Convert the errors that Pillow may raise to DataError."""
-    remedy = "replace it, or drop its line"
+def _decoding() -> Iterator[None]:
+    """Convert errors of Pillow, or of reading the file, to DataError without a name."""
     try:
         yield
-    except FileNotFoundError:
-        raise DataError(f"{name}: missing; give its path relative to the file that names it") from None
-    except CheckpointError as error:
-        raise DataError(f"{error}" if str(error).startswith(name) else f"{name}: {error}") from None
     except Image.DecompressionBombError as error:
-        raise DataError(f"{name}: enormous ({error}); shrink it, or drop its line") from None
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        TypeError,
-        ArithmeticError,
-        AttributeError,
-        EOFError,
-        LookupError,
-        MemoryError,
-        RuntimeError,
-        struct.error,
-    ) as error:
-        raise DataError(f"{name}: cannot be read, or is corrupt ({str(error)[:120]}); {remedy}") from error
+        raise _enormous(error) from error
+    except FAILURES as error:
+        raise _corrupt(error) from error
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Put the picture's name in front of what is wrong with it."""
+    try:
+        yield
+    except (CheckpointError, DataError) as error:
+        raise DataError(f"{error}" if str(error).startswith(name) else f"{name}: {error}") from error
+
+
+def _enormous(why: object) -> DataError:
+    return DataError(f"enormous ({why}); shrink it, or drop its line")
+
+
+def _corrupt(why: object) -> DataError:
+    return DataError(f"cannot be read, or is corrupt ({str(why)[:120]}); replace it, or drop its line")

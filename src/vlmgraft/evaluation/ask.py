@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vlmgraft.data.images import ImageFile
 from vlmgraft.errors import DataError, VlmgraftError
-from vlmgraft.evaluation.engine import FAILURES, Engine
+from vlmgraft.evaluation.engine import Engine
 from vlmgraft.evaluation.items import Item, Suite, image_size, open_image, with_suffix
 from vlmgraft.evaluation.records import Record, fault_record, record_of
 from vlmgraft.hf.batches import Question, batches, cut
@@ -99,8 +101,8 @@ class _Run:
         fault = ""
         try:
             answers = self.engine.answer([question for _, question in ready], seed)
-        except FAILURES as error:  # retried only after this block: the traceback holds the tensors that did not fit
-            fault = str(error) or repr(error)
+        except (VlmgraftError, torch.OutOfMemoryError) as error:
+            fault = str(error) or repr(error)  # retried only after this block: the traceback holds the tensors
         if fault:
             self._failed(ready, fault)
             return

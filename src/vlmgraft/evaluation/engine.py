@@ -43,7 +43,7 @@ class Engine(Protocol):
     name: str
 
     def answer(self, questions: Sequence[Question], seed: int) -> list[Answer]:
-        """Answers in the order of the questions. Raises VlmgraftError, ValueError or RuntimeError."""
+        """Answers in the order of the questions; raises VlmgraftError, torch.OutOfMemoryError."""
         ...
 
     def lengths(self, questions: Sequence[Question]) -> Sequence[int]:
@@ -116,7 +116,11 @@ class VllmEngine:
             top_p=self.sampling.top_p,
             seed=seed,
         )
-        outputs = [(result, result.outputs[0]) for result in self.llm.generate(requests, params, use_tqdm=False)]
+        try:
+            results = self.llm.generate(requests, params, use_tqdm=False)
+        except (ValueError, RuntimeError, IndexError) as error:  # too long a prompt, an image that is refused
+            raise VlmgraftError(str(error) or repr(error)) from error
+        outputs = [(result, result.outputs[0]) for result in results]
         return [
             Answer(
                 output.text.strip(),
@@ -131,7 +135,3 @@ class VllmEngine:
     def lengths(self, questions: Sequence[Question]) -> tuple[int, ...]:
         """Empty: vLLM does its own batching."""
         return ()
-
-
-FAILURES = (VlmgraftError, ValueError, RuntimeError, IndexError)
-"""Errors that a batch may raise: out of memory, a prompt that is too long, an image that the processor rejects."""

@@ -38,9 +38,7 @@ def opened(out: Path, settings: dict[str, Any], resume: bool, model: str | Path)
             _check_settings(out, settings)
             yield out
             return
-        if (out / RUN).is_file() and not hidden.exists():  # an interruption of an earlier version left it there
-            out.rename(hidden)
-        elif any(out.iterdir()):
+        if any(out.iterdir()):
             raise OutputError(
                 f"{out}: holds no finished evaluation, so there is nothing to resume; choose another folder"
             )

@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import AliasChoices, BaseModel, Field
+
 from vlmgraft.checkpoint.files import load_json
 from vlmgraft.errors import DataError, InputError, VlmgraftError
 from vlmgraft.evaluation.answers import read_final, repeats
@@ -131,6 +133,13 @@ def task_of(file: Path) -> str:
     return _DATED.sub("", file.stem)
 
 
+class _Sample(BaseModel):
+    """What every row of a sample log has; tasks add their measures."""
+
+    doc_id: int | str
+    answers: Any = Field(validation_alias=AliasChoices("resps", "filtered_resps"))
+
+
 def read_samples(file: Path) -> list[Record]:
     """The records of one sample log; raises DataError naming file and line."""
     records = []
@@ -139,9 +148,12 @@ def read_samples(file: Path) -> list[Record]:
             continue
         try:
             row = json.loads(line)
-            records.append(translate(row, task_of(file)))
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise DataError(f"{file}, line {number}: no sample of lmms-eval ({error!r})") from error
+            _Sample.model_validate(row)
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{file}, line {number}: no sample of lmms-eval ({error!s:.200}); remove the log to have it made again"
+            ) from error
+        records.append(translate(row, task_of(file)))
     return records
 
 
@@ -194,4 +206,5 @@ def _text(value: Any) -> str:
 
 def _tokens(counts: Any) -> int:
     first: Any = counts[0] if isinstance(counts, Sequence) and counts else counts
-    return int(first.get("output_tokens") or 0) if isinstance(first, dict) else 0
+    count = first.get("output_tokens") if isinstance(first, dict) else None
+    return count if isinstance(count, int) else 0

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vlmgraft.data.questions import Question, blank_images, load_questions, open_images
-from vlmgraft.errors import DataError
+from vlmgraft.errors import DataError, VlmgraftError
 from vlmgraft.hf.modules import tokenizer_of
 from vlmgraft.hf.placement import threads_of
 from vlmgraft.hf.templates import prompt_text
@@ -39,6 +39,12 @@ __all__ = [
 Batch = dict[str, Any]
 PIXELS_PER_CHARACTER = 200
 """A token is four letters of text or, at Qwen2.5-VL's 28 × 28, 784 pixels."""
+PROCESSOR_FAILURES = (
+    LookupError,  # more places for images in the text than images
+    RuntimeError,  # torch's own, of an image that becomes empty
+    ValueError,  # an aspect ratio or a size that it does not take
+)
+"""What a processor raises over one question; nothing but its own call runs where they are caught."""
 
 
 def encode(processor: Any, questions: Sequence[Question], *, pixels: bool = True) -> Batch:
@@ -69,7 +75,7 @@ def _processed(processor: Any, questions: Sequence[Question], texts: list[str], 
     """The processor's output for texts and images; raises DataError naming the question that it refuses."""
     try:
         return dict(processor(text=texts, **options))
-    except (ValueError, TypeError, LookupError, RuntimeError) as error:
+    except PROCESSOR_FAILURES as error:
         if is_memory(error):
             raise
         if len(questions) > 1:
@@ -158,27 +164,42 @@ def generate_batch(
     """Greedy answers to one batch as token ids, the end token included when it was reached; the prompts' lengths.
     `options` of `generate`, such as do_sample and temperature, replace the greedy ones.
 
-    Raises DataError when prompt and answer are longer than the model reads, VlmgraftError when memory runs out.
+    Raises DataError when prompt and answer are longer than the model reads, or it refuses them; VlmgraftError when
+    memory runs out.
     """
     tokenizer = tokenizer_of(processor)
     ends = model.generation_config.eos_token_id
     ends = {ends} if isinstance(ends, int) else set(ends or [])
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
-    encoded = encode(processor, questions)
-    lengths = encoded["attention_mask"].sum(1).tolist()
-    _check_length(model.config, lengths, questions, max_new_tokens)
-    batch = to_device(encoded, model.device, model.dtype)
     greedy: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    settings = {"max_new_tokens": max_new_tokens, "pad_token_id": pad, **greedy, **(options or {})}
     doing = f"answering {len(questions)} questions at once"
-    with threads_of(model), out_of_memory(doing, "lower batch_size or max_new_tokens"):
-        output = model.generate(
-            **batch, max_new_tokens=max_new_tokens, pad_token_id=pad, **(greedy | dict(options or {}))
-        )
+    with out_of_memory(doing, "lower batch_size or max_new_tokens"):
+        encoded = encode(processor, questions)
+        lengths = encoded["attention_mask"].sum(1).tolist()
+        _check_length(model.config, lengths, questions, max_new_tokens)
+        batch = to_device(encoded, model.device, model.dtype)
+        with threads_of(model):
+            output = _generated(model, batch, settings, questions)
     answers = []
     for row in output[:, batch["input_ids"].shape[1] :].tolist():
         stop = next((index + 1 for index, token in enumerate(row) if token in ends), len(row))
         answers.append(row[:stop])
     return answers, lengths
+
+
+def _generated(model: Any, batch: Batch, settings: Mapping[str, Any], questions: Sequence[Question]) -> torch.Tensor:
+    """What `generate` gives; DataError where it refuses a question, such as one whose text has a placeholder in it."""
+    try:
+        output: torch.Tensor = model.generate(**batch, **settings)
+    except ValueError as error:
+        if isinstance(error, VlmgraftError):
+            raise
+        others = f" or one of {len(questions) - 1} others" if len(questions) > 1 else ""
+        raise DataError(
+            f"{questions[0].name}{others}: the model cannot answer it ({error!s:.200}); mend it, or drop it"
+        ) from error
+    return output
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:

@@ -58,10 +58,5 @@ def load_gates(folder: str | Path) -> Gates:
     return Gates(logits, float(scale), settings, rows, factors)
 
 
-def unfinished(folder: Path) -> bool:
-    """Whether `folder` holds only gates without settings, as killed runs of an earlier version left them."""
-    return folder.is_dir() and not (folder / "gates.json").exists() and all(map(_is_ours, folder.iterdir()))
-
-
 def _is_ours(path: Path) -> bool:
     return path.name in FILES or FOREIGN.fullmatch(path.name) is not None or path.name.endswith(".tmp")
