@@ -15,7 +15,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 COPIED = ("src", "tests", "docs", "recipes", "benchmarks", "experiments")
 OF_THE_METHOD = ("tests/methods/test_shrunk.py", "tests/families/test_matrix.py", "-k", "shrunk")
-OF_ALL_METHODS = ("tests/recipe/test_recipe.py", "tests/docs/test_figures.py", "tests/docs/test_site.py")
+OF_ALL_METHODS = (
+    "tests/recipe/test_model.py",
+    "tests/recipe/test_schema.py",
+    "tests/docs/test_figures.py",
+    "tests/docs/test_site.py",
+)
 
 
 OF_THE_FAMILY = ("tests/families", "-k", "vipllava")
