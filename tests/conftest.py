@@ -51,6 +51,21 @@ def trio() -> Path:
 
 
 @pytest.fixture(scope="session")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """`zoo(case)`: the folders of a tiny VLM, donor and bases of a case of `families/zoo.py`, made when asked for."""
+    from zoo import CASES, Trio, build
+
+    made: dict[str, Trio] = {}
+
+    def get(case: str) -> Trio:
+        if case not in made:
+            made[case] = build(CASES[case], tmp_path_factory.mktemp(case))
+        return made[case]
+
+    return get
+
+
+@pytest.fixture(scope="session")
 def image_calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of 24 image questions of the lab's world, as users write it."""
     import numpy
