@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -50,6 +51,21 @@ def trio() -> Path:
 
 
 @pytest.fixture(scope="session")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """`zoo(case)`: the folders of a tiny VLM, donor and bases of a case of `families/zoo.py`, made when asked for."""
+    from zoo import CASES, Trio, build
+
+    made: dict[str, Trio] = {}
+
+    def get(case: str) -> Trio:
+        if case not in made:
+            made[case] = build(CASES[case], tmp_path_factory.mktemp(case))
+        return made[case]
+
+    return get
+
+
+@pytest.fixture(scope="session")
 def image_calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of 24 image questions of the lab's world, as users write it."""
     import numpy
@@ -66,6 +82,16 @@ def image_calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows.append({"question": item.question, "image": f"{number}.png"})
     write_rows(folder / "calibration.jsonl", rows)
     return folder / "calibration.jsonl"
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """A folder as a merge leaves it, of empty files."""
+    for name in ("config.json", "README.md", "model-1.safetensors", "model-2.safetensors", ".hidden"):
+        (tmp_path / name).touch()
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return tmp_path
 
 
 @pytest.fixture

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vlmgraft.alignment import Alignment
 from vlmgraft.checkpoint.header import TensorInfo
 from vlmgraft.checkpoint.index import Checkpoint
 
 Shapes = Mapping[str, tuple[int, ...]]
+LLAMA = {"model_type": "llama"}
 HIDDEN, FEED, VOCABULARY, KV = 8, 12, 20, 4
 
 
@@ -69,3 +72,16 @@ def qwen(
     return headers(
         folder, decoder("model.", "lm_head", layers, hidden=hidden, bias=bias), {"model_type": "qwen2"}, dtype
     )
+
+
+def verdicts(alignment: Alignment) -> dict[str, str]:
+    return {tensor.name: tensor.verdict for tensor in alignment.tensors}
+
+
+def reason(alignment: Alignment, name: str) -> str:
+    return next(tensor.reason for tensor in alignment.tensors if tensor.name == name)
+
+
+def without(checkpoint: Checkpoint, *names: str, **config: Any) -> Checkpoint:
+    kept = {name: info for name, info in checkpoint.tensors.items() if name not in names}
+    return dataclasses.replace(checkpoint, tensors=kept, config={**checkpoint.config, **config})

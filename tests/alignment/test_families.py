@@ -1,17 +1,12 @@
-"""Config files as the hub has them: which family, which kind of text model, which place."""
+"""Config files as the hub has them: which kind of text model."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-from header_builders import decoder, headers, tower
 
-from vlmgraft.alignment import align
 from vlmgraft.alignment.families import same_kind, text_type
-from vlmgraft.alignment.view import GROUPS, group_of
-
-LLAMA = {"model_type": "llama"}
 
 
 @pytest.mark.parametrize(
@@ -50,44 +45,3 @@ def test_kind_of_text_model(config: dict[str, Any], kind: str | None) -> None:
 )
 def test_kinds_of_one_name_are_one_architecture(vlm: str, donor: str, same: bool) -> None:
     assert same_kind(vlm, donor) is same is same_kind(donor, vlm)
-
-
-@pytest.mark.parametrize(
-    ("model_type", "body", "head"),
-    [
-        ("qwen2_5_vl", "model.", "lm_head"),
-        ("qwen2_5_vl", "model.language_model.", "lm_head"),
-        ("llava", "language_model.model.", "language_model.lm_head"),
-        ("llava", "model.language_model.", "lm_head"),
-        ("llava", "model.", "lm_head"),
-    ],
-)
-def test_places_that_releases_have_used(model_type: str, body: str, head: str) -> None:
-    """The original LLaVA repository keeps its vision tower under the text model's own prefix."""
-    shapes = {**tower("model.vision_tower.vision_tower.encoder."), **decoder(body, head)}
-    vlm = headers("vlm", shapes, {"model_type": model_type, "text_config": LLAMA})
-    alignment = align(vlm, headers("donor", decoder("model.", "lm_head"), LLAMA), modules=["all", "embeddings", "head"])
-    assert [note[:45] for note in alignment.notes] == ["not every checkpoint has a tokenizer.json: wh"]
-    assert {tensor.name for tensor in alignment.merged} == set(decoder(body, head))
-
-
-@pytest.mark.parametrize(
-    ("role", "group"),
-    [
-        ("layers.0.self_attn.q_proj.weight", "attention"),
-        ("layers.0.self_attn.wqkv.weight", "attention"),
-        ("layers.0.self_attn.q_proj.bias", "bias"),
-        ("layers.0.self_attn.q_norm.weight", "norm"),
-        ("layers.0.self_attn.rotary_emb.inv_freq", "other"),
-        ("layers.0.mlp.gate_proj.weight", "mlp"),
-        ("layers.0.mlp.experts.gate_up_proj", "mlp"),
-        ("layers.0.mlp.gate.weight", "router"),
-        ("layers.0.mlp.shared_expert_gate.weight", "router"),
-        ("layers.0.post_attention_layernorm.weight", "norm"),
-        ("norm.weight", "norm"),
-        ("embed_tokens.weight", "embeddings"),
-        ("lm_head.weight", "head"),
-    ],
-)
-def test_groups(role: str, group: str) -> None:
-    assert group_of(role, (1, 8) if "gate.weight" in role else (8, 8)) == group and group in GROUPS

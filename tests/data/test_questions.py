@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, strategies as st
 from PIL import Image
 
-from vlmgraft.data.lines import parse
 from vlmgraft.data.questions import (
     Question,
     hold_images,
@@ -72,17 +70,6 @@ def test_a_file_without_questions_or_images_is_refused(tmp_path: Path) -> None:
 def test_a_limit_leaves_later_lines_unread(tmp_path: Path) -> None:
     path = write(tmp_path, {"question": "a"}, {"question": "b"}, "{")
     assert [question.question for question in load_questions(path, limit=2)] == ["a", "b"]
-
-
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda each: st.lists(each, max_size=3)))
-def test_parsing_is_json(value: Any) -> None:
-    assert parse(json.dumps(value, ensure_ascii=False).encode()) == value == parse(json.dumps(value).encode())
-
-
-def test_half_a_character_is_refused_or_replaced() -> None:
-    with pytest.raises(ValueError):
-        parse(b'"\\ud800"')
-    assert parse(b'"\\ud800"', "replace") == "?"
 
 
 def test_held_images_are_those_that_were_checked(picture: Path) -> None:

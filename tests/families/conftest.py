@@ -1,4 +1,4 @@
-"""The zoo: a tiny VLM, donor and bases of every family, made once per session and only when asked for."""
+"""The zoo's cases in the place of the embedded trio."""
 
 from __future__ import annotations
 
@@ -10,17 +10,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from zoo import CASES, Trio, build
+from zoo import Trio
 
 
 @pytest.fixture(scope="session")
-def trio(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trio]:
+def trio(zoo: Callable[[str], Trio]) -> Callable[[str], Trio]:
     """`trio(case)`: the folders of a case of `zoo.CASES`."""
-    made: dict[str, Trio] = {}
-
-    def get(case: str) -> Trio:
-        if case not in made:
-            made[case] = build(CASES[case], tmp_path_factory.mktemp(case))
-        return made[case]
-
-    return get
+    return zoo

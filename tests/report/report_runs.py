@@ -132,3 +132,13 @@ def _answers(folder: Path) -> None:
         {"task": "colour", "kind": "perception", **asked, "image": "gone.png", "answers": said},
     ]
     write_rows(folder / "answers.jsonl", rows)
+
+
+def row(method: str, order: float, reasoning: float, perception: float) -> dict[str, Any]:
+    axes = {"reasoning": reasoning, "perception": perception}
+    spread = {axis: {"mean": mean, "low": mean - 0.03, "high": mean + 0.02} for axis, mean in axes.items()}
+    return {"method": method, "setting": f"λ {order:g}", "order": order, **spread}
+
+
+ROWS = [row("task arithmetic", order, 0.3 + order / 5, 0.98 - order / 10) for order in (1.0, 0.5, 1.5)]
+ROWS += [row("VLM", 0, 0.25, 0.99), row("FRISM", 1, 0.7, 0.97)]

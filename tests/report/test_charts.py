@@ -1,24 +1,18 @@
-"""Charts and numbers: values in their places, every mark with its numbers, nothing lost on the way to text."""
+"""Charts: values in their places, every mark with its numbers, nothing lost on the way to a picture."""
 
 from __future__ import annotations
 
-import io
-import math
 import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pytest
 from PIL import Image
+from report_runs import ROWS
 
 from vlmgraft.report import charts
 from vlmgraft.report.charts import PALETTE, Bars, Chart, Dot, Heat, Lines, Series, save_chart, svg_and_pdf
-from vlmgraft.report.parts.tradeoff import method_styles, tradeoff_chart
-from vlmgraft.report.sections import Table, as_csv
-from vlmgraft.report.text import number, sentence
-from vlmgraft.storage.jsonl import write_rows
+from vlmgraft.report.parts.tradeoff import tradeoff_chart
 
 
 def drawn(chart: Chart) -> ElementTree.Element:
@@ -30,28 +24,6 @@ def drawn(chart: Chart) -> ElementTree.Element:
 
 def marks(chart: Chart) -> list[str | None]:
     return [mark.get("aria-label") for mark in drawn(chart).iter() if "mark" in (mark.get("class") or "")]
-
-
-def row(method: str, order: float, reasoning: float, perception: float) -> dict[str, Any]:
-    axes = {"reasoning": reasoning, "perception": perception}
-    spread = {axis: {"mean": mean, "low": mean - 0.03, "high": mean + 0.02} for axis, mean in axes.items()}
-    return {"method": method, "setting": f"λ {order:g}", "order": order, **spread}
-
-
-ROWS = [row("task arithmetic", order, 0.3 + order / 5, 0.98 - order / 10) for order in (1.0, 0.5, 1.5)]
-ROWS += [row("VLM", 0, 0.25, 0.99), row("FRISM", 1, 0.7, 0.97)]
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0.5, "0.5"), (-12.3456, "−12.3"), (0, "0"), (1e-6, "1.00e-6"), (12345.6, "12,346"), (None, "–"), (math.nan, "–")],
-)
-def test_numbers_for_people(value: float | None, text: str) -> None:
-    assert number(value) == text
-
-
-def test_sentences() -> None:
-    assert sentence("a Folder is") == "A Folder is."
 
 
 def test_one_mark_per_point_says_its_numbers() -> None:
@@ -91,11 +63,6 @@ def test_png_opens_and_shows_something(tmp_path: Path) -> None:
     assert {(0, 114, 178), (213, 94, 0)} <= seen, "task arithmetic and FRISM in their colours"
 
 
-def test_a_method_has_one_style_whatever_stands_beside_it() -> None:
-    assert method_styles(ROWS) == {"VLM": 0, "task arithmetic": 1, "FRISM": 2}
-    assert method_styles(ROWS[3:] + ROWS[:3])["VLM"] == 0
-
-
 def test_the_page_draws_in_the_colours_of_the_pictures() -> None:
     css = (Path(charts.__file__).parent / "page.css").read_text()
     for theme in (css, css[css.index('data-theme="light"') :]):
@@ -103,29 +70,6 @@ def test_the_page_draws_in_the_colours_of_the_pictures() -> None:
         assert [light.split(f"--s{index}: ")[1][:7] for index in range(len(PALETTE))] == list(PALETTE)
         ends = [theme.split(f"--{end}: ")[1][:7] for end in ("low", "zero", "high")]
         assert ends == list(charts.SCALE)
-
-
-def test_figures_for_papers(vlmgraft: Any, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    write_rows(tmp_path / "run" / "sweep.jsonl", [{**row, "kl": row["order"] / 100} for row in ROWS])
-    ran = vlmgraft("report", tmp_path / "run", "--out", tmp_path / "r.html", "--figures", tmp_path / "figures")
-    assert ran.code == 0, ran.err
-    names = {"tradeoff-1-perception-against-reasoning", "tradeoff-2-reasoning-bought-per-drift"}
-    written = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert written == {f"{name}.{suffix}" for name in names for suffix in ("svg", "pdf")}
-    text = (tmp_path / "figures" / "tradeoff-1-perception-against-reasoning.svg").read_text()
-    assert ElementTree.parse(io.StringIO(text)).getroot().tag.endswith("svg") and "aria-label" not in text
-    assert all(f">{label}</text>" in text for label in ("VLM", "FRISM", "task arithmetic", "λ 1.5"))
-    page = (tmp_path / "r.html").read_text()
-    assert page.count(">λ 1.5</text>") == 2, "settings are written on the points of both charts"
-    assert "0.01</b>nats per token, KL of FRISM λ 1 from the VLM" not in page, (
-        "FRISM sees two points worse than the VLM"
-    )
-
-
-def test_csv_keeps_precision_and_quotes() -> None:
-    table = Table("t", ("a", "b"), [(0.123456789012, 'say "x", y'), (None, "z")])
-    assert as_csv(table) == 'a,b\n0.123456789012,"say ""x"", y"\n,z\n'
 
 
 def test_labels_of_points_do_not_lie_on_each_other() -> None:

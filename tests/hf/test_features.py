@@ -32,8 +32,8 @@ def pixels(family: str, number: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("case", ["qwen2_5_vl", "qwen3_vl", "llava_next_qwen2", "idefics3", "internvl3", "gemma3"])
-def test_features_of_one_batch_serve_in_others(case: str, trio: Callable[[str], Trio]) -> None:
-    folders = trio(case)
+def test_features_of_one_batch_serve_in_others(case: str, zoo: Callable[[str], Trio]) -> None:
+    folders = zoo(case)
     model, family = load_vlm(folders.vlm, torch.float32), folders.case.family
     for key, value in {"image_token_id": IMAGE, "vision_start_token_id": 6, "video_token_id": 4}.items():
         setattr(model.config, key, value)

@@ -24,10 +24,10 @@ Trios = Callable[[str], Trio]
 @pytest.mark.parametrize("case", ["qwen2_5_vl", "qwen3_vl_moe"])
 @pytest.mark.parametrize("own_base", [True, False])
 def test_rows_are_the_norms_and_the_cosine(
-    case: str, own_base: bool, trio: Trios, monkeypatch: pytest.MonkeyPatch
+    case: str, own_base: bool, zoo: Trios, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vlmgraft.alignment.distance.CHUNK", 100)  # so that one matrix takes several chunks
-    folders = trio(case)
+    folders = zoo(case)
     last = folders.vlm_base if own_base else folders.donor_base
     checkpoints = [open_checkpoint(one) for one in (folders.vlm, folders.donor, folders.donor_base)]
     alignment = align(
@@ -50,8 +50,8 @@ def test_rows_are_the_norms_and_the_cosine(
         assert row.layer == 1 and row.ratio == pytest.approx(float(tau.norm() / w.norm()), rel=1e-5)
 
 
-def test_a_base_is_needed(trio: Trios) -> None:
-    folders = trio("qwen2_5_vl")
+def test_a_base_is_needed(zoo: Trios) -> None:
+    folders = zoo("qwen2_5_vl")
     with pytest.raises(AlignmentError, match="need donor_base"):
         measure_distances(align(open_checkpoint(folders.vlm), open_checkpoint(folders.donor)))
 
