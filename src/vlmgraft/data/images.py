@@ -196,6 +196,12 @@ def picture_size(source: Path | bytes | bytearray, name: str) -> tuple[int, int]
         return image.size
 
 
+def picture_mode(source: Path | bytes, name: str) -> str:
+    """Pillow's mode from the header alone; raises DataError as `open_picture`."""
+    with _named(name), _opened(source) as image:
+        return image.mode
+
+
 def upright_rgb(image: Image.Image) -> Image.Image:
     """The image in RGB, rotated by its EXIF orientation; 16 bits per pixel are scaled to 8 (Pillow would clip them).
 

@@ -9,7 +9,6 @@ come first. Rows with video or audio are refused, other keys ignored.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from PIL import Image
 
+from vlmgraft.data.chat import MARK, first_user_turn, parts_of
 from vlmgraft.data.choices import Choices, letters, missing, number_text, read_choices
 from vlmgraft.data.images import (
     ImageFile,
@@ -36,7 +36,6 @@ from vlmgraft.errors import DataError
 if TYPE_CHECKING:
     from vlmgraft.data.sources import Row
 
-MARK = "<image>"
 COLUMNS = ("question", "image", "images", "answer", "choices", "options", "category", "messages", "conversations")
 """The columns that are read."""
 UNSEEN = ("video", "videos", "audio", "audios")
@@ -86,19 +85,6 @@ class Question:
         if self.images and self.prompt.count(MARK) == len(self.images):
             return parts_of(self.prompt)
         return [{"type": "image"}] * len(self.images) + [{"type": "text", "text": self.prompt}]
-
-
-def parts_of(text: str) -> list[dict[str, str]]:
-    """Split a text at its marks into parts of type "image" and "text". The line break after an image and white space
-    before the first text are removed; blank parts are left out."""
-    parts: list[dict[str, str]] = []
-    for number, piece in enumerate(text.split(MARK)):
-        if number:
-            parts.append({"type": "image"})
-            whole, piece = piece, re.sub(r"^[ \t]*\r?\n", "", piece)
-            piece = piece.lstrip() if piece == whole and not any("text" in part for part in parts) else piece
-        parts += [{"type": "text", "text": piece}] if piece.strip() else []
-    return parts
 
 
 def pictures_of(row: Row) -> list[Any]:
@@ -188,8 +174,6 @@ def _parse(row: Row, folder: Path, where: str, need_images: bool, check_images: 
         raise DataError(f'{where}: column "{unseen}" is not shown; only images are. Drop the row')
     question, given = row.get("question"), pictures_of(row)
     if question is None and (row.get("messages") or row.get("conversations")):
-        from vlmgraft.data.traces import first_user_turn
-
         question, given = first_user_turn(row, given, where)
     if not isinstance(question, str) or not question.strip():
         raise DataError(

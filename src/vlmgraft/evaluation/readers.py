@@ -8,9 +8,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from vlmgraft.data.chat import MARK
 from vlmgraft.data.choices import Choices, missing, number_text, read_choices, refuse_counts_from_one
 from vlmgraft.data.images import ImageSource, image_source
-from vlmgraft.data.questions import MARK, UNSEEN, check_columns
+from vlmgraft.data.questions import UNSEEN, check_columns
 from vlmgraft.data.sources import Row, read_rows, registered_source
 from vlmgraft.errors import DataError
 from vlmgraft.evaluation.answers.text import storable
