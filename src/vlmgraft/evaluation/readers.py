@@ -100,8 +100,7 @@ def _item(row: Row, at: int, task: str, preset: Preset, folder: Path | None) -> 
     answers, unclear = _answers(_first(row, columns.answers), choices)
     kind, unknown = _kind(_first(row, columns.kind), preset)
     places = sum(text.count(MARK) for text in (str(question), *choices.texts))
-    if places and places != len(images):
-        unknown = unknown or f"{places} places for images, but {len(images)} images"
+    misplaced = f"{places} places for images, but {len(images)} images" if places not in (0, len(images)) else ""
     category = _first(row, columns.category)
     labels = category if isinstance(category, list) else [] if category is None else [category]
     return Item(
@@ -118,7 +117,7 @@ def _item(row: Row, at: int, task: str, preset: Preset, folder: Path | None) -> 
         group=_joined(row, columns.group),
         part=str(_first(row, columns.part) or ""),
         pairing=preset.pairing,
-        fault=fault or unread or unclear or unknown,
+        fault=fault or unread or unclear or unknown or misplaced,
     )
 
 
