@@ -50,7 +50,10 @@ def test_a_line_becomes_a_question(tmp_path: Path, picture: Path) -> None:
         ({"question": " "}, 'line 2: needs a "question"'),
         ({"question": "a", "image": 5}, "line 2: an image must be a path"),
         ({"question": "a", "image": "gone.png"}, r"line 2: image .*gone\.png: missing"),
-        ({"question": "a", "choices": list(range(27))}, 'line 2: "choices" must be a list of at most 26'),
+        ({"question": "a", "choices": list(range(27))}, 'line 2: "choices": 27 choices; at most 26'),
+        ({"question": "a", "options": "red, blue"}, 'line 2: "options": .* is neither a list'),
+        ({"question": "what is <image> ?"}, "line 2: 1 places for images, but 0 images"),
+        ({"question": "a", "image": "https://x.org/r.png"}, "line 2: images are not read from URLs: https://x.org/r"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, row: Any, message: str) -> None:
@@ -206,11 +209,18 @@ def test_a_question_about_a_video_is_refused(tmp_path: Path) -> None:
         load_questions(write(tmp_path, {"question": "What happens?", "video": "a.mp4"}))
 
 
+def test_choices_are_shown_as_evaluate_shows_them(tmp_path: Path) -> None:
+    rows = [{"choices": {"B": "blue", "A": "red"}}, {"options": [{"label": "A", "text": "red"}, ["x"]][:1]}]
+    first, second = load_questions(write(tmp_path, *({"question": "which?", **row} for row in rows)))
+    assert (first.prompt, second.prompt) == ("which?\nA. red\nB. blue", "which?\nA. red")
+
+
 def test_base64_is_a_picture(tmp_path: Path, picture: Path) -> None:
     """As tab-separated benchmarks carry them."""
-    path = write(tmp_path, {"question": "a", "image": base64.b64encode(picture.read_bytes()).decode()})
-    (question,) = hold_images(load_questions(path))
-    assert open_images(question)[0].getpixel((0, 0)) == (255, 0, 0)
+    text = base64.b64encode(picture.read_bytes()).decode()
+    path = write(tmp_path, *({"question": "a", "image": each} for each in (text, f"data:image/png;base64,{text}")))
+    for question in hold_images(load_questions(path)):
+        assert open_images(question)[0].getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_an_empty_column_hides_no_other(tmp_path: Path, picture: Path) -> None:

@@ -6,11 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa  # type: ignore[import-untyped]
 import pytest
 from datasets import Dataset, DatasetDict
+from pyarrow import parquet
 
+from vlmgraft.data.questions import load_questions
 from vlmgraft.data.sources import read_rows
+from vlmgraft.data.traces import load_traces
 from vlmgraft.errors import DataError
+from vlmgraft.evaluation.readers import load_suite
 
 ROWS = [{"question": "a", "answer": "1"}, {"question": "b", "answer": "2"}]
 
@@ -78,3 +83,22 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, source: str, content: Any,
         path.write_text(content)
     with pytest.raises(DataError, match=message):
         read_rows(path)
+
+
+def test_parquet_without_rows_is_empty(tmp_path: Path) -> None:
+    """As an export writes it whose filter let nothing through; beside a file with rows it adds none."""
+    empty = pa.table({"question": pa.array([], pa.string())})
+    parquet.write_table(empty, tmp_path / "a.parquet")
+    for load, message in ((load_suite, "holds no row"), (load_questions, "no question"), (load_traces, "no row")):
+        with pytest.raises(DataError, match=rf"a\.parquet: .*{message}"):
+            load(tmp_path / "a.parquet")
+    parquet.write_table(pa.table({"question": ["q"]}), tmp_path / "b.parquet")
+    assert read_rows(tmp_path)[0] == [{"question": "q"}]
+
+
+def test_a_column_of_maps_is_named(tmp_path: Path) -> None:
+    maps = pa.array([[("A", "x"), ("B", "y")]], pa.map_(pa.string(), pa.string()))
+    for column in (maps, pa.StructArray.from_arrays([maps], ["inner"])):
+        parquet.write_table(pa.table({"question": ["q"], "choices": column}), tmp_path / "m.parquet")
+        with pytest.raises(DataError, match=r"m\.parquet: column 'choices' holds maps.* write them as structs"):
+            read_rows(tmp_path / "m.parquet")

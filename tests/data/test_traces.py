@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from vlmgraft.data.images import open_picture
+from vlmgraft.data.questions import load_questions
 from vlmgraft.data.traces import Traces, load_traces
 from vlmgraft.errors import DataError
 
@@ -39,6 +43,7 @@ def test_the_three_forms_are_one(folder: Path) -> None:
         folder,
         {"image": "a.png", "question": "what ?", "answer": said},
         {"image": ["a.png"], "question": "what ?", "reasoning": "look", "answer": "red"},
+        {"image": "a.png", "question": "what ?", "reasoning": "<think>look</think>", "answer": "red"},
         {
             "images": ["a.png"],
             "messages": [{"role": "user", "content": "what ?"}, {"role": "assistant", "content": said}],
@@ -49,7 +54,7 @@ def test_the_three_forms_are_one(folder: Path) -> None:
             "conversations": [{"from": "human", "value": "<image>what ?"}, {"from": "gpt", "value": said}],
         },
     ).traces
-    assert len(traces) == 5 and len({trace.answer for trace in traces}) == 1
+    assert len(traces) == 6 and len({trace.answer for trace in traces}) == 1
     assert all(trace.prompt == ({"role": "user", "content": PARTS},) for trace in traces)
     assert all(trace.images == (folder / "a.png",) for trace in traces)
 
@@ -77,6 +82,8 @@ def test_columns_and_limit(folder: Path) -> None:
     rows = [{"problem": f"q{n}", "solution": str(n)} for n in range(5)]
     traces = read(folder, *rows, columns={"question": "problem", "answer": "solution"}, limit=2).traces
     assert [trace.answer for trace in traces] == ["0", "1"]
+    with pytest.raises(DataError, match=r"unknown column 'reasonning'; it is one of question, .*reasoning"):
+        read(folder, *rows, columns={"question": "problem", "answer": "solution", "reasonning": "problem"})
 
 
 def test_the_dataset_decodes_pictures(folder: Path) -> None:
@@ -95,6 +102,44 @@ def test_parquet_with_a_column_of_images(folder: Path) -> None:
     Dataset.from_list(rows, features=features).to_parquet(folder / "t.parquet")
     traces = load_traces(folder / "t.parquet")
     assert traces.dataset()[0]["images"][0].getpixel((0, 0)) == (200, 10, 10)
+
+
+def test_choices_are_learned_as_they_are_evaluated(folder: Path) -> None:
+    question = {"question": "which ?"}
+    (folder / "q.jsonl").write_text(json.dumps({**question, "choices": {"B": "blue", "A": "red"}}))
+    (shown,) = load_questions(folder / "q.jsonl")
+    first, second, third = read(
+        folder,
+        {**question, "choices": {"B": "blue", "A": "red"}, "answer": "A"},
+        {**question, "options": ["red", "blue"], "answer": 0},
+        {"instruction": "which ?", "choices": ["A. red", "B. blue"], "output": "A. red", "reasoning": "warm"},
+    ).traces
+    user_turn = {"role": "user", "content": [{"type": "text", "text": shown.prompt}]}
+    assert shown.prompt == "which ?\nA. red\nB. blue"
+    assert all(trace.prompt == (user_turn,) for trace in (first, second, third))
+    assert (first.answer, second.answer, third.answer) == ("A", "A", "<think> warm </think> A. red")
+    with pytest.raises(DataError, match=r"the answers number the choices from 1"):
+        read(folder, *({**question, "choices": ["red", "blue", "x"], "answer": answer} for answer in (1, 3)))
+
+
+def test_numbers_are_learned_as_they_are_scored(folder: Path) -> None:
+    (trace,) = read(folder, {"question": "1 + 1 ?", "answer": 2.0}).traces
+    assert trace.answer == "2"
+
+
+def test_16_bits_are_seen_as_in_evaluation(folder: Path) -> None:
+    """A ramp over all 16-bit values has the mean 127.5 in 8 bits; clipped, nearly all of it is white."""
+    ramp = np.linspace(0, 65535, 256).reshape(16, 16).astype(np.uint16)
+    Image.fromarray(ramp).save(folder / "ramp.png")
+    rows = [{"question": "q", "answer": "a", "image": name} for name in ("ramp.png", "a.png")]
+    traces = read(folder, *rows)
+    path = folder / "ramp.png"
+    within = Traces((replace(traces.traces[0], images=(path.read_bytes(), Image.open(path))),), "")
+    for image in (*traces.dataset()[0]["images"], *within.dataset()[0]["images"]):
+        seen = np.asarray(image).astype(float)
+        assert seen.shape == (16, 16, 3) and abs(seen.mean() - 127.5) < 1
+        assert np.array_equal(seen, np.asarray(open_picture(path, "ramp")))
+    assert traces.dataset()[1]["images"][0].getpixel((0, 0)) == (200, 10, 10)
 
 
 USER = {"role": "user", "content": "what ?"}
@@ -116,6 +161,17 @@ YES = {"role": "assistant", "content": "yes"}
         ({"messages": "hello"}, "must be a list of turns"),
         ({"images": [3], "question": "q", "answer": "a"}, "must be a path or a picture"),
         ({"image": "traces.jsonl", "question": "q", "answer": "a"}, "cannot be read, or is corrupt"),
+        ({"question": "q", "answer": float("nan")}, "a question without an answer"),
+        ({"question": "q", "answer": float("inf")}, '"answer" and "reasoning" must be texts'),
+        ({"question": "q", "answer": "a", "history": [["x", None]]}, 'column "history" must be pairs of texts'),
+        ({"question": "q", "answer": "4", "reasoning": "a </think> b"}, "think marks inside"),
+        ({"question": "q", "answer": "B", "options": "red, blue"}, '"options": .* is neither a list'),
+        ({"question": "q", "answer": 5, "options": ["red", "blue"]}, "answer '5' is none of the 2 choices"),
+        (
+            {"messages": [USER, {"role": "assistant", "content": PARTS}], "images": ["a.png"]},
+            "has an image, which cannot",
+        ),
+        ({"image": "https://x.org/r.png", "question": "q", "answer": "a"}, "not read from URLs: https://x.org"),
         ({"text": "hello"}, 'needs "question" and "answer"'),
         ("{not json", "line 2: not JSON"),
         ("[1]", "must be a JSON object"),

@@ -259,6 +259,86 @@ def test_answers_in_many_forms(tmp_path: Path, scripted: Any, choices: Any, answ
     assert ask(scripted(lambda question: "C or 5"), suite)[0].score == 0
 
 
+def one(folder: Path, *rows: dict[str, Any], **options: Any) -> Item:
+    (folder / "p.png").write_bytes(picture())
+    (folder / "q.jsonl").write_text("\n".join(json.dumps({"question": "q?", **row}) for row in rows))
+    return load_suite(folder / "q.jsonl", **options).items[0]
+
+
+@pytest.mark.parametrize(
+    ("row", "answers", "kind"),
+    [
+        ({"choices": {"text": ["red", "blue"], "label": ["1", "2"]}, "answer": "2"}, ("B",), "other"),
+        ({"choices": ["red", "blue"], "answer": 1.0}, ("B",), "other"),
+        ({"choices": ["red", "blue"], "answer": [1]}, ("B",), "other"),
+        ({"choices": ["red", "blue", "x"], "answer": [0, 2]}, ("A", "C"), "other"),
+        ({"choices": ["A. red", "B. blue"], "answer": "B. blue"}, ("B",), "other"),
+        ({"answer": float("nan")}, (), "other"),
+        ({"answer": [float("nan"), 2.0]}, ("2",), "other"),
+        ({"answers": {"text": ["red", "crimson"], "answer_start": [1, 2]}}, ("red", "crimson"), "other"),  # SQuAD
+        ({"answer": {"value": "red", "aliases": ["crimson"]}}, ("red", "crimson"), "other"),  # TriviaQA
+        ({"answer": "x", "kind": "Reasoning"}, ("x",), "reasoning"),
+        ({"answer": "x", "kind": float("nan"), "id": float("nan")}, ("x",), "other"),
+    ],
+)
+def test_answers_and_kinds_of_common_layouts(tmp_path: Path, row: Any, answers: tuple[str, ...], kind: str) -> None:
+    item = one(tmp_path, row)
+    assert (item.answers, item.kind, item.id, item.fault) == (answers, kind, "0", "")
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        ({"options": "red, blue", "answer": "B"}, "column \"options\": 'red, blue' is neither a list"),
+        ({"choices": ["red"], "answer": "A"}, 'column "choices": only one choice'),
+        ({"choices": ["red", "blue"], "answer": -1}, "answer '-1' is none of the 2 choices"),
+        ({"answer": {"score": 1}}, "an answer is no text"),
+        ({"answer": [["red"]]}, "an answer is no text"),
+        ({"kind": "maths"}, "kind 'maths' is none of reasoning, perception, other"),
+        ({"question": "what is <image> ?"}, "1 places for images, but 0 images"),
+        ({"question": "<image> or <image> ?", "image": "p.png"}, "2 places for images, but 1 images"),
+        ({"image": "https://x.org/r.png"}, "images are not read from URLs: https://x.org/r.png; download it"),
+        ({"image": "file:///tmp/r.png"}, "not read from URLs: file:///tmp/r.png"),
+        ({"image": "data:image/png;base64,AAAA"}, "not read from URLs: data:image/png"),
+    ],
+)
+def test_what_would_be_asked_otherwise_is_a_fault(tmp_path: Path, row: Any, fault: str) -> None:
+    assert fault in one(tmp_path, row).fault
+
+
+def test_a_choice_without_text_keeps_its_letter(tmp_path: Path, scripted: Any) -> None:
+    one(tmp_path, {"choices": {"A": "red", "B": None, "C": "green", "D": "x"}, "answer": "C"})
+    suite = load_suite(tmp_path / "q.jsonl")
+    (record,) = ask(scripted(lambda question: "green"), suite)
+    assert record.score == 1 and record.prompt == "q?\nA. red\nC. green\nD. x"
+
+
+def test_choices_in_parquet_structs(tmp_path: Path) -> None:
+    """pyarrow gives every row all fields, and pandas writes integers beside missing values as floats."""
+    rows = {
+        "question": ["q0", "q1"],
+        "choices": [[{"label": "B", "text": "y"}, {"label": "A", "text": "x"}]] * 2,
+        "answer": [1.0, None],
+    }
+    Dataset.from_dict(rows).to_parquet(tmp_path / "q.parquet")
+    items = load_suite(tmp_path / "q.parquet").items
+    assert [(item.choices, item.answers) for item in items] == [(("x", "y"), ("B",)), (("x", "y"), ())]
+
+
+def test_answers_that_count_from_one_are_refused(tmp_path: Path) -> None:
+    choices = {"choices": ["red", "blue"]}
+    with pytest.raises(DataError, match=r"q\.jsonl: the answers number the choices from 1"):
+        one(tmp_path, {**choices, "answer": 1}, {**choices, "answer": 2})
+
+
+def test_fields_have_the_names_of_calibration_columns_too(tmp_path: Path) -> None:
+    row = {"bild": "p.png", "loesung": "rot", "set": "mine"}
+    item = one(tmp_path, row, columns={"image": "bild", "answer": "loesung", "task": "set"})
+    assert (len(item.images), item.answers, item.task) == (1, ("rot",), "mine")
+    with pytest.raises(DataError, match="names twice 'images'"):
+        one(tmp_path, row, columns={"image": "bild", "images": "bild"})
+
+
 def test_texts_that_no_file_can_hold_and_line_ends_inside_texts_survive(tmp_path: Path, scripted: Any) -> None:
     row = {
         "question": "half \ud800 a pair?",

@@ -7,6 +7,7 @@ import binascii
 import hashlib
 import io
 import math
+import re
 import struct
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -46,6 +47,7 @@ FAILURES = (
     struct.error,
 )
 """What Pillow raises over bytes that are no image; they are caught around Pillow's own calls only."""
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{1,20}://|data:")
 LARGEST_FILE = 1 << 28
 """Maximum size of an image file in bytes."""
 ImageSource = Path | bytes | Image.Image | Callable[[], "Path | bytes | Image.Image"]
@@ -54,7 +56,10 @@ ImageSource = Path | bytes | Image.Image | Callable[[], "Path | bytes | Image.Im
 
 def image_source(value: Any, folder: Path | None) -> ImageSource | None:
     """The image in a row's value: a path (relative to the folder), base64, a PIL image, or the form that `datasets`
-    stores. A function gives a function that fetches its image. None for anything else."""
+    stores. A function gives a function that fetches its image. None for anything else.
+
+    Raises DataError for a URL, which is not downloaded.
+    """
     if isinstance(value, bytes | Image.Image):
         return value
     if callable(value):
@@ -63,7 +68,13 @@ def image_source(value: Any, folder: Path | None) -> ImageSource | None:
         if isinstance(value.get("bytes"), bytes) and value["bytes"]:
             return bytes(value["bytes"])
         value = value.get("path")
-    return _base64(value) or (folder or Path()) / value if isinstance(value, str) and value else None
+    if not isinstance(value, str) or not value:
+        return None
+    if value.startswith("data:image/"):
+        value = value.partition(",")[2] if _base64(value.partition(",")[2]) else value
+    if _URL.match(value):
+        raise DataError(f"images are not read from URLs: {value[:60]}; download it, and give its path")
+    return _base64(value) or (folder or Path()) / value
 
 
 def _fetched(source: ImageSource | None) -> Path | bytes | Image.Image:
@@ -74,7 +85,10 @@ def _fetched(source: ImageSource | None) -> Path | bytes | Image.Image:
 
 def row_image(value: Any, folder: Path | None, where: str) -> Path | bytes | Image.Image:
     """The fetched `image_source`; raises DataError that begins with `where` if the value holds no image."""
-    source = image_source(value, folder)
+    try:
+        source = image_source(value, folder)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
     if source is None:
         raise DataError(f"{where}: an image must be a path or a picture, got {value!r:.60}; mend the row, or drop it")
     try:
@@ -180,6 +194,12 @@ def picture_size(source: Path | bytes | bytearray, name: str) -> tuple[int, int]
     """Width and height from the header alone, before EXIF orientation; raises DataError as `open_picture`."""
     with _named(name), _opened(source) as image:
         return image.size
+
+
+def picture_mode(source: Path | bytes, name: str) -> str:
+    """Pillow's mode from the header alone; raises DataError as `open_picture`."""
+    with _named(name), _opened(source) as image:
+        return image.mode
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

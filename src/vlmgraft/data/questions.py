@@ -9,7 +9,6 @@ come first. Rows with video or audio are refused, other keys ignored.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -18,6 +17,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from PIL import Image
 
+from vlmgraft.data.chat import MARK, first_user_turn, parts_of
+from vlmgraft.data.choices import Choices, letters, missing, number_text, read_choices
 from vlmgraft.data.images import (
     ImageFile,
     check_picture,
@@ -35,13 +36,10 @@ from vlmgraft.errors import DataError
 if TYPE_CHECKING:
     from vlmgraft.data.sources import Row
 
-MARK = "<image>"
-COLUMNS = ("question", "image", "images", "answer", "choices", "category", "messages", "conversations")
+COLUMNS = ("question", "image", "images", "answer", "choices", "options", "category", "messages", "conversations")
 """The columns that are read."""
 UNSEEN = ("video", "videos", "audio", "audios")
 """Unsupported columns that a question depends on."""
-MOST_CHOICES = 26
-"""Choices are lettered from A to Z."""
 HELD_BYTES = 1 << 29
 """Bytes of image files that `hold_images` keeps in memory; further files are read again when they are needed."""
 
@@ -76,9 +74,9 @@ class Question:
 
     @property
     def prompt(self) -> str:
-        """The text shown to the model: the question and, below it, lettered choices."""
-        letters = (f"{chr(ord('A') + index)}. {choice}" for index, choice in enumerate(self.choices))
-        return "\n".join([self.question, *letters])
+        """The text shown to the model: the question and, below it, lettered choices; a blank one keeps its letter."""
+        lettered = zip(letters(len(self.choices)), self.choices, strict=False)
+        return "\n".join([self.question, *(f"{letter}. {choice}" for letter, choice in lettered if choice)])
 
     @property
     def parts(self) -> list[dict[str, str]]:
@@ -89,23 +87,19 @@ class Question:
         return [{"type": "image"}] * len(self.images) + [{"type": "text", "text": self.prompt}]
 
 
-def parts_of(text: str) -> list[dict[str, str]]:
-    """Split a text at its marks into parts of type "image" and "text". The line break after an image and white space
-    before the first text are removed; blank parts are left out."""
-    parts: list[dict[str, str]] = []
-    for number, piece in enumerate(text.split(MARK)):
-        if number:
-            parts.append({"type": "image"})
-            whole, piece = piece, re.sub(r"^[ \t]*\r?\n", "", piece)
-            piece = piece.lstrip() if piece == whole and not any("text" in part for part in parts) else piece
-        parts += [{"type": "text", "text": piece}] if piece.strip() else []
-    return parts
-
-
 def pictures_of(row: Row) -> list[Any]:
     """The images in a row's `image`, or in `images` if that is empty."""
     given = row.get("image") or row.get("images") or []
     return [one for one in (given if isinstance(given, list | tuple) else [given]) if one not in (None, "")]
+
+
+def choices_of(row: Row, where: str) -> Choices:
+    """The choices in a row's `choices`, or in `options` if that is empty; raises DataError naming the row."""
+    name = "options" if missing(row.get("choices")) else "choices"
+    try:
+        return read_choices(row.get(name))
+    except DataError as error:
+        raise DataError(f'{where}: "{name}": {error}, or drop the row') from None
 
 
 def load_questions(
@@ -138,7 +132,7 @@ def load_questions(
     return [_parse(renamed(row, columns), folder, where, need_images, check_images) for where, row, folder in rows]
 
 
-SAME = ({"image", "images"}, {"question", "messages", "conversations"})
+SAME = ({"image", "images"}, {"choices", "options"}, {"question", "messages", "conversations"})
 """Interchangeable columns: mapping one of them hides the others."""
 
 
@@ -180,29 +174,25 @@ def _parse(row: Row, folder: Path, where: str, need_images: bool, check_images: 
         raise DataError(f'{where}: column "{unseen}" is not shown; only images are. Drop the row')
     question, given = row.get("question"), pictures_of(row)
     if question is None and (row.get("messages") or row.get("conversations")):
-        from vlmgraft.data.traces import first_user_turn
-
         question, given = first_user_turn(row, given, where)
     if not isinstance(question, str) or not question.strip():
         raise DataError(
             f'{where}: needs a "question" that is a text, got {str(row)[:80]!r}; write one, or drop the line'
         )
-    places = question.count(MARK)
-    if given and places not in (0, len(given)):
+    choices = choices_of(row, where).texts
+    places = sum(text.count(MARK) for text in (question, *choices))
+    if places not in (0, len(given)):
         raise DataError(f"{where}: {places} places for images, but {len(given)} images; mend the row, or drop it")
     images = tuple(_image(source, folder, where, check_images) for source in given)
     if need_images and not images:
         raise DataError(f'{where}: has no "image"; the calibration set must show images')
-    answer, choices = row.get("answer"), row.get("choices") or []
-    if not isinstance(choices, list) or len(choices) > MOST_CHOICES:
-        raise DataError(f'{where}: "choices" must be a list of at most {MOST_CHOICES}, got {choices!r:.60}; shorten it')
-    category = row.get("category")
+    answer, category = row.get("answer"), row.get("category")
     return Question(
         question,
         images,
-        None if answer is None else str(answer),
-        tuple(str(choice) for choice in choices if choice is not None),
-        None if category is None else str(category),
+        None if missing(answer) else number_text(answer),
+        choices,
+        None if missing(category) else str(category),
         where=where,
     )
 

@@ -135,6 +135,7 @@ def _json(path: Path) -> list[Row]:
 
 def _local_dataset(path: Path, split: str | None) -> list[Row]:
     from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
+    from datasets.exceptions import DatasetsError
 
     if path.is_dir() and not list(path.glob("*.parquet")):
         try:
@@ -149,22 +150,26 @@ def _local_dataset(path: Path, split: str | None) -> list[Row]:
         files = [file for file in files if file.name.startswith(split)] or files
     if not files or not files[0].is_file():
         raise DataError(f"{path}: no such file; give {READABLE}")
-    for file in files:
-        _refuse_growth(file)
+    files = [file for file in files if _checked_rows(file)]  # `datasets` refuses a file without rows
     try:
-        return _lazy(concatenate_datasets([Dataset.from_parquet(str(file)) for file in files]))
-    except (OSError, ValueError, RuntimeError, TypeError, LookupError, MemoryError) as error:
-        raise DataError(f"{path}: no parquet file ({str(error)[:200]}); download it again") from error
+        return _lazy(concatenate_datasets([Dataset.from_parquet(str(file)) for file in files])) if files else []
+    except (OSError, ValueError, RuntimeError, TypeError, LookupError, MemoryError, DatasetsError) as error:
+        cause = error.__cause__ or error
+        raise DataError(f"{path}: cannot be read ({str(cause)[:200]}); download it, or write it again") from error
 
 
-def _refuse_growth(file: Path) -> None:
-    """Raise DataError if a parquet file's footer shows a decompression bomb: few bytes that become gigabytes."""
+def _checked_rows(file: Path) -> int:
+    """The number of rows in a parquet file. Raises DataError for a column of maps, which `datasets` cannot read, and if
+    the footer shows a decompression bomb: few bytes that become gigabytes."""
     from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
 
     try:
         metadata = parquet.read_metadata(file)
+        schema = metadata.schema.to_arrow_schema()
     except (OSError, ArrowException) as error:
         raise DataError(f"{file}: no parquet file ({str(error)[:200]}); download it again") from error
+    if maps := [field.name for field in schema if "map<" in str(field.type)]:
+        raise DataError(f"{file}: column {maps[0]!r} holds maps, which are not read; write them as structs, or drop it")
     for number, group in enumerate(map(metadata.row_group, range(metadata.num_row_groups))):
         for column in map(group.column, range(group.num_columns)):
             size, packed = column.total_uncompressed_size, column.total_compressed_size
@@ -177,6 +182,7 @@ def _refuse_growth(file: Path) -> None:
                     f"{file}: column {column.path_in_schema!r:.120} unpacks {packed:,} bytes to {size:,} in "
                     f"{group.num_rows} rows; at most {MAX_LINE:,} a row and {MAX_PARQUET_RATIO} times; drop the column"
                 )
+    return int(metadata.num_rows)
 
 
 def _size_of_values(file: Path, group: int, column: str) -> int:

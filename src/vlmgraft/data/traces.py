@@ -8,33 +8,38 @@ A row is one of
     {"instruction": "…", "input": "…", "output": "…", "history": [["…", "…"]]}      or query and response, as ms-swift
 
 in a file of JSON lines or a JSON list (images are paths relative to it), a parquet file, or a dataset of the hub
-(`name`, `name:split`). Only the last assistant turn is learned; earlier turns are context. A part {"type": "image"} or
-"<image>" in a text marks the place of an image; without marks, images come before the first user turn. A part may hold
-the image itself, {"type": "image", "image": …}. A column `system` is the first turn. Video, audio, tools and special
-tokens of a chat template are refused, because the model would learn something else.
+(`name`, `name:split`). `choices` or `options` of a question are shown below it, lettered, as `evaluate` shows them.
+"reasoning_content", "reasoning" or "thinking" of an assistant turn is its reasoning. Only the last assistant turn is
+learned; earlier turns are context. A part {"type": "image"} or "<image>" in a text marks the place of an image; without
+marks, images come before the first user turn. A part may hold the image itself, {"type": "image", "image": …}. A column
+`system` is the first turn. Video, audio, tools, calls of tools, weights other than 1 and special tokens of a chat
+template are refused, because the model would learn something else.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from vlmgraft.data.images import check_picture, row_image
-from vlmgraft.data.questions import MARK, check_columns, parts_of, pictures_of, renamed
+from vlmgraft.data.chat import bad_row, chat_turns, checked_turns, turn_parts, with_reasoning
+from vlmgraft.data.choices import Choices, missing, number_text, refuse_counts_from_one
+from vlmgraft.data.images import check_picture, open_picture, picture_mode, row_image, upright_rgb
+from vlmgraft.data.questions import COLUMNS, Question, check_columns, choices_of, pictures_of, renamed
 from vlmgraft.data.sources import Row, read_rows, split_named
 from vlmgraft.errors import DataError
 
-ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 ALPACA = {"instruction": "question", "output": "answer", "query": "question", "response": "answer"}
 """Columns of Alpaca's and ms-swift's rows → ours."""
 UNREAD = ("video", "videos", "audio", "audios", "tools", "objects")
 """Unsupported columns that would change what is learned."""
-FOREIGN_MARKS = ("<video>", "<audio>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+KNOWN = (*COLUMNS, "reasoning", *ALPACA, "input", "history", "system", *UNREAD)
+"""Columns that can be mapped."""
+INFINITE = (math.inf, -math.inf)
 Picture = Path | Image.Image | bytes
 
 
@@ -70,7 +75,11 @@ def _row(trace: Trace) -> dict[str, Any]:
 
 
 def _stored(image: Picture) -> Any:
-    """An image in the form that an image column of `datasets` accepts."""
+    """An image in the form that an image column of `datasets` accepts; 16 bits per pixel, which it would clip, are
+    scaled to 8 as everywhere."""
+    mode = image.mode if isinstance(image, Image.Image) else picture_mode(image, "image")
+    if mode.startswith("I;16"):
+        return upright_rgb(image) if isinstance(image, Image.Image) else open_picture(image, "image")
     if isinstance(image, bytes):
         return {"bytes": image, "path": None}
     return str(image) if isinstance(image, Path) else image
@@ -84,19 +93,27 @@ def load_traces(source: str | Path, *, columns: Mapping[str, str] | None = None,
         limit: maximum number of rows, from the first.
     Raises:
         DataError: naming file, row and remedy: no assistant turn, an empty answer, an image that is missing or
-            unreadable, or numbers of images and of their marks that differ.
+            unreadable, numbers of images and of their marks that differ, or anything that would not be learned.
     """
+    for name in columns or {}:
+        if name not in KNOWN:
+            raise DataError(f"{source}: columns: unknown column {name!r}; it is one of {', '.join(KNOWN)}")
     rows, folder = _rows(str(source))
     check_columns(columns, {name for row in rows for name in row}, source)
-    traces: list[Trace] = []
-    for number, raw in enumerate(rows, start=1):
-        if limit is not None and len(traces) >= limit:
-            break
-        where = f"{source}, row {number}"
-        traces.append(_trace(renamed(raw, columns), folder, where))
+    named = [(f"{source}, row {number}", _row_of(raw, columns)) for number, raw in enumerate(rows[:limit], start=1)]
+    answers = [(choices_of(row, where), row.get("answer")) for where, row in named if not is_chat(row)]
+    refuse_counts_from_one(answers, source)
+    traces = tuple(_trace(row, folder, where) for where, row in named)
     if not traces:
         raise DataError(f"{source}: holds no row to learn from")
-    return Traces(tuple(traces), str(source))
+    return Traces(traces, str(source))
+
+
+def _row_of(raw: Row, columns: Mapping[str, str] | None) -> dict[str, Any]:
+    """The row with columns under our names."""
+    row = dict(renamed(raw, columns))
+    given = {theirs: ours for theirs, ours in ALPACA.items() if not missing(row.get(theirs))}
+    return row | {ours: row[theirs] for theirs, ours in given.items() if missing(row.get(ours))}
 
 
 def _rows(source: str) -> tuple[list[Row], Path]:
@@ -106,136 +123,79 @@ def _rows(source: str) -> tuple[list[Row], Path]:
     return rows, folder or Path()
 
 
-def _bad(where: str, what: str) -> DataError:
-    return DataError(f"{where}: {what}; mend the row, or drop it")
-
-
 def _trace(row: Mapping[str, Any], folder: Path, where: str) -> Trace:
     for column in UNREAD:
         if row.get(column):
-            raise _bad(where, f'column "{column}" is not read; only text and pictures are learned from')
-    turns = _turns(row, where)
+            raise bad_row(where, f'column "{column}" is not read; only text and pictures are learned from')
+    turns = chat_turns(row, where) if is_chat(row) else _exchange(row, where)
     held = [part.pop("image") for turn in turns for part in turn["content"] if part.get("image") is not None]
     given = pictures_of(row)
     if held and given:
-        raise _bad(where, "has pictures in the parts of its turns and in a column; leave one of them")
+        raise bad_row(where, "has pictures in the parts of its turns and in a column; leave one of them")
     images = _images(held or given, folder, where)
-    if turns[-1]["role"] != "assistant":
-        raise _bad(where, "has no assistant turn at its end")
+    if not turns or turns[-1]["role"] != "assistant":
+        raise bad_row(where, "has no assistant turn at its end")
     if len(turns) == 1:
-        raise _bad(where, "begins with the assistant, not with a user turn")
+        raise bad_row(where, "begins with the assistant, not with a user turn")
     *prompt, last = turns
+    if any(part["type"] != "text" for part in last["content"]):
+        raise bad_row(where, "its last assistant turn has an image, which cannot be learned")
     answer = "".join(part.get("text", "") for part in last["content"])
     if not answer.strip():
-        raise _bad(where, "its last assistant turn is empty")
+        raise bad_row(where, "its last assistant turn is empty")
     places = sum(part["type"] == "image" for turn in prompt for part in turn["content"])
     if not places and images:
         first = next((turn for turn in prompt if turn["role"] == "user"), None)
         if first is None:
-            raise _bad(where, "has images but no user turn to show them in")
+            raise bad_row(where, "has images but no user turn to show them in")
         first["content"] = [{"type": "image"}] * len(images) + first["content"]
     elif places != len(images):
-        raise _bad(where, f"{places} places for images, but {len(images)} images")
+        raise bad_row(where, f"{places} places for images, but {len(images)} images")
     return Trace(tuple(prompt), answer, tuple(images))
 
 
-def first_user_turn(row: Row, images: list[Any], where: str) -> tuple[str, list[Any]]:
-    """(text, images) of a chat's first user turn. The images are those in its parts, or as many of the row's `images`
-    as the turn has marks, or all if the chat has no marks. Raises DataError if there is no user turn."""
-    turns = [turn["content"] for turn in _turns(row, where) if turn["role"] == "user"]
-    if not turns:
-        raise _bad(where, "has no user turn")
-    pieces = [MARK if part["type"] == "image" else part["text"] for part in turns[0]]
-    behind = list(dropwhile(MARK.__eq__, pieces))  # leading images need no marks
-    text = "".join(pieces) if MARK in behind else "\n".join(map(str.strip, behind))
-    held = [part["image"] for part in turns[0] if part.get("image") is not None]
-    places = [sum(part["type"] == "image" for part in turn) for turn in turns]
-    return text, held or (images[: places[0]] if any(places) else images)
-
-
-def _turns(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
-    """The turns of a row of any form, as role and parts."""
-    chat = row.get("messages") or row.get("conversations")
-    if chat is None:
-        return _exchange(row, where)
-    if not isinstance(chat, list) or not all(isinstance(turn, Mapping) for turn in chat):
-        raise _bad(where, f"its chat must be a list of turns, got {chat!r:.80}")
-    turns = []
-    for turn in chat:
-        role = str(turn.get("role", turn.get("from")))
-        if role not in ROLES:
-            raise _bad(where, f"role {role!r:.60} is none of {', '.join(ROLES)}")
-        content = turn.get("content", turn.get("value")) or ""
-        whole = isinstance(content, str) and ROLES[role] == "assistant"  # an answer may mention <image>
-        parts = [{"type": "text", "text": content}] if whole else _parts(content, where)
-        turns.append({"role": ROLES[role], "content": parts})
-    return _checked(_with_system(row, turns, where), where)
-
-
-def _with_system(row: Mapping[str, Any], turns: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
-    """The turns, preceded by the one in the column `system` if there is one."""
-    system = row.get("system")
-    if not system:
-        return turns
-    if not isinstance(system, str) or (turns and turns[0]["role"] == "system"):
-        raise _bad(where, 'column "system" must be a text, and the only system turn')
-    return [{"role": "system", "content": [{"type": "text", "text": system}]}, *turns]
-
-
-def _checked(turns: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
-    """The turns; raises DataError if a text holds special tokens of images or video, which processors would expand."""
-    for turn in turns:
-        for part in turn["content"]:
-            mark = next((mark for mark in FOREIGN_MARKS if mark in part.get("text", "")), None)
-            if mark:
-                raise _bad(where, f"a turn of the {turn['role']} has {mark} in its text; write <image> for a picture")
-    return turns
+def is_chat(row: Mapping[str, Any]) -> bool:
+    """Whether a row holds turns, not a question and its answer."""
+    return bool(row.get("messages") or row.get("conversations"))
 
 
 def _exchange(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     """Question and answer as a chat, after the turns of `history`; the reasoning comes before the answer."""
-    row = {**{ours: row[theirs] for theirs, ours in ALPACA.items() if row.get(theirs) is not None}, **row}
     question, answer, thought = row.get("question"), row.get("answer"), row.get("reasoning")
     if row.get("input") and isinstance(question, str):
         question = f"{question}\n{row['input']}"
     if not isinstance(question, str) or not question.strip():
         keys = str(list(row))
-        raise _bad(where, f'needs "question" and "answer", "messages" or "conversations", got {keys:.80}')
-    if answer is None:
-        raise _bad(where, "has no assistant turn: a question without an answer")
-    if not isinstance(answer, str | int | float) or not isinstance(thought, str | None):
-        raise _bad(where, f'"answer" and "reasoning" must be texts, got {[answer, thought]!r:.80}')
-    learned = f"<think>{_padded(thought)}</think>{_padded(str(answer)).rstrip()}" if thought else str(answer)
+        raise bad_row(where, f'needs "question" and "answer", "messages" or "conversations", got {keys:.80}')
+    if missing(answer):
+        raise bad_row(where, "has no assistant turn: a question without an answer")
+    thought = "" if missing(thought) else thought
+    if not isinstance(answer, str | int | float) or not isinstance(thought, str) or answer in INFINITE:
+        raise bad_row(where, f'"answer" and "reasoning" must be texts, got {[answer, thought]!r:.80}')
+    choices = choices_of(row, where)
+    learned = with_reasoning(thought, _learned(answer, choices, where), where)
     history = row.get("history") or []
-    if not isinstance(history, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
-        raise _bad(where, f'column "history" must be pairs of question and answer, got {history!r:.60}')
+    if not isinstance(history, list) or not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+        for pair in history
+    ):
+        raise bad_row(where, f'column "history" must be pairs of texts, question and answer, got {history!r:.60}')
     turns = []
-    for prompt, reply in [*history, (question, learned)]:
-        turns.append({"role": "user", "content": _parts(prompt, where)})
-        turns.append({"role": "assistant", "content": [{"type": "text", "text": str(reply)}]})
-    return _checked(_with_system(row, turns, where), where)
+    for prompt, reply in [*history, (Question(question, choices=choices.texts).prompt, learned)]:
+        turns.append({"role": "user", "content": turn_parts(prompt, where)})
+        turns.append({"role": "assistant", "content": [{"type": "text", "text": reply}]})
+    return checked_turns(row, turns, where)
 
 
-def _padded(text: str) -> str:
-    """The text between line breaks if it has several lines, else between spaces."""
-    gap = "\n" if "\n" in text.strip() else " "
-    return f"{gap}{text.strip()}{gap}"
-
-
-def _parts(content: Any, where: str) -> list[dict[str, Any]]:
-    """A turn's content in parts of text and image."""
-    if isinstance(content, str):
-        return parts_of(content)
-    kept = []
-    for part in content if isinstance(content, list) else [content]:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind != "image" and not (kind == "text" and isinstance(part.get("text"), str)):
-            raise _bad(where, f"a part of a turn is neither text nor image: {part!r:.80}")
-        if kind == "text":
-            kept.append({"type": "text", "text": part["text"]})
-        else:
-            kept.append({"type": "image"} | ({"image": part["image"]} if part.get("image") is not None else {}))
-    return kept
+def _learned(answer: Any, choices: Choices, where: str) -> str:
+    """The answer's text; of a number that names a choice, the choice's letter."""
+    text = number_text(answer)
+    if not text.strip().removeprefix("-").isdecimal():
+        return text
+    try:
+        return choices.letter_of(answer) or text
+    except DataError as error:
+        raise bad_row(where, str(error)) from None
 
 
 def _images(given: list[Any], folder: Path, where: str) -> list[Picture]:

@@ -14,9 +14,10 @@ from typing import Literal
 
 from PIL import Image
 
+from vlmgraft.data.choices import letters
 from vlmgraft.data.images import MAX_PIXELS, ImageSource, open_picture, picture_size, upright_rgb
 from vlmgraft.errors import DataError
-from vlmgraft.evaluation.answers.options import choices_within, expected_letters, letters
+from vlmgraft.evaluation.answers.options import choices_within, expected_letters
 
 Kind = Literal["reasoning", "perception", "other"]
 GroupScore = Literal["", "all_right", "worst", "four_way", "pairs"]

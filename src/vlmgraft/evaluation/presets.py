@@ -38,6 +38,7 @@ class Columns:
     id: tuple[str, ...] = ("id",)
     category: tuple[str, ...] = ("category",)
     kind: tuple[str, ...] = ("kind",)
+    task: tuple[str, ...] = ()
     precision: tuple[str, ...] = ()
     group: tuple[str, ...] = ()
     part: tuple[str, ...] = ()

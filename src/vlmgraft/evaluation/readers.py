@@ -8,17 +8,21 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from vlmgraft.data.chat import MARK
+from vlmgraft.data.choices import Choices, missing, number_text, read_choices, refuse_counts_from_one
 from vlmgraft.data.images import ImageSource, image_source
-from vlmgraft.data.questions import MOST_CHOICES, UNSEEN, check_columns
+from vlmgraft.data.questions import UNSEEN, check_columns
 from vlmgraft.data.sources import Row, read_rows, registered_source
 from vlmgraft.errors import DataError
-from vlmgraft.evaluation.answers.options import lettered, letters
 from vlmgraft.evaluation.answers.text import storable
-from vlmgraft.evaluation.items import Item, Suite, circular, unique
+from vlmgraft.evaluation.items import Item, Kind, Suite, circular, unique
 from vlmgraft.evaluation.metrics import METRICS
 from vlmgraft.evaluation.presets import PRESETS, Columns, Preset
 
-LOCAL = Preset("", "", "other", suffix="", max_new_tokens=1024)
+LOCAL = Preset("", "", "other", Columns(task=("task",)), suffix="", max_new_tokens=1024)
+KINDS: tuple[Kind, ...] = ("reasoning", "perception", "other")
+SINGULAR = {"image": "images", "answer": "answers"}
+"""Names that calibration files use, as fields of `Columns`."""
 
 
 def load_suite(
@@ -38,7 +42,8 @@ def load_suite(
         limit: number of rows, from the first; a registered source divides it among its tasks.
         turn_options: ask every rotation of lettered choices (circular evaluation).
     Raises:
-        DataError: the source cannot be read, no row has the question's column, or a column map names an unknown field.
+        DataError: the source cannot be read, no row has the question's column, a column map names an unknown field, or
+            the answers number the choices from 1.
     """
     name, _, source = str(data).partition(":")
     preset = PRESETS.get(name.lower())
@@ -62,6 +67,8 @@ def load_suite(
     for field, value in (columns or {}).items():
         if not any(name.endswith("*") or name.rstrip("|") in seen for name in value.split("+")):
             check_columns({field: value}, seen, source)
+    read = [(_choices(row, preset)[0], _single(_first(row, preset.columns.answers))) for row in rows[:limit]]
+    refuse_counts_from_one(read, source)
     items, renamed = unique([_item(row, at, name, preset, folder) for at, row in enumerate(rows[:limit])])
     if turn_options:
         items = tuple(circular(items))
@@ -69,12 +76,16 @@ def load_suite(
 
 
 def mapped(columns: Columns, changes: Mapping[str, str]) -> Columns:
-    """Columns with some fields replaced; raises DataError for an unknown field."""
+    """Columns with some fields replaced; raises DataError for an unknown field, or one that is given twice."""
     known = [field.name for field in fields(Columns)]
-    for name in changes:
-        if name not in known:
-            raise DataError(f"column map: unknown field {name!r}; it has {', '.join(known)}")
-    return replace(columns, **{name: tuple(value.split("+")) for name, value in changes.items()})
+    given: dict[str, tuple[str, ...]] = {}
+    for name, value in changes.items():
+        field = SINGULAR.get(name, name)
+        if field not in known or field in given:
+            why = "names twice" if field in given else "unknown field"
+            raise DataError(f"column map: {why} {name!r}; it has {', '.join(known)}")
+        given[field] = tuple(value.split("+"))
+    return replace(columns, **given)
 
 
 def _item(row: Row, at: int, task: str, preset: Preset, folder: Path | None) -> Item:
@@ -85,32 +96,34 @@ def _item(row: Row, at: int, task: str, preset: Preset, folder: Path | None) -> 
         fault = f'column "{unseen}" is not shown; only images are'
     if not isinstance(question, str):
         fault = "the question is empty" if question is None else f"the question is no text: {str(question)[:60]!r}"
-    choices = _choices(_first(row, columns.choices))
-    if len(choices) > MOST_CHOICES:
-        fault = f"{len(choices)} choices; at most {MOST_CHOICES} can be lettered"
+    choices, unread = _choices(row, preset)
+    answers, unclear = _answers(_first(row, columns.answers), choices)
+    kind, unknown = _kind(_first(row, columns.kind), preset)
+    places = sum(text.count(MARK) for text in (str(question), *choices.texts))
+    misplaced = f"{places} places for images, but {len(images)} images" if places not in (0, len(images)) else ""
     category = _first(row, columns.category)
     labels = category if isinstance(category, list) else [] if category is None else [category]
     return Item(
         id=_joined(row, columns.id) or str(at),
         question=storable(question) if isinstance(question, str) else "",
         images=images,
-        answers=_answers(_first(row, columns.answers), choices),
-        choices=choices,
-        task=storable(str(row["task"])) if not preset.source and row.get("task") else task,
-        kind=_kind(_first(row, columns.kind), preset),
+        answers=answers,
+        choices=tuple(map(storable, choices.texts)),
+        task=_joined(row, columns.task) or task,
+        kind=kind,
         metric=_metric(row, preset),
         precision=_precision(_first(row, columns.precision)),
         category=", ".join(map(str, labels)),
         group=_joined(row, columns.group),
         part=str(_first(row, columns.part) or ""),
         pairing=preset.pairing,
-        fault=fault,
+        fault=fault or unread or unclear or unknown or misplaced,
     )
 
 
 def _first(row: Row, names: Sequence[str]) -> Any:
     """The first of the columns that has a value; None when none has."""
-    return next((row[name] for name in names if row.get(name) not in (None, "", [])), None)
+    return next((row[name] for name in names if not missing(row.get(name))), None)
 
 
 def _joined(row: Row, names: Sequence[str]) -> str:
@@ -118,24 +131,41 @@ def _joined(row: Row, names: Sequence[str]) -> str:
     joined = ""
     for name in names:
         value = row.get(name.rstrip("|"))
-        if value is not None:
+        if not missing(value):
             joined += ("" if not joined or joined.endswith("|") else "/") + storable(str(value))
         joined += "|" if name.endswith("|") else ""
     return joined
 
 
-def _answers(value: Any, choices: Sequence[str]) -> tuple[str, ...]:
-    """References from one value, a list of values or of objects with "answer" (VizWiz), or a list of texts in text form
-    (MMMU), without blank ones. An integer that is not itself a choice is an index into the choices, from 0."""
-    listed = value if isinstance(value, list | tuple) else _listed(value) or [value]
-    values = [each.get("answer") if isinstance(each, dict) else each for each in listed]
-    answers = tuple(_number(each) for each in values if each is not None and str(each).strip())
+def _answers(value: Any, choices: Choices) -> tuple[tuple[str, ...], str]:
+    """References from one value, a list of values or of objects with "answer" (VizWiz), an object of texts (SQuAD) or
+    of a value and its aliases (TriviaQA), or a list of texts in text form (MMMU), without blank ones; and their
+    fault."""
     if isinstance(value, bool):
         words = ("yes", "true") if value else ("no", "false")
-        return (next((choice for choice in choices if choice.lower() in words), str(value)),)
-    if choices and isinstance(value, int) and str(value) not in choices and 0 <= value < len(choices):
-        return (letters(len(choices))[value],)
-    return answers
+        return (next((choice for choice in choices.texts if choice.lower() in words), str(value)),), ""
+    answers: list[str] = []
+    for each in value if isinstance(value, list | tuple) else _listed(value) or [value]:
+        for one in _named_answers(each) if isinstance(each, Mapping) else [each]:
+            if isinstance(one, Mapping | list | tuple | bytes):
+                return (), f"an answer is no text: {one!r:.60}"
+            if missing(one) or not str(one).strip():
+                continue
+            try:
+                answers.append(choices.letter_of(one) or storable(number_text(one)))
+            except DataError as error:
+                return (), str(error)
+    return tuple(answers), ""
+
+
+def _named_answers(value: Mapping[str, Any]) -> list[Any]:
+    named = [value[key] for key in ("answer", "text", "value", "aliases") if key in value] or [value]
+    return [one for each in named for one in (each if isinstance(each, list | tuple) else [each])]
+
+
+def _single(value: Any) -> Any:
+    """The only value of a list of one."""
+    return value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
 
 
 def _listed(value: Any) -> list[str] | None:
@@ -149,24 +179,21 @@ def _listed(value: Any) -> list[str] | None:
     return listed if isinstance(listed, list) and all(isinstance(each, str) for each in listed) else None
 
 
-def _number(value: Any) -> str:
-    whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
-    return storable(str(int(value) if whole else value))
+def _choices(row: Row, preset: Preset) -> tuple[Choices, str]:
+    """The choices of a row, and why they cannot be shown, or ""."""
+    column = next((name for name in preset.columns.choices if not missing(row.get(name))), "")
+    try:
+        choices = read_choices(row.get(column))
+    except DataError as error:
+        return Choices(), f'column "{column}": {error}'
+    return choices, f'column "{column}": only one choice' if sum(map(bool, choices.texts)) == 1 else ""
 
 
-def _choices(value: Any) -> tuple[str, ...]:
-    """Choices from a list, a list in text form (MMMU), or lettered texts in one line (WeMath: "A. 3; B. 4")."""
-    if isinstance(value, str):
-        value = _listed(value) or lettered(value)
-    if isinstance(value, dict):
-        value = list(value.values())
-    if not isinstance(value, list | tuple):
-        return ()
-    return tuple(storable(str(choice)) for choice in value if choice is not None) if len(value) > 1 else ()
-
-
-def _kind(value: Any, preset: Preset) -> Any:
-    return value if value in ("reasoning", "perception", "other") else preset.kind
+def _kind(value: Any, preset: Preset) -> tuple[Kind, str]:
+    """The kind of an item, and the fault of an unknown one in a file of the user's own."""
+    kind = next((kind for kind in KINDS if kind == str(value).strip().lower()), preset.kind)
+    unknown = value is not None and not preset.source and str(value).strip().lower() not in KINDS
+    return kind, f"kind {value!r:.40} is none of {', '.join(KINDS)}; ignore it by kind=none" if unknown else ""
 
 
 def _metric(row: Row, preset: Preset) -> str:
@@ -185,9 +212,12 @@ def _images(row: Row, names: Sequence[str], folder: Path | None) -> tuple[tuple[
     sources: list[ImageSource] = []
     for value in _pictures(row, names):
         for each in value if isinstance(value, list | tuple) else [value]:
-            if each is None or each == "":
+            if missing(each):
                 continue
-            source = image_source(each, folder)
+            try:
+                source = image_source(each, folder)
+            except DataError as error:
+                return tuple(sources), str(error)
             if source is None:
                 return tuple(sources), f"no picture: {str(each)[:60]!r}"
             sources.append(source)
@@ -197,7 +227,7 @@ def _images(row: Row, names: Sequence[str], folder: Path | None) -> tuple[tuple[
 def _pictures(row: Row, names: Sequence[str]) -> list[Any]:
     for name in names:
         starred = [column for column in row if name.endswith("*") and column.startswith(name[:-1])]
-        pictures = [row[column] for column in sorted(starred) or [name] if row.get(column) not in (None, "", [])]
+        pictures = [row[column] for column in sorted(starred) or [name] if not missing(row.get(column))]
         if pictures:
             return pictures
     return []

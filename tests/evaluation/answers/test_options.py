@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, strategies as st
 
+from vlmgraft.data.choices import lettered, letters
 from vlmgraft.evaluation.answers import choices_within, judge
-from vlmgraft.evaluation.answers.options import expected_letters, lettered, letters, pick, pick_several
+from vlmgraft.evaluation.answers.options import expected_letters, pick, pick_several
 
 
 @pytest.mark.parametrize(

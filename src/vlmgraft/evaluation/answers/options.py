@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from vlmgraft.data.choices import lettered, letters
 from vlmgraft.evaluation.answers.quantities import read_quantity, same_quantity
 from vlmgraft.evaluation.answers.text import key, squeeze, unwrap
 from vlmgraft.evaluation.answers.values import NOT_THAT, mathematical, readings, same_value, sentences, stated_number
@@ -34,12 +35,6 @@ _DENIED = re.compile(
 _SEVERAL = re.compile(r"[A-Za-z](?: ?(?:,|;|&|/|\band\b|，|、) ?(?:and )?[A-Za-z])+|[A-Z]{2,8}")
 _HEDGE = re.compile(r"(?<!\w)\(?([A-Z])\)? ?(?:or|and|and/or|/|,|&) ?\(?([A-Z])\)?(?!\w)")
 _HEADING = re.compile(r"(?:^|\n) ?(?:choices?|options?) ?: ?\n?|(?<=[ ?.:\n])choices? ?: ?", re.IGNORECASE)
-_ITEM = re.compile(r"(?:^|(?<=[\n ;]))\(?([A-Z])(?:\)|[.:](?=[ \\$\d(]|(?<=[.:])\w)) ?")
-
-
-def letters(count: int) -> str:
-    """The letters of `count` choices, at most 26 of them."""
-    return "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:count]
 
 
 def choices_within(question: str) -> tuple[str, ...]:
@@ -47,17 +42,6 @@ def choices_within(question: str) -> tuple[str, ...]:
     heading = next(reversed(list(_HEADING.finditer(question))), None)
     text = question[heading.end() :] if heading else question
     return lettered(text) if heading or re.search(r"(?:^|\n)\(?A[.):]", question) else ()
-
-
-def lettered(text: str) -> tuple[str, ...]:
-    """The texts after A, B, C … in order, as in "A. 3; B. 4" or one per line; () if the letters form no sequence."""
-    items: list[re.Match[str]] = []
-    for match in _ITEM.finditer(text):
-        if match[1] == "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[len(items) : len(items) + 1]:
-            items.append(match)
-    ends = [match.start() for match in items[1:]] + [len(text)] if items else []
-    texts = tuple(text[match.end() : end].strip(" ;,\n") for match, end in zip(items, ends, strict=True))
-    return texts if len(texts) > 1 else ()
 
 
 def expected_letters(expected: str, choices: Sequence[str]) -> frozenset[str]:
