@@ -16,15 +16,17 @@ tokens of a chat template are refused, because the model would learn something e
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from vlmgraft.data.images import check_picture, row_image
+from vlmgraft.data.images import check_picture, image_content, row_image
 from vlmgraft.data.questions import MARK, check_columns, parts_of, pictures_of, renamed
 from vlmgraft.data.sources import Row, read_rows, split_named
 from vlmgraft.errors import DataError
@@ -53,6 +55,16 @@ class Traces:
 
     traces: tuple[Trace, ...]
     name: str
+
+    @cached_property
+    def digest(self) -> str:
+        """Identifies prompts, answers and the contents of their images, in order; raises DataError."""
+        state = hashlib.sha256()
+        for trace in self.traces:
+            state.update(repr((trace.prompt, trace.answer, len(trace.images))).encode())
+            for image in trace.images:
+                state.update(image_content(image))
+        return state.hexdigest()[:16]
 
     def dataset(self) -> Any:
         """A `datasets.Dataset` as TRL's trainer takes it: prompt, completion, and images that are decoded when read."""
