@@ -25,7 +25,7 @@ def test_the_lab_is_asked_on_its_validation_split(processor: Any) -> None:
 
 def test_prompts_are_of_the_calibration_split_or_the_first_questions(processor: Any, tmp_path: Path) -> None:
     data = EvalData(samples=8)
-    prompts = data.prompts(data.evaluator(processor), 16)
+    prompts = data.prompts(data.evaluator(processor).suite, 16)
     expected = as_questions(load_suite("lab", split="calibration", limit=16), 16)
     assert [prompt.question for prompt in prompts] == [prompt.question for prompt in expected]
     assert len(prompts) == 16 and all(prompt.images for prompt in prompts)
@@ -34,7 +34,7 @@ def test_prompts_are_of_the_calibration_split_or_the_first_questions(processor: 
 
 def test_without_a_split_for_it_no_kl_is_measured(tmp_path: Path) -> None:
     file = save_questions(draw_exam(0, "validation", {"colour": 2}), tmp_path / "q.jsonl")
-    assert EvalData((str(file),)).kl_from(None, None) is None
+    assert EvalData((str(file),)).kl_prompts() is None
 
 
 def test_one_kind_alone_is_refused(processor: Any) -> None:

@@ -10,7 +10,15 @@ import xxhash
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import save_file
 
-from vlmgraft.checkpoint.digests import BLOCK, RECEIPT, block_digests, joined, range_digest, write_receipt
+from vlmgraft.checkpoint.digests import (
+    BLOCK,
+    RECEIPT,
+    block_digests,
+    folder_digest,
+    joined,
+    range_digest,
+    write_receipt,
+)
 
 
 @settings(max_examples=30, deadline=None)
@@ -38,3 +46,20 @@ def test_a_receipt_names_every_file_and_tensor(tmp_path: Path) -> None:
     digests = {row["name"]: row["digest"] for row in receipt["tensors"]}
     assert digests["a"] == xxhash.xxh3_128(xxhash.xxh3_128(bytes([0, 1, 2])).digest()).hexdigest()
     assert digests["b"] == xxhash.xxh3_128(b"").hexdigest()
+
+
+def test_the_digest_of_a_folder_is_of_its_contents_and_not_of_its_place(tmp_path: Path) -> None:
+    """A tensor in the middle of a file of more than 128 KiB differs, or a side file; a receipt does not count."""
+    weights = {name: torch.full((20_000,), float(at)) for at, name in enumerate("abc")}
+    changes = {"one": {}, "same": {}, "middle": {"b": torch.full((20_000,), 9.0)}, "template": {}}
+    for name, change in changes.items():
+        (tmp_path / name).mkdir()
+        save_file(weights | change, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "chat_template.jinja").write_text("else" if name == "template" else "{{ x }}")
+        (tmp_path / name / RECEIPT).write_text(name)
+    (tmp_path / "link").symlink_to(tmp_path / "same")
+    digests = {name: folder_digest(tmp_path / name) for name in (*changes, "link")}
+    assert digests["one"] == digests["same"] == digests["link"] and digests["one"] is not None
+    assert len({digests[name] for name in ("one", "middle", "template")}) == 3
+    assert folder_digest("owner/model") is None

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import vlmgraft as vg
 from vlmgraft.errors import CheckpointError, DataError, InputError, OutputError
 from vlmgraft.evaluation import evaluate
+from vlmgraft.evaluation.readers import short_names
 from vlmgraft.evaluation.records import load_records
 from vlmgraft.lab import world
 from vlmgraft.lab.exam import draw_exam
@@ -115,21 +117,20 @@ def test_what_an_interruption_left_is_continued_and_never_thrown_away(
     whole: Path, questions: Path, trio: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(evaluate, "_engine", lambda *_: pytest.fail("nothing is left to ask"))
-    for left in (tmp_path / ".out.partial-evaluation", tmp_path / "out"):  # now, and as an earlier version left it
-        shutil.copytree(whole, left)
-        (left / "summary.json").unlink()
-        (left / ".summary.md.99999.0.tmp").touch()
-        with (left / "records.jsonl").open("a") as file:
-            file.write('{"id": "cut sho')
-        with pytest.raises(OutputError, match=r"--resume|exists"):
-            vg.evaluate(trio / "vlm", questions, tmp_path / "out", **SMALL)
-        vg.evaluate(trio / "vlm", questions, tmp_path / "out", resume=True, **SMALL)
-        assert [path.name for path in tmp_path.iterdir()] == ["out"]
-        found, expected = (
-            {path.name: path.read_bytes() for path in folder.iterdir()} for folder in (tmp_path / "out", whole)
-        )
-        assert found == expected
-        shutil.rmtree(tmp_path / "out")
+    left = tmp_path / ".out.partial-evaluation"
+    shutil.copytree(whole, left)
+    (left / "summary.json").unlink()
+    (left / ".summary.md.99999.0.tmp").touch()
+    with (left / "records.jsonl").open("a") as file:
+        file.write('{"id": "cut sho')
+    with pytest.raises(OutputError, match=r"--resume"):
+        vg.evaluate(trio / "vlm", questions, tmp_path / "out", **SMALL)
+    vg.evaluate(trio / "vlm", questions, tmp_path / "out", resume=True, **SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    found, expected = (
+        {path.name: path.read_bytes() for path in folder.iterdir()} for folder in (tmp_path / "out", whole)
+    )
+    assert found == expected
 
 
 def test_a_run_says_nothing_of_where_files_lie_and_is_resumed_after_all_moved(
@@ -153,7 +154,7 @@ def test_a_run_says_nothing_of_where_files_lie_and_is_resumed_after_all_moved(
     [("a/base", "a/merged", ("base", "merged")), ("/x/a/m", "/x/b/m", ("a/m", "b/m")), ("m", "m", ("m", "m"))],
 )
 def test_a_comparison_names_its_sides_by_no_more_than_it_takes(first: str, second: str, names: Any) -> None:
-    assert evaluate._names(first, second) == names
+    assert tuple(short_names([Path(first), Path(second)])) == names
 
 
 def test_resuming_with_other_settings_or_data_is_refused(
@@ -180,6 +181,14 @@ def test_resuming_with_other_settings_or_data_is_refused(
         ({"dtype": "float33"}, InputError, "dtype 'float33': write auto or float32"),
         ({"device": "warp:9"}, InputError, "device 'warp:9': cannot be used"),
         ({"data": "lab:x"}, DataError, "lab:SEED"),
+        ({"data": []}, DataError, "names nothing to ask"),
+        ({"columns": {"id": ["a", "b"]}}, DataError, r"id is \['a', 'b'\]; write one column's name"),
+        ({"temperature": float("nan")}, InputError, "temperature nan: must be at least 0, and finite"),
+        ({"top_p": 2.0}, InputError, "top_p 2.0: must be above 0 and at most 1"),
+        ({"top_p": 0.0}, InputError, "top_p 0.0"),
+        ({"top_p": float("nan")}, InputError, "top_p nan"),
+        ({"steer": "nofile.safetensors"}, CheckpointError, "nofile.safetensors: is no steering vector"),
+        ({"data": "lmms:pope", "suffix": "Say.", "dtype": "bfloat16"}, InputError, "does not take suffix, dtype"),
         ({"colour": 1}, TypeError, "unknown option colour"),
     ],
 )
@@ -189,7 +198,40 @@ def test_what_cannot_be_meant_is_refused_and_leaves_nothing(
     given = {"model": trio / "vlm", "data": questions, "out": tmp_path / "e", **change}
     with pytest.raises(error, match=message):
         vg.evaluate(**given)
-    assert not (tmp_path / "e").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_is_not_resumed_with_other_images_or_another_vector(
+    questions: Path, trio: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """The same paths, other contents: what was answered before is not of this run."""
+    from vlmgraft.hf.steering import Steering
+
+    data, vector = tmp_path / "data", tmp_path / "s.safetensors"
+    shutil.copytree(questions.parent, data)
+    width = json.loads((trio / "vlm" / "config.json").read_text())["text_config"]["hidden_size"]
+    Steering(torch.ones(width), 0, 0.1).save(vector)
+    asked: dict[str, Any] = {**SMALL, "limit": 2, "steer": str(vector), "resume": True}
+    vg.evaluate(trio / "vlm", data / "q.jsonl", tmp_path / "e", **asked)
+    monkeypatch.setattr(evaluate, "_engine", lambda *_: pytest.fail("nothing is left to ask"))
+    vg.evaluate(trio / "vlm", data / "q.jsonl", tmp_path / "e", **asked)
+    Steering(-torch.ones(width), 0, 0.1).save(vector)
+    with pytest.raises(OutputError, match=r"begun with other settings.*steering"):
+        vg.evaluate(trio / "vlm", data / "q.jsonl", tmp_path / "e", **asked)
+    Steering(torch.ones(width), 0, 0.1).save(vector)
+    shutil.copyfile(data / "0.png", data / "1.png")
+    with pytest.raises(OutputError, match=r"begun with other settings.*items"):
+        vg.evaluate(trio / "vlm", data / "q.jsonl", tmp_path / "e", **asked)
+
+
+def test_a_resumed_comparison_is_of_the_models_named(questions: Path, trio: Path, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"data": questions, "out": tmp_path / "c", **SMALL, "limit": 8}
+    made = vg.compare(trio / "vlm", trio / "base", **asked)
+    assert vg.compare(trio / "vlm", trio / "base", resume=True, **asked) == made
+    with pytest.raises(OutputError, match=r"begun with other settings.*model"):
+        vg.compare(trio / "base", trio / "vlm", resume=True, **asked)
+    with pytest.raises(OutputError, match=r"begun with other settings.*max_new_tokens"):
+        vg.compare(trio / "vlm", trio / "base", resume=True, **{**asked, "max_new_tokens": 8})
 
 
 def test_the_text_model_of_the_lab_answers_questions_without_pictures(trio: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vlmgraft.errors import OutputError
+from vlmgraft.errors import CheckpointError, OutputError
 from vlmgraft.evaluation import folder
 from vlmgraft.evaluation.ask import ask
 
@@ -19,6 +19,7 @@ ASKING = {"seed": 0, "batch_size": 8, "device": "cpu"}
 def begin(out: Path, **asking: Any) -> None:
     with folder.opened(out, SETTINGS, False, "vlm") as hidden:
         folder.start(hidden, SETTINGS | {"asking": ASKING | asking})
+        (hidden / "records.jsonl").touch()
         raise KeyboardInterrupt
 
 
@@ -38,6 +39,18 @@ def test_what_an_interruption_leaves_is_hidden_and_gone_on_with(tmp_path: Path) 
     ):
         pass
     assert go_on(out, SETTINGS | {"asking": ASKING | {"batch_size": 1, "device": "cuda"}}).startswith(".run")
+
+
+@pytest.mark.parametrize("ended", [KeyboardInterrupt(), CheckpointError("no vector")])
+def test_a_run_without_a_record_leaves_nothing(ended: BaseException, tmp_path: Path) -> None:
+    with pytest.raises(type(ended)), folder.opened(tmp_path / "run", SETTINGS, False, "vlm") as hidden:
+        folder.start(hidden, SETTINGS)
+        raise ended
+    assert not list(tmp_path.glob(".run.partial*"))
+    hidden.mkdir()
+    folder.start(hidden, SETTINGS | {"items": "other"})  # killed before its first record
+    with folder.opened(tmp_path / "run", SETTINGS, False, "vlm"):
+        pass
 
 
 def test_a_visible_folder_without_a_summary_is_nothing_to_resume(tmp_path: Path) -> None:
@@ -87,11 +100,3 @@ def test_a_finished_folder_is_left_as_it_is(scripted: Any, sums: Any, adds: Any,
     assert set(before) == {"run.json", "records.jsonl", "summary.json", "summary.md", "receipt.json"}
     assert folder.stored_records(tmp_path) == records and folder.finish(tmp_path, records, 0, 0) == first
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_a_fingerprint_is_of_the_weights_and_not_of_their_place(tmp_path: Path) -> None:
-    for name, data in (("a", b"x" * 9), ("b", b"x" * 9), ("c", b"y" * 9)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "model.safetensors").write_bytes(data)
-    one, same, other = (folder.fingerprint(tmp_path / name) for name in "abc")
-    assert one == same != other and one is not None and folder.fingerprint("owner/model") is None

@@ -75,6 +75,19 @@ def test_a_digest_changes_with_what_is_asked(change: dict[str, Any]) -> None:
     assert Suite("s", (item,)).digest != Suite("s", (other,)).digest != Suite("s", (other,), "Say.").digest
 
 
+def test_a_suites_digest_is_of_the_images_and_of_how_an_item_is_scored(tmp_path: Path) -> None:
+    (tmp_path / "p.png").write_bytes(encoded("PNG"))
+    item = Item("1", "?", (tmp_path / "p.png",), ("2",))
+    before = Suite("s", (item,)).digest
+    assert Suite("s", (replace(item, images=(encoded("PNG"),)),)).digest == before, "a path or its bytes are the same"
+    others = [replace(item, kind="reasoning"), replace(item, metric="yes_no"), replace(item, precision=2)]
+    assert len({before, *(Suite("s", (other,)).digest for other in others)}) == 4
+    (tmp_path / "p.png").write_bytes(encoded("BMP"))
+    changed = Suite("s", (item,)).digest
+    (tmp_path / "p.png").unlink()
+    assert len({before, changed, Suite("s", (item,)).digest}) == 3
+
+
 def test_choices_that_stand_in_the_question_are_expected() -> None:
     assert Item("1", "Which?\nChoices:\nA: red\nB: blue").expected.choices == ("red", "blue")
     assert Item("1", "Which?\nChoices:\nA: red\nB: blue", choices=("x", "y")).expected.choices == ("x", "y")

@@ -129,3 +129,29 @@ def test_dynamath_has_a_worst_case() -> None:
     ]
     task = summarise(found).tasks[0]
     assert task.others == {"worst case": 0.5} and task.score is not None and task.score.mean == 0.75
+
+
+def test_a_task_of_several_kinds_is_one_line_for_each() -> None:
+    """One of perception and five of reasoning: the first model is right on 0/1 and 2/5, the second on 1/1 and 3/5."""
+    names = "abcdef"
+
+    def of_kinds(right: str) -> list[Record]:
+        rows = records([mark == "1" for mark in right])
+        kinds = ["perception", *["reasoning"] * 5]
+        return [replace(row, id=name, kind=kind) for row, name, kind in zip(rows, names, kinds, strict=True)]
+
+    first, second = of_kinds("011000"), of_kinds("111100")
+    found = summarise(first)
+    shown = [(task.task, task.kind, task.counts.items, task.score and task.score.mean) for task in found.tasks]
+    assert shown == [("t (perception)", "perception", 1, 0.0), ("t (reasoning)", "reasoning", 5, pytest.approx(0.4))]
+    assert {kind: average.mean for kind, average in found.averages.items()} == {
+        "perception": 0.0,
+        "reasoning": pytest.approx(0.4),
+    }
+    for other in (second, [replace(row, kind="reasoning") for row in second]):
+        paired = compare_records(first, other)
+        assert [(row.name, row.units, row.difference.mean) for row in paired.tasks] == [
+            ("t (perception)", 1, 1.0),
+            ("t (reasoning)", 5, pytest.approx(0.2)),
+        ]
+        assert [row.name for row in paired.averages] == ["reasoning average", "perception average"]

@@ -12,11 +12,12 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, Image as Picture, Value
 from PIL import Image
 
+from vlmgraft.analysis.eval_data import EvalData
 from vlmgraft.errors import DataError
 from vlmgraft.evaluation.ask import ask
 from vlmgraft.evaluation.items import Item, open_image
 from vlmgraft.evaluation.presets import PRESETS
-from vlmgraft.evaluation.readers import load_suite
+from vlmgraft.evaluation.readers import distinct_tasks, load_suite, short_names
 from vlmgraft.evaluation.records import load_records
 from vlmgraft.evaluation.summary import summarise, summary_table
 
@@ -375,3 +376,25 @@ def test_several_pictures_in_one_column_and_rows_picked_out_of_order(tmp_path: P
     red, blue, green = (255, 0, 0), (0, 0, 255), (0, 128, 0)
     assert shown(tmp_path / "q.parquet") == [[red, blue], [], [green]]
     assert shown(tmp_path / "saved") == [[green], [red, blue]]
+
+
+def test_files_of_one_stem_are_tasks_of_their_own() -> None:
+    sources = ["q.jsonl", "a/test.jsonl", "b/test.jsonl", "b/test.parquet", "x/rows.json", "pope", "lab"]
+    copies = ["pope:/1/x/rows.jsonl", "pope:/2/x/rows.jsonl"]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Path, "exists", lambda path: bool(path.suffix))
+        assert distinct_tasks(sources) == ["", "a/test.jsonl", "b/test.jsonl", "b/test.parquet", "", "", ""]
+        assert distinct_tasks(sources[:3]) == ["", "a/test", "b/test"]
+        assert distinct_tasks(["a/test.jsonl", "a/test.jsonl"]) == ["", ""]
+    assert distinct_tasks(copies) == ["pope:1/x/rows", "pope:2/x/rows"]
+    assert short_names([Path("/home/me/a/m"), Path("/home/me/b/m")]) == ["a/m", "b/m"]
+
+
+def test_the_kinds_of_two_files_of_one_stem_stay_apart(tmp_path: Path) -> None:
+    files = []
+    for folder, kind in (("a", "reasoning"), ("b", "perception")):
+        (tmp_path / folder).mkdir()
+        files.append(tmp_path / folder / "test.jsonl")
+        files[-1].write_text(json.dumps({"question": "why?", "answer": "7", "kind": kind}))
+    suite = EvalData(tuple(map(str, files))).evaluator(None).suite
+    assert [(item.task, item.kind) for item in suite.items] == [("a/test", "reasoning"), ("b/test", "perception")]

@@ -64,10 +64,10 @@ def test_what_is_not_the_vlms_or_not_finite_is_named(vlm: Checkpoint, tmp_path: 
 @pytest.mark.parametrize("receipt", ["", "[]", "{}", '{"inputs": 1}', '{"inputs": "x", "prior": [{"a": 1}]}'])
 def test_a_folder_that_no_run_finished_is_none(receipt: str, vlm: Checkpoint, tmp_path: Path) -> None:
     recipe = load_tune_recipe({"vlm": "v", "prior": "none", "data": {"train": "t.jsonl"}})
-    assert finished(recipe, vlm, tmp_path / "nothing") is None
+    assert finished(recipe, vlm, tmp_path / "nothing", {}) is None
     (tmp_path / "receipt.json").write_text(receipt)
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe.model_dump(mode="json", exclude_none=True)))
-    assert finished(recipe, vlm, tmp_path) is None
+    assert finished(recipe, vlm, tmp_path, {}) is None
 
 
 def test_the_card_says_what_was_done_and_no_path(tmp_path: Path) -> None:

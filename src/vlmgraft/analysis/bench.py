@@ -7,7 +7,7 @@ all cells share, such as models and questions. A run with other settings does no
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,8 @@ from torch import nn
 from vlmgraft.analysis.eval_data import EvalData, open_vlm
 from vlmgraft.analysis.in_memory import text_parameters
 from vlmgraft.analysis.scores import Evaluator, summarise
+from vlmgraft.checkpoint.digests import folder_digest
+from vlmgraft.data.questions import questions_digest
 from vlmgraft.errors import DamagedError, OutputError
 from vlmgraft.storage.files import make_folder
 from vlmgraft.storage.jsonl import append_row, read_json, read_rows, write_json, write_rows
@@ -25,6 +27,8 @@ from vlmgraft.storage.progress import LogProgress, Progress
 
 REMEDY = "lower batch_size or max_new_tokens"
 """Advice when memory runs out."""
+INPUTS = "inputs"
+"""Key of a row under which a digest of its own inputs may stand, besides those that all rows share."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,34 @@ class Bench:
         return log.measure(cells, figures, self.progress)
 
 
-def load_bench(model: str | Path, data: EvalData, folder: Path, **more: Any) -> Bench:
-    """Load a model and make its bench, with the questions and KL prompts of `data`. more: the other fields."""
+def load_bench(
+    model: str | Path,
+    data: EvalData,
+    folder: Path,
+    *,
+    settings: Mapping[str, Any],
+    models: Iterable[str | Path] = (),
+    kl: bool = True,
+    **more: Any,
+) -> Bench:
+    """Load a model and make its bench, with the questions and KL prompts of `data`.
+
+    The settings get the dtype, and digests of all models that the rows depend on and of the KL prompts, so that a log
+    is not resumed after any of them was changed under its name.
+
+    Args:
+        models: those besides `model`. kl: measure the KL too, if there are prompts. more: the other fields of `Bench`.
+    """
     loaded, processor = open_vlm(model)
     evaluator = data.evaluator(processor)
-    return Bench(loaded, processor, evaluator, folder, kl_from=data.kl_from(loaded, processor), **more)
+    prompts = data.kl_prompts() if kl else None
+    contents = {
+        "weights": [folder_digest(each) for each in (model, *models)],
+        "dtype": str(loaded.dtype),
+        "KL prompts": prompts and [questions_digest(prompts[0]), prompts[1]],
+    }
+    kl_from = data.kl_from(loaded, processor, *prompts) if prompts else None
+    return Bench(loaded, processor, evaluator, folder, {**settings, **contents}, kl_from=kl_from, **more)
 
 
 class CellLog:
@@ -114,9 +141,15 @@ class CellLog:
         write_json(file, settings)
 
     def find(self, cell: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The row of a cell, None when it is not measured yet."""
+        """The row of a cell, None when it is not measured yet; raises OutputError if it had other `INPUTS`."""
         wanted = [cell[key] for key in self.keys]
-        return next((row for row in self.rows if [row[key] for key in self.keys] == wanted), None)
+        row = next((row for row in self.rows if [row[key] for key in self.keys] == wanted), None)
+        if row is not None and row.get(INPUTS) != cell.get(INPUTS):
+            raise OutputError(
+                f"{self.path}: {' '.join(map(str, wanted))} was measured with other contents of the "
+                "donors or questions; bring them back, or name another folder"
+            )
+        return row
 
     def add(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Append one measured row; return it as it will be read back from JSON."""
@@ -133,6 +166,8 @@ class CellLog:
     ) -> Iterator[dict[str, Any]]:
         """Rows of `cells` in their order; `measure(cell)` gives the figures of the cells that have no row yet."""
         progress = progress or LogProgress()
+        for cell in cells:
+            self.find(cell)
         for done, cell in enumerate(cells):
             progress(done, len(cells), " ".join(str(cell[key]) for key in self.keys))
             row = self.find(cell)

@@ -25,9 +25,9 @@ from vlmgraft.analysis.in_memory import Rebuilder, swapped
 from vlmgraft.analysis.scores import Scores, change, from_marks
 from vlmgraft.data.sources import registered_source
 from vlmgraft.errors import DataError
-from vlmgraft.methods.frism import check_budget
+from vlmgraft.methods.frism import GatedMethod, check_budget
 from vlmgraft.recipe.model import dump_recipe
-from vlmgraft.recipe.resolve import RecipeSource, pair, read_recipe
+from vlmgraft.recipe.resolve import RecipeSource, pair, read_questions, read_recipe
 from vlmgraft.storage.jsonl import write_rows, write_text
 from vlmgraft.storage.locks import at_work
 from vlmgraft.storage.progress import Progress
@@ -81,8 +81,11 @@ def choose(
     with Rebuilder(alignment) as rebuilder, at_work(out, "choosing", REMEDY, loaded.models, ["strengths.*", *names]):
         contenders = Contenders(loaded, alignment, rebuilder, budget, out, progress)
         contenders.check(names)
-        settings = {"recipe": dump_recipe(loaded), "budget": budget}
-        bench = load_bench(alignment.vlm.path, data, out, settings=settings, resume=resume, progress=progress)
+        calibration = read_questions(loaded).digests if isinstance(loaded.method, GatedMethod) else ()
+        settings = {"recipe": dump_recipe(loaded), "budget": budget, "calibration": calibration}
+        models = [checkpoint.path for checkpoint in alignment.opened.values()]
+        more: dict[str, Any] = {"settings": settings, "models": models, "resume": resume, "progress": progress}
+        bench = load_bench(alignment.vlm.path, data, out, **more)
         if bench.kl_from is None:
             raise DataError("choose: there are no prompts for the KL; name a question file as drift")
         race = Race(bench, contenders, *_splits(data, bench))

@@ -17,7 +17,7 @@ from vlmgraft.errors import AlignmentError, DataError
 from vlmgraft.evaluation.ask import ask
 from vlmgraft.evaluation.engine import Sampling, TransformersEngine
 from vlmgraft.evaluation.items import Item, Suite, merge_suites, open_image, with_suffix
-from vlmgraft.evaluation.readers import load_suite
+from vlmgraft.evaluation.readers import distinct_tasks, load_suite
 from vlmgraft.evaluation.records import Record
 from vlmgraft.evaluation.summary import units
 from vlmgraft.hf.batches import Question, load_questions
@@ -70,6 +70,7 @@ class SuiteEvaluator:
                 "(--reasoning CATEGORY)"
             )
         self.label = f"{suite.name}: {len(items)} items, {self.suite.digest}, reasoning {list(reasoning or [])}"
+        self.label += f", at most {self.sampling.max_new_tokens} tokens"
 
     def part(self, index: int, of: int) -> SuiteEvaluator:
         """Every `of`-th item of each task, from item `index` on; raises DataError if a task has too few items."""
@@ -125,7 +126,10 @@ class EvalData:
 
     def evaluator(self, processor: Any) -> SuiteEvaluator:
         """Read and check the questions; registered sources use the split "validation" by default. Raises DataError."""
-        suites = [load_suite(data, split=self._split(data), limit=self.samples) for data in self.data]
+        suites = [
+            load_suite(data, split=self._split(data), limit=self.samples, task=task)
+            for data, task in zip(self.data, distinct_tasks(self.data), strict=True)
+        ]
         return SuiteEvaluator(
             merge_suites(suites),
             processor,
@@ -140,20 +144,20 @@ class EvalData:
             return "validation"
         return self.split
 
-    def prompts(self, evaluator: SuiteEvaluator, count: int = PROMPTS) -> list[Question]:
+    def prompts(self, suite: Suite, count: int = PROMPTS) -> list[Question]:
         """Prompts to average over: of the split "calibration" where a source has it, else the first questions."""
         suites = self._suites("calibration", count)
-        return as_questions(merge_suites(suites) if suites else evaluator.suite, count)
+        return as_questions(merge_suites(suites) if suites else suite, count)
 
-    def kl_from(self, model: Any, processor: Any) -> Callable[[Any], float] | None:
-        """A function that measures a model's KL from this one, in nats per token; None without prompts for it."""
-        suites = self._suites("divergence")
+    def kl_prompts(self) -> tuple[list[Question], int] | None:
+        """The prompts of the KL and the length of their answers; None if there are none. Raises DataError."""
         if self.drift is not None:
-            prompts, length = load_questions(self.drift), KL_TOKENS
-        elif suites:
-            prompts, length = as_questions(merge_suites(suites)), max(suite.max_new_tokens for suite in suites)
-        else:
-            return None
+            return load_questions(self.drift), KL_TOKENS
+        suites = self._suites("divergence")
+        return (as_questions(merge_suites(suites)), max(suite.max_new_tokens for suite in suites)) if suites else None
+
+    def kl_from(self, model: Any, processor: Any, prompts: Sequence[Question], length: int) -> Callable[[Any], float]:
+        """A function that measures a model's KL from this one on answers of at most `length` tokens, nats per token."""
         teacher = (model, processor)
         size = min(48, self.questions_at_a_time)
         return build_targets(teacher, teacher, prompts, max_new_tokens=length, batch_size=size).mean_kl

@@ -28,8 +28,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vlmgraft.alignment.view import group_of
-from vlmgraft.analysis.bench import REMEDY, Bench
-from vlmgraft.analysis.eval_data import EvalData, layer_list, open_vlm
+from vlmgraft.analysis.bench import REMEDY, Bench, load_bench
+from vlmgraft.analysis.eval_data import EvalData, layer_list
 from vlmgraft.analysis.in_memory import StoredWeights, swapped, text_parameters
 from vlmgraft.analysis.scores import change
 from vlmgraft.checkpoint.index import open_checkpoint
@@ -187,12 +187,12 @@ def knockout(
     checkpoint = open_checkpoint(source) if source else None
     with ExitStack() as stack:
         stack.enter_context(at_work(out, "knocking out", REMEDY, [model, source or model], ["knockout.*"]))
-        loaded, processor = open_vlm(model)
-        evaluator = data.evaluator(processor)
-        settings = {"model": str(model), "vlm": source}
-        bench = Bench(loaded, processor, evaluator, out, settings, resume=resume, progress=progress)
+        models = [checkpoint.path] if checkpoint else []
+        more: dict[str, Any] = {"models": models, "kl": False, "resume": resume, "progress": progress}
+        bench = load_bench(model, data, out, settings={"model": str(model), "vlm": source}, **more)
+        evaluator: Any = bench.evaluator
         weights = stack.enter_context(StoredWeights(checkpoint)) if checkpoint else None
-        prompts = data.prompts(evaluator) if "mean" in modes else []
+        prompts = data.prompts(evaluator.suite) if "mean" in modes else []
         cells = Knockout(bench, vlm=weights, prompts=prompts)
         return cells.run(layers=layer_list(layers, cells.blocks.depth), parts=parts, modes=modes)
 

@@ -54,7 +54,9 @@ def ranks(
         make_folder(out)
         store = decompose(alignment, out / "factors", resume=True, progress=progress)
         settings = {"vlm": loaded.vlm, "donor": loaded.donor, "donor_base": loaded.donor_base, "factors": store.digest}
-        bench = load_bench(alignment.vlm.path, data, out, settings=settings, resume=resume, progress=progress)
+        models = [checkpoint.path for checkpoint in alignment.opened.values()]
+        more: dict[str, Any] = {"settings": settings, "models": models, "resume": resume, "progress": progress}
+        bench = load_bench(alignment.vlm.path, data, out, **more)
         with Rebuilder(alignment, dict(store)) as rebuilder:
             return measure_ranks(bench, rebuilder, rank_cells(bands, scales, by))
 

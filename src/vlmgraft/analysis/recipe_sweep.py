@@ -19,11 +19,12 @@ from typing import Any
 from torch import Tensor
 
 from vlmgraft.alignment import Alignment
-from vlmgraft.analysis.bench import REMEDY, Bench, load_bench
+from vlmgraft.analysis.bench import INPUTS, REMEDY, Bench, load_bench
 from vlmgraft.analysis.eval_data import EvalData
 from vlmgraft.analysis.gate_learner import GateLearner
 from vlmgraft.analysis.grid_points import as_override, grid_points, pareto
 from vlmgraft.analysis.in_memory import Rebuilder, swapped
+from vlmgraft.checkpoint.digests import folder_digest
 from vlmgraft.errors import RecipeError
 from vlmgraft.methods.base import check_numbers
 from vlmgraft.methods.frism import Frism, GatedMethod
@@ -44,12 +45,13 @@ VLM_POINT = "VLM"
 @dataclass(frozen=True)
 class SweepPoint:
     """One setting. id: equal for equal recipes. method: its name in tables and plots. setting: the fields of the grid.
-    weights: computes the merged tensors by role, when the point is measured."""
+    weights: computes the merged tensors by role, when the point is measured. inputs: a digest of its sources."""
 
     id: str
     method: str
     setting: Mapping[str, Any]
     weights: Callable[[], Mapping[str, Tensor]]
+    inputs: str = ""
 
     @property
     def cell(self) -> dict[str, Any]:
@@ -57,7 +59,8 @@ class SweepPoint:
         numbers = [value for value in self.setting.values() if isinstance(value, int | float)]
         setting = ", ".join(f"{_short(key)} {_shown(value)}" for key, value in self.setting.items())
         order = float(numbers[0]) if numbers else 0.0
-        return {"id": self.id, "method": self.method, "setting": setting, "fields": dict(self.setting), "order": order}
+        row = {"id": self.id, "method": self.method, "setting": setting, "fields": dict(self.setting), "order": order}
+        return {**row, INPUTS: self.inputs}
 
 
 def run_sweep(bench: Bench, points: Sequence[SweepPoint]) -> list[dict[str, Any]]:
@@ -131,12 +134,14 @@ def sweep(
         models = {model for recipe in loaded for model in recipe.models}
         stack.enter_context(at_work(out, "sweeping", REMEDY, sorted(models), ["sweep.*", "factors*"]))
         inputs = SweepInputs(out, stack, progress)
-        for recipe in loaded:
-            inputs.check(recipe)
+        digests = [inputs.check(recipe) for recipe in loaded]
         vlm, settings = next(iter(inputs.alignments.values())).vlm.path, {"vlm": loaded[0].vlm}
         bench = load_bench(vlm, data, out, settings=settings, resume=resume, progress=progress)
         inputs.gates = GateLearner(bench.model, bench.processor, progress)
-        points = [SweepPoint(_identity(r), name, point, partial(inputs.weights, r)) for name, point, r in named]
+        points = [
+            SweepPoint(_identity(recipe), name, point, partial(inputs.weights, recipe), digest)
+            for (name, point, recipe), digest in zip(named, digests, strict=True)
+        ]
         rows = run_sweep(bench, points)
         write_json(out / "sweep.recipes.json", {_identity(recipe): dump_recipe(recipe) for recipe in loaded})
     return rows
@@ -185,19 +190,22 @@ class SweepInputs:
     def __init__(self, out: Path, stack: ExitStack, progress: Progress | None) -> None:
         self.out, self.stack, self.progress = out, stack, progress
         self.alignments: dict[str, Alignment] = {}
+        self.contents: dict[str, list[str | None]] = {}
         self.rebuilders: dict[str, Rebuilder] = {}
         self.gates: GateLearner | None = None
 
-    def check(self, recipe: Recipe) -> None:
-        """Align a recipe's checkpoints and validate its options, before a model is loaded."""
+    def check(self, recipe: Recipe) -> str:
+        """Align a recipe's checkpoints and validate its options, before a model is loaded; return a digest of the
+        contents of its checkpoints and questions."""
         key = _sources(recipe)
         if key not in self.alignments:
             self.alignments[key] = pair(recipe)
+            self.contents[key] = [folder_digest(opened.path) for opened in self.alignments[key].opened.values()]
         check_numbers(recipe.method, self.alignments[key])
         if isinstance(recipe.method, Frism) and recipe.method.budget_guarantee is not None:
             raise RecipeError("method.budget_guarantee: a sweep has none; remove it, or merge this recipe alone")
-        if isinstance(recipe.method, GatedMethod):
-            read_questions(recipe)
+        questions = read_questions(recipe).digests if isinstance(recipe.method, GatedMethod) else ()
+        return hashlib.sha256(repr((self.contents[key], questions)).encode()).hexdigest()[:16]
 
     def weights(self, recipe: Recipe) -> dict[str, Tensor]:
         """The merged tensors of one point by role, float32."""

@@ -11,6 +11,7 @@ cache, and its cost is below the measurement noise.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,10 @@ BLOCK = 1 << 18
 """Bytes of a block."""
 READ = 16 * BLOCK
 RECEIPT = "receipt.json"
+SAMPLE = 4096
+"""Bytes from the middle of a tensor that `folder_digest` reads."""
+SIDE_FILES = (".json", ".jinja", ".model", ".txt")
+"""Endings of the small files of a model that change what it answers: configurations, tokenizers, chat templates."""
 
 
 @dataclass(frozen=True)
@@ -149,3 +154,25 @@ def tensor_file(path: Path, folder: Path, digests: Mapping[str, str]) -> tuple[F
         for info in header.values()
     ]
     return FileReceipt(name, size, begin, range_digest(path, 0, begin), tuple(header)), rows
+
+
+def folder_digest(folder: str | Path) -> str | None:
+    """Identifies the contents of a model's or gates' folder, however it is named; None for a hub id or without weights.
+
+    Covers the side files, the header of every safetensors file, and a sample from the middle of each of its tensors, so
+    that tens of gigabytes need no full read. Receipts are left out, because they hold times. Raises CheckpointError.
+    """
+    files = sorted(Path(folder).glob("*")) if Path(folder).is_dir() else []
+    if not any(file.suffix == ".safetensors" for file in files):
+        return None
+    state = hashlib.sha256()
+    for file in files:
+        if file.suffix == ".safetensors":
+            with open_regular(file) as opened:
+                for info in read_header(file).values():
+                    opened.seek(info.begin + max(0, info.nbytes - SAMPLE) // 2)
+                    state.update(repr((file.name, info.name, info.dtype, info.shape)).encode())
+                    state.update(opened.read(min(SAMPLE, info.nbytes)))
+        elif file.suffix in SIDE_FILES and file.name != RECEIPT and file.is_file():
+            state.update(f"{file.name} {range_digest(file, 0, file.stat().st_size)}".encode())
+    return state.hexdigest()[:16]

@@ -83,6 +83,21 @@ def _fetched(source: ImageSource | None) -> Path | bytes | Image.Image:
     return source
 
 
+def image_content(source: ImageSource | ImageFile) -> bytes:
+    """What identifies an image: the SHA-256 of its file, or the pixels of an opened one; raises DataError."""
+    if callable(source) and not isinstance(source, Image.Image):
+        source = source()
+    if isinstance(source, Image.Image):
+        with _decoding():
+            return repr((source.mode, source.size)).encode() + source.tobytes()
+    if isinstance(source, ImageFile):
+        return bytes.fromhex(source.digest)
+    if isinstance(source, Path):
+        with _named(f"image {source}"), _file(source) as file, _decoding():
+            source = file.read(LARGEST_FILE + 1)
+    return hashlib.sha256(source).digest()
+
+
 def row_image(value: Any, folder: Path | None, where: str) -> Path | bytes | Image.Image:
     """The fetched `image_source`; raises DataError that begins with `where` if the value holds no image."""
     try:

@@ -22,6 +22,7 @@ from vlmgraft.data.choices import Choices, letters, missing, number_text, read_c
 from vlmgraft.data.images import (
     ImageFile,
     check_picture,
+    image_content,
     image_within,
     open_picture,
     read_image,
@@ -252,10 +253,5 @@ def questions_digest(questions: Sequence[Question]) -> str:
     for question in questions:
         state.update(repr((question.prompt, len(question.images), question.max_pixels)).encode())
         for image in question.images:
-            if isinstance(image, Image.Image):
-                state.update(repr((image.mode, image.size)).encode() + image.tobytes())
-            elif isinstance(image, ImageFile):
-                state.update(bytes.fromhex(image.digest))
-            else:
-                state.update(hashlib.sha256(image.read_bytes()).digest())
+            state.update(image_content(image))
     return state.hexdigest()[:20]

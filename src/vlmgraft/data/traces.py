@@ -18,9 +18,11 @@ template are refused, because the model would learn something else.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from PIL import Image
 
 from vlmgraft.data.chat import bad_row, chat_turns, checked_turns, turn_parts, with_reasoning
 from vlmgraft.data.choices import Choices, missing, number_text, refuse_counts_from_one
-from vlmgraft.data.images import check_picture, open_picture, picture_mode, row_image, upright_rgb
+from vlmgraft.data.images import check_picture, image_content, open_picture, picture_mode, row_image, upright_rgb
 from vlmgraft.data.questions import COLUMNS, Question, check_columns, choices_of, pictures_of, renamed
 from vlmgraft.data.sources import Row, read_rows, split_named
 from vlmgraft.errors import DataError
@@ -58,6 +60,16 @@ class Traces:
 
     traces: tuple[Trace, ...]
     name: str
+
+    @cached_property
+    def digest(self) -> str:
+        """Identifies prompts, answers and the contents of their images, in order; raises DataError."""
+        state = hashlib.sha256()
+        for trace in self.traces:
+            state.update(repr((trace.prompt, trace.answer, len(trace.images))).encode())
+            for image in trace.images:
+                state.update(image_content(image))
+        return state.hexdigest()[:16]
 
     def dataset(self) -> Any:
         """A `datasets.Dataset` as TRL's trainer takes it: prompt, completion, and images that are decoded when read."""

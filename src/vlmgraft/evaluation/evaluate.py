@@ -6,18 +6,21 @@ A folder of an evaluation holds `run.json` (model, data and settings), `records.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlmgraft.checkpoint.digests import folder_digest, range_digest
 from vlmgraft.errors import CheckpointError, DataError, InputError
 from vlmgraft.evaluation import folder
 from vlmgraft.evaluation.items import Suite, merge_suites
 from vlmgraft.evaluation.judge import Judge
+from vlmgraft.evaluation.lmms import ARGUMENTS as LMMS_ARGUMENTS
 from vlmgraft.evaluation.paired import Paired, compare_records, comparison_table
-from vlmgraft.evaluation.readers import load_suite
+from vlmgraft.evaluation.readers import distinct_tasks, load_suite, short_names
 from vlmgraft.evaluation.records import RECORDS, Record, load_records
 from vlmgraft.evaluation.summary import Summary
 from vlmgraft.storage.files import make_folder
@@ -106,11 +109,14 @@ def evaluate(
         raise InputError("--data lmms: names no task; write lmms:mathvista_testmini,pope")
     if harness and len(harness) < len(sources):
         raise InputError("--data lmms:… cannot be mixed with other data; run it in a folder of its own, then `compare`")
+    if harness:
+        _refuse_unpassed(options)
     suite = None if harness else _suite(sources, options)
     identity = {
         "model": str(model),
-        "weights": folder.fingerprint(model),
+        "weights": folder_digest(model),
         "data": [str(_name(source)) for source in sources],
+        "steering": _steering_digest(options),
     }
     settings = identity | {"asking": asdict(options), "items": suite.digest if suite else None}
     lower = "lower batch_size or max_new_tokens"
@@ -144,6 +150,16 @@ def _ask_rest(
     return folder.finish(
         out, sorted(done, key=lambda record: order[record.id]), suite.duplicates, options.seed, _judge(options, out)
     )
+
+
+def _steering_digest(options: Asking) -> str | None:
+    """A digest of the steering vector's file, if one is requested; raises CheckpointError if it holds no vector."""
+    if options.steer is None:
+        return None
+    from vlmgraft.hf.steering import Steering
+
+    Steering.load(options.steer)
+    return range_digest(Path(options.steer), 0, Path(options.steer).stat().st_size)
 
 
 def _steered(engine: Any, options: Asking) -> AbstractContextManager[None]:
@@ -191,13 +207,12 @@ def compare(
                 f"{model}: holds no {RECORDS}; give a folder of `vlmgraft evaluate`, or a model with --data and --out"
             )
         target = Path(out) / side
-        if not (resume and (target / folder.SUMMARY).is_file()):
-            make_folder(target.parent)
-            evaluate(model, data, target, resume=resume, progress=progress, **asking)
+        make_folder(target.parent)
+        evaluate(model, data, target, resume=resume, progress=progress, **asking)
         runs.append(target)
-    names = _names(first, second)
+    one, other = short_names([Path(first), Path(second)])
     comparison = compare_records(
-        load_records(runs[0] / RECORDS), load_records(runs[1] / RECORDS), names, _asking(asking).seed
+        load_records(runs[0] / RECORDS), load_records(runs[1] / RECORDS), (one, other), _asking(asking).seed
     )
     if out is not None:
         make_folder(Path(out))
@@ -213,8 +228,12 @@ def _asking(given: Mapping[str, Any]) -> Asking:
     options = Asking(**given)
     for name, least in (("batch_size", 1), ("max_new_tokens", 1), ("limit", 1), ("temperature", 0)):
         value = getattr(options, name)
-        if value is not None and value < least:
-            raise InputError(f"{name} {value}: must be at least {least}")
+        if value is not None and not least <= value < math.inf:
+            raise InputError(f"{name} {value}: must be at least {least}, and finite")
+    if not 0 < options.top_p <= 1:
+        raise InputError(f"top_p {options.top_p}: must be above 0 and at most 1")
+    if options.steer_strength is not None and not math.isfinite(options.steer_strength):
+        raise InputError(f"steer_strength {options.steer_strength}: must be finite")
     for name, known in (("engine", ("transformers", "vllm")), ("dtype", ("auto", "float32", "bfloat16", "float16"))):
         if getattr(options, name) not in known:
             raise InputError(f"{name} {getattr(options, name)!r}: write {' or '.join(known)}")
@@ -224,7 +243,10 @@ def _asking(given: Mapping[str, Any]) -> Asking:
 def _suite(sources: Sequence[Data], options: Asking) -> Suite:
     layout: dict[str, Any] = {name: getattr(options, name) for name in ("columns", "split", "config", "limit")}
     layout["turn_options"] = options.circular
-    suites = [source if isinstance(source, Suite) else load_suite(source, **layout) for source in sources]
+    suites = [
+        source if isinstance(source, Suite) else load_suite(source, task=task, **layout)
+        for source, task in zip(sources, distinct_tasks(sources), strict=True)
+    ]
     if options.suffix is not None:
         suites = [replace(suite, suffix=options.suffix) for suite in suites]
     return merge_suites(suites)
@@ -264,19 +286,27 @@ def _engine(model: str | Path, suite: Suite, options: Asking) -> Any:
     return TransformersEngine(loaded, processor, sampling)
 
 
+HARNESS_OPTIONS = ("limit", "batch_size", "seed", "judge", "judge_model")
+"""Fields of `Asking` that apply to lmms-eval: passed to it, or used on its records."""
+
+
+def _refuse_unpassed(options: Asking) -> None:
+    """Raise InputError for a field that lmms-eval would not get: its tasks have prompts and limits of their own."""
+    ignored = [
+        field.name
+        for field in fields(Asking)
+        if field.name not in HARNESS_OPTIONS and getattr(options, field.name) != field.default
+    ]
+    if ignored:
+        raise InputError(
+            f"--data lmms:… does not take {', '.join(ignored)}; leave them out, or pass lmms-eval's own options in "
+            f"{LMMS_ARGUMENTS}"
+        )
+
+
 def _harness(model: str | Path, tasks: str, out: Path, settings: dict[str, Any], options: Asking) -> list[Record]:
     from vlmgraft.evaluation.lmms import harness_python, run_lmms
 
     python = harness_python()
     folder.start(out, settings)
     return run_lmms(python, model, tasks, out, limit=options.limit, batch_size=options.batch_size, seed=options.seed)
-
-
-def _names(first: str | Path, second: str | Path) -> tuple[str, str]:
-    """Short names that differ, with as many parent folders as that needs."""
-    short = "first", "second"
-    for count in range(1, 1 + max(len(Path(side).parts) for side in (first, second))):
-        short = "/".join(Path(first).parts[-count:]), "/".join(Path(second).parts[-count:])
-        if short[0] != short[1]:
-            break
-    return short

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -22,6 +22,8 @@ from vlmgraft.storage.portable import portable
 from vlmgraft.storage.publish import Publication
 
 RUN, SUMMARY, TABLE = "run.json", "summary.json", "summary.md"
+UNCOMPARED = ("batch_size", "device", "steer")
+"""Options that a resumed run may change. The steering vector is compared by the digest of its file."""
 
 
 @contextmanager
@@ -45,14 +47,24 @@ def opened(out: Path, settings: dict[str, Any], resume: bool, model: str | Path)
         else:
             out.rmdir()
     refuse_output(out, [model])
-    if (hidden / RUN).is_file():
+    if not _only_settings(hidden):
         if not resume:
             raise OutputError(f"{hidden}: is an unfinished evaluation; go on with --resume, or remove it")
         _check_settings(hidden, settings)
     with publication:
         drop_cut_line(hidden / RECORDS)
         sweep_files(hidden)
-        yield hidden
+        try:
+            yield hidden
+        except BaseException:
+            if _only_settings(hidden):
+                shutil.rmtree(hidden, ignore_errors=True)
+            raise
+
+
+def _only_settings(hidden: Path) -> bool:
+    """Whether the hidden folder is absent, or holds nothing that a run could go on from."""
+    return not hidden.is_dir() or {path.name for path in hidden.iterdir()} <= {RUN}
 
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -71,7 +83,7 @@ def _kept(settings: dict[str, Any]) -> dict[str, Any]:
     weights and items identify their contents."""
     asking = settings.get("asking")
     if isinstance(asking, dict):
-        asking = {name: value for name, value in asking.items() if name not in ("batch_size", "device")}
+        asking = {name: value for name, value in asking.items() if name not in UNCOMPARED}
     names = portable(json.loads(json.dumps({**settings, "asking": asking})), Path())
     model, data = str(names.get("model")), names.get("data")
     return {**names, "model": _name(model), "data": [_name(str(each)) for each in data] if data else data}
@@ -102,19 +114,3 @@ def finish(out: Path, records: Sequence[Record], duplicates: int, seed: int, jud
     write_json(out / SUMMARY, asdict(summary))
     write_receipt(out, {})
     return summary
-
-
-def fingerprint(model: str | Path) -> str | None:
-    """A digest of a local folder's weight files (names, sizes, first and last 64 KiB); None for a hub id."""
-    files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
-    if not files:
-        return None
-    digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
-        with file.open("rb") as opened:
-            digest.update(opened.read(1 << 16))
-            opened.seek(max(0, size - (1 << 16)))
-            digest.update(opened.read())
-    return digest.hexdigest()[:16]

@@ -9,13 +9,14 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 from PIL import Image
 
 from vlmgraft.data.choices import letters
-from vlmgraft.data.images import MAX_PIXELS, ImageSource, open_picture, picture_size, upright_rgb
+from vlmgraft.data.images import MAX_PIXELS, ImageSource, image_content, open_picture, picture_size, upright_rgb
 from vlmgraft.errors import DataError
 from vlmgraft.evaluation.answers.options import choices_within, expected_letters
 
@@ -78,11 +79,18 @@ class Suite:
     max_new_tokens: int = 1024
     duplicates: int = 0
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """A digest of all items in order, which a resumed run must reproduce."""
-        questions = "".join(f"{item.id}\0{item.key}\0" for item in self.items) + self.suffix
-        return hashlib.sha256(questions.encode()).hexdigest()[:16]
+        """A digest of all items in order with their images' contents, which a resumed run must reproduce."""
+        state = hashlib.sha256(self.suffix.encode())
+        for item in self.items:
+            state.update(repr((item.key, replace(item, images=()))).encode())
+            for image in item.images:
+                try:
+                    state.update(image_content(image))
+                except DataError:  # the item cannot be asked; once it can, the run is another
+                    state.update(b"unreadable")
+        return state.hexdigest()[:16]
 
 
 def unique(items: Sequence[Item]) -> tuple[tuple[Item, ...], int]:
@@ -128,6 +136,8 @@ def _answer_text(item: Item) -> int | None:
 
 def merge_suites(suites: Sequence[Suite]) -> Suite:
     """Several suites as one; their suffixes are written into the questions."""
+    if not suites:
+        raise DataError("data: names nothing to ask; give a question file, a preset such as mathvista, or lab")
     if len(suites) == 1:
         return suites[0]
     items = [

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from vlmgraft.errors import DataError
 from vlmgraft.evaluation.intervals import Estimate, bootstrap, score_interval
 from vlmgraft.evaluation.records import Record
-from vlmgraft.evaluation.summary import KINDS, markdown_line, units
+from vlmgraft.evaluation.summary import KINDS, markdown_line, task_names, units
 
 
 @dataclass(frozen=True)
@@ -57,22 +57,30 @@ def compare_records(
     """
     _same_items(first, second)
     pairs = {}
-    kinds = {record.task: record.kind for record in first}
-    for task in kinds:
-        scores = [units([record for record in records if record.task == task]) for records in (first, second)]
+    names_of = task_names(first)
+    kinds = {name: kind for (_, kind), name in names_of.items()}
+    kind_of = {(record.task, record.id): record.kind for record in first}
+    rows: dict[str, tuple[list[Record], list[Record]]] = {task: ([], []) for task in kinds}
+    for side, records in enumerate((first, second)):
+        for record in records:  # an item has the kind that it has in the first run
+            task = names_of.get((record.task, kind_of.get((record.task, record.id), record.kind)))
+            if task is not None:
+                rows[task][side].append(record)
+    for task, sides in rows.items():
+        scores = [units(records) for records in sides]
         shared = [name for name in scores[0] if name in scores[1]]
         if shared:
             pairs[task] = ([scores[0][name] for name in shared], [scores[1][name] for name in shared])
     if not pairs:
         raise DataError(f"{names[0]} and {names[1]} share no scored item; evaluate both on the same --data")
-    rows = tuple(_row(task, kinds[task], [pair], seed) for task, pair in pairs.items())
+    tasks = tuple(_row(task, kinds[task], [pair], seed) for task, pair in pairs.items())
     averages = tuple(
         _row(f"{kind} average", kind, [pairs[task] for task in pairs if kinds[task] == kind], seed)
         for kind in KINDS
         if any(kinds[task] == kind for task in pairs)
     )
     ids = [{(record.task, record.id) for record in records} for records in (first, second)]
-    return Paired(*names, rows, averages, len(ids[0] - ids[1]), len(ids[1] - ids[0]))
+    return Paired(*names, tasks, averages, len(ids[0] - ids[1]), len(ids[1] - ids[0]))
 
 
 def _row(name: str, kind: str, pairs: Sequence[tuple[list[float], list[float]]], seed: int) -> TaskComparison:

@@ -33,6 +33,7 @@ def load_suite(
     config: str | None = None,
     limit: int | None = None,
     turn_options: bool = False,
+    task: str = "",
 ) -> Suite:
     """The items of `data`: a file, folder or data set's id; a preset's name; PRESET:SOURCE, a copy in its layout; or a
     registered source.
@@ -41,6 +42,7 @@ def load_suite(
         columns: field of `Columns` → column name (or several, separated by "+"), overriding the preset's.
         limit: number of rows, from the first; a registered source divides it among its tasks.
         turn_options: ask every rotation of lettered choices (circular evaluation).
+        task: name of the suite, and of the task of rows that name none; default: the preset's, or the file's stem.
     Raises:
         DataError: the source cannot be read, no row has the question's column, a column map names an unknown field, or
             the answers number the choices from 1.
@@ -51,6 +53,7 @@ def load_suite(
         preset, name, source = LOCAL, Path(data).stem if Path(data).exists() else str(data), str(data)
     elif not source:
         source, split, config = preset.source, split or preset.split, config or preset.config
+    name = task or name
     preset = replace(preset, columns=mapped(preset.columns, columns or {}))
     registered = registered_source(source)
     if registered and registered[0].max_new_tokens:
@@ -75,6 +78,42 @@ def load_suite(
     return Suite(name, items, preset.suffix, preset.max_new_tokens, renamed)
 
 
+def distinct_tasks(sources: Sequence[Any]) -> list[str]:
+    """For every source the `task` that keeps it apart from another file of the same stem, or another copy in the layout
+    of the same preset: its name with as many folders as that takes; "" where its default name is its own."""
+    files = [_file_of(source) for source in sources]
+    result = []
+    for found in files:
+        alike = {path for each in files if each and found and each[0] == found[0] for path in [each[1]]}
+        if found is None or len(alike) < 2:
+            result.append("")
+            continue
+        paths = sorted(alike)
+        names = short_names(paths)
+        bare = [name.removesuffix(path.suffix) for path, name in zip(paths, names, strict=True)]
+        name = (bare if len(set(bare)) == len(paths) else names)[paths.index(found[1])]
+        result.append(name if found[0] == found[1].stem else f"{found[0]}:{name}")
+    return result
+
+
+def _file_of(source: Any) -> tuple[str, Path] | None:
+    """(default name of the task, file or folder) of a source on disk, else None."""
+    preset, _, path = str(source).partition(":")
+    if isinstance(source, str | Path) and preset.lower() in PRESETS:
+        return (preset, Path(path)) if path else None
+    return (Path(source).stem, Path(source)) if isinstance(source, str | Path) and Path(source).exists() else None
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """Names of paths that differ where the paths do, with as many parent folders as that needs."""
+    short = [path.name for path in paths]
+    for count in range(1, 1 + max(len(path.parts) for path in paths)):
+        short = ["/".join(path.parts[-count:]) for path in paths]
+        if len(set(short)) == len(set(paths)):
+            break
+    return short
+
+
 def mapped(columns: Columns, changes: Mapping[str, str]) -> Columns:
     """Columns with some fields replaced; raises DataError for an unknown field, or one that is given twice."""
     known = [field.name for field in fields(Columns)]
@@ -84,6 +123,8 @@ def mapped(columns: Columns, changes: Mapping[str, str]) -> Columns:
         if field not in known or field in given:
             why = "names twice" if field in given else "unknown field"
             raise DataError(f"column map: {why} {name!r}; it has {', '.join(known)}")
+        if not isinstance(value, str) or not value:
+            raise DataError(f"column map: {name} is {value!r:.60}; write one column's name, or several joined by '+'")
         given[field] = tuple(value.split("+"))
     return replace(columns, **given)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -84,6 +85,13 @@ def units(records: Sequence[Record]) -> dict[str, float]:
     return result
 
 
+def task_names(records: Sequence[Record]) -> dict[tuple[str, str], str]:
+    """(task, kind) → name of a task in a summary: "TASK (KIND)" if the task has items of several kinds."""
+    found = dict.fromkeys((record.task, record.kind) for record in records)
+    kinds = Counter(task for task, _ in found)
+    return {(task, kind): task if kinds[task] == 1 else f"{task} ({kind})" for task, kind in found}
+
+
 def summarise(
     records: Sequence[Record], *, duplicates: int = 0, seed: int = 0, judged: Mapping[str, bool | None] | None = None
 ) -> Summary:
@@ -91,9 +99,10 @@ def summarise(
 
     judged: a judge's verdicts by record id; its score and its agreement with the rules are added to each task.
     """
+    names = task_names(records)
     by_task: dict[str, list[Record]] = {}
     for record in records:
-        by_task.setdefault(record.task, []).append(record)
+        by_task.setdefault(names[record.task, record.kind], []).append(record)
     tasks = tuple(_task(name, rows, seed, judged or {}) for name, rows in by_task.items())
     averages = {}
     for kind in KINDS:

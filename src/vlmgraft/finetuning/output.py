@@ -30,11 +30,11 @@ from vlmgraft.finetuning.prior import PushVerdict
 from vlmgraft.merging.receipt import fingerprint
 from vlmgraft.recipe.source import read_mapping
 from vlmgraft.recipe.tune import TuneRecipe, dump_tune_recipe
-from vlmgraft.storage.jsonl import read_rows, write_rows, write_text
+from vlmgraft.storage.jsonl import read_json, read_rows, write_rows, write_text
 from vlmgraft.storage.portable import portable
 from vlmgraft.storage.publish import new_folder
 
-RECIPE, ROWS = "recipe.yaml", "training.jsonl"
+RECIPE, ROWS, CONTENTS = "recipe.yaml", "training.jsonl", "contents.json"
 SHARD = 5 * 10**9
 
 
@@ -49,11 +49,16 @@ class Tuned:
     log: tuple[Mapping[str, Any], ...]
 
 
-def finished(recipe: TuneRecipe, vlm: Checkpoint, out: Path) -> Tuned | None:
-    """The result in `out` if this recipe finished it from these weights, else None."""
+def finished(recipe: TuneRecipe, vlm: Checkpoint, out: Path, contents: Mapping[str, str | None]) -> Tuned | None:
+    """The result in `out` if this recipe finished it from these weights and traces, else None.
+
+    contents: digests of everything that the recipe names by path.
+    """
     try:
         receipt = json.loads((out / RECEIPT).read_text(encoding="utf-8"))
         if read_mapping(out / RECIPE) != _written(recipe, out) or receipt["inputs"] != fingerprint(vlm.files):
+            return None
+        if receipt["contents"] != contents:
             return None
         verdicts = tuple(PushVerdict(**row) for row in receipt["prior"])
         return Tuned(out, receipt["steps"], receipt["train_loss"], verdicts, tuple(read_rows(out / ROWS)))
@@ -77,7 +82,7 @@ def publish(
             ours = shutil.ignore_patterns("training_args.bin", "README.md")
             shutil.copytree(saved, folder, dirs_exist_ok=True, ignore=ours)
             _add_side_files(recipe, work, tuned, folder)
-            write_receipt(folder, {**_receipt(recipe, tuned, vlm), "sources": sources})
+            write_receipt(folder, {**_receipt(recipe, work, tuned, vlm), "sources": sources})
     else:
         trained = open_checkpoint(saved)
         with Writer(out, _specs(vlm, trained), SHARD) as writer:
@@ -88,7 +93,7 @@ def publish(
                 shutil.copyfile(saved / "config.json", writer.folder / "config.json")
             _add_side_files(recipe, work, tuned, writer.folder)
             files = [asdict(file) for file in writer.files()]
-            facts = {**_receipt(recipe, tuned, vlm), "sources": sources}
+            facts = {**_receipt(recipe, work, tuned, vlm), "sources": sources}
             seal_receipt(writer.folder, {**facts, "tensors": rows, "files": files})
 
 
@@ -143,14 +148,14 @@ def _write(writer: Writer, vlm: Checkpoint, trained: Checkpoint) -> Iterator[dic
             yield {"name": name, "dtype": info.dtype, "shape": list(cast.shape), "digest": writer.digest(name)}
 
 
-def _receipt(recipe: TuneRecipe, tuned: Tuned, vlm: Checkpoint) -> dict[str, Any]:
+def _receipt(recipe: TuneRecipe, work: Path, tuned: Tuned, vlm: Checkpoint) -> dict[str, Any]:
     import transformers
     import trl
 
     versions = {"vlmgraft": __version__, "torch": torch.__version__}
     versions |= {"transformers": transformers.__version__, "trl": trl.__version__}
     facts: dict[str, Any] = {"steps": tuned.steps, "train_loss": tuned.loss, "versions": versions}
-    facts["inputs"] = fingerprint(vlm.files)
+    facts |= {"inputs": fingerprint(vlm.files), "contents": read_json(work / CONTENTS)}
     verdicts = [asdict(verdict) for verdict in tuned.verdicts]
     return {"recipe": _written(recipe, tuned.folder), **facts, "prior": verdicts}
 

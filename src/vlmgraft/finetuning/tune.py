@@ -11,20 +11,22 @@ import gc
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vlmgraft.alignment import Alignment, align
+from vlmgraft.checkpoint.digests import folder_digest
 from vlmgraft.checkpoint.files import INDEX
 from vlmgraft.checkpoint.hub import check_access
 from vlmgraft.checkpoint.index import Checkpoint, open_checkpoint
-from vlmgraft.data.traces import load_traces
+from vlmgraft.data.traces import Traces, load_traces
 from vlmgraft.errors import OutputError, RecipeError
 from vlmgraft.finetuning.callback import LOG, DriftCallback, refuse_deepspeed
 from vlmgraft.finetuning.delta import filtered_prior, make_prior, shares_of
-from vlmgraft.finetuning.output import RECIPE, Tuned, finished, publish
+from vlmgraft.finetuning.output import CONTENTS, RECIPE, Tuned, finished, publish
 from vlmgraft.finetuning.prior import Prior, PushRule
 from vlmgraft.finetuning.push import check_places
 from vlmgraft.finetuning.trainer import (
@@ -42,7 +44,7 @@ from vlmgraft.hf.placement import threads_of
 from vlmgraft.recipe.tune import TuneRecipe, load_tune_recipe, save_tune_recipe
 from vlmgraft.spectral.factor_store import FactorStore
 from vlmgraft.storage.files import make_folder
-from vlmgraft.storage.jsonl import read_rows, write_rows
+from vlmgraft.storage.jsonl import read_json, read_rows, write_json, write_rows
 from vlmgraft.storage.locks import at_work
 from vlmgraft.storage.outputs import refuse_output
 from vlmgraft.storage.progress import Progress
@@ -73,12 +75,13 @@ def tune(
     vlm = open_checkpoint(recipe.vlm)
     sources = (vlm.path, recipe.donor, recipe.donor_base, recipe.prior.gates, recipe.prior.factors)
     with at_work(out, "fine-tuning", LOWER, [source for source in sources if source is not None]):
-        if resume and (tuned := finished(recipe, vlm, out)):
+        inputs = _read_inputs(recipe, vlm)
+        if resume and (tuned := finished(recipe, vlm, out, inputs.contents)):
             sweep_folders(out, finished=True)  # left by a run that was killed after the rename
             shutil.rmtree(_work(out), ignore_errors=True)
             return tuned
         refuse_output(out, [vlm.path])
-        return _tune(recipe, vlm, out, resume, progress)
+        return _tune(recipe, vlm, out, inputs, resume, progress)
 
 
 def _refuse_early(recipe: TuneRecipe, out: Path, resume: bool) -> None:
@@ -92,24 +95,45 @@ def _refuse_early(recipe: TuneRecipe, out: Path, resume: bool) -> None:
     check_access(models)
 
 
-def _tune(recipe: TuneRecipe, vlm: Checkpoint, out: Path, resume: bool, progress: Progress | None) -> Tuned:
+@dataclass(frozen=True)
+class _Inputs:
+    """The traces, and digests of everything that the recipe names by path: a resumed run must find them unchanged."""
+
+    train: Traces
+    validation: Traces | None
+    contents: dict[str, str | None]
+
+
+def _read_inputs(recipe: TuneRecipe, vlm: Checkpoint) -> _Inputs:
+    data, prior = recipe.data, recipe.prior
+    train = load_traces(data.train, columns=data.columns, limit=data.limit)
+    validation = load_traces(data.validation, columns=data.columns) if data.validation else None
+    models: dict[str, Any] = {"vlm": vlm.path}
+    if prior.mode != "none":
+        models |= {"donor": recipe.donor, "donor_base": recipe.donor_base, "gates": prior.gates}
+    contents = {name: folder_digest(model) if model else None for name, model in models.items()}
+    contents |= {"train": train.digest, "validation": validation.digest if validation else None}
+    return _Inputs(train, validation, contents)
+
+
+def _tune(
+    recipe: TuneRecipe, vlm: Checkpoint, out: Path, inputs: _Inputs, resume: bool, progress: Progress | None
+) -> Tuned:
     """Train in the work folder beside `out`, from its last checkpoint if there is one to resume, and publish."""
     work = _work(out)
     arguments = trainer_arguments(work / "trainer", recipe.train)
-    data = recipe.data
-    train = load_traces(data.train, columns=data.columns, limit=data.limit)
-    validation = load_traces(data.validation, columns=data.columns) if data.validation else None
     prior = _prior(recipe, vlm)
-    checkpoint = _last_checkpoint(recipe, work, resume, main=arguments.process_index == 0)
+    checkpoint = _last_checkpoint(recipe, inputs.contents, work, resume, main=arguments.process_index == 0)
     whole = checkpoint is not None and _has_weights(checkpoint)
     source = checkpoint if checkpoint is not None and whole else vlm.path
     model, processor = load_vlm(source, getattr(torch, recipe.dtype)), load_processor(vlm.path)
-    added = add_tokens(model, processor, data.add_tokens) if data.add_tokens else 0
+    added = add_tokens(model, processor, recipe.data.add_tokens) if recipe.data.add_tokens else 0
     if recipe.freeze_vision:
         freeze_vision(model)
     drift = DriftCallback(prior, when=recipe.prior.when, log=work / LOG) if prior else None
     lora = _lora(recipe, model, added)
-    trainer = build_trainer(model, processor, train, arguments, validation=validation, drift=drift, lora=lora)
+    more: dict[str, Any] = {"validation": inputs.validation, "drift": drift, "lora": lora}
+    trainer = build_trainer(model, processor, inputs.train, arguments, **more)
     if whole:
         trainer._load_from_checkpoint = lambda *_, **__: None  # it would look for module names, which are not there
     trainer.add_callback(LogWhenSaving(trainer))
@@ -149,12 +173,22 @@ def _prior(recipe: TuneRecipe, vlm: Checkpoint) -> Prior | None:
     return make_prior(alignment, rule, minus=options.delta, shares=shares, store=options.store)
 
 
-def _last_checkpoint(recipe: TuneRecipe, work: Path, resume: bool, *, main: bool) -> str | None:
-    """The checkpoint to resume from; prepares the work folder. Raises OutputError if another recipe left the folder."""
+def _last_checkpoint(
+    recipe: TuneRecipe, contents: Mapping[str, str | None], work: Path, resume: bool, *, main: bool
+) -> str | None:
+    """The checkpoint to resume from; prepares the work folder. Raises OutputError if another recipe left the folder, or
+    the same with other contents of its models or traces."""
     note = work / RECIPE
     if resume and note.is_file():
         if load_tune_recipe(note) != recipe:
             raise OutputError(f"{work}: was left by another recipe; remove it, or run without --resume")
+        known = read_json(work / CONTENTS) if (work / CONTENTS).is_file() else {}
+        changed = [name for name in contents if known.get(name) != contents[name]]
+        if changed:
+            raise OutputError(
+                f"{work}: was left by a run with other contents of {', '.join(changed)}; bring them back, or run "
+                "without --resume"
+            )
         last = max(filter(None, map(_step_of, (work / "trainer").glob("checkpoint-*"))), default=0)
         if main:
             _remove_later(work, last)
@@ -162,6 +196,7 @@ def _last_checkpoint(recipe: TuneRecipe, work: Path, resume: bool, *, main: bool
     if main:
         shutil.rmtree(work, ignore_errors=True)
         make_folder(work)
+        write_json(work / CONTENTS, contents)
         save_tune_recipe(recipe, note)
     return None
 

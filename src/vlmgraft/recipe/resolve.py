@@ -33,6 +33,14 @@ class Questions(NamedTuple):
     donors: list[list[Question]]
     unseen: list[Question]
 
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """Fingerprints of prompts and images, part by part."""
+        from vlmgraft.data.questions import questions_digest
+
+        unseen = [self.unseen] if self.unseen else []
+        return tuple(questions_digest(part) for part in (self.learned, self.held_out, *self.donors, *unseen))
+
 
 @dataclass(frozen=True)
 class Job:
@@ -93,12 +101,8 @@ def resolve(recipe: RecipeSource, overrides: Sequence[str] = (), *, questions: b
     check_numbers(loaded.method, alignments[0])
     if not (questions and isinstance(loaded.method, GatedMethod)):
         return Job(loaded, alignments)
-    from vlmgraft.data.questions import questions_digest
-
     parts = read_questions(loaded)
-    unseen = [parts.unseen] if parts.unseen else []
-    digests = (questions_digest(part) for part in (parts.learned, parts.held_out, *parts.donors, *unseen))
-    return Job(loaded, alignments, parts, tuple(digests))
+    return Job(loaded, alignments, parts, parts.digests)
 
 
 def gated_method(recipe: Recipe) -> GatedMethod:

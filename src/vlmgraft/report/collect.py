@@ -3,6 +3,7 @@
 | file | written by |
 |---|---|
 | results.jsonl, sweep.jsonl | demo, sweep: points of perception, reasoning and KL |
+| choose.jsonl | choose: the VLM and the rules that were tested, the same figures |
 | knockout.jsonl, ranks.jsonl | knockout, ranks |
 | distances.jsonl, spectra.jsonl, inspection.json | inspect --distances --out |
 | gates.json, gates.safetensors, training.jsonl | gates, merge --workdir, demo |
@@ -194,6 +195,13 @@ def _rows_into(kind: str) -> Callable[[Collected, Path], None]:
     return read
 
 
+def _choice(runs: Collected, path: Path) -> None:
+    """Collect the measured rules of `choose`; the others were dropped before the test, and have no accuracies."""
+    rows = [row for row in nameless(list(read_rows(path))) if "reasoning" in row]
+    if rows:
+        runs.points.append(Run(path.parent, rows))
+
+
 def _receipt(runs: Collected, path: Path) -> None:
     """Collect a merge's receipt; receipts of stores, adapters and tuned folders only list digests and are skipped."""
     receipt = nameless(read_json(path))
@@ -270,6 +278,7 @@ def _singular_values(path: Path) -> np.ndarray | None:
 _READERS: Mapping[str, Callable[[Collected, Path], None]] = {
     "results.jsonl": _rows_into("points"),
     "sweep.jsonl": _rows_into("points"),
+    "choose.jsonl": _choice,
     "knockout.jsonl": _rows_into("knockouts"),
     "ranks.jsonl": _rows_into("ranks"),
     "distances.jsonl": _rows_into("distances"),
