@@ -147,7 +147,7 @@ def _load(raw: dict[str, Any], overrides: Sequence[str], need_method: bool, fold
     """A recipe from its raw mapping; relative paths are also looked for in `folder`."""
     notes: tuple[str, ...] = ()
     if is_mergekit(raw):
-        raw, notes = translate(raw)
+        raw, notes = translate(raw, folder)
     for override in overrides:
         apply_override(raw, override)
     raw = located(raw, folder)
