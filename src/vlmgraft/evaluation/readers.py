@@ -10,7 +10,7 @@ from typing import Any
 
 from vlmgraft.data.images import ImageSource, image_source
 from vlmgraft.data.questions import MOST_CHOICES, UNSEEN, check_columns
-from vlmgraft.data.sources import Row, read_rows, registered_source
+from vlmgraft.data.sources import Row, read_rows, refuse_ambiguous, registered_source
 from vlmgraft.errors import DataError
 from vlmgraft.evaluation.answers.options import lettered, letters
 from vlmgraft.evaluation.answers.text import storable
@@ -38,13 +38,16 @@ def load_suite(
         limit: number of rows, from the first; a registered source divides it among its tasks.
         turn_options: ask every rotation of lettered choices (circular evaluation).
     Raises:
-        DataError: the source cannot be read, no row has the question's column, or a column map names an unknown field.
+        DataError: the source cannot be read, no row has the question's column, or a column map names an unknown field,
+            or a folder has a preset's name.
     """
     name, _, source = str(data).partition(":")
     preset = PRESETS.get(name.lower())
     if preset is None:
         preset, name, source = LOCAL, Path(data).stem if Path(data).exists() else str(data), str(data)
     elif not source:
+        remedy = f"write ./{data} for the folder, {data}:{data} for it in the benchmark's layout"
+        refuse_ambiguous(data, f"the benchmark {preset.source}", remedy)
         source, split, config = preset.source, split or preset.split, config or preset.config
     preset = replace(preset, columns=mapped(preset.columns, columns or {}))
     registered = registered_source(source)
