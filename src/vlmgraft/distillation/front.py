@@ -35,6 +35,7 @@ from vlmgraft.spectral.factor_store import open_store
 from vlmgraft.spectral.gate_store import load_gates, save_gates
 from vlmgraft.spectral.gates import Gates, injected_energy
 from vlmgraft.storage.jsonl import read_json, read_rows, write_rows
+from vlmgraft.storage.listed import listed
 from vlmgraft.storage.locks import at_work, locked
 from vlmgraft.storage.progress import Progress
 from vlmgraft.storage.torchrun import agreed, barrier, process, rank_and_world
@@ -74,7 +75,7 @@ def front(
     check_budgets(budgets)
     if rank_and_world()[0] == 0:  # no other process writes before this one has joined
         _refuse_other_budgets(Path(out), budgets)
-    changes = [f"method.kl_budget={max(budgets)}", "method.inject_weight=null", *overrides]
+    changes = [f"method.kl_budget={max(budgets)}", "method.inject_weight=null", *listed(overrides)]
     job, out = resolve(recipe, changes), Path(out)
     method = job.method
     if not isinstance(method, Frism) or method.start == "curvature":
