@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -337,6 +338,24 @@ def test_vlm_and_donor_exchanged_are_told(trio: Path, tmp_path: Path, vlmgraft: 
     assert ran.code == 2 and "exchange the two" in ran.err
 
 
+@pytest.mark.parametrize("name", ["decompose", "front", "gates", "tune"])
+def test_under_torchrun_the_first_process_alone_shows_the_result(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = importlib.import_module(f"vlmgraft.cli.{name}")
+    cls = next(value for value in vars(module).values() if getattr(value, "__module__", "") == module.__name__)
+    shown = {}
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        for as_json in (True, False):
+            options = {"recipe": Path(), "out": Path(), "factors": Path(), "budgets": "1", "as_json": as_json}
+            chosen = cls(**{key: value for key, value in options.items() if key in cls.__dataclass_fields__})
+            chosen.show({"steps": 3}, "3 steps")
+        shown[rank] = capsys.readouterr().out
+    assert shown == {"0": '{"steps": 3}\n3 steps\n', "1": ""}
+
+
 def test_force_replaces_what_vlmgraft_wrote_and_nothing_else(trio: Path, tmp_path: Path, vlmgraft: Any) -> None:
     place = Place(tmp_path, trio, "task_arithmetic")
     recipe = place.write()
@@ -353,6 +372,10 @@ def test_force_replaces_what_vlmgraft_wrote_and_nothing_else(trio: Path, tmp_pat
     refused = vlmgraft("merge", recipe, "-o", tmp_path / "mine", "-q", "--force")
     assert refused.code == 2 and "this is none" in refused.err and (tmp_path / "mine" / "thesis.tex").exists()
     assert "give one of them" in vlmgraft("merge", recipe, "-o", place.out, "--force", "--resume").err
+    (tmp_path / "front").mkdir()
+    (tmp_path / "front" / "front.jsonl").touch()
+    options = ("-o", tmp_path / "front", "--factors", tmp_path, "--budgets", "0.1", "--force")
+    assert "unknown key" in vlmgraft("front", recipe, *options).err, "a front is replaced, were the recipe right"
 
 
 def test_nothing_that_is_written_says_where_files_lie(trio: Path, tmp_path: Path, vlmgraft: Any) -> None:

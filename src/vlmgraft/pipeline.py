@@ -291,7 +291,7 @@ def export_lora(
     Args:
         gates: folder of learned gates. factors: the factors that they were learned on.
         vlm: folder or hub id of the VLM that the adapter applies to; only its config is read.
-        rank: of the adapter.
+        rank: of the adapter, at most; it is no more than the factors have directions.
     Raises:
         RecipeError: rank below 1. OutputError: `out` exists. CheckpointError: gates and factors do not belong together.
     """

@@ -16,7 +16,7 @@ from vlmgraft.distillation import front as module
 from vlmgraft.distillation.curvature import REACH, within_reach
 from vlmgraft.distillation.distill import Distiller
 from vlmgraft.distillation.front import FrontPoint, front, moved_to, pareto_front
-from vlmgraft.errors import RecipeError
+from vlmgraft.errors import OutputError, RecipeError
 from vlmgraft.spectral.gate_store import load_gates
 from vlmgraft.spectral.gates import Gates, constant_gates
 from vlmgraft.storage.jsonl import read_rows
@@ -70,7 +70,7 @@ def test_logits_within_reach_can_move() -> None:
     assert within_reach(gates).logits["a"].tolist() == [-REACH, -1.0, 0.5, REACH]
 
 
-@pytest.mark.parametrize("budgets", [[], [0.1, 0.0], [-1.0]])
+@pytest.mark.parametrize("budgets", [[], [0.1, 0.0], [-1.0], [0.1, math.nan], [math.inf]])
 def test_budgets_that_are_none_are_refused(distiller: Any, budgets: list[float]) -> None:
     with pytest.raises(RecipeError, match="budgets"):
         pareto_front(distiller, budgets)
@@ -100,8 +100,6 @@ def test_the_largest_budget_trains_longest_and_the_others_start_from_their_neigh
     assert calls == [(0.5, 0.2, 50, "donor", (0.39, 0.2))]
 
 
-@pytest.mark.filterwarnings("ignore:kl_budget is measured")
-@pytest.mark.filterwarnings("ignore:kl_budget is measured")
 def test_a_front_of_budgets_from_one_run_and_after_an_interruption(
     trio: Path, image_calibration: Path, tmp_path: Path
 ) -> None:
@@ -124,6 +122,20 @@ def test_a_front_of_budgets_from_one_run_and_after_an_interruption(
     assert [point.energy for point in repeated] == pytest.approx([point.energy for point in points])
     with pytest.raises(RecipeError, match="budget"):
         front(recipe, tmp_path / "factors", tmp_path / "none", [])
+    kept = {path: path.read_bytes() for path in (tmp_path / "front").rglob("*") if path.is_file()}
+    with pytest.raises(OutputError, match=r"budgets 0\.005, 0\.01, 0\.02, not 0\.02, 0\.1; name another folder"):
+        front(recipe, tmp_path / "factors", tmp_path / "front", [0.02, 0.1])
+    with pytest.raises(OutputError, match=r"holds gates of another recipe"):
+        front(recipe, tmp_path / "factors", tmp_path / "front", budgets, overrides=["method.seed=7"])
+    assert kept == {path: path.read_bytes() for path in (tmp_path / "front").rglob("*") if path.is_file()}
+    (tmp_path / "front" / "front.jsonl").unlink()
+    with pytest.raises(OutputError, match=r"budgets 0\.005, 0\.01, 0\.02, not 0\.02"):
+        front(recipe, tmp_path / "factors", tmp_path / "front", [0.02])
+
+
+def test_budgets_of_one_folder_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"0\.01 and 0\.0100000001 share the folder 0\.01"):
+        front({}, tmp_path / "factors", tmp_path / "front", [0.03, 0.0100000001, 0.01])
 
 
 @pytest.mark.parametrize(

@@ -210,6 +210,24 @@ def test_sources_that_cannot_be_read_are_named(tmp_path: Path, name: str, text: 
         load_suite(tmp_path / name)
 
 
+def test_a_folder_of_a_presets_or_a_sources_name_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"question": "Is there a cat?", "answer": "yes", "category": "c", "question_id": str(n)} for n in range(3)]
+    for name in ("pope", "lab"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").touch()
+    assert len(load_suite("lab", limit=4).items) == 4, "a folder without data is nobody's question file"
+    for name in ("pope", "lab"):
+        Dataset.from_list(rows).to_parquet(tmp_path / name / "test.parquet")
+        with pytest.raises(DataError, match=rf"^{name}: is .*write \./{name} for the folder.*{name}: for the other"):
+            load_suite(name)
+        assert len(load_suite(f"./{name}").items) == 3
+    assert [item.metric for item in load_suite("pope:pope").items] == ["pope"] * 3
+    assert len(load_suite("lab:", limit=4).items) == 4
+
+
 def test_unknown_fields_of_a_column_map_and_missing_splits_are_named(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"question": "q"}')
     with pytest.raises(DataError, match=r"unknown field 'picture'; it has question, images"):

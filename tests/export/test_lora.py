@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from safetensors.torch import load_file
 
 from vlmgraft.checkpoint.verify import verify
 from vlmgraft.distillation.distill import Distiller
@@ -95,6 +96,20 @@ def test_a_smaller_rank_reports_a_larger_error(
     errors = [write_lora(folder / "vlm", distiller.factors, gates, tmp_path / f"r{r}", r).error for r in (4, 16, 64)]
     assert 1 > errors[0] > errors[1] > errors[2] > 0
     assert json.loads((tmp_path / "r4" / "report.json").read_text())["error"] == errors[0]
+
+
+def test_a_rank_beyond_the_matrices_writes_no_zeros(
+    distiller: Distiller, exported: tuple[Path, Gates], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The largest matrix's smaller side is the most that any update can need; PEFT needs one rank for all."""
+    folder, gates = exported
+    most = max(min(distiller.factors[name].shape) for name in gates.logits)
+    report = write_lora(folder / "vlm", distiller.factors, gates, tmp_path / "all", 10**6)
+    assert report.rank == most and report.error < 1e-6
+    assert json.loads((tmp_path / "all" / "adapter_config.json").read_text())["r"] == most
+    tensors = load_file(tmp_path / "all" / "adapter_model.safetensors")
+    assert {value.shape[0] for name, value in tensors.items() if "lora_A" in name} == {most}
+    assert f"of rank {most}, not 1000000" in caplog.text
 
 
 def test_bad_inputs_are_named_and_nothing_is_written(

@@ -86,6 +86,29 @@ def test_the_vlm_is_told_by_its_config_and_the_base_may_be_listed(tmp_path: Path
     assert not any("taken as the VLM" in note for note in recipe.notes)
 
 
+@pytest.mark.parametrize("lora", ["", "+adapter"])
+def test_paths_beside_the_recipe_have_the_roles_of_its_own_folder(
+    lora: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every reference is looked up in the recipe's folder too, before the VLM is found by its config."""
+    sub = tmp_path / "sub"
+    for name in ("donor", "vlm", "base", "adapter"):
+        (sub / name).mkdir(parents=True)
+    (sub / "vlm" / "config.json").write_text(json.dumps({"vision_config": {"depth": 2}}))
+    (sub / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "donor"}))
+    models = [("donor" + lora, 0.5), ("./vlm", 1)]
+    raw = mergekit("task_arithmetic", 1.0, 1.0, base_model={"model": {"path": "base"}})
+    raw["models"] = [{"model": model, "parameters": {"weight": weight}} for model, weight in models]
+    (sub / "mk.yaml").write_text(json.dumps(raw))  # JSON is YAML
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe("sub/mk.yaml")
+    assert (recipe.vlm, recipe.donor) == ("sub/vlm", "sub/adapter" if lora else "sub/donor")
+    assert (recipe.donor_base, recipe.method.scale) == ("sub/base", 0.5)
+    monkeypatch.chdir(sub)
+    recipe = load_recipe("mk.yaml")
+    assert (recipe.vlm, recipe.donor, recipe.method.scale) == ("./vlm", "adapter" if lora else "donor", 0.5)
+
+
 @pytest.mark.parametrize(
     ("raw", "said"),
     [

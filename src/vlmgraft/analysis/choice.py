@@ -29,6 +29,7 @@ from vlmgraft.methods.frism import GatedMethod, check_budget
 from vlmgraft.recipe.model import dump_recipe
 from vlmgraft.recipe.resolve import RecipeSource, pair, read_questions, read_recipe
 from vlmgraft.storage.jsonl import write_rows, write_text
+from vlmgraft.storage.listed import listed
 from vlmgraft.storage.locks import at_work
 from vlmgraft.storage.progress import Progress
 
@@ -76,7 +77,7 @@ def choose(
     data, out = data or EvalData(), Path(out)
     check_budget(budget, "budget")
     loaded = read_recipe(recipe, overrides, need_method=False)
-    names = fitting(loaded, rules)
+    names = fitting(loaded, None if rules is None else listed(rules))
     alignment = pair(loaded)
     with Rebuilder(alignment) as rebuilder, at_work(out, "choosing", REMEDY, loaded.models, ["strengths.*", *names]):
         contenders = Contenders(loaded, alignment, rebuilder, budget, out, progress)

@@ -23,6 +23,7 @@ from vlmgraft.evaluation.summary import units
 from vlmgraft.hf.batches import Question, load_questions
 from vlmgraft.hf.models import load_processor, load_vlm
 from vlmgraft.hf.placement import default_device, default_dtype
+from vlmgraft.storage.listed import listed
 
 RIGHT = 0.5
 """Partial scores, such as VQA's, count as right from this value on."""
@@ -117,6 +118,11 @@ class EvalData:
     max_new_tokens: int | None = None
     batch_size: int | None = None
     split: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data", tuple(listed(self.data)))
+        if self.reasoning is not None:
+            object.__setattr__(self, "reasoning", tuple(listed(self.reasoning)))
 
     @property
     def questions_at_a_time(self) -> int:

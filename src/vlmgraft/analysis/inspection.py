@@ -22,6 +22,7 @@ from vlmgraft.errors import RecipeError
 from vlmgraft.recipe.resolve import RecipeSource, pair, read_recipe
 from vlmgraft.storage.files import make_folder
 from vlmgraft.storage.jsonl import write_json, write_rows
+from vlmgraft.storage.listed import listed
 from vlmgraft.storage.locks import at_work
 from vlmgraft.storage.outputs import refuse_place
 from vlmgraft.storage.progress import Progress
@@ -149,7 +150,7 @@ def inspect_weights(
         RecipeError: no base is given. AlignmentError, CheckpointError: as for a merge.
     """
     loaded = read_recipe(recipe, need_method=False)
-    names = list(dict.fromkeys([*([loaded.donor_base] if loaded.donor_base else []), *bases]))
+    names = list(dict.fromkeys([*([loaded.donor_base] if loaded.donor_base else []), *listed(bases)]))
     if not names:
         raise RecipeError("donor_base: missing; distances are measured from the model the donor was tuned from")
     if out is not None:  # before hours of measuring

@@ -38,6 +38,7 @@ from vlmgraft.hf.batches import Question, batches, encode, to_device
 from vlmgraft.hf.modules import hook_states, text_model
 from vlmgraft.hf.placement import threads_of
 from vlmgraft.recipe.source import located, read_mapping
+from vlmgraft.storage.listed import listed
 from vlmgraft.storage.locks import at_work
 from vlmgraft.storage.progress import Progress
 
@@ -192,9 +193,9 @@ def knockout(
         bench = load_bench(model, data, out, settings={"model": str(model), "vlm": source}, **more)
         evaluator: Any = bench.evaluator
         weights = stack.enter_context(StoredWeights(checkpoint)) if checkpoint else None
-        prompts = data.prompts(evaluator.suite) if "mean" in modes else []
+        prompts = data.prompts(evaluator.suite) if "mean" in listed(modes) else []
         cells = Knockout(bench, vlm=weights, prompts=prompts)
-        return cells.run(layers=layer_list(layers, cells.blocks.depth), parts=parts, modes=modes)
+        return cells.run(layers=layer_list(layers, cells.blocks.depth), parts=listed(parts), modes=listed(modes))
 
 
 def _vlm_of(model: Path) -> str | None:

@@ -35,6 +35,7 @@ from vlmgraft.spectral.decompose import decompose
 from vlmgraft.spectral.factor_store import FactorStore
 from vlmgraft.storage.files import make_folder
 from vlmgraft.storage.jsonl import write_json
+from vlmgraft.storage.listed import listed
 from vlmgraft.storage.locks import at_work
 from vlmgraft.storage.progress import Progress
 
@@ -117,7 +118,7 @@ def sweep(
     Raises:
         RecipeError and the errors of alignment and question files: before anything is measured.
     """
-    data, out = data or EvalData(), Path(out)
+    data, out, grids = data or EvalData(), Path(out), listed(grids)
     named = [
         (name, fields_, recipe)
         for name, source in recipes.items()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from vlmgraft.cli.options import LoadsModels, Overrides, RecipeArgument, Resumable, command
+from vlmgraft.cli.options import Distributed, LoadsModels, Overrides, RecipeArgument, Resumable, command
 
 
 @command()
-class Decompose(LoadsModels, Resumable):
+class Decompose(Distributed, LoadsModels, Resumable):
     """SVD of the donor's task vector, one file per matrix; also under torchrun."""
 
     recipe: RecipeArgument

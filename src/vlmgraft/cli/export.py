@@ -26,7 +26,7 @@ class Export(Computes, Writes):
     out: Annotated[Path | None, typer.Option("--out", "-o", help="lora, fp8: folder to write")] = None  # type: ignore[assignment]
     factors: Annotated[Path | None, typer.Option(help="lora: factors of the gates")] = None
     vlm: Annotated[str | None, typer.Option(help="lora: the VLM the adapter applies to; fp8: the one in FP8")] = None
-    rank: Annotated[int, typer.Option(help="lora: of the adapter")] = 64
+    rank: Annotated[int, typer.Option(help="lora: of the adapter, at most")] = 64
     name: Annotated[str | None, typer.Option(help="hub: organisation/name")] = None
     public: Annotated[bool, typer.Option("--public", help="hub: a repository that all can see")] = False
     yes: Annotated[bool, typer.Option("--yes", "-y", help="hub: publish what is listed without asking")] = False

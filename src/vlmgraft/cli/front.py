@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from vlmgraft.cli.options import LoadsModels, Overrides, RecipeArgument, Writes, command
+from vlmgraft.cli.options import Distributed, LoadsModels, Overrides, RecipeArgument, Writes, command
 from vlmgraft.cli.output import show_table
 
 
 @command()
-class Front(LoadsModels, Writes):
+class Front(Distributed, LoadsModels, Writes):
     """Gates for a row of KL budgets in one run: what KL from the VLM buys in injected energy."""
 
     recipe: RecipeArgument

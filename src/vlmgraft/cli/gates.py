@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from vlmgraft.cli.options import LoadsModels, Overrides, RecipeArgument, Writes, command
+from vlmgraft.cli.options import Distributed, LoadsModels, Overrides, RecipeArgument, Writes, command
 
 
 @command(name="gates")
-class GatesCommand(LoadsModels, Writes):
+class GatesCommand(Distributed, LoadsModels, Writes):
     """Learn gates on factors; also under torchrun. An interrupted run in --out is resumed."""
 
     recipe: RecipeArgument

@@ -25,10 +25,11 @@ from typer.models import ArgumentInfo
 from vlmgraft.cli.output import duration, log_to_terminal, progress_bar
 from vlmgraft.errors import InputError, OutputError
 from vlmgraft.storage.progress import Progress
+from vlmgraft.storage.torchrun import rank_and_world
 
 OURS = {
     "receipt.json", "factors.json", "gates.json", "run.json", "comparison.json", "knockout.jsonl", "ranks.jsonl",
-    "sweep.jsonl", "results.jsonl", "training.json",
+    "sweep.jsonl", "results.jsonl", "training.json", "front.jsonl",
 }  # fmt: skip
 """A folder that holds one of these files was written by a command."""
 
@@ -138,6 +139,20 @@ class Command:
             typer.echo(show)
         else:
             show()
+
+
+class Distributed(Command):
+    """Commands that also run under torchrun, where the first process alone shows results and notes."""
+
+    def note(self, text: str) -> None:
+        """As `Command.note`."""
+        if rank_and_world()[0] == 0:
+            super().note(text)
+
+    def show(self, result: Any, show: Callable[[], object] | str) -> None:
+        """As `Command.show`."""
+        if rank_and_world()[0] == 0:
+            super().show(result, show)
 
 
 class Writes(Command):

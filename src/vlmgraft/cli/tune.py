@@ -10,11 +10,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from vlmgraft.cli.options import LoadsModels, Overrides, Resumable, command, environment, nested
+from vlmgraft.cli.options import Distributed, LoadsModels, Overrides, Resumable, command, environment, nested
 
 
 @command()
-class Tune(LoadsModels, Resumable):
+class Tune(Distributed, LoadsModels, Resumable):
     """Fine-tune a VLM on traces with images, with DRIFT's prior (or without); also under torchrun."""
 
     recipe: Annotated[Path | None, typer.Argument(help="tune recipe in YAML")] = None

@@ -51,12 +51,13 @@ def registered_source(data: str | Path) -> tuple[RegisteredSource, str] | None:
     """The registered source that `data` names, with its argument; None for files and other sources.
 
     Raises:
-        DataError: two packages register the name, or the source cannot be loaded.
+        DataError: two packages register the name, a folder of this name holds data, or the source cannot be loaded.
     """
     name, _, argument = str(data).partition(":")
     points = entry_points(group=ENTRY_POINTS, name=name)
     if not points or Path(data).is_file():
         return None
+    refuse_ambiguous(data, "a registered source", f"write ./{name} for the folder")
     if len(targets := {point.value for point in points}) > 1:
         raise DataError(f"{data}: registered as {' and '.join(sorted(targets))}; uninstall one of the packages")
     try:
@@ -66,6 +67,14 @@ def registered_source(data: str | Path) -> tuple[RegisteredSource, str] | None:
     if not isinstance(source, RegisteredSource):
         raise DataError(f"{data}: {targets.pop()} is no RegisteredSource but {type(source).__name__}")
     return source, argument
+
+
+def refuse_ambiguous(name: str | Path, meaning: str, remedy: str) -> None:
+    """Raise DataError if a name that means something else is also that of a folder of data here."""
+    folder = Path(name)
+    marks = ("*.parquet", "dataset_info.json", "dataset_dict.json")
+    if folder.is_dir() and any(any(folder.glob(mark)) for mark in marks):
+        raise DataError(f"{name}: is {meaning}, and a folder of this name holds data; {remedy}, {name}: for the other")
 
 
 def read_rows(

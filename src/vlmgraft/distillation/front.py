@@ -7,8 +7,10 @@ that the KL is at the new budget before the first step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,22 +28,24 @@ from vlmgraft.distillation.learn import (
     training_of,
 )
 from vlmgraft.distillation.loading import distiller_for
-from vlmgraft.errors import RecipeError
+from vlmgraft.errors import OutputError, RecipeError
 from vlmgraft.methods.frism import MEMORY_REMEDY, Frism
 from vlmgraft.recipe.resolve import Job, RecipeSource, resolve
 from vlmgraft.spectral.factor_store import open_store
 from vlmgraft.spectral.gate_store import load_gates, save_gates
 from vlmgraft.spectral.gates import Gates, injected_energy
-from vlmgraft.storage.jsonl import read_rows, write_rows
+from vlmgraft.storage.jsonl import read_json, read_rows, write_rows
+from vlmgraft.storage.listed import listed
 from vlmgraft.storage.locks import at_work, locked
 from vlmgraft.storage.progress import Progress
-from vlmgraft.storage.torchrun import agreed, barrier, process
+from vlmgraft.storage.torchrun import agreed, barrier, process, rank_and_world
 
 if TYPE_CHECKING:
     from vlmgraft.distillation.distill import Distiller
     from vlmgraft.distillation.targets import Targets
 
 ROWS = "front.jsonl"
+OTHER_FOLDER = "name another folder, or remove it first"
 SET_BY_BUDGET = ("inject", "inject_weight", "kl_budget", "steps")
 
 
@@ -64,11 +68,14 @@ def front(
     Args:
         budgets: allowed KL divergence from the VLM in nats per token.
     Raises:
-        RecipeError: there is no budget, one is not above 0, or the method is not frism, starts from curvature
-            gates, or has a guarantee. CheckpointError: the factors are not this recipe's. DataError: the questions.
+        RecipeError: there is no budget, one is not above 0, two share a folder, or the method is not frism, starts from
+            curvature gates, or has a guarantee. CheckpointError: the factors are not this recipe's. DataError: the
+            questions. OutputError: `out` holds other budgets, or gates of another recipe or of other factors.
     """
     check_budgets(budgets)
-    changes = [f"method.kl_budget={max(budgets)}", "method.inject_weight=null", *overrides]
+    if rank_and_world()[0] == 0:  # no other process writes before this one has joined
+        _refuse_other_budgets(Path(out), budgets)
+    changes = [f"method.kl_budget={max(budgets)}", "method.inject_weight=null", *listed(overrides)]
     job, out = resolve(recipe, changes), Path(out)
     method = job.method
     if not isinstance(method, Frism) or method.start == "curvature":
@@ -90,12 +97,30 @@ def front(
     return points
 
 
+def folder_name(budget: float) -> str:
+    """The name of a budget's gates folder."""
+    return f"{budget:g}"
+
+
+def _refuse_other_budgets(out: Path, budgets: Sequence[float]) -> None:
+    """Raise OutputError if `out` holds a front, finished or interrupted, of budgets that are not these."""
+    left: list[float] = []
+    if (out / ROWS).is_file():
+        left = [float(row["budget"]) for row in read_rows(out / ROWS)]
+    else:
+        made_from = [read_json(file).get("from") for file in sorted(out.glob("*/gates.json"))]
+        left = next((made["front"] for made in made_from if isinstance(made, dict) and "front" in made), left)
+    if left and set(left) != set(budgets):
+        old, new = (", ".join(map(str, sorted(set(some)))) for some in (left, budgets))
+        raise OutputError(f"{out}: holds the front of the budgets {old}, not {new}; {OTHER_FOLDER}")
+
+
 def read_path(folder: str | Path) -> dict[str, Gates]:
     """Gates by folder name: all that `front` wrote into the folder, from the smallest budget to the largest, or the one
     set in a gates folder. Raises CheckpointError."""
     folder, names = Path(folder), [""]
     if (folder / ROWS).is_file():
-        names = [f"{budget:g}" for budget in sorted(float(row["budget"]) for row in read_rows(folder / ROWS))]
+        names = [folder_name(budget) for budget in sorted(float(row["budget"]) for row in read_rows(folder / ROWS))]
     return {(folder / name).name: load_gates(folder / name) for name in names}
 
 
@@ -109,15 +134,26 @@ def _points(
 ) -> tuple[FrontPoint, ...]:
     rank, store = process()[0], open_store(factors, training=True)
     front_of = {"front": sorted(budgets)}
-    kept = agreed(lambda: {budget: kept_gates(job, out / f"{budget:g}", **front_of) for budget in budgets})
-    done = {budget: gates for budget, gates in kept.items() if gates is not None and gates.factors == store.digest}
+
+    def kept() -> dict[float, Gates]:
+        found = {}
+        for budget in budgets:
+            folder = out / folder_name(budget)
+            gates = kept_gates(job, folder, **front_of)
+            if gates is not None and gates.factors == store.digest:
+                found[budget] = gates
+            elif (folder / "gates.json").is_file():
+                raise OutputError(f"{folder}: holds gates of another recipe or of other factors; {OTHER_FOLDER}")
+        return found
+
+    done = agreed(kept)
     made_from = {**learned_from(job), **front_of}
     barrier()
 
     def keep(point: FrontPoint) -> None:
         gates = replace(point.gates, settings={**point.gates.settings, "from": made_from}, factors=store.digest)
         if rank == 0:
-            save_gates(gates, out / f"{point.budget:g}")
+            save_gates(gates, out / folder_name(point.budget))
 
     steps = {"first_steps": method.steps, "steps": max(1, method.steps // 2)}
     with distiller_for(job, store, out, progress if rank == 0 else None) as (distiller, donor):
@@ -182,9 +218,12 @@ def pareto_front(
 
 
 def check_budgets(budgets: Sequence[float]) -> None:
-    """Raise RecipeError when there is no budget, or one is not above 0."""
-    if not budgets or not min(budgets) > 0:
+    """Raise RecipeError when there is no budget, one is not above 0, or two have one folder name."""
+    if not budgets or not all(0 < budget < math.inf for budget in budgets):
         raise RecipeError(f"budgets: {list(budgets)} must be numbers above 0, at least one")
+    for one, other in pairwise(sorted(set(budgets))):
+        if folder_name(one) == folder_name(other):
+            raise RecipeError(f"budgets: {one} and {other} share the folder {folder_name(one)}; leave one of them out")
 
 
 def _point(budget: float, gates: Gates) -> FrontPoint:

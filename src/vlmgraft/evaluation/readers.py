@@ -12,7 +12,7 @@ from vlmgraft.data.chat import MARK
 from vlmgraft.data.choices import Choices, missing, number_text, read_choices, refuse_counts_from_one
 from vlmgraft.data.images import ImageSource, image_source
 from vlmgraft.data.questions import UNSEEN, check_columns
-from vlmgraft.data.sources import Row, read_rows, registered_source
+from vlmgraft.data.sources import Row, read_rows, refuse_ambiguous, registered_source
 from vlmgraft.errors import DataError
 from vlmgraft.evaluation.answers.text import storable
 from vlmgraft.evaluation.items import Item, Kind, Suite, circular, unique
@@ -44,14 +44,16 @@ def load_suite(
         turn_options: ask every rotation of lettered choices (circular evaluation).
         task: name of the suite, and of the task of rows that name none; default: the preset's, or the file's stem.
     Raises:
-        DataError: the source cannot be read, no row has the question's column, a column map names an unknown field, or
-            the answers number the choices from 1.
+        DataError: the source cannot be read, no row has the question's column, a column map names an unknown field, a
+            folder has a preset's name, or the answers number the choices from 1.
     """
     name, _, source = str(data).partition(":")
     preset = PRESETS.get(name.lower())
     if preset is None:
         preset, name, source = LOCAL, Path(data).stem if Path(data).exists() else str(data), str(data)
     elif not source:
+        remedy = f"write ./{data} for the folder, {data}:{data} for it in the benchmark's layout"
+        refuse_ambiguous(data, f"the benchmark {preset.source}", remedy)
         source, split, config = preset.source, split or preset.split, config or preset.config
     name = task or name
     preset = replace(preset, columns=mapped(preset.columns, columns or {}))

@@ -10,6 +10,7 @@ For fused experts, a parameter [experts, out, in], every expert has an update of
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ from vlmgraft.spectral.gates import Gates
 from vlmgraft.storage.jsonl import write_json
 from vlmgraft.storage.portable import portable
 from vlmgraft.storage.publish import new_folder
+
+LOG = logging.getLogger("vlmgraft")
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,8 @@ def write_lora(
 ) -> LoraReport:
     """Write adapter_model.safetensors, adapter_config.json, report.json and receipt.json to the new folder `out`.
 
-    vlm: the folder or hub id that the adapter applies to; only its config is read, to learn the module names.
+    vlm: the folder or hub id that the adapter applies to; only its config is read, to learn the module names. rank: at
+    most; more than the factors have in any matrix would be zeros, which are not written.
     Raises RecipeError on a rank below 1, OutputError when `out` exists, CheckpointError when the config cannot be read
     or the gates belong to other factors.
     """
@@ -78,6 +82,9 @@ def write_lora(
     if out.exists():
         raise OutputError(f"{out}: exists already; choose a new folder")
     check_gates(gates, factors)
+    if rank > (most := max((logits.shape[-1] for logits in gates.logits.values()), default=rank)):
+        LOG.warning("rank: no matrix has more than %d directions; the adapter is of rank %d, not %d", most, most, rank)
+        rank = most
     places = adapter_places(vlm, factors, list(gates.logits), rank)
     tensors: dict[str, Tensor] = {}
     errors: dict[str, float] = {}

@@ -27,6 +27,7 @@ from vlmgraft.spectral.factor_store import FactorStore, check_gates, sources_of_
 from vlmgraft.spectral.factors import Factors
 from vlmgraft.spectral.gate_store import load_gates
 from vlmgraft.spectral.gates import Gates
+from vlmgraft.storage.listed import listed
 from vlmgraft.storage.torchrun import rank_and_world
 
 Minus = Literal["vlm", "base"]
@@ -61,6 +62,7 @@ def load_prior(
     strength, and a tensor gets the share of the first entry that selects it.
     """
     rule = PushRule(mode, strength, schedule)
+    modules = modules if isinstance(modules, Mapping) else listed(modules)
     base = open_checkpoint(donor_base) if donor_base else None
     alignment = align(open_checkpoint(vlm), open_checkpoint(donor), base, modules=tuple(modules), layers=layers)
     return make_prior(alignment, rule, minus=minus, shares=shares_of(modules), store=store)

@@ -22,6 +22,7 @@ from vlmgraft.checkpoint.files import load_json
 from vlmgraft.checkpoint.folder import is_folder
 from vlmgraft.checkpoint.index import read_config
 from vlmgraft.errors import RecipeError
+from vlmgraft.recipe.source import place_of
 
 _OF_MODELS = ("weight", "density")
 SHARED: Mapping[str, tuple[str, ...]] = {
@@ -59,8 +60,10 @@ def is_mergekit(raw: Mapping[str, Any]) -> bool:
     return any(key in raw for key in _ONLY_MERGEKIT)
 
 
-def translate(raw: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+def translate(raw: Mapping[str, Any], folder: Path = Path()) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Our recipe for a mergekit recipe, and notes on what was assumed or dropped.
+
+    folder: of the recipe's file, where relative paths are also looked for.
 
     Raises:
         RecipeError: another method, slices, more than two models, or weights that have no counterpart here.
@@ -78,7 +81,7 @@ def translate(raw: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
         if key not in (*_ONLY_MERGEKIT, *_DROPPED, "parameters"):
             raise RecipeError(f"{key}: this key of a mergekit recipe has no counterpart. {_HOW}")
     shared = _known(raw.get("parameters") or {}, "parameters", name)
-    (vlm, ours), (donor, theirs), base, notes = _roles(raw, name)
+    (vlm, ours), (donor, theirs), base, notes = _roles(raw, name, folder)
     notes += [f"{key}: dropped, {why}" for key, why in _DROPPED.items() if key in raw]
     if name.startswith(("dare", "della")):
         notes.append(f"{name}: other entries are dropped than mergekit's, whose random numbers are its own")
@@ -172,12 +175,12 @@ def _slerp_share(shared: Mapping[str, Any], *, base_is_vlm: bool) -> float:
     return t if base_is_vlm else 1 - t
 
 
-def _roles(raw: Mapping[str, Any], name: str) -> tuple[Any, Any, str | None, list[str]]:
+def _roles(raw: Mapping[str, Any], name: str, folder: Path) -> tuple[Any, Any, str | None, list[str]]:
     """(VLM, its parameters), (donor, its parameters), base, notes."""
     entries: list[tuple[str, Mapping[str, Any]]] = []
     notes: list[str] = []
     given = raw.get("base_model")
-    base = None if given is None else _reference(given, "base_model", notes)
+    base = None if given is None else _reference(given, "base_model", notes, folder)
     listed = raw.get("models") or []
     if not isinstance(listed, list):
         raise RecipeError(f"models: {listed!r:.60} is no list. {_HOW}")
@@ -187,7 +190,7 @@ def _roles(raw: Mapping[str, Any], name: str) -> tuple[Any, Any, str | None, lis
         for key in entry:
             if key not in ("model", "parameters"):
                 raise RecipeError(f"models[{number}].{key}: mergekit ignores it here; write it under `parameters:`")
-        model = _reference(entry["model"], f"models[{number}].model", notes)
+        model = _reference(entry["model"], f"models[{number}].model", notes, folder)
         if model != base or name in _BASELESS:
             where = f"models[{number}].parameters"
             entries.append((model, _known(entry.get("parameters") or {}, where, name)))
@@ -205,7 +208,7 @@ def _roles(raw: Mapping[str, Any], name: str) -> tuple[Any, Any, str | None, lis
     return entries[0], entries[1], base, notes
 
 
-def _reference(value: Any, where: str, notes: list[str]) -> str:
+def _reference(value: Any, where: str, notes: list[str], folder: Path) -> str:
     """The folder or hub id that a reference names: a string, `base+lora`, or mergekit's mapping of both with revisions.
 
     An adapter stands for its base with the adapter applied; that base must be the one given here.
@@ -214,15 +217,17 @@ def _reference(value: Any, where: str, notes: list[str]) -> str:
     pair: Any = value
     if isinstance(value, str):
         model, plus, lora = value.partition("+")
-        pair = {"model": value} if not plus or is_folder(value) else {"model": model, "lora": lora}
+        pair = {"model": value} if not plus or is_folder(place_of(value, folder)) else {"model": model, "lora": lora}
     elif not known or set(value) - known or "model" not in value:
         raise RecipeError(f"{where}: {value!r:.80} is no path or hub id, nor model: and lora: with path: and revision:")
     base, adapter = (_path(pair[key], where) if pair.get(key) else None for key in ("model", "lora"))
+    found = place_of(str(base), folder)
     if adapter is None:
-        return str(base)
+        return found
+    adapter = place_of(adapter, folder)
     if not is_folder(adapter):
         notes.append(f"{adapter}: is put on the base that its adapter_config.json names; the recipe says {base}")
-    elif (named := load_json(Path(adapter) / CONFIG).get("base_model_name_or_path")) != base:
+    elif (named := load_json(Path(adapter) / CONFIG).get("base_model_name_or_path")) not in (base, found):
         raise RecipeError(
             f"{where}: puts the adapter {adapter} on {base}, but its {CONFIG} names {named!r:.120}; write {base} there"
         )

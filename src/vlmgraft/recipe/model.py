@@ -34,6 +34,7 @@ from vlmgraft.recipe.source import (
     several_donors,
     with_name,
 )
+from vlmgraft.storage.listed import listed
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -140,14 +141,14 @@ def load_recipe(
         RecipeError: with the path, the value, the nearest valid key or what to write instead.
     """
     with naming(source):
-        return _load(read_mapping(source), overrides, need_method, folder_of(source))
+        return _load(read_mapping(source), listed(overrides), need_method, folder_of(source))
 
 
 def _load(raw: dict[str, Any], overrides: Sequence[str], need_method: bool, folder: Path) -> Recipe:
     """A recipe from its raw mapping; relative paths are also looked for in `folder`."""
     notes: tuple[str, ...] = ()
     if is_mergekit(raw):
-        raw, notes = translate(raw)
+        raw, notes = translate(raw, folder)
     for override in overrides:
         apply_override(raw, override)
     raw = located(raw, folder)

@@ -16,6 +16,7 @@ from vlmgraft.merging.plan import MergePlan, plan_merge
 from vlmgraft.methods.base import check_numbers
 from vlmgraft.methods.frism import Frism, GatedFold, GatedMethod
 from vlmgraft.recipe.model import Recipe, load_recipe
+from vlmgraft.storage.listed import listed
 
 if TYPE_CHECKING:
     from vlmgraft.checkpoint.index import Checkpoint
@@ -204,7 +205,7 @@ def read_recipe(recipe: RecipeSource, overrides: Sequence[str] = (), *, need_met
     if not isinstance(recipe, Recipe):
         return load_recipe(recipe, overrides, need_method=need_method)
     if overrides:
-        raise RecipeError(f"{overrides[0]}: a Recipe is validated already; give overrides to load_recipe instead")
+        raise RecipeError(f"{listed(overrides)[0]}: a Recipe is validated already; give them to load_recipe")
     return recipe
 
 

@@ -247,12 +247,20 @@ def _located(value: Any, folder: Path, key: str, path: str) -> Any:
         return located(value, folder, f"{path}.")
     if isinstance(value, list):
         return [_located(item, folder, key, path) for item in value]
-    if key not in PATHS or not isinstance(value, str) or not 0 < len(value) <= 1000 or "\0" in value:
+    if key not in PATHS or not isinstance(value, str):
         return value
-    if os.path.lexists(value):
-        return value
-    if os.path.lexists(folder / value):
-        return str(folder / value)
-    if value.startswith(("./", "../")):
+    place = place_of(value, folder)
+    if place == value and _named(value) and value.startswith(("./", "../")) and not os.path.lexists(value):
         raise RecipeError(f"{path}: {value} is neither here nor in {folder}; say where it is: --set {path}=PATH")
-    return value
+    return place
+
+
+def place_of(value: str, folder: Path) -> str:
+    """A relative path that exists only in `folder` as the path there; any other text as it is."""
+    elsewhere = _named(value) and not os.path.lexists(value) and os.path.lexists(folder / value)
+    return str(folder / value) if elsewhere else value
+
+
+def _named(value: str) -> bool:
+    """Whether a text can be a path."""
+    return 0 < len(value) <= 1000 and "\0" not in value

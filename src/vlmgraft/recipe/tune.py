@@ -22,6 +22,7 @@ from vlmgraft.recipe.source import (
     refuse_unknown,
 )
 from vlmgraft.storage.jsonl import write_text
+from vlmgraft.storage.listed import listed
 
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -85,10 +86,10 @@ def load_tune_recipe(source: str | Path | Mapping[str, Any] | TuneRecipe, overri
     """Read, override and validate a tune recipe; raises RecipeError with path, value and the nearest valid key."""
     if isinstance(source, TuneRecipe):
         if overrides:
-            raise RecipeError(f"{overrides[0]}: the recipe is validated already; give its file or a mapping instead")
+            raise RecipeError(f"{listed(overrides)[0]}: the recipe is validated already; give its file or mapping")
         return source
     with naming(source):
-        return _load(read_mapping(source), overrides, folder_of(source))
+        return _load(read_mapping(source), listed(overrides), folder_of(source))
 
 
 def _load(raw: dict[str, Any], overrides: Sequence[str], folder: Path) -> TuneRecipe:

@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 
 from vlmgraft.errors import CheckpointError, DamagedError, InputError, VlmgraftError
 from vlmgraft.storage.jsonl import read_json, read_rows
+from vlmgraft.storage.listed import listed
 from vlmgraft.storage.portable import nameless
 
 Rows = list[dict[str, Any]]
@@ -153,10 +154,12 @@ def collect(folders: Sequence[str | Path]) -> Collected:
     """Read every known file in the folders, five levels deep; hidden folders and factor stores are skipped.
 
     Raises:
-        InputError: a folder is missing, or none of them holds a file of a run. CheckpointError: unreadable gates.
-        DamagedError: another file was not written by a command.
+        InputError: no folder is given, one is missing, or none of them holds a file of a run. CheckpointError: gates
+            cannot be read. DamagedError: another file was not written by a command.
     """
     runs = Collected()
+    if not (folders := listed(folders)):
+        raise InputError("report: no folder is given; give folders that vlmgraft wrote")
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder; give folders that vlmgraft wrote")

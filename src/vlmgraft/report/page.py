@@ -19,6 +19,7 @@ from vlmgraft.report.sections import render_section
 from vlmgraft.report.text import escape
 from vlmgraft.storage.files import make_folder
 from vlmgraft.storage.jsonl import write_text
+from vlmgraft.storage.listed import listed
 from vlmgraft.storage.outputs import refuse_file, refuse_place
 from vlmgraft.storage.portable import nameless
 
@@ -40,7 +41,7 @@ def write_report(
             `out` exists and is not such a page.
     """
     refuse_file(Path(out), lambda head: MARK in head)
-    text = render(collect(folders), title, [str(folder) for folder in folders])
+    text = render(collect(folders), title, [str(folder) for folder in listed(folders)])
     size = len(text.encode())
     if size >= MAX_BYTES:
         raise OutputError(f"{out}: the page would weigh {size:,} bytes; give fewer folders at a time")
@@ -58,7 +59,7 @@ def write_figures(folders: Sequence[str | Path], out: str | Path) -> list[Path]:
             was not drawn by matplotlib.
     """
     refuse_place(out)
-    names = [str(folder) for folder in folders]
+    names = [str(folder) for folder in listed(folders)]
     runs, written = collect(folders), []
     with _rows_of_ours(names):
         for section in parts.sections(runs):
