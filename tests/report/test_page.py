@@ -238,3 +238,13 @@ def test_only_receipts_of_merges_are_shown(tmp_path: Path, runs: Path) -> None:
     write_json(tmp_path / "runs" / "factors" / "receipt.json", {"tensors": [{"name": "U"}], "files": [], "digest": ""})
     assert len(collect([tmp_path / "runs"]).receipts) == len(collect([runs]).receipts) == 1
     write_report([tmp_path / "runs" / "factors", tmp_path / "runs" / "merged"], tmp_path / "page.html")
+
+
+def test_a_folder_of_choose_is_read(tmp_path: Path) -> None:
+    """A rule that was dropped before the test has no accuracies, so it is no point."""
+    dropped = {"method": "linear", "setting": "", "order": 0, "kl": 0.01, "fate": "dropped after round 1 of 4"}
+    write_rows(tmp_path / "choose.jsonl", [*POINTS[:2], dropped])
+    (run,) = collect([tmp_path]).points
+    assert [row["method"] for row in run.rows] == ["VLM", "task arithmetic"]
+    write_report([tmp_path], tmp_path / "report.html")
+    assert "Perception against reasoning" in (tmp_path / "report.html").read_text()
