@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from vlmgraft.lab.exam import draw_exam, save_questions
 from vlmgraft.storage.jsonl import read_rows, write_rows
@@ -56,6 +58,41 @@ def test_sweep_overlays_methods_and_leaves_out_what_a_method_has_not(
     assert rows[0]["kl"] == 0 and 0 < rows[1]["kl"] < rows[2]["kl"]
     assert set(json.loads((tmp_path / "s" / "sweep.recipes.json").read_text())) == {row["id"] for row in rows[1:]}
     assert "*" in vlmgraft(*asked, "--out", tmp_path / "s", "--quiet", "--resume").out
+
+
+def test_a_log_is_not_gone_on_with_after_its_inputs_changed(
+    vlmgraft: Run, recipe: Callable[..., Path], trio: Path, tmp_path: Path
+) -> None:
+    """Other contents under the same names: a donor, the prompts of the KL, the length of answers, a link to a model."""
+    donor, prompts, link = tmp_path / "d", tmp_path / "kl.jsonl", tmp_path / "m"
+    shutil.copytree(trio / "donor", donor)
+    exam = draw_exam(0, "calibration", {"colour": 4})
+    save_questions(exam.questions[:2], prompts)
+    file = yaml.safe_load(recipe("ta", name="task_arithmetic").read_text()) | {"donor": str(donor)}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(file))
+    grid = ("--grid", "method.scale=0.5", "--drift", prompts, "--samples", "8", "--quiet")
+    asked = ("sweep", tmp_path / "own.yaml", "--out", tmp_path / "s", *grid)
+    assert vlmgraft(*asked).code == 0 and vlmgraft(*asked, "--resume").code == 0
+    ran = vlmgraft(*asked, "--resume", "--max-new-tokens", "2")
+    assert ran.code == 2 and "at most 2 tokens" in ran.err
+    before = prompts.read_text()
+    prompts.write_text(before.splitlines()[0])
+    ran = vlmgraft(*asked, "--resume")
+    assert ran.code == 2 and "was measured with KL prompts" in ran.err
+    prompts.write_text(before)
+    shutil.copyfile(trio / "base" / "model.safetensors", donor / "model.safetensors")
+    ran = vlmgraft(*asked, "--resume")
+    assert ran.code == 2 and "other contents of the donors" in ran.err, ran.err
+    link.symlink_to(trio / "vlm")
+    asked = ("knockout", link, "--samples", "8", "--layers", "3", "--part", "mlp", "--mode", "zero", "--quiet")
+    assert vlmgraft(*asked, "--out", tmp_path / "k").code == 0
+    shutil.copytree(trio / "vlm", tmp_path / "changed")
+    weights = load_file(trio / "vlm" / "model.safetensors")
+    save_file({name: tensor * 1.5 for name, tensor in weights.items()}, tmp_path / "changed" / "model.safetensors")
+    link.unlink()
+    link.symlink_to(tmp_path / "changed")
+    ran = vlmgraft(*asked, "--out", tmp_path / "k", "--resume")
+    assert ran.code == 2 and "was measured with weights" in ran.err
 
 
 @pytest.mark.parametrize(

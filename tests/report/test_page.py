@@ -116,3 +116,13 @@ def test_a_part_alone_makes_a_page(tmp_path: Path) -> None:
     write_rows(tmp_path / "results.jsonl", POINTS)
     text = write_report([tmp_path], tmp_path / "r.html").read_text()
     assert re.findall(r"<section id=\"([\w-]+)\"", text) == ["tradeoff"]
+
+
+def test_a_folder_of_choose_is_read(tmp_path: Path) -> None:
+    """A rule that was dropped before the test has no accuracies, so it is no point."""
+    dropped = {"method": "linear", "setting": "", "order": 0, "kl": 0.01, "fate": "dropped after round 1 of 4"}
+    write_rows(tmp_path / "choose.jsonl", [*POINTS[:2], dropped])
+    (run,) = collect([tmp_path]).points
+    assert [row["method"] for row in run.rows] == ["VLM", "task arithmetic"]
+    write_report([tmp_path], tmp_path / "report.html")
+    assert "Perception against reasoning" in (tmp_path / "report.html").read_text()
