@@ -186,7 +186,7 @@ def _values(
 
 @contextmanager
 def _differences(alignment: Alignment, minus: Minus) -> Iterator[_Source]:
-    """Inside the context, donor and base are open: Δ = W_donor − W_vlm or W_donor − W_base, float32, in the VLM's shape."""
+    """Inside the context, donor and base are open: W_donor − W_vlm or W_donor − W_base, float32, in the VLM's shape."""
     with ExitStack() as stack:
         keys = ("donor", "donor_base") if minus == "base" else ("donor",)
         readers = {key: stack.enter_context(Reader(getattr(alignment, key))) for key in keys}
