@@ -26,19 +26,7 @@ from safetensors import SafetensorError
 
 from vlmgraft.errors import CheckpointError, DamagedError, InputError
 from vlmgraft.evaluation.records import RECORDS, Record, load_records
-from vlmgraft.report.rows import (
-    Answered,
-    Averages,
-    Band,
-    Cell,
-    Distance,
-    GateSettings,
-    Inspection,
-    MergeReceipt,
-    Point,
-    Spectrum,
-    Step,
-)
+from vlmgraft.report import schemas
 from vlmgraft.storage.jsonl import json_object, read_json, read_rows
 from vlmgraft.storage.portable import nameless
 
@@ -64,7 +52,7 @@ def read_evaluation(folder: Path) -> Evaluation | None:
         return None
     run_settings = read_json(run) if run.is_file() else {}
     name = Path(str(run_settings.get("model", folder.name))).name
-    return Evaluation(folder, name, read_json(summary, TypeAdapter(Averages))["averages"], load_records(folder))
+    return Evaluation(folder, name, read_json(summary, TypeAdapter(schemas.Averages))["averages"], load_records(folder))
 
 
 def evaluation_points(evaluations: Sequence[Evaluation]) -> Rows:
@@ -206,14 +194,16 @@ def _rows_into(kind: str, row: Any) -> Callable[[Collected, Path], None]:
 
 
 def _inspection(runs: Collected, path: Path) -> None:
-    runs.inspections.append((path.parent, nameless(read_json(path, TypeAdapter(Inspection)))))
+    runs.inspections.append((path.parent, nameless(read_json(path, TypeAdapter(schemas.Inspection)))))
 
 
 def _receipt(runs: Collected, path: Path) -> None:
     """Collect a merge's receipt; receipts of stores, adapters and tuned folders only list digests and are skipped."""
     text = path.read_bytes()
     if "method" in json_object(text, path):
-        runs.receipts.append(Document(path.parent, nameless(json_object(text, path, TypeAdapter(MergeReceipt)))))
+        runs.receipts.append(
+            Document(path.parent, nameless(json_object(text, path, TypeAdapter(schemas.MergeReceipt))))
+        )
 
 
 def _recipe(runs: Collected, path: Path) -> None:
@@ -234,7 +224,7 @@ def read_gates(folder: Path) -> GatedRun:
     """A gates folder as rows, read without torch; raises CheckpointError if the folder is incomplete."""
     from safetensors.numpy import load_file
 
-    settings, file = read_json(folder / "gates.json", TypeAdapter(GateSettings)), folder / "gates.safetensors"
+    settings, file = read_json(folder / "gates.json", TypeAdapter(schemas.GateSettings)), folder / "gates.safetensors"
     try:
         logits = load_file(file)
     except (OSError, SafetensorError, TypeError, AttributeError) as error:  # the last two: a dtype that numpy lacks
@@ -249,7 +239,7 @@ def read_gates(folder: Path) -> GatedRun:
     return GatedRun(
         folder,
         settings,
-        list(read_rows(log, TypeAdapter(Step))) if log.is_file() else [],
+        list(read_rows(log, TypeAdapter(schemas.Step))) if log.is_file() else [],
         [_matrix(name, value, factors / f"{name}.safetensors") for name, value in opened.items()],
         np.histogram(every, bins=20, range=(0, 1))[0].tolist(),
     )
@@ -290,16 +280,16 @@ def _singular_values(path: Path) -> np.ndarray | None:
 
 
 _READERS: Mapping[str, Callable[[Collected, Path], None]] = {
-    "results.jsonl": _rows_into("points", Point),
-    "sweep.jsonl": _rows_into("points", Point),
-    "knockout.jsonl": _rows_into("knockouts", Cell),
-    "ranks.jsonl": _rows_into("ranks", Band),
-    "distances.jsonl": _rows_into("distances", Distance),
-    "spectra.jsonl": _rows_into("spectra", Spectrum),
+    "results.jsonl": _rows_into("points", schemas.Point),
+    "sweep.jsonl": _rows_into("points", schemas.Point),
+    "knockout.jsonl": _rows_into("knockouts", schemas.Cell),
+    "ranks.jsonl": _rows_into("ranks", schemas.Band),
+    "distances.jsonl": _rows_into("distances", schemas.Distance),
+    "spectra.jsonl": _rows_into("spectra", schemas.Spectrum),
     "inspection.json": _inspection,
     "receipt.json": _receipt,
     "recipe.yaml": _recipe,
     "gates.json": lambda runs, path: runs.gates.append(read_gates(path.parent)),
-    "answers.jsonl": _rows_into("answers", Answered),
+    "answers.jsonl": _rows_into("answers", schemas.Answered),
     "summary.json": _summary,
 }
