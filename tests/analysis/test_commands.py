@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
+from vlmgraft.data import questions
 from vlmgraft.lab.exam import draw_exam, save_questions
 from vlmgraft.storage.jsonl import read_rows, write_rows
 
@@ -111,8 +113,17 @@ def test_a_grid_that_cannot_be_is_refused_before_a_model_is_loaded(
     assert ran.code == 2 and message in ran.err and not (tmp_path / "s").exists()
 
 
-def test_gates_are_learned_on_the_loaded_model(vlmgraft: Run, recipe: Callable[..., Path], tmp_path: Path) -> None:
-    """FRISM over α and curvature gates in one sweep: more injection, more KL."""
+def test_gates_are_learned_on_the_loaded_model(
+    vlmgraft: Run, recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FRISM over α in one sweep: more injection, more KL; the questions are read once."""
+    read, load = Counter[str](), questions.load_questions
+
+    def counted(data: Any, **more: Any) -> Any:
+        read.update([str(data)])
+        return load(data, **more)
+
+    monkeypatch.setattr(questions, "load_questions", counted)
     save_questions(draw_exam(0, "calibration", {"colour": 8, "read": 8}).questions, tmp_path / "c.jsonl")
     calibration = {"data": str(tmp_path / "c.jsonl"), "samples": 16, "held_out": 0, "max_new_tokens": 8}
     frism = recipe("f", name="frism", steps=6, learning_rate=0.2, calibration={**calibration, "batch_size": 16})
@@ -123,6 +134,7 @@ def test_gates_are_learned_on_the_loaded_model(vlmgraft: Run, recipe: Callable[.
     assert ran.code == 0, ran.err
     rows = json.loads(ran.out)["rows"]
     assert [row["setting"] for row in rows[1:]] == ["α 0.0001", "α 10"] and 0 < rows[1]["kl"] < rows[2]["kl"]
+    assert read == {str(tmp_path / "c.jsonl"): 1}
 
 
 def test_ranks(vlmgraft: Run, recipe: Callable[..., Path], tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from vlmgraft.errors import RecipeError
 from vlmgraft.lab.exam import draw_exam, save_questions
 from vlmgraft.methods.calibration import BATCHES
 from vlmgraft.recipe.model import Recipe, load_recipe
+from vlmgraft.recipe.resolve import Questions, read_questions
 from vlmgraft.spectral.factors import Factors, factorize
 
 
@@ -44,21 +45,25 @@ def recipe(trio: Path, tmp_path: Path) -> Any:
     return make
 
 
+def gates_of(learner: GateLearner, asked: Recipe, alignment: Alignment, factors: dict[str, Factors]) -> Any:
+    return learner.gates_of(asked, read_questions(asked), alignment, factors)
+
+
 def test_trainings_share_the_teacher_and_leave_the_model_as_it_was(
     vlm_model: Any, processor: Any, alignment: Alignment, factors: dict[str, Factors], recipe: Any, tmp_path: Path
 ) -> None:
     before, learner = bits(vlm_model), GateLearner(vlm_model, processor)
     energy = {"steps": 1, "inject_weight": 0.1}
     donor = {"steps": 1, "inject": "donor", "questions": str(tmp_path / "q.jsonl"), "inject_weight": 1.0}
-    learned, full = learner.gates_of(recipe("frism", **energy), alignment, factors)
+    learned, full = gates_of(learner, recipe("frism", **energy), alignment, factors)
     assert learned.settings["inject"] == "energy" and full.keys() == factors.keys()
     shared = dict(learner._distillers)
-    matched, _ = learner.gates_of(recipe("frism", **donor), alignment, factors)
+    matched, _ = gates_of(learner, recipe("frism", **donor), alignment, factors)
     assert matched.settings["inject"] == "donor" and learner._distillers == shared
     assert learned.logits.keys() == matched.logits.keys() == factors.keys()
     name = next(iter(factors))
     assert not learned.logits[name].equal(matched.logits[name])
-    hard, cut = learner.gates_of(recipe("curvature", rank=2, kl_budget=0.001), alignment, factors)
+    hard, cut = gates_of(learner, recipe("curvature", rank=2, kl_budget=0.001), alignment, factors)
     assert len(learner._distillers) == 2 and {matrix.s.shape[-1] for matrix in cut.values()} == {2}
     assert all(bool((gates.sigmoid().round() - gates.sigmoid()).abs().max() < 1e-6) for gates in hard.logits.values())
     assert same_bits(vlm_model, before)
@@ -81,7 +86,7 @@ def test_questions_are_read_and_steps_taken_as_the_recipe_says(
 
     monkeypatch.setattr(gate_learner, "Distiller", Recorder)
     asked = recipe("frism", steps=3, batches_per_step=2, gradient_checkpointing=True, seed=5)
-    assert GateLearner(None, None).gates_of(asked, alignment, factors)[0] == "gates"
+    assert gates_of(GateLearner(None, None), asked, alignment, factors)[0] == "gates"
     method = asked.method
     for name in ("max_new_tokens", *BATCHES, "packing", "tokens"):
         assert seen[name] == getattr(method.calibration, name)
@@ -96,4 +101,4 @@ def test_several_donors_are_refused(
     two = recipe("frism")
     two = two.model_copy(update={"more_donors": (object(),)})
     with pytest.raises(RecipeError, match="sweep the donors one by one"):
-        GateLearner(vlm_model, processor).gates_of(two, alignment, factors)
+        GateLearner(vlm_model, processor).gates_of(two, Questions([], [], [], []), alignment, factors)

@@ -111,12 +111,35 @@ def test_bad_priors_are_named_before_training(trio: Path, tmp_path: Path) -> Non
     same = changed(trio / "base", tmp_path / "same", Q0, None)
     with pytest.raises(AlignmentError, match="Δ is zero for every selected tensor"):
         make_prior(aligned(trio, same), minus="base")
-    broken = changed(trio / "donor", tmp_path / "broken", Q0, float("nan"))
-    with pytest.raises(WeightsError, match=r"q_proj\.weight of .*broken.*NaN"):
-        make_prior(aligned(trio, broken))
     without = align(open_checkpoint(trio / "vlm"), open_checkpoint(trio / "donor"))
     with pytest.raises(AlignmentError, match="donor_base"):
         make_prior(without, minus="base")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    ("key", "minus"), [("donor", "vlm"), ("donor", "base"), ("base", "base"), ("vlm", "vlm"), ("vlm", "base")]
+)
+def test_a_tensor_that_is_not_finite_is_named_with_its_checkpoint(
+    value: float, key: str, minus: Any, trio: Path, tmp_path: Path
+) -> None:
+    folders = {name: trio / name for name in ("vlm", "donor", "base")}
+    folders[key] = changed(trio / key, tmp_path / "broken", Q0, value)
+    alignment = align(*(open_checkpoint(folder) for folder in folders.values()), modules=MODULES)
+    with pytest.raises(WeightsError, match=r"q_proj\.weight of .*/broken: holds NaN or infinity; fetch it again"):
+        make_prior(alignment, minus=minus)
+
+
+def test_factors_that_are_not_finite_are_named(trio: Path) -> None:
+    factors = factorize(torch.ones(128, 128), Q0, "layers.0.self_attn.q_proj.weight")
+    factors.U[0, 0] = torch.nan
+    with pytest.raises(WeightsError, match=rf"{Q0} of the factors: holds NaN or infinity"):
+        filtered_prior(aligned(trio), {Q0: factors}, constant_gates({Q0: len(factors.s)}, 0.0, scale=1.0))
+
+
+def test_what_is_finite_is_proved_by_its_norms(trio: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "isfinite", lambda _: 1 / 0)
+    assert make_prior(aligned(trio), minus="base").deltas
 
 
 def test_a_prior_by_folders_is_the_one_of_their_alignment(trio: Path) -> None:

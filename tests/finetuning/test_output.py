@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from vlmgraft.checkpoint.index import Checkpoint, open_checkpoint
 from vlmgraft.checkpoint.writer import Writer
 from vlmgraft.errors import NumericalError, OutputError
+from vlmgraft.finetuning import output
 from vlmgraft.finetuning.output import Tuned, _card, _specs, _write, finished
 from vlmgraft.finetuning.prior import PushVerdict
+from vlmgraft.merging.receipt import fingerprint
 from vlmgraft.recipe.tune import load_tune_recipe
 
 HEAD, WORDS, BODY = "lm_head.weight", "model.embed_tokens.weight", "model.visual.weight"
@@ -68,6 +71,22 @@ def test_a_folder_that_no_run_finished_is_none(receipt: str, vlm: Checkpoint, tm
     (tmp_path / "receipt.json").write_text(receipt)
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe.model_dump(mode="json", exclude_none=True)))
     assert finished(recipe, vlm, tmp_path, {}) is None
+
+
+def test_a_mistake_of_ours_is_no_unfinished_run(
+    vlm: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_tune_recipe({"vlm": "v", "prior": "none", "data": {"train": "t.jsonl"}})
+    inputs = fingerprint(vlm.files)
+    receipt = {"inputs": inputs, "steps": 3, "train_loss": 0.5, "prior": [asdict(PushVerdict("w", "kept", "r"))]}
+    (tmp_path / "receipt.json").write_text(json.dumps(receipt))
+    (tmp_path / "recipe.yaml").write_text(json.dumps(output._written(recipe, tmp_path)))
+    (tmp_path / "training.jsonl").write_text('{"loss": 0.5}\n')
+    tuned = Tuned(tmp_path, 3, 0.5, (PushVerdict("w", "kept", "r"),), ({"loss": 0.5},))
+    assert finished(recipe, vlm, tmp_path) == tuned
+    monkeypatch.setattr(output, "_written", lambda *_: {}["ours"])
+    with pytest.raises(KeyError, match="ours"):
+        finished(recipe, vlm, tmp_path)
 
 
 def test_the_card_says_what_was_done_and_no_path(tmp_path: Path) -> None:

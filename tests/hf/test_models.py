@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -30,6 +31,23 @@ def test_what_transformers_refuses_is_named(trio: Path, tmp_path: Path) -> None:
     file.write_text(json.dumps({**config, "model_type": "unheard-of"}))
     with pytest.raises(CheckpointError, match=r"config\.json is not one that transformers reads"):
         load_config(tmp_path / "donor")
+
+
+def test_what_torch_asserts_and_what_is_not_installed_is_told(trio: Path, tmp_path: Path) -> None:
+    """transformers raises AssertionError and ImportError over a folder's files, too."""
+    shutil.copytree(trio / "vlm", tmp_path / "vlm")
+    config, processor = (tmp_path / "vlm" / name for name in ("config.json", "processor_config.json"))
+    text = config.read_text()
+    changed = json.loads(text)
+    changed["text_config"]["pad_token_id"] = 10**6
+    config.write_text(json.dumps(changed))
+    with pytest.raises(CheckpointError, match=r"AssertionError: Padding_idx"):
+        load_vlm(tmp_path / "vlm")
+    config.write_text(text)
+    if importlib.util.find_spec("num2words") is None:
+        processor.write_text(json.dumps({**json.loads(processor.read_text()), "processor_class": "SmolVLMProcessor"}))
+        with pytest.raises(CheckpointError, match=r"ImportError: .*pip install num2words"):
+            load_processor(tmp_path / "vlm")
 
 
 def test_a_mistake_of_ours_is_not_blamed_on_the_folder(trio: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
+import pytest
 from merge_builders import aligned, build
 from safetensors.torch import load_file, save_file
 
-from vlmgraft.merging import merge_tensors
+from vlmgraft.checkpoint.digests import seal
+from vlmgraft.merging import merge_tensors, receipt as receipts
 from vlmgraft.merging.receipt import finished_receipt
 from vlmgraft.methods.task_arithmetic import TaskArithmetic
 
@@ -35,3 +39,24 @@ def test_a_receipt_is_of_its_inputs_and_names_all_that_was_read(tmp_path: Path) 
     assert finished_receipt(tmp_path / "out", files) == receipt
     os.utime(files[1], ns=(1, 1))
     assert finished_receipt(tmp_path / "out", files) is None, "made from a file of another time"
+
+
+def test_a_receipt_that_is_none_finished_nothing_and_a_mistake_of_ours_is_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(tmp_path)
+    merge_tensors(aligned(tmp_path), TaskArithmetic(0.3), tmp_path / "out")
+    file, files = tmp_path / "out" / "receipt.json", [tmp_path / "vlm" / "model.safetensors"]
+    whole = json.loads(file.read_text())
+    changes: tuple[dict[str, Any], ...] = ({"seconds": "1"}, {"tensors": [{"name": "a"}]}, {"notes": None})
+    for change in changes:
+        document = {**whole, **change}
+        file.write_text(json.dumps({**document, "digest": seal(document)}))
+        assert finished_receipt(tmp_path / "out", files) is None
+    for text in ("", "[]", "{}", json.dumps({**whole, "method": "other"})):  # the last: its digest is another's
+        file.write_text(text)
+        assert finished_receipt(tmp_path / "out", files) is None
+    file.write_text(json.dumps(whole))
+    monkeypatch.setattr(receipts, "fingerprint", lambda _: {}["ours"])
+    with pytest.raises(KeyError, match="ours"):
+        finished_receipt(tmp_path / "out", files)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from report_runs import estimate
+from safetensors.numpy import save_file
 
 from vlmgraft.errors import CheckpointError, InputError, OutputError
+from vlmgraft.evaluation.items import Item, Kind
+from vlmgraft.evaluation.records import record_of
 from vlmgraft.report import page as page_module
 from vlmgraft.report.collect import collect, layer_and_projection, read_gates
 from vlmgraft.report.page import write_report
@@ -51,20 +57,17 @@ def evaluation(folder: Path, model: str, right: int) -> None:
     averages = {kind: estimate(right / 4) for kind in ("reasoning", "perception")}
     write_json(folder / "summary.json", {"averages": averages})
     write_json(folder / "run.json", {"model": f"/models/{model}"})
-    rows = [
-        {
-            "id": f"{task}/{place}",
-            "key": "k",
-            "task": task,
-            "kind": kind,
-            "prompt": f"{task}?",
-            "expected": ["4", "four"],
-        }
-        | {"output": "said", "score": float(place < right)}
-        for task, kind in (("sums", "reasoning"), ("looks", "perception"))
+    kinds: tuple[tuple[str, Kind], ...] = (("sums", "reasoning"), ("looks", "perception"))
+    items = [
+        Item(f"{task}/{place}", f"{task}?", answers=("4", "four"), task=task, kind=kind)
+        for task, kind in kinds
         for place in range(4)
     ]
-    write_rows(folder / "records.jsonl", rows)
+    said = [record_of(item, item.question, "said", tokens=1, prompt_tokens=1, cut=False) for item in items]
+    scores = [float(place < right) for _ in kinds for place in range(4)]
+    write_rows(
+        folder / "records.jsonl", [replace(record, score=score) for record, score in zip(said, scores, strict=True)]
+    )
 
 
 def test_evaluations_are_compared(tmp_path: Path) -> None:
@@ -105,3 +108,14 @@ def test_only_receipts_of_merges_are_shown(tmp_path: Path, runs: Path) -> None:
     write_json(tmp_path / "runs" / "factors" / "receipt.json", {"tensors": [{"name": "U"}], "files": [], "digest": ""})
     assert len(collect([tmp_path / "runs"]).receipts) == len(collect([runs]).receipts) == 1
     write_report([tmp_path / "runs" / "factors", tmp_path / "runs" / "merged"], tmp_path / "page.html")
+
+
+@pytest.mark.parametrize(
+    ("shape", "fill", "dtype"),
+    [((3,), np.nan, np.float32), ((), 0, np.float32), ((0,), 0, np.float32), ((3,), 0, np.float64), ((3,), 0, bool)],
+)
+def test_gates_that_are_none_are_refused(shape: Any, fill: float, dtype: Any, runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "work" / "gates", tmp_path / "gates")
+    save_file({"a": np.full(shape, fill, dtype)}, tmp_path / "gates" / "gates.safetensors")
+    with pytest.raises(CheckpointError, match=r"gates\.safetensors: a is .*; learn the gates again"):
+        collect([tmp_path])

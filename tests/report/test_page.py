@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import base64
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import pytest
 from report_runs import POINTS
 
-from vlmgraft.report.page import write_report
+from vlmgraft.report.collect import collect
+from vlmgraft.report.page import write_figures, write_report
 from vlmgraft.storage.jsonl import write_rows
 
 SECTIONS = ("tradeoff", "answers", "distances", "spectra", "directions", "gates", "layers", "receipt", "recipe")
@@ -126,3 +129,29 @@ def test_a_folder_of_choose_is_read(tmp_path: Path) -> None:
     assert [row["method"] for row in run.rows] == ["VLM", "task arithmetic"]
     write_report([tmp_path], tmp_path / "report.html")
     assert "Perception against reasoning" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyError])
+@pytest.mark.parametrize("ours", ["sections._table", "charts.number", "charts.Lines.draw", "collect.nameless"])
+def test_a_mistake_of_ours_is_no_bad_file(
+    ours: str, error: type[Exception], runs: Path, tmp_path: Path, vlmgraft: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise error("ours")
+
+    monkeypatch.setattr(f"vlmgraft.report.{ours}", broken)
+    for folder in ("knockout", "sweep"):
+        shutil.copytree(runs / folder, tmp_path / folder)
+    with pytest.raises(error, match="ours"):
+        vlmgraft("report", tmp_path, "--out", tmp_path / "r.html")
+    if ours == "charts.Lines.draw":
+        with pytest.raises(error, match="ours"):
+            write_figures([tmp_path], tmp_path / "figures")
+
+
+def test_names_are_written_as_they_are(tmp_path: Path) -> None:
+    names = {"VLM": "VLM", "task arithmetic": "$\\frac{$", "FRISM <b>": "_cost in $"}
+    rows = [row | {"method": names[row["method"]], "setting": "a $ and $b_$"} for row in POINTS]
+    write_rows(tmp_path / "sweep.jsonl", rows)
+    text = write_report([tmp_path], tmp_path / "r.html").read_text()
+    assert ">$\\frac{$</text>" in text and ">a $ and $b_$</text>" in text and "_cost in $" in text

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from vlmgraft.errors import CheckpointError
+from vlmgraft.spectral import factor_store
 from vlmgraft.spectral.factor_store import FactorStore, JoinedStore, check_gates, donor_folder, open_store
 from vlmgraft.spectral.factors import Factors, factorize
 from vlmgraft.spectral.gates import Gates
@@ -109,3 +110,14 @@ def test_gates_of_other_factors_are_refused(tmp_path: Path) -> None:
     check_gates(Gates({}, 1.0, factors="others"), {"a": example("a")})
     with pytest.raises(CheckpointError, match=f"{tmp_path}: the gates were made for factors others, these are"):
         check_gates(Gates({}, 1.0, factors="others"), store)
+
+
+def test_a_mistake_of_ours_is_no_damaged_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise TypeError("ours")
+
+    factors, store = example(), FactorStore(tmp_path)
+    store.save(factors, "d1")
+    monkeypatch.setattr(factor_store, "Factors", broken)
+    with pytest.raises(TypeError, match="ours"):
+        store.load(factors.name)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given, strategies as st
+from pydantic import BaseModel, TypeAdapter
 
 from vlmgraft.errors import DamagedError
 from vlmgraft.storage.jsonl import append_row, read_json, read_rows, write_json, write_rows
@@ -50,3 +51,21 @@ def test_a_damaged_line_is_named(line: bytes, tmp_path: Path) -> None:
     path.write_bytes(line)
     with pytest.raises(DamagedError, match=r"rows\.jsonl: is not what"):
         read_json(path)
+
+
+class Row(BaseModel):
+    a: float
+    b: str = "none"
+
+
+def test_rows_of_a_kind_have_its_fields_and_others_are_named(tmp_path: Path) -> None:
+    path, kind = tmp_path / "rows.jsonl", TypeAdapter(Row)
+    write_rows(path, [{"a": 1, "c": 2}, {"a": 0.5, "b": "x"}])
+    assert list(read_rows(path, kind)) == [{"a": 1.0, "b": "none"}, {"a": 0.5, "b": "x"}]
+    for bad in ({"a": "1"}, {"b": "x"}, {"a": True}):
+        write_rows(path, [{"a": 1}, bad, {"a": 1}])
+        with pytest.raises(DamagedError, match=r"rows\.jsonl, line 2: is not what vlmgraft wrote \(.*a.*\); take"):
+            list(read_rows(path, kind))
+        write_json(path, bad)
+        with pytest.raises(DamagedError, match=r"rows\.jsonl: is not what vlmgraft wrote"):
+            read_json(path, kind)

@@ -17,7 +17,7 @@ from vlmgraft.hf.models import load_processor, load_text_model
 from vlmgraft.methods.curvature import Curvature
 from vlmgraft.methods.frism import Frism
 from vlmgraft.recipe.model import Recipe
-from vlmgraft.recipe.resolve import gated_method, read_questions
+from vlmgraft.recipe.resolve import Questions, gated_method
 from vlmgraft.spectral.factors import Factors
 from vlmgraft.spectral.gates import Gates
 from vlmgraft.spectral.rank import Rank, directions_kept
@@ -34,13 +34,16 @@ class GateLearner:
         self._donors: dict[str, Targets] = {}
 
     def gates_of(
-        self, recipe: Recipe, alignment: Alignment, factors: Mapping[str, Factors]
+        self, recipe: Recipe, questions: Questions, alignment: Alignment, factors: Mapping[str, Factors]
     ) -> tuple[Gates, Mapping[str, Factors]]:
-        """Learn the gates of a `frism` or `curvature` recipe; also returns their factors, cut to the recipe's rank."""
+        """Learn the gates of a `frism` or `curvature` recipe; also returns their factors, cut to the recipe's rank.
+
+        questions: as `read_questions` returns them.
+        """
         method = gated_method(recipe)
         if recipe.more_donors:
             raise RecipeError("more_donors: a sweep learns gates of one donor; sweep the donors one by one")
-        learned, held_out, text, _ = read_questions(recipe)
+        learned, held_out, text, _ = questions
         key = repr((method.calibration, method.rank, method.seed, recipe.donor, recipe.modules, recipe.layers))
         if key not in self._distillers:
             kept = {name: truncated(matrix, method.rank) for name, matrix in factors.items()}

@@ -30,7 +30,7 @@ from vlmgraft.methods.base import check_numbers
 from vlmgraft.methods.frism import Frism, GatedMethod
 from vlmgraft.methods.spectral import Spectral
 from vlmgraft.recipe.model import Recipe, dump_recipe
-from vlmgraft.recipe.resolve import RecipeSource, pair, read_questions, read_recipe
+from vlmgraft.recipe.resolve import Questions, RecipeSource, gated_method, pair, read_questions, read_recipe
 from vlmgraft.spectral.decompose import decompose
 from vlmgraft.spectral.factor_store import FactorStore
 from vlmgraft.storage.files import make_folder
@@ -194,6 +194,7 @@ class SweepInputs:
         self.contents: dict[str, list[str | None]] = {}
         self.rebuilders: dict[str, Rebuilder] = {}
         self.gates: GateLearner | None = None
+        self._questions: dict[str, Questions] = {}
 
     def check(self, recipe: Recipe) -> str:
         """Align a recipe's checkpoints and validate its options, before a model is loaded; return a digest of the
@@ -205,8 +206,17 @@ class SweepInputs:
         check_numbers(recipe.method, self.alignments[key])
         if isinstance(recipe.method, Frism) and recipe.method.budget_guarantee is not None:
             raise RecipeError("method.budget_guarantee: a sweep has none; remove it, or merge this recipe alone")
-        questions = read_questions(recipe).digests if isinstance(recipe.method, GatedMethod) else ()
+        questions = self.questions(recipe).digests if isinstance(recipe.method, GatedMethod) else ()
         return hashlib.sha256(repr((self.contents[key], questions)).encode()).hexdigest()[:16]
+
+    def questions(self, recipe: Recipe) -> Questions:
+        """The questions of a recipe with a gated method; what names the same is read once."""
+        method = gated_method(recipe)
+        texts = method.questions if isinstance(method, Frism) else None
+        key = repr((method.calibration, texts, method.kl_budget is None, len(recipe.more_donors)))
+        if key not in self._questions:
+            self._questions[key] = read_questions(recipe)
+        return self._questions[key]
 
     def weights(self, recipe: Recipe) -> dict[str, Tensor]:
         """The merged tensors of one point by role, float32."""
@@ -218,7 +228,8 @@ class SweepInputs:
         if rebuilder.factors is None and (gated or (isinstance(recipe.method, Spectral) and _matrices(rebuilder))):
             rebuilder.factors = dict(self._factors(key))
         if gated and self.gates is not None:
-            gates, factors = self.gates.gates_of(recipe, rebuilder.alignment, rebuilder.factors or {})
+            questions = self.questions(recipe)
+            gates, factors = self.gates.gates_of(recipe, questions, rebuilder.alignment, rebuilder.factors or {})
             spectra = {name: gates.spectrum(name, matrix.s) for name, matrix in factors.items()}
             return rebuilder.with_spectra(spectra, factors)
         return rebuilder.weights(recipe.method)

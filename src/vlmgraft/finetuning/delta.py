@@ -7,12 +7,13 @@ prior is bound to parameters, of which a process may hold a part.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,10 +38,11 @@ ALIKE: Mapping[str, float] = {}
 
 class _Source(NamedTuple):
     """The source of Δ. derive: Δ from a tensor and the VLM's values of it; None for a tensor without Δ. digests: of
-    everything read so far, by checkpoint and tensor."""
+    everything read so far, by checkpoint and tensor. blame: the name of the tensor that makes a Δ not finite."""
 
     derive: Callable[[AlignedTensor, Tensor], Tensor | None]
     digests: Callable[[], Mapping[str, Mapping[str, str]]]
+    blame: Callable[[AlignedTensor, Tensor], str]
 
 
 def load_prior(
@@ -122,7 +124,7 @@ def filtered_prior(
         factor = factors[tensor.name]
         return factor.update(factor.s * gates.open(tensor.name))
 
-    source = _Source(derive, partial(sources_of_factors, factors))
+    source = _Source(derive, partial(sources_of_factors, factors), lambda tensor, _: f"{tensor.name} of the factors")
     return _collect(alignment, lambda: nullcontext(source), rule, shares, store, dtype)
 
 
@@ -149,6 +151,10 @@ def _collect(
                 verdicts.append(PushVerdict(tensor.name, "kept", "it has no gates: only gated matrices are pushed"))
                 continue
             delta = _measured(tensor, value.to(dtype), weight.float(), shares)
+            if not math.isfinite(delta.norm + delta.size):
+                own = f"{tensor.name} of {alignment.vlm.path}"
+                what = source.blame(tensor, weight) if math.isfinite(delta.size) else own
+                raise WeightsError(f"{what}: holds NaN or infinity; fetch it again")
             if delta.norm > 0:
                 deltas[tensor.name] = delta if alone else replace(delta, value=delta.value.to("meta"))
                 verdicts.append(PushVerdict(tensor.name, "pushed", tensor.reason))
@@ -182,14 +188,27 @@ def _values(
 
 @contextmanager
 def _differences(alignment: Alignment, minus: Minus) -> Iterator[_Source]:
-    """Inside the context, donor and base are open as the source of Δ."""
+    """Inside the context, donor and base are open: W_donor − W_vlm or W_donor − W_base, float32, in the VLM's shape."""
     with ExitStack() as stack:
         keys = ("donor", "donor_base") if minus == "base" else ("donor",)
         readers = {key: stack.enter_context(Reader(getattr(alignment, key))) for key in keys}
-        yield _Source(
-            lambda tensor, weight: _difference(alignment, tensor, weight, readers, minus),
-            lambda: {key: reader.digests() for key, reader in readers.items()},
-        )
+
+        def side(key: str, tensor: AlignedTensor, weight: Tensor) -> Tensor:
+            if key == "vlm":
+                return weight
+            return assemble(getattr(tensor, key), readers[key].tensor, tuple(weight.shape), weight)
+
+        def difference(tensor: AlignedTensor, weight: Tensor) -> Tensor:
+            other = "vlm" if minus == "vlm" else "donor_base"
+            return side("donor", tensor, weight).float() - side(other, tensor, weight).float()
+
+        def blame(tensor: AlignedTensor, weight: Tensor) -> str:
+            for key in keys:
+                if not torch.isfinite(side(key, tensor, weight)).all():
+                    return f"{', '.join(getattr(tensor, key).names)} of {getattr(alignment, key).path}"
+            return f"Δ of {tensor.name}"
+
+        yield _Source(difference, lambda: {key: reader.digests() for key, reader in readers.items()}, blame)
 
 
 def _measured(tensor: AlignedTensor, value: Tensor, weight: Tensor, shares: Mapping[str, float]) -> Delta:
@@ -199,18 +218,3 @@ def _measured(tensor: AlignedTensor, value: Tensor, weight: Tensor, shares: Mapp
     start = float((weight * value.float()).sum(dtype=torch.float64))
     size = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
     return Delta(tensor.name, role, tensor.group, value, norm, start, size, share)
-
-
-def _difference(
-    alignment: Alignment, tensor: AlignedTensor, weight: Tensor, readers: Mapping[str, Reader], minus: Minus
-) -> Tensor:
-    """W_donor − W_vlm or W_donor − W_base in float32, in the VLM's shape; weight: the VLM's tensor."""
-    sides: list[Tensor] = []
-    for key in ("donor", "vlm" if minus == "vlm" else "donor_base"):
-        source: Any = None if key == "vlm" else getattr(tensor, key)
-        side = weight if key == "vlm" else assemble(source, readers[key].tensor, tuple(weight.shape), weight)
-        if not torch.isfinite(side).all():
-            names = tensor.name if key == "vlm" else ", ".join(source.names)
-            raise WeightsError(f"{names} of {getattr(alignment, key).path}: holds NaN or infinity; fetch it again")
-        sides.append(side.float())
-    return sides[0] - sides[1]

@@ -6,7 +6,6 @@ It holds the VLM's tensors under their names, shapes and dtypes (or the LoRA ada
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from vlmgraft._version import __version__
 from vlmgraft.checkpoint.digests import RECEIPT, seal_receipt, write_receipt
@@ -23,7 +23,7 @@ from vlmgraft.checkpoint.header import TensorSpec
 from vlmgraft.checkpoint.index import Checkpoint, open_checkpoint
 from vlmgraft.checkpoint.reader import Reader
 from vlmgraft.checkpoint.writer import Writer
-from vlmgraft.errors import NumericalError, OutputError, RecipeError
+from vlmgraft.errors import DamagedError, NumericalError, OutputError, RecipeError
 from vlmgraft.export.card import copy_side_files
 from vlmgraft.finetuning.callback import LOG
 from vlmgraft.finetuning.prior import PushVerdict
@@ -49,21 +49,30 @@ class Tuned:
     log: tuple[Mapping[str, Any], ...]
 
 
+@dataclass(frozen=True)
+class _Receipt:
+    """What is needed of receipt.json."""
+
+    inputs: str
+    contents: dict[str, str | None]
+    steps: int
+    train_loss: float
+    prior: tuple[PushVerdict, ...]
+
+
 def finished(recipe: TuneRecipe, vlm: Checkpoint, out: Path, contents: Mapping[str, str | None]) -> Tuned | None:
     """The result in `out` if this recipe finished it from these weights and traces, else None.
 
     contents: digests of everything that the recipe names by path.
     """
     try:
-        receipt = json.loads((out / RECEIPT).read_text(encoding="utf-8"))
-        if read_mapping(out / RECIPE) != _written(recipe, out) or receipt["inputs"] != fingerprint(vlm.files):
-            return None
-        if receipt["contents"] != contents:
-            return None
-        verdicts = tuple(PushVerdict(**row) for row in receipt["prior"])
-        return Tuned(out, receipt["steps"], receipt["train_loss"], verdicts, tuple(read_rows(out / ROWS)))
-    except (OSError, ValueError, KeyError, TypeError, RecipeError):
+        receipt = TypeAdapter(_Receipt).validate_json((out / RECEIPT).read_bytes(), strict=True)
+        written, log = read_mapping(out / RECIPE), tuple(read_rows(out / ROWS))
+    except (OSError, ValidationError, RecipeError, DamagedError):
         return None
+    if (written, receipt.inputs, receipt.contents) != (_written(recipe, out), fingerprint(vlm.files), contents):
+        return None
+    return Tuned(out, receipt.steps, receipt.train_loss, receipt.prior, log)
 
 
 def publish(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from vlmgraft._version import __version__
 from vlmgraft.alignment import AlignedTensor, Alignment
@@ -75,6 +76,9 @@ class Receipt:
     def survival(self) -> Survival:
         """What of the change survived the cast, over all merged tensors."""
         return Survival(self.effective, self.noise, self.changed)
+
+
+_RECEIPT = TypeAdapter(Receipt)
 
 
 def receipt_of(
@@ -157,14 +161,12 @@ def _warning(kept: Survival) -> tuple[str, ...]:
 def finished_receipt(out: Path, inputs: Sequence[Path]) -> Receipt | None:
     """The receipt of a merged folder; None if there is none, or if it was made from other input files."""
     try:
-        found = json.loads((out / RECEIPT).read_text(encoding="utf-8"))
-        if found["digest"] != seal(found) or found["inputs"] != fingerprint(inputs):
-            return None
-        tensors = tuple(TensorReceipt(**row) for row in found["tensors"])
-        files = tuple(FileReceipt(**{**row, "tensors": tuple(row["tensors"])}) for row in found["files"])
-        return Receipt(**{**found, "tensors": tensors, "files": files, "notes": tuple(found["notes"])})
-    except (OSError, ValueError, KeyError, TypeError):
+        text = (out / RECEIPT).read_bytes()
+        receipt = _RECEIPT.validate_json(text, strict=True)
+    except (OSError, ValidationError):
         return None
+    same = receipt.digest == seal(json.loads(text)) and receipt.inputs == fingerprint(inputs)
+    return receipt if same else None
 
 
 def fingerprint(files: Sequence[Path]) -> str:

@@ -111,9 +111,14 @@ class Lines:
             axes.plot(dot.x, dot.y, marker, **line | mark | {"gid": _tag(series.data, dot.tip)})
             if dot.label:
                 beside: dict[str, Any] = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 7}
-                axes.annotate(dot.label, (dot.x, dot.y), color=SHADES["soft"], gid=line["gid"], **beside)
-        (key,) = axes.plot([], [], marker=marker, mec=SHADES["paper"], color=colour, label=series.name)
+                axes.annotate(_plain(dot.label), (dot.x, dot.y), color=SHADES["soft"], gid=line["gid"], **beside)
+        (key,) = axes.plot([], [], marker=marker, mec=SHADES["paper"], color=colour, label=_plain(series.name))
         return key
+
+
+def _plain(text: str) -> str:
+    """A name as it is: between two dollars matplotlib would read mathematics."""
+    return text.replace("$", r"\$")
 
 
 def _thin(axes: Any) -> None:
@@ -178,7 +183,7 @@ class Heat:
                         self._write(axes, x, y, value)
         every = -(-len(self.columns) // 14)
         axes.set_xticks([x + 0.5 for x in range(0, len(self.columns), every)], self.columns[::every])
-        axes.set_yticks([y + 0.5 for y in range(len(self.rows))], self.rows)
+        axes.set_yticks([y + 0.5 for y in range(len(self.rows))], [_plain(name) for name in self.rows])
         axes.set(xlim=(0, len(self.columns)), ylim=(len(self.rows), 0), xlabel=self.x, ylabel=self.y)
         low = 0.0 if self.one_sided else -1.0
         steps = 24

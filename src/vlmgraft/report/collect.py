@@ -22,10 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 
-from vlmgraft.errors import CheckpointError, DamagedError, InputError, VlmgraftError
-from vlmgraft.storage.jsonl import read_json, read_rows
+from vlmgraft.errors import CheckpointError, DamagedError, InputError
+from vlmgraft.evaluation.records import RECORDS, Record, load_records
+from vlmgraft.report import schemas
+from vlmgraft.storage.jsonl import json_object, read_json, read_rows
 from vlmgraft.storage.listed import listed
 from vlmgraft.storage.portable import nameless
 
@@ -36,25 +39,22 @@ QUESTION_LENGTH = 600
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The evaluation in one folder: the model's name, the averages by kind, and a row per item."""
+    """The evaluation in one folder: the model's name, the averages by kind, and a record per item."""
 
     folder: Path
     model: str
     averages: dict[str, Any]
-    records: Rows
+    records: list[Record]
 
 
 def read_evaluation(folder: Path) -> Evaluation | None:
     """The evaluation in a folder; None if its files with these names hold something else."""
-    records, run = folder / "records.jsonl", folder / "run.json"
-    averages = read_json(folder / "summary.json").get("averages") if records.is_file() else None
-    if not isinstance(averages, dict):
+    summary, run = folder / "summary.json", folder / "run.json"
+    if not (folder / RECORDS).is_file() or not isinstance(read_json(summary).get("averages"), dict):
         return None
-    if not all(isinstance(average, dict) and "mean" in average for average in averages.values()):
-        raise DamagedError(folder / "summary.json", f"averages {averages!r:.80}")
     run_settings = read_json(run) if run.is_file() else {}
     name = Path(str(run_settings.get("model", folder.name))).name
-    return Evaluation(folder, name, averages, list(read_rows(records)))
+    return Evaluation(folder, name, read_json(summary, TypeAdapter(schemas.Averages))["averages"], load_records(folder))
 
 
 def evaluation_points(evaluations: Sequence[Evaluation]) -> Rows:
@@ -72,26 +72,28 @@ def side_by_side(evaluations: Sequence[Evaluation]) -> Rows:
     if len(evaluations) < 2:
         return []
     scored = [
-        {(row["id"], row["key"]): row for row in each.records if row.get("score") is not None} for each in evaluations
+        {(record.id, record.key): record for record in each.records if record.score is not None} for each in evaluations
     ]
     tasks: dict[str, Rows] = {}
-    for key, row in scored[0].items():
+    for key, first in scored[0].items():
         if all(key in records for records in scored):
             answers = [
-                {"model": each.model, "said": records[key]["output"], "right": records[key]["score"] == 1}
+                {"model": each.model, "said": records[key].output, "right": records[key].score == 1}
                 for each, records in zip(evaluations, scored, strict=True)
             ]
-            shown = {"task": row["task"], "kind": row["kind"], "question": row["prompt"][-QUESTION_LENGTH:]}
-            shown |= {"expected": ", ".join(row["expected"]), "image": None, "answers": answers}
-            tasks.setdefault(row["task"], []).append(shown)
+            shown: dict[str, Any] = {
+                "task": first.task,
+                "kind": first.kind,
+                "question": first.prompt[-QUESTION_LENGTH:],
+            }
+            shown |= {"expected": ", ".join(first.expected), "image": None, "answers": answers}
+            tasks.setdefault(first.task, []).append(shown)
     turns = chain.from_iterable(zip_longest(*tasks.values()))
     return [row for row in turns if row is not None][:SHOWN]
 
 
 BINS = 16
 DEPTH = 5
-ODD = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, OSError, SafetensorError)
-"""Exceptions that malformed rows, not written by a command, can cause."""
 _IN_LAYER = re.compile(r"layers\.(\d+)\.(?:.*\.)?(\w+)$")
 
 
@@ -119,7 +121,7 @@ class GatedRun:
     """
 
     folder: Path
-    settings: dict[str, Any]
+    settings: Mapping[str, Any]
     log: Rows
     matrices: Rows
     histogram: list[int]
@@ -154,8 +156,8 @@ def collect(folders: Sequence[str | Path]) -> Collected:
     """Read every known file in the folders, five levels deep; hidden folders and factor stores are skipped.
 
     Raises:
-        InputError: no folder is given, one is missing, or none of them holds a file of a run. CheckpointError: gates
-            cannot be read. DamagedError: another file was not written by a command.
+        InputError: no folder is given, one is missing, or none of them holds a file of a run. CheckpointError:
+            unreadable gates. DamagedError, DataError: another file was not written by a command.
     """
     runs = Collected()
     if not (folders := listed(folders)):
@@ -164,12 +166,7 @@ def collect(folders: Sequence[str | Path]) -> Collected:
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder; give folders that vlmgraft wrote")
         for path in _files(folder, DEPTH):
-            try:
-                _READERS[path.name](runs, path)
-            except VlmgraftError:
-                raise
-            except ODD as error:
-                raise DamagedError(path, error) from error
+            _READERS[path.name](runs, path)
     parent = runs.evaluations[0].folder.parent if runs.evaluations else Path()
     for compared, rows in ((runs.points, evaluation_points), (runs.answers, side_by_side)):
         if made := rows(runs.evaluations):  # one chart and one list of answers for all models
@@ -189,9 +186,11 @@ def _files(folder: Path, depth: int) -> Iterator[Path]:
                 yield from _files(path, depth - 1)
 
 
-def _rows_into(kind: str) -> Callable[[Collected, Path], None]:
+def _rows_into(kind: str, row: Any) -> Callable[[Collected, Path], None]:
+    adapter: TypeAdapter[Any] = TypeAdapter(row)
+
     def read(runs: Collected, path: Path) -> None:
-        rows = nameless(list(read_rows(path)))
+        rows = nameless(list(read_rows(path, adapter)))
         if rows:
             getattr(runs, kind).append(Run(path.parent, rows))
 
@@ -200,22 +199,29 @@ def _rows_into(kind: str) -> Callable[[Collected, Path], None]:
 
 def _choice(runs: Collected, path: Path) -> None:
     """Collect the measured rules of `choose`; the others were dropped before the test, and have no accuracies."""
-    rows = [row for row in nameless(list(read_rows(path))) if "reasoning" in row]
+    rows = [row for row in nameless(list(read_rows(path, TypeAdapter(schemas.Contender)))) if row.get("reasoning")]
     if rows:
         runs.points.append(Run(path.parent, rows))
 
 
+def _inspection(runs: Collected, path: Path) -> None:
+    runs.inspections.append((path.parent, nameless(read_json(path, TypeAdapter(schemas.Inspection)))))
+
+
 def _receipt(runs: Collected, path: Path) -> None:
     """Collect a merge's receipt; receipts of stores, adapters and tuned folders only list digests and are skipped."""
-    receipt = nameless(read_json(path))
-    if "method" in receipt:
-        if not isinstance(receipt.get("tensors"), list):
-            raise DamagedError(path, "it lists no tensors")
-        runs.receipts.append(Document(path.parent, receipt))
+    text = path.read_bytes()
+    if "method" in json_object(text, path):
+        runs.receipts.append(
+            Document(path.parent, nameless(json_object(text, path, TypeAdapter(schemas.MergeReceipt))))
+        )
 
 
 def _recipe(runs: Collected, path: Path) -> None:
-    text = nameless(path.read_text(encoding="utf-8"))
+    try:
+        text = nameless(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise DamagedError(path, error) from error
     if text not in [recipe.content for recipe in runs.recipes]:
         runs.recipes.append(Document(path.parent, text))
 
@@ -229,19 +235,22 @@ def read_gates(folder: Path) -> GatedRun:
     """A gates folder as rows, read without torch; raises CheckpointError if the folder is incomplete."""
     from safetensors.numpy import load_file
 
-    settings, file = read_json(folder / "gates.json"), folder / "gates.safetensors"
+    settings, file = read_json(folder / "gates.json", TypeAdapter(schemas.GateSettings)), folder / "gates.safetensors"
     try:
         logits = load_file(file)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, TypeError, AttributeError) as error:  # the last two: a dtype that numpy lacks
         raise CheckpointError(f"{file}: not of a complete gates folder ({error}); learn the gates again") from error
+    for name, value in logits.items():
+        if value.dtype != np.float32 or value.ndim not in (1, 2) or not value.size or np.isnan(value).any():
+            raise CheckpointError(f"{file}: {name} is {value.dtype} {list(value.shape)}, or NaN; learn the gates again")
     log = folder / "training.jsonl"
     opened = {name: 1 / (1 + np.exp(-value.astype(np.float64))) for name, value in logits.items()}
     every = np.concatenate([value.ravel() for value in opened.values()]) if opened else np.zeros(0)
     factors = folder.parent / "factors"
     return GatedRun(
         folder,
-        {key: value for key, value in settings.items() if key != "from"},
-        list(read_rows(log)) if log.is_file() else [],
+        settings,
+        list(read_rows(log, TypeAdapter(schemas.Step))) if log.is_file() else [],
         [_matrix(name, value, factors / f"{name}.safetensors") for name, value in opened.items()],
         np.histogram(every, bins=20, range=(0, 1))[0].tolist(),
     )
@@ -274,22 +283,25 @@ def _singular_values(path: Path) -> np.ndarray | None:
         return None
     from safetensors import safe_open
 
-    with safe_open(path, framework="numpy") as file:
-        return np.asarray(file.get_tensor("s"), dtype=np.float64)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return np.asarray(file.get_tensor("s"), dtype=np.float64)
+    except (OSError, SafetensorError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: no factors of this matrix ({error}); run decompose --resume") from error
 
 
 _READERS: Mapping[str, Callable[[Collected, Path], None]] = {
-    "results.jsonl": _rows_into("points"),
-    "sweep.jsonl": _rows_into("points"),
+    "results.jsonl": _rows_into("points", schemas.Point),
+    "sweep.jsonl": _rows_into("points", schemas.Point),
     "choose.jsonl": _choice,
-    "knockout.jsonl": _rows_into("knockouts"),
-    "ranks.jsonl": _rows_into("ranks"),
-    "distances.jsonl": _rows_into("distances"),
-    "spectra.jsonl": _rows_into("spectra"),
-    "inspection.json": lambda runs, path: runs.inspections.append((path.parent, nameless(read_json(path)))),
+    "knockout.jsonl": _rows_into("knockouts", schemas.Cell),
+    "ranks.jsonl": _rows_into("ranks", schemas.Band),
+    "distances.jsonl": _rows_into("distances", schemas.Distance),
+    "spectra.jsonl": _rows_into("spectra", schemas.Spectrum),
+    "inspection.json": _inspection,
     "receipt.json": _receipt,
     "recipe.yaml": _recipe,
     "gates.json": lambda runs, path: runs.gates.append(read_gates(path.parent)),
-    "answers.jsonl": _rows_into("answers"),
+    "answers.jsonl": _rows_into("answers", schemas.Answered),
     "summary.json": _summary,
 }

@@ -6,15 +6,14 @@ alone is 4.8 MB, more than the size limit of a whole page; SVG charts also print
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from vlmgraft._version import __version__
-from vlmgraft.errors import InputError, OutputError, VlmgraftError
+from vlmgraft.errors import InputError, OutputError
 from vlmgraft.report import parts
 from vlmgraft.report.charts import save_chart
-from vlmgraft.report.collect import ODD, Collected, collect
+from vlmgraft.report.collect import Collected, collect
 from vlmgraft.report.sections import render_section
 from vlmgraft.report.text import escape
 from vlmgraft.storage.files import make_folder
@@ -59,40 +58,24 @@ def write_figures(folders: Sequence[str | Path], out: str | Path) -> list[Path]:
             was not drawn by matplotlib.
     """
     refuse_place(out)
-    names = [str(folder) for folder in listed(folders)]
     runs, written = collect(folders), []
-    with _rows_of_ours(names):
-        for section in parts.sections(runs):
-            for index, figure in enumerate(section.figures):
-                make_folder(Path(out))
-                for suffix in ("svg", "pdf"):
-                    written.append(Path(out) / f"{section.file_name(index)}.{suffix}")
-                    refuse_file(written[-1], lambda head: any(mark in head for mark in FIGURE_MARKS))
-                    save_chart(figure.chart, written[-1])
+    for section in parts.sections(runs):
+        for index, figure in enumerate(section.figures):
+            make_folder(Path(out))
+            for suffix in ("svg", "pdf"):
+                written.append(Path(out) / f"{section.file_name(index)}.{suffix}")
+                refuse_file(written[-1], lambda head: any(mark in head for mark in FIGURE_MARKS))
+                save_chart(figure.chart, written[-1])
     if not written:
-        raise InputError(f"{', '.join(names)}: nothing to draw; run `vlmgraft sweep` or `vlmgraft knockout` first")
+        names = ", ".join(map(str, listed(folders)))
+        raise InputError(f"{names}: nothing to draw; run `vlmgraft sweep` or `vlmgraft knockout` first")
     return written
-
-
-@contextmanager
-def _rows_of_ours(folders: Sequence[str]) -> Iterator[None]:
-    """Turn the exceptions that malformed rows cause into an InputError."""
-    try:
-        yield
-    except VlmgraftError:
-        raise
-    except ODD as error:
-        raise InputError(
-            f"{', '.join(folders)}: a file holds rows that no command wrote ({type(error).__name__}: {error!s:.200}); "
-            "make them again, or leave their folder out"
-        ) from error
 
 
 def render(runs: Collected, title: str, folders: Sequence[str]) -> str:
     """The page as HTML text; a section appears if there are rows for it."""
-    with _rows_of_ours(folders):
-        sections = parts.sections(runs)
-        drawn, figures = "\n".join(map(render_section, sections)), parts.summary(runs)
+    sections = parts.sections(runs)
+    drawn, figures = "\n".join(map(render_section, sections)), parts.summary(runs)
     links = "".join(f'<a href="#{section.id}">{escape(section.topic)}</a>' for section in sections)
     css, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     return (

@@ -126,15 +126,15 @@ class FactorStore(Store):
         path = self.folder / f"{name}{SUFFIX}"
         try:
             with safe_open(path, framework="pt") as file:
-                stored, header = set(file.keys()), file.metadata()
+                stored, header = set(file.keys()), file.metadata() or {}
                 suffix = "_train" if self.training and "U_train" in stored else ""
                 U, s, Vh = (file.get_tensor(key) for key in (f"U{suffix}", "s", f"Vh{suffix}"))
             if not U.shape[-1] == s.shape[-1] == Vh.shape[-2] or not U.ndim == Vh.ndim == s.ndim + 1:
                 raise ValueError(f"U {list(U.shape)}, s {list(s.shape)} and Vh {list(Vh.shape)} do not fit")
-            figures = float(header["energy"]), float(header["error"])
-            return Factors(name, header["role"], U, s, Vh, *figures, header.get("route", ""))
-        except (OSError, SafetensorError, ValueError, TypeError, LookupError) as error:
-            raise CheckpointError(f"{path}: no factors of this matrix ({error}); run decompose --resume") from error
+            role, energy, error = header["role"], float(header["energy"]), float(header["error"])
+        except (OSError, SafetensorError, ValueError, LookupError) as fault:
+            raise CheckpointError(f"{path}: no factors of this matrix ({fault}); run decompose --resume") from fault
+        return Factors(name, role, U, s, Vh, energy, error, header.get("route", ""))
 
     def header(self, name: str) -> dict[str, str] | None:
         """The header of one matrix's file; None without a file, or without a valid header."""

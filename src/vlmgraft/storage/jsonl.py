@@ -13,10 +13,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlmgraft.errors import DamagedError, OutputError
 from vlmgraft.storage.files import new_file, sweep_files
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 TAIL = 4096
 """Bytes read at a time, from the end, to find the last line."""
@@ -93,26 +96,33 @@ def _drop_cut_line(file: FileIO) -> None:
         file.truncate(end)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object of one JSON document that vlmgraft wrote; raises DamagedError, OSError."""
-    return _mapping(path.read_bytes(), path)
+def read_json(path: Path, kind: TypeAdapter[Any] | None = None) -> dict[str, Any]:
+    """The object of one JSON document that vlmgraft wrote, as `json_object`; raises DamagedError, OSError."""
+    return json_object(path.read_bytes(), path, kind)
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a JSON-lines file; a last line cut short by an interruption is dropped.
+def read_rows(path: Path, kind: TypeAdapter[Any] | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a JSON-lines file, as `json_object`; a last line cut short by an interruption is dropped.
 
     Raises DamagedError naming file and line, OSError.
     """
     *lines, cut = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         if line.strip():
-            yield _mapping(line, f"{path}, line {number}")
+            yield json_object(line, f"{path}, line {number}", kind)
     with suppress(DamagedError):
-        yield _mapping(cut, path)  # a complete row without its newline
+        yield json_object(cut, path, kind)  # a complete row without its newline
 
 
-def _mapping(text: bytes, where: object) -> dict[str, Any]:
+def json_object(text: bytes, where: object, kind: TypeAdapter[Any] | None = None) -> dict[str, Any]:
+    """An object in JSON; raises DamagedError, which names `where`.
+
+    kind: what it must be, by pydantic's strict rules; of such an object its fields, with their defaults, are given.
+    """
     try:
+        if kind is not None:
+            fields: dict[str, Any] = kind.dump_python(kind.validate_json(text, strict=True))
+            return fields
         document = json.loads(text.decode())
     except (ValueError, RecursionError) as error:
         raise DamagedError(where, error) from error

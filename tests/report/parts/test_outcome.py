@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import base64
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from vlmgraft.errors import DataError
 from vlmgraft.report.collect import Document, Run
+from vlmgraft.report.page import write_report
 from vlmgraft.report.parts import outcome
 from vlmgraft.report.parts.outcome import answers, receipt, recipes
 
@@ -79,3 +82,10 @@ def test_recipes_are_shown_as_they_are_written() -> None:
     assert "vlm: a\n# 1 &lt; 2</pre>" in one.extra
     (two,) = recipes([Document(Path("first"), "vlm: a"), Document(Path("second"), "vlm: b")])
     assert two.title == "These recipes replay the merges" and "data-copy='recipe-1'" in two.extra
+
+
+def test_a_picture_that_is_none_is_named(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "answers", tmp_path / "answers")
+    (tmp_path / "answers" / "0.png").write_text("no picture")
+    with pytest.raises(DataError, match=r"answers/0\.png: cannot be read, or is corrupt"):
+        write_report([tmp_path], tmp_path / "r.html")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,9 @@ import pytest
 from report_runs import distances as rows_of_distances
 
 from vlmgraft.report.collect import Run
+from vlmgraft.report.page import write_report
 from vlmgraft.report.parts.safety import distances, spectra
+from vlmgraft.storage.jsonl import write_rows
 
 
 def test_distances_are_maps_of_layers_and_groups() -> None:
@@ -53,3 +57,18 @@ def test_energy_counts_by_the_square_of_the_norm() -> None:
     assert [dot.x for dot in curve.dots] == [1, 2] and [dot.y for dot in curve.dots] == pytest.approx([1.0, 0.3])
     assert section.figures[1].chart.values == [[2.0, 5.0]]
     assert "concentrated: 8 directions" in spectra(Run(Path("run"), rows[:1])).title
+
+
+def test_layers_and_changes_that_are_not_there_are_not_drawn(runs: Path, tmp_path: Path) -> None:
+    """As `inspect` leaves it where only embeddings are merged, and where donor and base are the same."""
+    for name, change in (("distances", {"layer": None}), ("spectra", {"layer": None}), ("spectra", ZERO)):
+        rows = [json.loads(text) | change for text in (runs / "inspect" / f"{name}.jsonl").read_text().splitlines()]
+        folder = tmp_path / f"{name} {len(change)}"
+        folder.mkdir()
+        write_rows(folder / f"{name}.jsonl", rows)
+        text = write_report([folder], folder / "r.html").read_text()
+        assert f'<section id="{name}"' in text and text.count("<figure") == (change is not ZERO and name == "spectra")
+    assert "The donor's tuning changed none of these matrices" in html.unescape(text)
+
+
+ZERO = {"norm": 0.0, "effective_rank": 0.0, "stable_rank": 0.0, "first": {"1": 0.0, "8": 0.0, "64": 0.0}, "shown": []}

@@ -104,7 +104,7 @@ def _text(run: GatedRun, rows: Sequence[Row]) -> list[str]:
         "donor": "donor matching, which rewards answers like the donor's on text questions",
     }
     text = []
-    if "inject" in settings:
+    if settings.get("inject"):
         weight = settings.get("inject_weight")
         text.append(
             f"λ {number(settings.get('scale'))}, {settings.get('steps')} steps, injection by "

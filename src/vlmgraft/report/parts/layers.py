@@ -24,7 +24,7 @@ MODES = {
 
 def knockout(run: Run) -> Section:
     """The section of one knock-out file."""
-    cells = [row for row in run.rows if row["mode"] != "intact" and "reasoning_change" in row]
+    cells = [row for row in run.rows if row["mode"] != "intact"]
     models = list(dict.fromkeys(row["model"] for row in cells))
     modes = list(dict.fromkeys(row["mode"] for row in cells))
     figures = [

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlmgraft.data.images import open_picture
 from vlmgraft.report.charts import Heat
 from vlmgraft.report.collect import Document, Run, layer_and_projection
 from vlmgraft.report.sections import Figure, Filter, Section, Table
@@ -48,8 +50,7 @@ def receipt(document: Document) -> Section:
         for tensor in tensors
     ]
     table = Table("receipt", ("tensor", "verdict", "norm added", "norm of τ", "reason"), rows)
-    added = sum(tensor["added"] ** 2 for tensor in merged) ** 0.5
-    whole = sum((tensor.get("task_vector") or 0) ** 2 for tensor in merged) ** 0.5
+    added, whole = (math.hypot(*(tensor[key] or 0.0 for tensor in merged)) for key in ("added", "task_vector"))
     title = f"The merge changed {counts['merged']} of {len(tensors)} tensors" + (
         f" and took {100 * added / whole:.0f} % of the task vector's length" if whole else ""
     )
@@ -103,13 +104,10 @@ def _card(row: Mapping[str, Any], image: str) -> str:
 
 
 def _image(path: Path) -> str:
-    """The image as a data URL, at most 384 pixels a side; empty if the file is missing."""
-    from PIL import Image
-
+    """The image as a data URL, at most 384 pixels a side; empty if the file is missing. Raises DataError."""
     if not path.is_file():
         return ""
-    with Image.open(path) as opened:
-        image = opened.convert("RGB")
+    image = open_picture(path, str(path))
     image.thumbnail((MAX_SIDE, MAX_SIDE))
     made = io.BytesIO()
     small = image.width * image.height <= 128 * 128

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,13 @@ def distances(run: Run, inspection: Row) -> Section:
         "harmless where τ was short beside the weights and not opposed to τ_vlm; no threshold is known that holds for "
         "every pair, so measure what a merge costs. Two unrelated matrices of one norm are 1.41 apart."
     ]
-    figures = [
-        _map(run.rows, "ratio", "Length of τ beside the weights, ‖τ‖ / ‖W‖", True),
-        _map(run.rows, "vlm_ratio", "Length of the VLM's own change, ‖τ_vlm‖ / ‖W‖", True),
-        _map(run.rows, "cosine", "Cosine between τ_vlm and τ", False),
-    ]
+    layers = [row for row in run.rows if row["layer"] is not None]
+    maps = (
+        ("ratio", "Length of τ beside the weights, ‖τ‖ / ‖W‖", True),
+        ("vlm_ratio", "Length of the VLM's own change, ‖τ_vlm‖ / ‖W‖", True),
+        ("cosine", "Cosine between τ_vlm and τ", False),
+    )
+    figures = [_map(layers, *settings) for settings in maps] if layers else []
     keys = ("group", "weight_norm", "donor_norm", "ratio", "vlm_norm", "vlm_ratio", "cosine", "unchanged")
     table = Table(
         "distances",
@@ -49,7 +52,7 @@ def _names(text: str, bases: Sequence[Row]) -> str:
 
 
 def _map(rows: Sequence[Row], key: str, caption: str, one_sided: bool) -> Figure:
-    values = {(row["group"], row["layer"]): row[key] for row in rows if row["layer"] is not None}
+    values = {(row["group"], row["layer"]): row[key] for row in rows}
     reach = max([abs(value) for value in values.values()] + [1e-9])
     return Figure(caption, Heat.by_layer(values, reach=reach, one_sided=one_sided))
 
@@ -68,20 +71,6 @@ def _more(inspection: Row) -> list[Table]:
 
 def spectra(run: Run) -> Section:
     """Singular values by layer, and the effective rank of the task vector."""
-    rows = [row for row in run.rows if row["shown"]]
-    curves = [_curve(kind, rows) for kind in dict.fromkeys(_kind(row["name"]) for row in rows)]
-    share = [row["effective_rank"] / min(row["shape"]) for row in rows]
-    eight = sum(row["first"]["8"] * row["norm"] ** 2 for row in rows) / sum(row["norm"] ** 2 for row in rows)
-    how = "concentrated" if eight > 0.5 else "spread out"
-    title = f"The donor's change is {how}: 8 directions per matrix hold {100 * eight:.0f} % of its energy"
-    ranks = {(_kind(row["name"]), row["layer"]): row["effective_rank"] for row in rows if row["layer"] is not None}
-    settings: dict[str, Any] = {"unit": " directions", "written": "{:.1f}", "one_sided": True}
-    heat = Heat.by_layer(ranks, reach=max(ranks.values(), default=1.0), **settings)
-    lines = Lines(curves, "direction, from the largest", "s / s of the first", log_y=True)
-    figures = [
-        Figure("Singular values of τ, mean over layers", lines, "relative to the first one of their matrix"),
-        Figure("Effective rank of τ by layer", heat, "(Σ s²)² / Σ s⁴, in directions"),
-    ]
     keys = (("norm", "‖τ‖"), ("effective_rank", "effective rank"), ("stable_rank", "stable rank"))
     table = Table(
         "spectra",
@@ -92,6 +81,22 @@ def spectra(run: Run) -> Section:
             for row in run.rows
         ],
     )
+    rows = [row for row in run.rows if row["shown"]]
+    if not rows:
+        return Section("spectra", "spectra", "The donor's tuning changed none of these matrices", tables=[table])
+    whole = math.hypot(*(row["norm"] for row in rows))
+    eight = sum(row["first"]["8"] * (row["norm"] / whole) ** 2 for row in rows)
+    how = "concentrated" if eight > 0.5 else "spread out"
+    title = f"The donor's change is {how}: 8 directions per matrix hold {100 * eight:.0f} % of its energy"
+    curves = [_curve(kind, rows) for kind in dict.fromkeys(_kind(row["name"]) for row in rows)]
+    lines = Lines(curves, "direction, from the largest", "s / s of the first", log_y=True)
+    figures = [Figure("Singular values of τ, mean over layers", lines, "relative to the first one of their matrix")]
+    ranks = {(_kind(row["name"]), row["layer"]): row["effective_rank"] for row in rows if row["layer"] is not None}
+    if ranks:
+        settings: dict[str, Any] = {"unit": " directions", "written": "{:.1f}", "one_sided": True}
+        heat = Heat.by_layer(ranks, reach=max(ranks.values()), **settings)
+        figures.append(Figure("Effective rank of τ by layer", heat, "(Σ s²)² / Σ s⁴, in directions"))
+    share = [row["effective_rank"] / min(row["shape"]) for row in rows]
     text = [
         f"An effective rank is {number(100 * min(share), 2)} to {number(100 * max(share), 2)} % of the directions a "
         "matrix has. Truncation keeps the first directions and drops the rest; FRISM weighs every direction by itself."
