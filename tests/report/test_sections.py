@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 
 from vlmgraft.report.charts import Bars
-from vlmgraft.report.sections import Filter, Figure, Section, Table, as_csv, cell_text, render_section
+from vlmgraft.report.sections import Figure, Filter, Section, Table, as_csv, cell_text, render_section
 
 
 def test_csv_keeps_precision_and_quotes() -> None:
