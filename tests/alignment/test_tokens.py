@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vlmgraft.alignment import align
-from vlmgraft.checkpoint.index import open_checkpoint
+from vlmgraft.alignment.tokens import MOST, Tokens, compare_tokens
+from vlmgraft.checkpoint.index import Checkpoint, open_checkpoint
 from vlmgraft.errors import AlignmentError
 from vlmgraft.pipeline import inspect, merge
 
@@ -89,3 +90,29 @@ def test_another_tokenizer_merges_no_embeddings(trio: Path, tmp_path: Path) -> N
     assert align(*opened).merged
     with pytest.raises(AlignmentError, match=r"donor: 40 of \d+ tokens are others.*leave embeddings and head out"):
         align(*opened, modules=["all", "embeddings"])
+
+
+def tokenized(folder: Path, tokenizer: dict[str, Any] | None) -> Checkpoint:
+    folder.mkdir()
+    if tokenizer is not None:
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return Checkpoint(folder, {}, (), {})
+
+
+def test_vocabularies_of_both_kinds_and_what_was_added_are_compared_by_number(tmp_path: Path) -> None:
+    """A mapping from tokens, and a unigram model's list with scores; what was added stands over both."""
+    plain = tokenized(tmp_path / "a", {"model": {"vocab": {"x": 0, "y": 1, "z": 2}}})
+    listed = {"model": {"vocab": [["x", -1.0], ["q", -2.0]]}, "added_tokens": [{"id": 3, "content": "<new>"}]}
+    other = tokenized(tmp_path / "b", listed)
+    assert compare_tokens(plain, other, "donor") == Tokens("donor", {1: ("y", "q")}, {2: "z"}, {3: "<new>"}, 2)
+    assert compare_tokens(other, plain, "donor") == Tokens("donor", {1: ("q", "y")}, {3: "<new>"}, {2: "z"}, 2)
+    assert compare_tokens(plain, plain, "donor") == Tokens("donor", {}, {}, {}, 0)
+    assert compare_tokens(plain, tokenized(tmp_path / "c", None), "donor") is None
+
+
+def test_rows_without_a_counterpart_are_those_of_other_and_missing_tokens() -> None:
+    """A tenth may be others; with one more it is another tokenizer."""
+    others = dict.fromkeys(range(10), ("a", "b"))
+    assert Tokens("donor", others, {200: "c"}, {300: "d"}, int(10 / MOST)).foreign == {*range(10), 200}
+    with pytest.raises(AlignmentError, match="donor: 10 of 99 tokens are others"):
+        _ = Tokens("donor", others, {}, {}, int(10 / MOST) - 1).foreign

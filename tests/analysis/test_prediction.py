@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -11,7 +10,6 @@ import pytest
 
 import vlmgraft as vg
 from vlmgraft.analysis.prediction import INTERCEPT, SLOPE, chance_that_perception_holds, predict_perception
-from vlmgraft.cli.app import app
 from vlmgraft.errors import AlignmentError
 from vlmgraft.lab.exam import draw_exam, save_questions
 
@@ -46,16 +44,3 @@ def test_the_kl_is_that_of_merged_folders(trio: Path, tmp_path: Path) -> None:
     assert half.kl < whole.kl
     with pytest.raises(AlignmentError, match="donor_base"):
         predict_perception({key: recipe[key] for key in ("vlm", "donor")}, file)
-
-
-def test_the_command(trio: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = save_questions(draw_exam(0, "calibration", {"colour": 2, "read": 2}), tmp_path / "questions.jsonl")
-    models = ["--vlm", str(trio / "vlm"), "--donor", str(trio / "donor"), "--donor-base", str(trio / "base")]
-    asked = ["inspect", *models, "--data", str(file), "--max-new-tokens", "12"]
-    app([*asked, "--json"], standalone_mode=False)
-    shown = json.loads(capsys.readouterr().out)
-    assert [row["scale"] for row in shown["rows"]] == [0.1, 0.2, 0.3, 0.5, 0.75, 1.0]
-    likely = [row["scale"] for row in shown["rows"] if row["holds"] >= 0.8]
-    assert shown["holds_up_to"] == max(likely)
-    app(asked, standalone_mode=False)
-    assert f"hold up to λ {max(likely):g}" in capsys.readouterr().out

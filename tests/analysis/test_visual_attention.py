@@ -1,17 +1,13 @@
-"""Shares of attention on visual tokens against transformers' own weights; and the command for FRANK's recipe."""
+"""Shares of attention on visual tokens against transformers' own weights."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 
-import vlmgraft as vg
 from vlmgraft.analysis.eval_data import as_questions
 from vlmgraft.analysis.visual_attention import visual_attention
 from vlmgraft.errors import DataError
@@ -66,17 +62,6 @@ def test_the_model_is_left_as_it_was(lab: tuple[Any, Any], prompts: list[Questio
 def test_questions_without_images_are_refused(lab: tuple[Any, Any]) -> None:
     with pytest.raises(DataError, match="image"):
         visual_attention(*lab, [Question("what is 1 + 1 ?")])
-
-
-def test_the_command_gives_what_frank_takes(trio: Path, tmp_path: Path, vlmgraft: Callable[..., Any]) -> None:
-    ran = vlmgraft("attention", trio / "vlm", "--samples", 8, "--quiet")
-    assert ran.code == 0, ran.err
-    recipe = {"vlm": str(trio / "vlm"), "donor": str(trio / "donor")}
-    recipe |= {"donor_base": str(trio / "base"), "vlm_base": str(trio / "base"), **yaml.safe_load(ran.out)}
-    receipt = vg.merge(recipe, tmp_path / "merged")
-    assert any("layer 3" in note for note in receipt.notes)
-    shares = json.loads(vlmgraft("attention", trio / "vlm", "--samples", 8, "--quiet", "--json").out)
-    assert yaml.safe_load(ran.out)["method"]["visual_attention"] == pytest.approx(shares["visual_attention"], rel=1e-3)
 
 
 def test_a_small_model_is_looked_into_with_one_thread(

@@ -16,6 +16,8 @@ import torch
 import transformers as T
 from safetensors.torch import load_file
 
+from vlmgraft.checkpoint.adapter import Adapted, adapted, merging
+from vlmgraft.checkpoint.header import TensorInfo
 from vlmgraft.checkpoint.index import open_checkpoint
 from vlmgraft.checkpoint.reader import Reader
 from vlmgraft.checkpoint.verify import verify
@@ -142,3 +144,41 @@ def test_what_cannot_be_applied_is_named(tmp_path: Path) -> None:
         (folder / name).unlink()
     with pytest.raises(CheckpointError, match=r"adapter_config\.json without adapter_model"):
         open_checkpoint(folder)
+
+
+def infos(**shapes: tuple[int, ...]) -> dict[str, TensorInfo]:
+    names = {name.replace("__", "."): shape for name, shape in shapes.items()}
+    return {
+        name: TensorInfo(name, "BF16", shape, Path("f"), 0, 2 * shape[0] * shape[1]) for name, shape in names.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "scaling"),
+    [
+        ({"lora_alpha": 8}, 2.0),
+        ({"lora_alpha": 8, "use_rslora": True}, 4.0),
+        ({"lora_alpha": 8, "alpha_pattern": {"q": 2}}, 0.5),
+        ({"lora_alpha": 8, "alpha_pattern": {"k": 2}}, 2.0),
+        ({}, 2.0),
+    ],
+)
+def test_a_matrix_is_scaled_by_alpha_over_its_own_rank(settings: dict[str, Any], scaling: float) -> None:
+    """Rank 4, as the pair's shapes say, whatever `r` is."""
+    pair_ = infos(base_model__model__m__q__lora_A__weight=(4, 6), base_model__model__m__q__lora_B__weight=(5, 4))
+    whole, packed = adapted(Path("a"), {"r": 16, **settings}, pair_, infos(m__q__weight=(5, 6), m__k__weight=(5, 6)))
+    (made,) = packed.values()
+    assert list(packed) == ["m.q.weight"] and isinstance(made, Adapted) and not made.turned
+    assert made.scaling == scaling
+    assert (whole["m.q.weight"].dtype, whole["m.q.weight"].nbytes) == ("F32", 4 * 5 * 6)
+    assert (whole["m.k.weight"].dtype, whole["m.k.weight"].nbytes) == ("BF16", 2 * 5 * 6)
+
+
+def test_a_pair_that_does_not_make_its_matrix_is_refused() -> None:
+    pair_ = infos(base_model__model__m__q__lora_A__weight=(4, 6), base_model__model__m__q__lora_B__weight=(5, 3))
+    with pytest.raises(CheckpointError, match=r"lora_B\.weight \[5, 3\] times A \[4, 6\] is not \[5, 6\]"):
+        adapted(Path("a"), {}, pair_, infos(m__q__weight=(5, 6)))
+
+
+def test_the_command_takes_a_folder_of_any_name() -> None:
+    assert shlex.split(merging(Path("my 'adapter'")))[-2:] == ["my 'adapter'", "my 'adapter'-merged"]

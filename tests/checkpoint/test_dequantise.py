@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from vlmgraft.checkpoint.dequantise import spread, unpacked
+from vlmgraft.checkpoint.header import Packed
 from vlmgraft.checkpoint.index import open_checkpoint
 from vlmgraft.checkpoint.reader import Reader
 from vlmgraft.errors import CheckpointError
@@ -142,3 +144,21 @@ def test_mxfp4_as_transformers_makes_it(tmp_path: Path) -> None:
     tensors = {"mlp.experts.gate_up_proj_blocks": blocks, "mlp.experts.gate_up_proj_scales": scales}
     made = read(tmp_path, {"quant_method": "mxfp4"}, "mlp.experts.gate_up_proj", **tensors)
     assert torch.equal(made, convert_moe_packed_tensors(blocks, scales, dtype=torch.float32))
+
+
+def test_words_hold_their_values_from_the_lowest_bits_up() -> None:
+    """0x76543210 holds 0 to 7 in four bits each; of what is held, half of the range is taken away."""
+    assert unpacked(torch.tensor([[0x76543210]], dtype=torch.int32), 4).tolist() == [[value - 8 for value in range(8)]]
+    assert unpacked(torch.tensor([[0x00FF0180]], dtype=torch.int32), 8).tolist() == [[0, -127, 127, -128]]
+    assert unpacked(torch.tensor([[-1]], dtype=torch.int32), 4).tolist() == [[7] * 8]
+
+
+def test_scales_are_spread_over_what_they_belong_to() -> None:
+    """Of 4 × 6: one for all, one a row, blocks of 2 × 4 of which the last column has half, groups in any order."""
+    shape, blocks, grid = torch.Size((4, 6)), Packed({}, block=(2, 4)), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    assert spread(torch.tensor([[5.0]]), shape, Packed({})).shape == ()
+    assert spread(torch.arange(4.0), shape, Packed({})).tolist() == [[0.0], [1.0], [2.0], [3.0]]
+    upper, lower = [1.0, 1.0, 1.0, 1.0, 2.0, 2.0], [3.0, 3.0, 3.0, 3.0, 4.0, 4.0]
+    assert spread(grid, shape, blocks).expand(shape).tolist() == [upper, upper, lower, lower]
+    groups = spread(torch.tensor([[1.0, 2.0]] * 4), shape, Packed({}), torch.tensor([1, 0, 0, 1, 1, 0]))
+    assert groups[0].tolist() == [2.0, 1.0, 1.0, 2.0, 2.0, 1.0]

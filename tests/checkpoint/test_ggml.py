@@ -9,11 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as T
 
 from vlmgraft.alignment.align import align
+from vlmgraft.checkpoint.ggml import Ggml, gguf_matrix
+from vlmgraft.checkpoint.header import TensorInfo
 from vlmgraft.checkpoint.index import open_checkpoint
 from vlmgraft.checkpoint.reader import Reader
 from vlmgraft.checkpoint.verify import verify
@@ -186,3 +189,17 @@ def test_whatever_bytes_are_damaged_it_is_read_or_refused(tmp_path: Path) -> Non
         except CheckpointError:
             refused += 1
     assert refused > 20
+
+
+def test_a_block_of_q8_0_is_its_scale_times_its_bytes() -> None:
+    """Two rows of one block each: a scale in float16, then 32 signed bytes."""
+    values = np.arange(-32, 32, dtype=np.int8)
+    blocks = [
+        np.array([scale], "<f2").tobytes() + values[32 * row :][:32].tobytes() for row, scale in ((0, 0.5), (1, 0.25))
+    ]
+    data = np.frombuffer(b"".join(blocks), np.uint8)
+    part = TensorInfo("blk.0.ffn_up.weight", "U8", (len(data),), Path("f.gguf"), 0, len(data))
+    packed = Ggml({"values": part}, kind="Q8_0", shape=(2, 32), architecture="qwen2")
+    expected = np.stack([0.5 * values[:32].astype(np.float32), 0.25 * values[32:].astype(np.float32)])
+    np.testing.assert_array_equal(gguf_matrix(packed, data), expected)
+    assert packed.error == "half a step of Q8_0" and Ggml({"values": part}, kind="F16").error == ""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from hypothesis import given, settings, strategies as st
 from safetensors import safe_open
 
 import vlmgraft as vg
-from vlmgraft import cli
+from tests.checkpoint.merged_shards import merge_in_shards, owner
 from vlmgraft.checkpoint.digests import RECEIPT, block_digests, joined, seal
 from vlmgraft.errors import CheckpointError, DamagedError
 from vlmgraft.storage.jsonl import write_json
@@ -23,30 +22,13 @@ from vlmgraft.storage.jsonl import write_json
 
 @pytest.fixture(scope="module")
 def merged(trio: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The lab's merge in several shards."""
-    out = tmp_path_factory.mktemp("verify") / "merged"
-    models = {"vlm": str(trio / "vlm"), "donor": str(trio / "donor"), "donor_base": str(trio / "base")}
-    recipe = {**models, "method": {"name": "task_arithmetic"}, "output": {"shard_size": "300KB"}}
-    vg.merge(recipe, out)
-    assert len(list(out.glob("*.safetensors"))) > 2
-    return out
+    return merge_in_shards(trio, tmp_path_factory.mktemp("verify") / "merged")
 
 
 @pytest.fixture
 def copy(merged: Path, tmp_path: Path) -> Path:
     """A copy to damage."""
     return Path(shutil.copytree(merged, tmp_path / "copy"))
-
-
-def owner(file: Path, place: int) -> str | None:
-    """The tensor that byte `place` of a file belongs to, by the safetensors header read naively."""
-    if file.suffix != ".safetensors":
-        return None
-    raw = file.read_bytes()
-    start = 8 + int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8:start])
-    ends = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
-    return next((name for name, (begin, end) in ends.items() if begin <= place - start < end), None)
 
 
 def test_an_untouched_folder_is_as_written(merged: Path) -> None:
@@ -225,24 +207,6 @@ def test_the_receipt_has_digests_of_what_was_read(method: str, trio: Path, tmp_p
     assert vg.verify(tmp_path / "out", sources=models).unchanged
 
 
-def test_a_source_that_changed_since_is_named(copy: Path, trio: Path, tmp_path: Path, vlmgraft: Any) -> None:
-    donor = Path(shutil.copytree(trio / "donor", tmp_path / "donor"))
-    arguments = ("verify", copy, "--source", f"donor={donor}", "--source", f"vlm={trio / 'vlm'}")
-    assert vlmgraft(*arguments).code == 0
-    file = donor / "model.safetensors"
-    read = json.loads((copy / RECEIPT).read_text())["sources"]["donor"]
-    raw = bytearray(file.read_bytes())
-    place = next(at for at in range(len(raw) - 1, 0, -1) if owner(file, at) in read)
-    raw[place] ^= 1
-    file.write_bytes(raw)
-    ran = vlmgraft(*arguments)
-    assert ran.code == 1 and f"{file}: {owner(file, place)}: its bytes are not what was read" in ran.out, ran.out
-    assert vlmgraft("verify", copy).code == 0
-    for text, why in (("teacher=x", "names no source 'teacher'"), ("donor", "such as donor=FOLDER")):
-        ran = vlmgraft("verify", copy, "--source", text)
-        assert ran.code == 2 and why in ran.err, ran.err
-
-
 @pytest.mark.parametrize("sources", [[], {"donor": []}, {"donor": {"w": 3}}, 7])
 def test_sources_that_no_command_writes(sources: object, copy: Path, trio: Path) -> None:
     crafted(copy, lambda receipt: receipt.update(sources=sources))
@@ -293,37 +257,3 @@ def test_a_folder_without_a_receipt_is_not_walked_through(tmp_path: Path, monkey
     for folder in (tmp_path, Path("/")):
         with pytest.raises(CheckpointError, match=r"has no receipt\.json"):
             vg.verify(folder)
-
-
-def test_names_are_escaped_and_extra_files_named(
-    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (copy / "a\x1b[2J\nfrism: unchanged since its receipt").touch()
-    monkeypatch.setattr(sys, "argv", ["vlmgraft", "verify", str(copy), "--quiet"])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    said = capsys.readouterr().out
-    assert stop.value.code == 1 and "\x1b" not in said and said.endswith(": 1 differences\n")
-    assert "a\\x1b[2J frism: unchanged since its receipt: is not in the receipt" in said.splitlines()[0]
-
-
-def test_the_command(copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def run(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["vlmgraft", "verify", str(copy), "--quiet", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return int(stop.value.code or 0), capsys.readouterr().out
-
-    code, said = run()
-    assert code == 0 and said.endswith("bytes: unchanged since its receipt\n")
-    shard = max(copy.glob("*.safetensors"))
-    raw = bytearray(shard.read_bytes())
-    place = next(place for place in range(8 + int.from_bytes(raw[:8], "little"), len(raw)) if owner(shard, place))
-    raw[place] ^= 128
-    shard.write_bytes(raw)
-    code, said = run()
-    assert code == 1 and f"{shard}: {owner(shard, place)}: its bytes" in said and said.endswith("1 differences\n")
-    code, said = run("--json")
-    assert code == 1 and [fault["file"] for fault in json.loads(said)["faults"]] == [shard.name]
-    (copy / RECEIPT).unlink()
-    assert run()[0] == 2

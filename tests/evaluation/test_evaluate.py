@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,39 +17,17 @@ import pytest
 import torch
 
 import vlmgraft as vg
+from tests.evaluation.lab_questions import SMALL, write_questions
 from vlmgraft.errors import CheckpointError, DataError, InputError, OutputError
 from vlmgraft.evaluation import evaluate
 from vlmgraft.evaluation.readers import short_names
 from vlmgraft.evaluation.records import load_records
 from vlmgraft.lab import world
-from vlmgraft.lab.exam import draw_exam
-
-SMALL = {"limit": 40, "batch_size": 8, "dtype": "float32", "max_new_tokens": 28}
 
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sums and colours of the lab as a file, with one bad row, one without an answer and one id that stands twice."""
-    folder = tmp_path_factory.mktemp("questions")
-    exam = draw_exam(5, "test", {"sum": 24, "colour": 8})
-    rows = []
-    for at, (item, question) in enumerate(zip(exam.items, exam.questions, strict=True)):
-        question.images[0].save(folder / f"{at}.png")  # type: ignore[union-attr]
-        kind = "reasoning" if item.task == "sum" else "perception"
-        rows.append(
-            {
-                "question": question.question,
-                "image": f"{at}.png",
-                "answer": question.answer,
-                "task": item.task,
-                "kind": kind,
-            }
-        )
-    rows[3]["image"] = "gone.png"
-    del rows[4]["answer"]
-    rows[5]["id"] = rows[6]["id"] = "twice"
-    (folder / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return folder / "q.jsonl"
+    return write_questions(tmp_path_factory.mktemp("questions"))
 
 
 @pytest.fixture(scope="module")
@@ -239,43 +216,6 @@ def test_the_text_model_of_the_lab_answers_questions_without_pictures(trio: Path
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = vg.evaluate(trio / "donor", tmp_path / "q.jsonl", tmp_path / "e", max_new_tokens=28)
     assert found.counts.scored == 2 and found.counts.empty == 0
-
-
-def test_the_lab_is_data_like_any_other(
-    trio: Path, tmp_path: Path, vlmgraft: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "lab").mkdir()  # a folder of that name is no data
-    monkeypatch.chdir(tmp_path)
-    ran = vlmgraft(
-        "evaluate", trio / "vlm", "--data", "lab", "--limit", 12, "--out", tmp_path / "e", "--quiet", "--json"
-    )
-    assert ran.code == 0
-    found = json.loads(ran.out)
-    assert found["counts"]["items"] == 12 and found["tasks"][0]["task"] == "sum"
-
-
-def test_two_runs_are_compared_item_by_item(
-    whole: Path, trio: Path, questions: Path, tmp_path: Path, vlmgraft: Callable[..., Any]
-) -> None:
-    ran = vlmgraft("compare", whole, trio / "vlm", "--data", questions, "--out", tmp_path / "c", "--quiet")
-    assert ran.code == 0, ran.err
-    assert "| reasoning average |" in ran.out and "| perception average |" in ran.out
-    found = json.loads((tmp_path / "c" / "comparison.json").read_text())
-    assert [row["name"] for row in found["tasks"]] == ["sum", "colour"] and found["tasks"][1]["difference"]["mean"] == 0
-    assert (tmp_path / "c" / "comparison.md").read_text() == ran.out
-    same = vg.compare(whole, whole)
-    assert all(row.difference.mean == row.difference.low == row.difference.high == 0 for row in same.tasks)
-    assert [row.p for row in same.tasks] == [1.0, 1.0]
-    assert json.loads(vlmgraft("compare", whole, whole, "--json").out)["only_in_first"] == 0
-
-
-def test_a_comparison_without_data_says_what_is_missing(whole: Path, trio: Path, vlmgraft: Callable[..., Any]) -> None:
-    ran = vlmgraft("compare", whole, trio / "vlm")
-    assert ran.code == 2 and "--data and --out" in ran.err
-    ran = vlmgraft("evaluate", trio / "vlm", "--out", "e")
-    assert ran.code == 2 and "--data is missing" in ran.err
-    ran = vlmgraft("evaluate", trio / "vlm", "--out", "e", "--data", "x.jsonl", "--column", "question")
-    assert ran.code == 2 and "field=column" in ran.err
 
 
 @pytest.mark.slow

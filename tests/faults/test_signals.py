@@ -19,9 +19,6 @@ import pytest
 from injected import Writes, at, counted
 from jobs import EVERYWHERE, Job, Whole, content, unfinished
 
-from vlmgraft.cli import interrupts
-from vlmgraft.cli.interrupts import how_to_go_on
-
 Jobs = dict[str, Callable[[Path], Job]]
 Run = Callable[..., Any]
 
@@ -191,38 +188,6 @@ def test_after_the_handlers_everything_is_as_before(small_jobs: Jobs, vlmgraft: 
     vlmgraft(*small_jobs["merge"](tmp_path).arguments)
     assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)] == before
     assert sys.unraisablehook is hook and signal.set_wakeup_fd(wakeup) == wakeup
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (("merge", "r.yaml", "--out", "my out"), "go on with: vlmgraft merge r.yaml --out 'my out' --resume"),
-        (("merge", "r.yaml", "--out", "o", "--resume"), "go on with: vlmgraft merge r.yaml --out o --resume"),
-        (("gates", "r.yaml", "--out", "g"), "what is done was kept; go on with: vlmgraft gates r.yaml --out g"),
-        (("front", "r.yaml", "--out", "g"), "what is done was kept; go on with: vlmgraft front r.yaml --out g"),
-        (("demo", "--out", "o"), "nothing was finished; start again with: vlmgraft demo --out o"),
-        (("merge", "r.yaml", "--token", "hf_a", "--out", "o"), "go on with: vlmgraft merge r.yaml --out o --resume"),
-        (("front", "r.yaml", "--token=hf_a"), "what is done was kept; go on with: vlmgraft front r.yaml"),
-        (("export", "m", "--to", "hub"), "nothing was finished; start again with: vlmgraft export m --to hub"),
-    ],
-)
-def test_the_way_on(words: tuple[str, ...], said: str) -> None:
-    assert how_to_go_on(words) == said
-
-
-def test_the_way_on_names_options_that_exist() -> None:
-    """Every command that is said to have --resume has it, and no other."""
-    from typer.main import get_command
-
-    from vlmgraft.cli import app
-
-    found = []
-    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
-        inner = getattr(command, "commands", None)
-        for full, one in [(f"{name} {key}", value) for key, value in inner.items()] if inner else [(name, command)]:
-            if any("--resume" in parameter.opts for parameter in one.params):
-                found.append(full)
-    assert sorted(found) == sorted(interrupts.RESUMED)
 
 
 IMPORTING = """

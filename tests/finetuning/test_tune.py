@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import vlmgraft as vg
 from experiments.lab import tasks
+from tests.finetuning.lab_traces import recipe_on, write_traces
 from vlmgraft.checkpoint.index import open_checkpoint
 from vlmgraft.errors import AlignmentError, CheckpointError, OutputError, RecipeError
 from vlmgraft.finetuning import tune
@@ -27,27 +27,19 @@ from vlmgraft.lab.exam import draw_exam
 from vlmgraft.recipe.tune import dump_tune_recipe, load_tune_recipe
 from vlmgraft.spectral.gate_store import save_gates
 from vlmgraft.spectral.gates import constant_gates
-from vlmgraft.storage.jsonl import read_rows, write_rows
+from vlmgraft.storage.jsonl import read_rows
 
-STEPS = {"max_steps": 3, "learning_rate": 1e-3, "per_device_train_batch_size": 2, "use_cpu": True, "logging_steps": 1}
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("traces")
-    exam, rows = draw_exam(0, "train", {"sum": 6}), []
-    for number, (item, question) in enumerate(zip(exam.items, exam.questions, strict=True)):
-        question.images[0].save(folder / f"{number}.png")  # type: ignore[union-attr]
-        rows.append({"image": f"{number}.png", "question": item.question, "answer": item.answer})
-    write_rows(folder / "traces.jsonl", rows)
-    return folder / "traces.jsonl"
+    return write_traces(tmp_path_factory.mktemp("traces"))
 
 
 @pytest.fixture
 def recipe(trio: Path, data: Path) -> dict[str, Any]:
-    places = {"vlm": str(trio / "vlm"), "donor": str(trio / "donor"), "donor_base": str(trio / "base")}
-    return {**places, "data": {"train": str(data)}, "train": STEPS | {"disable_tqdm": True}}
+    return recipe_on(trio, data)
 
 
 def test_a_finished_folder(recipe: Any, trio: Path, tmp_path: Path, vlmgraft: Callable[..., Any]) -> None:
@@ -76,31 +68,6 @@ def test_a_finished_folder(recipe: Any, trio: Path, tmp_path: Path, vlmgraft: Ca
     exam = draw_exam(0, "validation", {"colour": 4})
     marks = exam.mark(load_vlm(tmp_path / "out", torch.float32), load_processor(tmp_path / "out"))
     assert len(marks.outputs) == 4
-
-
-def test_device_and_dtype(recipe: Any, tmp_path: Path, vlmgraft: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU without `use_cpu`; in the dtype asked for, which is the recipe's; a GPU that is not there is named,
-    and of several the trainer is shown the one asked for."""
-    del recipe["train"]["use_cpu"]
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    train = ("tune", tmp_path / "recipe.yaml", "--set", "train.max_steps=1")
-    ran = vlmgraft(*train, "-o", tmp_path / "a", "--device", "cpu", "--dtype", "bfloat16", "--json", "-v")
-    assert ran.code == 0 and json.loads(ran.out)["steps"] == 1, ran.err
-    assert "info: step 1: loss" in ran.err, "the trainer's figures are in the log, not on standard output"
-    written = yaml.safe_load((tmp_path / "a" / "recipe.yaml").read_text())
-    assert written["dtype"] == "bfloat16" and "use_cpu" not in written["train"]
-    seen: list[str | None] = []
-    monkeypatch.setattr(torch, "empty", lambda *_, **__: _no_gpu(seen))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    ran = vlmgraft(*train, "-o", tmp_path / "b", "--device", "cuda:1")
-    assert ran.code == 2 and "--device cuda" in ran.err and not (tmp_path / "b").exists()
-    assert seen == ["6"] and os.environ["CUDA_VISIBLE_DEVICES"] == "4,6"
-    assert vlmgraft(*train, "-o", tmp_path / "b", "--dtype", "float16").code == 2
-
-
-def _no_gpu(seen: list[str | None]) -> None:
-    seen.append(os.environ.get("CUDA_VISIBLE_DEVICES"))
-    raise RuntimeError("No CUDA GPUs are available")
 
 
 def test_without_a_prior_it_is_the_trainer_alone(recipe: Any, tmp_path: Path) -> None:

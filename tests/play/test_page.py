@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -129,14 +129,6 @@ def test_what_the_page_shows(vlm: Any, processor: Any, factors: Any, random_imag
         )
         with pytest.raises(DataError, match="the picture: cannot be read"):
             next(answers(session, 6, str(tmp_path / "words.png"), "colour 1", 1.0))
-
-
-def test_a_missing_gradio_is_named_before_anything_is_read(
-    vlmgraft: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    ran = vlmgraft("play", "no-model", "--gates", "none", "--factors", "none")
-    assert ran.code == 2 and "pip install 'vlmgraft[play]'" in ran.err
 
 
 def test_a_front_is_a_path_of_gates_and_a_gates_folder_one_of_a_single_point(front: Path) -> None:

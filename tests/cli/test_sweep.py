@@ -1,4 +1,4 @@
-"""The commands on the lab, end to end and small: rows, tables, JSON, resuming, refusals."""
+"""The command `sweep` on the lab, end to end and small: rows, overlays, refusals, gates on the loaded model."""
 
 from __future__ import annotations
 
@@ -15,31 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from vlmgraft.data import questions
 from vlmgraft.lab.exam import draw_exam, save_questions
-from vlmgraft.storage.jsonl import read_rows, write_rows
 
 Run = Callable[..., Any]
-
-
-@pytest.fixture
-def recipe(trio: Path, tmp_path: Path) -> Callable[..., Path]:
-    def write(file: str, **method: Any) -> Path:
-        places = {"vlm": "vlm", "donor": "donor", "donor_base": "base"}
-        path = tmp_path / f"{file}.yaml"
-        path.write_text(yaml.safe_dump({**{key: str(trio / one) for key, one in places.items()}, "method": method}))
-        return path
-
-    return write
-
-
-def test_knockout_of_one_layer(vlmgraft: Run, trio: Path, tmp_path: Path) -> None:
-    asked = ("knockout", trio / "vlm", "--samples", "8", "--layers", "3", "--part", "mlp", "--mode", "zero", "--quiet")
-    ran = vlmgraft(*asked, "--out", tmp_path / "k", "--json")
-    rows = json.loads(ran.out)["rows"]
-    assert ran.code == 0 and [row["mode"] for row in rows] == ["intact", "zero"]
-    assert rows == list(read_rows(tmp_path / "k" / "knockout.jsonl"))
-    assert vlmgraft(*asked, "--out", tmp_path / "k").code == 2
-    ran = vlmgraft(*asked, "--out", tmp_path / "k", "--resume")
-    assert ran.code == 0 and "mlp, layer 3" in ran.out
 
 
 def test_sweep_overlays_methods_and_leaves_out_what_a_method_has_not(
@@ -137,40 +114,14 @@ def test_gates_are_learned_on_the_loaded_model(
     assert read == {str(tmp_path / "c.jsonl"): 1}
 
 
-def test_ranks(vlmgraft: Run, recipe: Callable[..., Path], tmp_path: Path) -> None:
-    asked = ("ranks", recipe("ta", name="task_arithmetic"), "--bands", "2", "--scale", "1", "--samples", "4")
-    ran = vlmgraft(*asked, "--by", "energy", "--out", tmp_path / "r", "--quiet")
-    assert ran.code == 0 and "2 of 2" in ran.out
-    assert len(list(read_rows(tmp_path / "r" / "ranks.jsonl"))) == 4
-
-
-def test_a_question_file_is_asked_by_category(vlmgraft: Run, trio: Path, tmp_path: Path) -> None:
-    exam = draw_exam(0, "validation", {"sum": 3, "colour": 3})
-    save_questions(exam.questions, tmp_path / "q.jsonl")
-    rows = list(read_rows(tmp_path / "q.jsonl"))
-    for row, item, question in zip(rows, exam.items, exam.questions, strict=True):
-        row |= {"category": item.task, "answer": question.answer}
-    write_rows(tmp_path / "q.jsonl", rows)
-    asked = ("knockout", trio / "vlm", "--data", tmp_path / "q.jsonl", "--mode", "mean", "--part", "mlp")
-    asked = (*asked, "--layers", "0", "--max-new-tokens", "28", "--quiet", "--json", "--out", tmp_path / "k")
-    assert "both are needed" in vlmgraft(*asked).err
-    found = json.loads(vlmgraft(*asked, "--reasoning", "sum").out)["rows"]
-    assert set(found[0]["tasks"]) == {"reasoning: sum", "perception: colour"}
-    assert found[0]["tasks"]["perception: colour"] == 1
-    write_rows(tmp_path / "q.jsonl", [{**row, "image": "gone.png"} for row in rows])
-    ran = vlmgraft(*asked, "--reasoning", "sum", "--out", tmp_path / "other")
-    assert ran.code == 2 and "gone.png" in ran.err
-
-
-def test_rows_say_their_kind_and_may_come_from_several_files(vlmgraft: Run, trio: Path, tmp_path: Path) -> None:
-    for task, kind in (("sum", "reasoning"), ("colour", "perception")):
-        exam = draw_exam(0, "validation", {task: 2})  # type: ignore[dict-item]
-        save_questions(exam.questions, tmp_path / f"{task}.jsonl")
-        rows = list(read_rows(tmp_path / f"{task}.jsonl"))
-        answered = [{**row, "kind": kind, "answer": q.answer} for row, q in zip(rows, exam.questions, strict=True)]
-        write_rows(tmp_path / f"{task}.jsonl", answered)
-    files = ("--data", tmp_path / "sum.jsonl", "--data", tmp_path / "colour.jsonl", "--max-new-tokens", "28")
-    asked = ("knockout", trio / "vlm", *files, "--mode", "zero", "--part", "mlp", "--layers", "0", "--quiet", "--json")
-    found = json.loads(vlmgraft(*asked, "--out", tmp_path / "k").out)["rows"]
-    assert set(found[0]["tasks"]) == {"reasoning: sum", "perception: colour"}
-    assert found[0]["tasks"]["perception: colour"] == 1
+def test_recipes_are_called_by_method_or_by_file(vlmgraft: Run, recipe: Callable[..., Path], stand_in: Run) -> None:
+    """Two of one method by their files' names; of one name they are refused."""
+    asked = stand_in("vlmgraft.analysis.recipe_sweep", "sweep", [])
+    spectral = recipe("a", name="spectral", scale=1.0), recipe("b", name="spectral", scale=0.5)
+    plain = recipe("c", name="task_arithmetic")
+    assert vlmgraft("sweep", *spectral, plain, "--grid", "method.scale=1", "-o", "out", "-q").code == 0
+    ((recipes, grid, out, _), options) = asked[0]
+    assert {name: one.method.scale for name, one in recipes.items()} == {"a": 1.0, "b": 0.5, "task_arithmetic": 1.0}
+    assert (grid, out, options) == (["method.scale=1"], Path("out"), {"resume": False, "progress": None})
+    ran = vlmgraft("sweep", spectral[0], spectral[0], "-o", "out", "-q")
+    assert ran.code == 2 and "two recipes would both be called 'a'" in ran.err and len(asked) == 1
