@@ -44,6 +44,7 @@ def test_layers_are_all_a_range_or_a_list(layers: Any, expected: int) -> None:
         ({"layers": "0-2"}, "2 is beyond the last layer, 1"),
         ({"layers": "first"}, 'not "all"'),
         ({"layers": []}, "selects no layer"),
+        ({"layers": "0-1,1-0"}, "the range 1-0 runs backwards; write 0-1"),
     ],
 )
 def test_selections_that_cannot_be_met_are_refused(options: dict[str, Any], said: str) -> None:

@@ -150,3 +150,15 @@ def test_a_prior_by_folders_is_the_one_of_their_alignment(trio: Path) -> None:
     assert prior.deltas[Q0].value.equal((donor - base).bfloat16())
     assert set(prior.sources) == {"vlm", "donor", "donor_base"}
     assert all(list(read) == [Q0] for read in prior.sources.values())
+
+
+def test_a_tensor_has_the_share_of_the_first_entry_and_no_entry_is_without_effect(trio: Path) -> None:
+    folders = (trio / "vlm", trio / "donor")
+    prior = load_prior(*folders, modules={"*.q_proj.weight": 0.0, "attention": 0.5}, layers="0")
+    assert {name.split(".")[-2]: delta.share for name, delta in prior.deltas.items()} == {
+        "q_proj": 0.0, "k_proj": 0.5, "v_proj": 0.5, "o_proj": 0.5,
+    }  # fmt: skip
+    with pytest.raises(AlignmentError, match=r"\*\.q_proj\.weight has no effect: attention stands before it"):
+        load_prior(*folders, modules={"attention": 0.5, "*.q_proj.weight": 0.0}, layers="0")
+    equal = load_prior(*folders, modules=["attention", "*.q_proj.weight"], layers="0")
+    assert {delta.share for delta in equal.deltas.values()} == {1.0}

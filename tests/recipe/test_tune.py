@@ -37,6 +37,7 @@ def test_modules_are_one_a_list_or_shares_and_survive_a_file(modules: Any, expec
         ({"prior": {"strength": -1}}, r"prior\.strength"),
         ({"prior": {"delta": "base"}}, "donor_base: missing"),
         ({"prior": {"factors": "f"}}, r"prior\.factors: are those of prior\.gates"),
+        ({"prior": {"rescale": True}}, r"prior\.rescale: only absolute .*, not adaptive"),
         ({"donor": None}, "donor: missing"),
         ({"merge_adapter": True}, "there is no adapter without `lora`"),
         ({"lora": {"r": 2}, "prior": {"when": "backward"}}, r"prior\.when: backward"),
@@ -51,3 +52,12 @@ def test_refusals_name_the_key(change: dict[str, Any], said: str) -> None:
 
 def test_a_mode_alone_is_a_prior() -> None:
     assert load_tune_recipe(PLAIN | {"prior": "none"}).prior.mode == "none"
+
+
+def test_keys_that_have_no_effect_without_a_prior_are_listed() -> None:
+    """Also after a file, where every default is written out."""
+    prior = {"mode": "none", "gates": "nowhere", "delta": "base", "strength": 1.0}
+    recipe = load_tune_recipe(PLAIN | {"prior": prior})
+    assert recipe.prior.unused() == ["prior.delta", "prior.gates"]
+    assert load_tune_recipe(dump_tune_recipe(recipe)).prior.unused() == ["prior.delta", "prior.gates"]
+    assert load_tune_recipe(PLAIN | {"prior": {"gates": None, "strength": 0.5}}).prior.unused() == []

@@ -15,7 +15,7 @@ def select_layers(layers: str | int | Sequence[int], count: int) -> frozenset[in
     """The layers that "all", "0-27", "3", "0-5,20-27" or a list of numbers selects out of `count`.
 
     Raises:
-        AlignmentError: the selection has another form, is empty, or extends beyond the last layer.
+        AlignmentError: the selection has another form, is empty, runs backwards, or extends beyond the last layer.
     """
     if layers == "all":
         return frozenset(range(count))
@@ -32,6 +32,8 @@ def select_layers(layers: str | int | Sequence[int], count: int) -> frozenset[in
             raise AlignmentError(
                 f"layers: {max(first, last)} is beyond the last layer, {count - 1} (layers are counted from 0)"
             )
+        if last < first:
+            raise AlignmentError(f"layers: the range {first}-{last} runs backwards; write {last}-{first}")
         chosen.update(range(first, last + 1))
     if not chosen:
         raise AlignmentError(f'layers: {layers!r} selects no layer; write "all" for all {count}')

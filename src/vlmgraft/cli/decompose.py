@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
 from vlmgraft.cli.options import Distributed, LoadsModels, Overrides, RecipeArgument, Resumable, command
 
 
@@ -10,6 +15,7 @@ class Decompose(Distributed, LoadsModels, Resumable):
     """SVD of the donor's task vector, one file per matrix; also under torchrun."""
 
     recipe: RecipeArgument
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder to write; factors of the same inputs are kept")]
     overrides: Overrides = None
 
     def run(self) -> None:

@@ -137,6 +137,7 @@ def _collect(
     dtype: torch.dtype,
 ) -> Prior:
     """Every Δ with its norm, and every tensor's verdict; values of Δ are kept only if a single process trains."""
+    _refuse_hidden_shares(alignment, shares)
     alone = rank_and_world()[1] == 1
     deltas: dict[str, Delta] = {}
     verdicts = []
@@ -211,9 +212,30 @@ def _differences(alignment: Alignment, minus: Minus) -> Iterator[_Source]:
         yield _Source(difference, lambda: {key: reader.digests() for key, reader in readers.items()}, blame)
 
 
+def _refuse_hidden_shares(alignment: Alignment, shares: Mapping[str, float]) -> None:
+    """Raise AlignmentError for an entry whose tensors all have another share, by entries that stand before it."""
+    for entry in shares:
+        firsts = [_first_entry(tensor, shares) for tensor in alignment.merged if _selected(entry, tensor)]
+        theirs = {first for first in firsts if first is not None}
+        if theirs and entry not in theirs and any(shares[first] != shares[entry] for first in theirs):
+            before = ", ".join(sorted(theirs))
+            raise AlignmentError(
+                f"modules: {entry} has no effect: {before} stands before it and selects its tensors; write it first"
+            )
+
+
+def _selected(entry: str, tensor: AlignedTensor) -> bool:
+    return selects(entry, tensor.name, tensor.role or tensor.name, tensor.group)
+
+
+def _first_entry(tensor: AlignedTensor, shares: Mapping[str, float]) -> str | None:
+    return next((entry for entry in shares if _selected(entry, tensor)), None)
+
+
 def _measured(tensor: AlignedTensor, value: Tensor, weight: Tensor, shares: Mapping[str, float]) -> Delta:
     role = tensor.role or tensor.name
-    share = next((share for entry, share in shares.items() if selects(entry, tensor.name, role, tensor.group)), 1.0)
+    entry = _first_entry(tensor, shares)
+    share = 1.0 if entry is None else shares[entry]
     norm = float(torch.linalg.vector_norm(value, dtype=torch.float64))
     start = float((weight * value.float()).sum(dtype=torch.float64))
     size = float(torch.linalg.vector_norm(weight, dtype=torch.float64))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -71,6 +72,8 @@ def tune(
         NumericalError: a gradient became NaN or infinite (names the tensor); nothing is published.
     """
     recipe, out = load_tune_recipe(recipe, overrides), Path(out)
+    if unused := recipe.prior.unused():
+        logging.getLogger("vlmgraft").warning("prior.mode none: %s are not used", ", ".join(unused))
     _refuse_early(recipe, out, resume)
     vlm = open_checkpoint(recipe.vlm)
     sources = (vlm.path, recipe.donor, recipe.donor_base, recipe.prior.gates, recipe.prior.factors)

@@ -35,7 +35,8 @@ class PriorOptions(Strict):
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="decay of the strength to zero")
     modules: tuple[str, ...] | dict[str, Share] = Field(
         ("attention",),
-        description="groups, or patterns on tensor names; `pattern: number` is its share of the strength",
+        description="groups, or patterns on tensor names; `pattern: number` is its share of the strength, and a tensor "
+        "has that of the first entry that selects it",
     )
     layers: Literal["all"] | int | str | tuple[int, ...] = Field("all", description="all, such as 0-27, or a list")
     delta: Literal["vlm", "base"] = Field("vlm", description="Δ is the donor minus the VLM, or minus the donor's base")
@@ -44,6 +45,13 @@ class PriorOptions(Strict):
     rescale: bool = Field(False, description="absolute: Δ at the parameter's norm, as in the released code")
     when: Literal["step", "backward"] = Field("step", description="backward: every backward pass, as released")
     store: Literal["device", "cpu"] = Field("device", description="where Δ lies; cpu saves memory and costs copies")
+
+    def unused(self) -> list[str]:
+        """Keys that differ from their defaults and have no effect, because the mode is none."""
+        fields = type(self).model_fields.items()
+        return [
+            f"prior.{k}" for k, f in fields if k != "mode" and self.mode == "none" and getattr(self, k) != f.default
+        ]
 
     @field_validator("modules", mode="before")
     @classmethod
@@ -120,6 +128,8 @@ def _refuse_contradictions(recipe: TuneRecipe) -> None:
         raise RecipeError("donor_base: missing; prior.delta base and prior.gates are about the donor minus its base")
     if prior.factors and not prior.gates:
         raise RecipeError("prior.factors: are those of prior.gates; give both, or neither")
+    if prior.rescale and prior.mode not in ("absolute", "none"):
+        raise RecipeError(f"prior.rescale: only absolute takes Δ at a length of its own, not {prior.mode}")
     if recipe.merge_adapter and recipe.lora is None:
         raise RecipeError("merge_adapter: there is no adapter without `lora`")
     if prior.when == "backward" and recipe.lora is not None and prior.mode != "none":

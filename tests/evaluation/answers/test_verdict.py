@@ -146,3 +146,32 @@ def test_nothing_that_is_said_breaks_the_reader(said: str, expected: str) -> Non
     assert verdict.score in (0.0, 1.0)
     judge(said, "B", ["red", expected])
     assert final_answer(said) is not None and vqa_form(said) is not None and pick(said, ["red"]) in (None, "A")
+
+
+@pytest.mark.parametrize(
+    ("output", "expected", "right"),
+    [
+        ("minus five", "-5", True),
+        ("The answer is negative 5.", "-5", True),
+        ("minus five", "5", False),
+        ("20 degrees", "20°C", True),
+        ("20 degrees", "20.4°C", False),
+        ("20 rad", "20°C", False),
+        ("68°F", "20°C", True),  # (68 - 32) * 5/9
+        ("20°C", "68°F", True),
+        ("293.15 kelvin", "20°C", True),
+        ("68°F", "68°C", False),
+        ("1 234", "1234", True),
+        ("12 345,5 km", "12345.5", True),
+        ("1 2345", "12345", False),
+        ("1 234/5", "239/5", True),  # a mixed number
+        ("答えは12です。", "12", True),
+    ],
+)
+def test_words_for_signs_degrees_temperatures_and_spaced_thousands(output: str, expected: str, right: bool) -> None:
+    assert judge(output, expected).score == right
+
+
+@pytest.mark.parametrize("output", ["答えはB", "答えはBです。", "正解はBです", "計算すると、答えはBになります。"])
+def test_a_japanese_sentence_names_its_option(output: str) -> None:
+    assert judge(output, "B", ("x", "y", "z")).score == 1 and judge(output, "A", ("x", "y", "z")).score == 0

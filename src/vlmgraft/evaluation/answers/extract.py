@@ -45,12 +45,12 @@ _SENTENCE = re.compile(
     r"(?: (?:here|therefore|thus|to (?:the|this) question|choice|option))? "
     r"(?:is|are|(?:would|must|should|will|has to) be|equals)(?! not\b)(?: therefore| thus| simply)?:? ?[*_]{0,3} ?"
     rf"|\b{_WORD} (?:is|ist|es|est|è|é)(?! not\b):? |答案(?:应该|应)?(?:是|为|為)|正[确確](?:的)?[选選][项項][是为為]"
-    r"|[选選](?:[择擇])?(?=[ :：(（]{0,3}[A-Z])",
+    r"|[选選](?:[择擇])?(?=[ :：(（]{0,3}[A-Z])|(?:答え|正解)[はが]",
     re.IGNORECASE,
 )
 _END = re.compile(
     r"(?<!\bapprox)[.!?](?: |$)|[。！？\n]|; | [—–] |,? (?:because|since|so that|as it|which|where|as shown)\b"
-    r"|, (?:at|with) (?=[\d$€£])",
+    r"|, (?:at|with) (?=[\d$€£])|です|である|となります|になります",
     re.IGNORECASE,
 )
 

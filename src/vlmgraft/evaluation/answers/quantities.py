@@ -12,7 +12,7 @@ from fractions import Fraction
 from itertools import pairwise
 
 from vlmgraft.evaluation.answers.text import EDGES, unwrap
-from vlmgraft.evaluation.answers.units import UNITS, conversion, known, stem, unit_of
+from vlmgraft.evaluation.answers.units import UNITS, conversion, in_degrees, known, stem, unit_of
 from vlmgraft.evaluation.answers.words import CARDINAL, in_digits
 
 LONGEST_NUMBER = 60
@@ -31,6 +31,7 @@ _NUMBER = re.compile(
 )
 _FRACTION = ("top", "bottom", "top2", "bottom2", "top3", "bottom3")
 _EUROPEAN = re.compile(r"(?P<whole>\d{1,3}(?:\.\d{3})+|\d+),(?P<part>\d{1,2}|\d{4,})(?!\d)")
+_SPACED = re.compile(r"[-+$€£ ]{0,4}\d{1,3}(?: \d{3})+(?=[.,]\d|[^\d/ ]| [^\d/]|$)")
 _HEDGE = re.compile(
     r"(?:so|thus|therefore|hence|about|approximately|approx\.?|around|roughly|exactly|equal to|equals?|at|only|just|"
     r"still|also|indeed|nearly|almost|simply|given (?:as|by)|(?:calculated|found|estimated) (?:at|as|to be)|"
@@ -112,6 +113,8 @@ def _sum(text: str) -> Quantity | None:
 
 def _read(text: str, *, whole: bool) -> Quantity | None:
     text = in_digits(text, whole=whole)
+    if whole and (spaced := _SPACED.match(text)):  # 12 345 km
+        text = spaced.group().replace(" ", "") + text[spaced.end() :]
     european = _EUROPEAN.match(text.lstrip("+-$€£ ")) if whole else None
     if european and not re.match(r"[+-]?\d{1,3}(,\d{3})+(?!\d)", text):
         text = text.replace(european.group(), european["whole"].replace(".", "") + "." + european["part"], 1)
@@ -184,10 +187,11 @@ def _leading_unit(rest: str) -> str | None:
 def same_quantity(stated: Quantity, expected: Quantity, precision: int | None = None) -> bool:
     """Whether `stated` is the expected quantity.
 
-    A unit that only one side has is ignored; units of one dimension are converted; other units or nouns that differ are
-    a mismatch. Values must be equal, except that (1) `precision` decimals suffice if given, (2) an expected decimal of
-    at least three digits matches a longer decimal or a fraction that rounds to it, and (3) an expected fraction without
-    a finite decimal form matches three or more correct decimals. Times of day must agree to the minute.
+    A unit that only one side has is ignored; units of one dimension and temperatures are converted; other units or
+    nouns that differ are a mismatch. Values must be equal, except that (1) `precision` decimals suffice if given, (2)
+    an expected decimal of at least three digits matches a longer decimal or a fraction that rounds to it, and (3) an
+    expected fraction without a finite decimal form matches three or more correct decimals. Times of day must agree to
+    the minute.
     """
     value, target = stated.value, expected.value
     if stated.clock is not None and expected.clock is not None:
@@ -200,7 +204,9 @@ def same_quantity(stated: Quantity, expected: Quantity, precision: int | None = 
     if stated.unit and expected.unit and stated.unit != expected.unit:
         factors = conversion(stated.unit, expected.unit)
         if factors is None:
-            return False
+            degrees = in_degrees(value, stated.unit, expected.unit)
+            written = stated if degrees == value else Quantity(value, "", None)
+            return degrees is not None and _near(degrees, written, target, expected, precision)
         if factors != 1:
             return _near(value * factors, Quantity(value, "", None), target, expected, precision)
     return _near(value, stated, target, expected, precision)

@@ -93,6 +93,25 @@ def conversion(unit: str, wanted: str) -> Fraction | None:
     return factor
 
 
+def in_degrees(value: Fraction, unit: str, wanted: str) -> Fraction | None:
+    """A temperature in another unit; degrees without a scale are of the wanted one. None for other units."""
+    kinds = [UNITS.get(stem(each), ("",))[0] for each in (unit, wanted)]
+    scales = [_TEMPERATURES[kind] for kind in kinds if kind in _TEMPERATURES]
+    if len(scales) == 2:
+        (size, zero), (size2, zero2) = scales
+        return (value - zero) * size / size2 + zero2
+    return value if scales and "angle" in kinds and stem(unit if kinds[0] == "angle" else wanted) in _DEGREES else None
+
+
+_TEMPERATURES = {
+    "celsius": (Fraction(1), Fraction(0)),
+    "fahrenheit": (Fraction(5, 9), Fraction(32)),
+    "kelvin": (Fraction(1), Fraction("273.15")),
+}
+"""Size of a degree in °C, and the value at 0 °C."""
+_DEGREES = ("°", "degree", "deg")
+
+
 def _power(unit: str) -> tuple[str, int]:
     name, _, power = unit.partition("^")
     return name, int(power) if re.fullmatch(r"-?\d", power) else 1

@@ -34,6 +34,9 @@ def in_digits(text: str, *, whole: bool) -> str:
     if not text[:1].isalnum():
         return text
     lower = text.casefold().replace("’", "'")
+    if negative := re.match(r"(?:minus|negative) ", lower):
+        number = in_digits(text[negative.end() :], whole=whole)
+        return f"-{number}" if number[:1].isdigit() else text
     first = lower.split(" ")[0]
     if whole and first in _ORDINALS:
         return f"{_ORDINALS.index(first)}th{lower[len(first) :]}"
