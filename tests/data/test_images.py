@@ -100,6 +100,8 @@ def test_what_pillow_raises_names_the_picture(tmp_path: Path, monkeypatch: pytes
             open_picture(broken, name)
     with pytest.raises(DataError, match=r"^gone: missing; give its path"):
         open_picture(tmp_path / "gone.png", "gone")
+    with pytest.raises(DataError, match=r"^nul: cannot be read, or is corrupt \(embedded null byte\)"):
+        open_picture(tmp_path / "a\0.png", "nul")
     path.write_bytes(whole)
     monkeypatch.setattr(images, "MAX_PIXELS", 7)
     with pytest.raises(DataError, match=r"^large: enormous \(4×2 pixels; at most 7 are decoded\); shrink it"):

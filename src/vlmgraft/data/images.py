@@ -267,7 +267,7 @@ def _file(path: Path) -> io.BufferedReader:
         return open_regular(path)
     except FileNotFoundError:
         raise DataError("missing; give its path relative to the file that names it") from None
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the second: a path with a NUL
         raise _corrupt(error) from error
 
 
