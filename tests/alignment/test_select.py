@@ -68,7 +68,8 @@ def test_layers_of_ten(layers: Any, chosen: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layers", "said"), [("5-2", "selects no layer"), ("0--1", "not"), (10, "10 is beyond the last")]
+    ("layers", "said"),
+    [("5-2", "the range 5-2 runs backwards; write 2-5"), ("0--1", "not"), (10, "10 is beyond the last")],
 )
 def test_ranges_that_select_nothing(layers: Any, said: str) -> None:
     with pytest.raises(AlignmentError, match=said):

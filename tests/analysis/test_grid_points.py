@@ -9,7 +9,7 @@ import pytest
 import yaml
 from hypothesis import given, strategies as st
 
-from vlmgraft.analysis.grid_points import as_override, grid_points, pareto, parse_grid
+from vlmgraft.analysis.grid_points import as_override, grid_points, pareto, parse_grid, parse_numbers
 from vlmgraft.errors import RecipeError
 
 
@@ -75,3 +75,13 @@ def test_the_front_is_what_nothing_beats(points: list[tuple[float, float]]) -> N
         assert on == (not beaten)
     kept = [point for point, on in zip(points, front, strict=True) if on]
     assert all(pareto(kept))
+
+
+def test_numbers_of_an_option() -> None:
+    assert parse_numbers("budgets", "0.01,3") == [0.01, 3.0] and parse_numbers("scale", "0:1:0.5") == [0.0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("text", ["much", "0.01:0.02", "1,true", "[1]"])
+def test_what_is_no_number_is_refused_by_the_options_name(text: str) -> None:
+    with pytest.raises(RecipeError, match="--budgets .*numbers"):
+        parse_numbers("budgets", text)

@@ -79,14 +79,15 @@ def test_a_mistake_of_ours_is_no_unfinished_run(
     recipe = load_tune_recipe({"vlm": "v", "prior": "none", "data": {"train": "t.jsonl"}})
     inputs = fingerprint(vlm.files)
     receipt = {"inputs": inputs, "steps": 3, "train_loss": 0.5, "prior": [asdict(PushVerdict("w", "kept", "r"))]}
+    receipt["contents"] = {}
     (tmp_path / "receipt.json").write_text(json.dumps(receipt))
     (tmp_path / "recipe.yaml").write_text(json.dumps(output._written(recipe, tmp_path)))
     (tmp_path / "training.jsonl").write_text('{"loss": 0.5}\n')
     tuned = Tuned(tmp_path, 3, 0.5, (PushVerdict("w", "kept", "r"),), ({"loss": 0.5},))
-    assert finished(recipe, vlm, tmp_path) == tuned
+    assert finished(recipe, vlm, tmp_path, {}) == tuned
     monkeypatch.setattr(output, "_written", lambda *_: {}["ours"])
     with pytest.raises(KeyError, match="ours"):
-        finished(recipe, vlm, tmp_path)
+        finished(recipe, vlm, tmp_path, {})
 
 
 def test_the_card_says_what_was_done_and_no_path(tmp_path: Path) -> None:

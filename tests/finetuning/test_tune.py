@@ -27,7 +27,7 @@ from vlmgraft.lab.exam import draw_exam
 from vlmgraft.recipe.tune import dump_tune_recipe, load_tune_recipe
 from vlmgraft.spectral.gate_store import save_gates
 from vlmgraft.spectral.gates import constant_gates
-from vlmgraft.storage.jsonl import read_rows
+from vlmgraft.storage.jsonl import read_rows, write_rows
 
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 

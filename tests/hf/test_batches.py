@@ -51,7 +51,7 @@ def test_a_file_is_read_with_paths_relative_to_it(tmp_path: Path, random_image: 
         ({"question": "q", "image": "bad.png"}, "line 2: image .*bad.png: cannot be read"),
         ({"question": "q", "image": 3}, "line 2: .*path or a picture"),
         ({"question": "q"}, 'line 2: has no "image"'),
-        ({"question": "q", "image": "a.png", "choices": "A"}, 'line 2: "choices" must be a list'),
+        ({"question": "q", "image": "a.png", "choices": "A"}, "neither a list nor lettered"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, row: object, message: str, random_image: Draw) -> None:

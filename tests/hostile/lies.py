@@ -492,7 +492,7 @@ QUESTIONS: dict[str, tuple[bytes | str | dict[str, Any], str]] = {
     "question is a number": ({"question": 3}, "question"),
     "image is a number": ({"question": "q", "image": 3}, "image"),
     "image is a mapping": ({"question": "q", "image": {"a": 1}}, "image"),
-    "choices are a text": ({"question": "q", "image": "good.png", "choices": "A"}, '"choices" must be a list'),
+    "choices are a text": ({"question": "q", "image": "good.png", "choices": "A"}, "neither a list nor lettered"),
     "image is missing": ({"question": "q", "image": "gone.png"}, "gone.png"),
     "image is a folder": ({"question": "q", "image": "."}, "image"),
     "image is a device": ({"question": "q", "image": "/dev/zero"}, "/dev/zero"),

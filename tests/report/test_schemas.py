@@ -7,8 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
 from vlmgraft.errors import DamagedError
+from vlmgraft.report import schemas
 from vlmgraft.report.collect import collect
 from vlmgraft.storage.jsonl import write_json, write_rows
 
@@ -39,3 +41,11 @@ def test_a_file_that_no_command_wrote_is_named_with_line_and_field(file: str, ru
     field = next(iter(KINDS[file]))
     with pytest.raises(DamagedError, match=rf"/{file}{line}: is not what vlmgraft wrote .*{field}.* whole copy"):
         collect([tmp_path / "runs"])
+
+
+def test_a_rule_without_accuracies_was_dropped_and_one_with_wrong_ones_is_damaged() -> None:
+    contender = TypeAdapter(schemas.Contender)
+    dropped = contender.validate_python({"method": "linear", "fate": "dropped"})
+    assert dropped.reasoning is None
+    with pytest.raises(ValidationError, match="reasoning"):
+        contender.validate_python({"method": "linear", "setting": "", "order": 0, "reasoning": {"mean": 1}})

@@ -45,6 +45,14 @@ def parse_grid(text: str) -> tuple[str, list[Any]]:
     return key.strip(), [_tidy(start + index * step) for index in range(count)]
 
 
+def parse_numbers(option: str, text: str) -> list[float]:
+    """The numbers of an option such as `--budgets 0.01,0.03` or `0:2:0.25`; raises RecipeError, which names the option."""
+    values = parse_grid(f"{option}={text}")[1]
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        raise RecipeError(f"--{option} {text!r}: write numbers with commas between them, or start:stop:step")
+    return [float(value) for value in values]
+
+
 def _tidy(value: float) -> float:
     """Remove rounding noise (0.30000000000000004 → 0.3); whole numbers become int, for integer fields."""
     rounded = float(f"{value:.12g}")

@@ -22,10 +22,10 @@ class Front(Distributed, LoadsModels, Writes):
     overrides: Overrides = None
 
     def run(self) -> None:
-        from vlmgraft.analysis.grid_points import parse_grid
+        from vlmgraft.analysis.grid_points import parse_numbers
         from vlmgraft.distillation.front import front
 
-        budgets = [float(value) for value in parse_grid(f"budgets={self.budgets}")[1]]
+        budgets = parse_numbers("budgets", self.budgets)
         with self.progress() as progress:
             points = front(
                 self.recipe, self.factors, self.out, budgets, overrides=self.overrides or [], progress=progress

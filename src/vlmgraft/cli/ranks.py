@@ -25,10 +25,10 @@ class Ranks(ExaminesDivergence):
     ] = "rank"
 
     def run(self) -> None:
-        from vlmgraft.analysis.grid_points import parse_grid
+        from vlmgraft.analysis.grid_points import parse_numbers
         from vlmgraft.analysis.rank_bands import peaks, ranks
 
-        scales = [float(value) for value in parse_grid(f"scale={self.scale}")[1]]
+        scales = parse_numbers("scale", self.scale)
         with self.progress() as progress:
             rows = ranks(
                 self.recipe, self.out, self.questions(), overrides=self.overrides or [], bands=self.bands,

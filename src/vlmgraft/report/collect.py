@@ -205,7 +205,7 @@ def _choice(runs: Collected, path: Path) -> None:
 
 
 def _inspection(runs: Collected, path: Path) -> None:
-    runs.inspections.append((path.parent, nameless(read_json(path, TypeAdapter(schemas.Inspection)))))
+    runs.inspections.append((path.parent, nameless(read_json(path, TypeAdapter(schemas.InspectionFile)))))
 
 
 def _receipt(runs: Collected, path: Path) -> None:
@@ -291,13 +291,13 @@ def _singular_values(path: Path) -> np.ndarray | None:
 
 
 _READERS: Mapping[str, Callable[[Collected, Path], None]] = {
-    "results.jsonl": _rows_into("points", schemas.Point),
-    "sweep.jsonl": _rows_into("points", schemas.Point),
+    "results.jsonl": _rows_into("points", schemas.PointRow),
+    "sweep.jsonl": _rows_into("points", schemas.PointRow),
     "choose.jsonl": _choice,
     "knockout.jsonl": _rows_into("knockouts", schemas.Cell),
     "ranks.jsonl": _rows_into("ranks", schemas.Band),
-    "distances.jsonl": _rows_into("distances", schemas.Distance),
-    "spectra.jsonl": _rows_into("spectra", schemas.Spectrum),
+    "distances.jsonl": _rows_into("distances", schemas.DistanceRow),
+    "spectra.jsonl": _rows_into("spectra", schemas.SpectrumRow),
     "inspection.json": _inspection,
     "receipt.json": _receipt,
     "recipe.yaml": _recipe,

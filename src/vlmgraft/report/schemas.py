@@ -17,7 +17,7 @@ class _Scored(BaseModel):
     perception: Estimate
 
 
-class Point(_Scored):
+class PointRow(_Scored):
     """Of sweep.jsonl and results.jsonl."""
 
     method: str
@@ -35,7 +35,7 @@ class _Dropped(BaseModel):
     reasoning: None = None
 
 
-Contender = Point | _Dropped
+Contender = PointRow | _Dropped
 """Of choose.jsonl."""
 
 
@@ -74,7 +74,7 @@ class Band(_Scored):
     kl: float | None = None
 
 
-class Distance(BaseModel):
+class DistanceRow(BaseModel):
     """Of distances.jsonl."""
 
     layer: Count | None
@@ -88,7 +88,7 @@ class Distance(BaseModel):
     unchanged: float
 
 
-class Spectrum(BaseModel):
+class SpectrumRow(BaseModel):
     """Of spectra.jsonl."""
 
     name: str
@@ -102,7 +102,7 @@ class Spectrum(BaseModel):
     shown: tuple[tuple[Count, float], ...]
 
     @model_validator(mode="after")
-    def _complete(self) -> Spectrum:
+    def _complete(self) -> SpectrumRow:
         if not {"1", "8", "64"} <= self.first.keys():
             raise ValueError("the shares of the first 1, 8 and 64 directions are needed")
         if self.shown and not (self.norm > 0 and self.shown[0][1] > 0):
@@ -120,7 +120,7 @@ class _Base(BaseModel):
     vlm_ratio: float
 
 
-class Inspection(BaseModel):
+class InspectionFile(BaseModel):
     """inspection.json."""
 
     extent: _Extent
