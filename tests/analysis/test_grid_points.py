@@ -83,5 +83,5 @@ def test_numbers_of_an_option() -> None:
 
 @pytest.mark.parametrize("text", ["much", "0.01:0.02", "1,true", "[1]"])
 def test_what_is_no_number_is_refused_by_the_options_name(text: str) -> None:
-    with pytest.raises(RecipeError, match="--budgets .*numbers"):
+    with pytest.raises(RecipeError, match=r"--budgets .*numbers"):
         parse_numbers("budgets", text)

@@ -46,7 +46,7 @@ def parse_grid(text: str) -> tuple[str, list[Any]]:
 
 
 def parse_numbers(option: str, text: str) -> list[float]:
-    """The numbers of an option such as `--budgets 0.01,0.03` or `0:2:0.25`; raises RecipeError, which names the option."""
+    """The numbers of an option such as `--budgets 0.01,0.03` or `0:2:0.25`; raises RecipeError naming the option."""
     values = parse_grid(f"{option}={text}")[1]
     if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
         raise RecipeError(f"--{option} {text!r}: write numbers with commas between them, or start:stop:step")
