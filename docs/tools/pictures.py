@@ -18,7 +18,7 @@ from vlmgraft import pipeline
 from vlmgraft.lab import trio_path, world
 from vlmgraft.lab.exam import draw_exam, save_questions
 from vlmgraft.report.charts import Chart, Dot, Heat, Lines, Series, svg_and_pdf
-from vlmgraft.report.collect import BINS, read_gates
+from vlmgraft.report.gate_folder import BINS, read_gates
 from vlmgraft.spectral.factor_store import open_store
 from vlmgraft.storage.jsonl import read_json, read_rows, write_text
 

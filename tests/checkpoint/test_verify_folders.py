@@ -16,11 +16,10 @@ from safetensors import safe_open
 import vlmgraft as vg
 from vlmgraft.checkpoint.digests import BLOCK, RECEIPT, files_in, joined, write_receipt
 from vlmgraft.errors import CheckpointError
-from vlmgraft.lab.exam import draw_exam
+from vlmgraft.lab.exam import draw_exam, save_traces
 from vlmgraft.spectral.factor_store import FactorStore, JoinedStore, sources_of_factors
 from vlmgraft.spectral.gate_store import save_gates
 from vlmgraft.spectral.gates import constant_gates
-from vlmgraft.storage.jsonl import write_rows
 
 Make = Callable[[str], Path]
 
@@ -36,7 +35,7 @@ def made(trio: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
         if kind in known:
             return out
         if kind == "evaluation":
-            _traces(home)
+            save_traces(draw_exam(0, "train", {"sum": 2}), home / "traces.jsonl")
             vg.evaluate(places["vlm"], home / "traces.jsonl", out, max_new_tokens=4)
         elif kind == "gates":
             save_gates(constant_gates({"one": 3, "two": 4, "three": (2, 3)}, 0.0, 1.0), out)
@@ -48,7 +47,7 @@ def made(trio: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
             save_gates(gates, home / "gates")
             vg.export_lora(home / "gates", out, factors=store.folder, vlm=places["vlm"], rank=2)
         else:
-            _traces(home)
+            save_traces(draw_exam(0, "train", {"sum": 2}), home / "traces.jsonl")
             train = {"max_steps": 1, "use_cpu": True, "disable_tqdm": True, "report_to": "tensorboard"}
             extra = {"lora": {"r": 2}} if kind == "tuned adapter" else {}
             vg.tune({**places, "data": {"train": str(home / "traces.jsonl")}, "train": train, **extra}, out)
@@ -56,14 +55,6 @@ def made(trio: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
         return out
 
     return run
-
-
-def _traces(home: Path) -> None:
-    exam, rows = draw_exam(0, "train", {"sum": 2}), []
-    for number, (item, question) in enumerate(zip(exam.items, exam.questions, strict=True)):
-        question.images[0].save(home / f"{number}.png")  # type: ignore[union-attr]
-        rows.append({"image": f"{number}.png", "question": item.question, "answer": item.answer})
-    write_rows(home / "traces.jsonl", rows)
 
 
 TUNED = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("tuned", "tuned adapter")]

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from vlmgraft.lab import trio_path, world
 from vlmgraft.lab.demo import QUICK, mixed
-from vlmgraft.lab.exam import draw_exam, save_questions
-from vlmgraft.storage.jsonl import write_rows
+from vlmgraft.lab.exam import draw_exam, save_questions, save_traces
 
 NAMES = {
     "Qwen/Qwen2.5-VL-7B-Instruct": "vlm",
@@ -36,11 +35,7 @@ def questions(folder: Path) -> None:
 
 def traces(folder: Path) -> None:
     """traces.jsonl: four sums with images and answers."""
-    exam, rows = draw_exam(0, "train", {"sum": 4}), []
-    for number, (item, question) in enumerate(zip(exam.items, exam.questions, strict=True)):
-        question.images[0].save(folder / f"trace-{number}.png")  # type: ignore[union-attr]
-        rows.append({"image": f"trace-{number}.png", "question": item.question, "answer": item.answer})
-    write_rows(folder / "traces.jsonl", rows)
+    save_traces(draw_exam(0, "train", {"sum": 4}), folder / "traces.jsonl")
 
 
 def demo(folder: Path) -> None:

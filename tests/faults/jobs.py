@@ -14,7 +14,7 @@ import yaml
 from injected import Writes, counted
 from safetensors import safe_open
 
-from vlmgraft.lab.exam import draw_exam
+from vlmgraft.lab.exam import draw_exam, save_traces
 from vlmgraft.storage.jsonl import write_rows
 
 TIMES = ("receipt.json", "trainer_state.json", "training_args.bin", "rng_state.pth", "optimizer.pt")
@@ -145,12 +145,7 @@ TRAIN = {
 
 
 def _traces(inputs: Path) -> Path:
-    exam, rows = draw_exam(0, "train", {"sum": 4}), []
-    for number, (item, question) in enumerate(zip(exam.items, exam.questions, strict=True)):
-        question.images[0].save(inputs / f"trace-{number}.png")  # type: ignore[union-attr]
-        rows.append({"image": f"trace-{number}.png", "question": item.question, "answer": item.answer})
-    write_rows(inputs / "traces.jsonl", rows)
-    return inputs / "traces.jsonl"
+    return save_traces(draw_exam(0, "train", {"sum": 4}), inputs / "traces.jsonl")
 
 
 def _questions(inputs: Path, calibration: Path) -> Path:

@@ -5,20 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vlmgraft.lab.exam import draw_exam
-from vlmgraft.storage.jsonl import write_rows
+from vlmgraft.lab.exam import draw_exam, save_traces
 
 STEPS = {"max_steps": 3, "learning_rate": 1e-3, "per_device_train_batch_size": 2, "use_cpu": True, "logging_steps": 1}
 
 
 def write_traces(folder: Path) -> Path:
     """Six sums as a file of traces."""
-    exam, rows = draw_exam(0, "train", {"sum": 6}), []
-    for number, (item, question) in enumerate(zip(exam.items, exam.questions, strict=True)):
-        question.images[0].save(folder / f"{number}.png")  # type: ignore[union-attr]
-        rows.append({"image": f"{number}.png", "question": item.question, "answer": item.answer})
-    write_rows(folder / "traces.jsonl", rows)
-    return folder / "traces.jsonl"
+    return save_traces(draw_exam(0, "train", {"sum": 6}), folder / "traces.jsonl")
 
 
 def recipe_on(trio: Path, data: Path) -> dict[str, Any]:

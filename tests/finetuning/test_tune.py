@@ -103,15 +103,15 @@ def test_an_interrupted_run_goes_on(recipe: Any, tmp_path: Path, monkeypatch: py
     with pytest.raises(OutputError, match="another recipe"):
         vg.tune({**settings, "prior": {"strength": 0.5}}, tmp_path / "parts", resume=True)
     traces = Path(settings["data"]["train"])
-    rows, picture = list(read_rows(traces)), (traces.parent / "0.png").read_bytes()
+    rows, picture = list(read_rows(traces)), (traces.parent / "traces-0000.png").read_bytes()
     write_rows(traces, rows[::-1])
     with pytest.raises(OutputError, match="other contents of train"):
         vg.tune(settings, tmp_path / "parts", resume=True)
     write_rows(traces, rows)
-    (traces.parent / "0.png").write_bytes((traces.parent / "1.png").read_bytes())
+    (traces.parent / "traces-0000.png").write_bytes((traces.parent / "traces-0001.png").read_bytes())
     with pytest.raises(OutputError, match="other contents of train"):
         vg.tune(settings, tmp_path / "parts", resume=True)
-    (traces.parent / "0.png").write_bytes(picture)
+    (traces.parent / "traces-0000.png").write_bytes(picture)
     tuned = vg.tune(settings, tmp_path / "parts", resume=True)
     assert tuned.steps == 3
     assert vg.tune(settings, tmp_path / "parts", resume=True).steps == 3, "finished already"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from vlmgraft.errors import CheckpointError, DataError, InputError
 from vlmgraft.evaluation import folder
 from vlmgraft.evaluation.items import Suite, merge_suites
 from vlmgraft.evaluation.judge import Judge
-from vlmgraft.evaluation.lmms import ARGUMENTS as LMMS_ARGUMENTS
+from vlmgraft.evaluation.lmms import refuse_unpassed
 from vlmgraft.evaluation.paired import Paired, compare_records, comparison_table
 from vlmgraft.evaluation.readers import distinct_tasks, load_suite, short_names
 from vlmgraft.evaluation.records import RECORDS, Record, load_records
@@ -110,7 +110,7 @@ def evaluate(
     if harness and len(harness) < len(sources):
         raise InputError("--data lmms:… cannot be mixed with other data; run it in a folder of its own, then `compare`")
     if harness:
-        _refuse_unpassed(options)
+        refuse_unpassed(options)
     suite = None if harness else _suite(sources, options)
     identity = {
         "model": str(model),
@@ -284,24 +284,6 @@ def _engine(model: str | Path, suite: Suite, options: Asking) -> Any:
     if options.max_new_tokens is None and context:
         sampling = replace(sampling, max_new_tokens=min(limit, context // 2))
     return TransformersEngine(loaded, processor, sampling)
-
-
-HARNESS_OPTIONS = ("limit", "batch_size", "seed", "judge", "judge_model")
-"""Fields of `Asking` that apply to lmms-eval: passed to it, or used on its records."""
-
-
-def _refuse_unpassed(options: Asking) -> None:
-    """Raise InputError for a field that lmms-eval would not get: its tasks have prompts and limits of their own."""
-    ignored = [
-        field.name
-        for field in fields(Asking)
-        if field.name not in HARNESS_OPTIONS and getattr(options, field.name) != field.default
-    ]
-    if ignored:
-        raise InputError(
-            f"--data lmms:… does not take {', '.join(ignored)}; leave them out, or pass lmms-eval's own options in "
-            f"{LMMS_ARGUMENTS}"
-        )
 
 
 def _harness(model: str | Path, tasks: str, out: Path, settings: dict[str, Any], options: Asking) -> list[Record]:

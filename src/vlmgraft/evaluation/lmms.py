@@ -15,6 +15,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ INSTALL = (
     f"lmms-eval decord`, and name its Python: `export {PYTHON}=lmms/bin/python`"
 )
 ARGUMENTS = "VLMGRAFT_LMMS_ARGS"
+PASSED = ("limit", "batch_size", "seed", "judge", "judge_model")
+"""Options of `evaluate` that apply to lmms-eval: passed to it, or used on its records."""
 _MODELS = {
     "gemma3": "gemma3",
     "idefics2": "idefics2",
@@ -50,6 +53,20 @@ _LOGGED = ("doc_id", "doc", "doc_hash", "target", "input", "arguments", "input_m
 _NOT_METRICS = frozenset((*_LOGGED, "resps", "filtered_resps", "token_counts", "submission"))
 _SCORES = ("score", "acc", "acc_score", "accuracy", "correct", "exact_match")
 _DATED = re.compile(r"^\d+_\d+_samples_|^samples_")
+
+
+def refuse_unpassed(options: Any) -> None:
+    """Raise InputError for a field that lmms-eval would not get: its tasks have prompts and limits of their own."""
+    ignored = [
+        field.name
+        for field in fields(options)
+        if field.name not in PASSED and getattr(options, field.name) != field.default
+    ]
+    if ignored:
+        raise InputError(
+            f"--data lmms:… does not take {', '.join(ignored)}; leave them out, or pass lmms-eval's own options in "
+            f"{ARGUMENTS}"
+        )
 
 
 def run_lmms(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vlmgraft.report.collect import BINS, GatedRun
+from vlmgraft.report.gate_folder import BINS, GatedRun
 from vlmgraft.report.parts.gates import gates
 
 

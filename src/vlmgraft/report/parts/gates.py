@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlmgraft.report.charts import Bars, Dot, Heat, Lines, Series
-from vlmgraft.report.collect import BINS, GatedRun
+from vlmgraft.report.gate_folder import BINS, GatedRun
 from vlmgraft.report.sections import Figure, Section, Table
 from vlmgraft.report.text import number
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from vlmgraft.data.images import open_picture
 from vlmgraft.report.charts import Heat
-from vlmgraft.report.collect import Document, Run, layer_and_projection
+from vlmgraft.report.collect import Document, Run
+from vlmgraft.report.gate_folder import layer_and_projection
 from vlmgraft.report.sections import Figure, Filter, Section, Table
 from vlmgraft.report.text import escape, number
 
